@@ -84,12 +84,12 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | st
 def _is_path(name: str | Path) -> bool:
     text = str(name)
     looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
-    return looks_like_one or (text != "" and Path(text).exists())
+    return looks_like_one or os.path.exists(text)
 
 
 def _model_folder(text: str) -> Path:
-    folder = Path(text).expanduser().absolute()
-    if not folder.exists():
+    folder = Path(os.path.expanduser(text)).absolute()  # the os function keeps an unknown ~user as it is
+    if not os.path.exists(folder):
         raise InputError(
             f"model {text!r} is a path that does not exist (looked at {folder}). "
             "Correct the path, or give a Hugging Face Hub id (owner/name)."
@@ -223,21 +223,25 @@ def _flush_to_disk(path: Path) -> None:
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the SmolLM2-like language model in a GGUF file into `folder` as an unquantised fp32 Hugging Face model."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    transformers = _transformers()
+    sharding = transformers.integrations.is_deepspeed_zero3_enabled()
+    assert not sharding, "call resolve_model before HfDeepSpeedConfig: ZeRO-3 would shard what is saved here"
     with _quiet_transformers():
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # The loaded model counts as quantised and save_pretrained refuses it, though its weights are plain fp32 by now:
         # they move into a model built from the same config without that mark.
         config = loaded.config
         del config.quantization_config
         vars(config).pop("_model_name_or_path", None)  # the name of a training run, as a path
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.tie_weights()
-        model.generation_config = GenerationConfig(
+        model.generation_config = transformers.GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
         model.save_pretrained(folder)
@@ -264,18 +268,24 @@ def _split_digits(tokenizer: Any) -> None:
     )
 
 
+def _transformers() -> Any:
+    """transformers, imported when it is needed, and untyped: its own types are too patchy for strict checking."""
+    import transformers
+
+    return transformers
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars from transformers inside; as it was before, afterwards."""
-    from transformers.utils import logging as transformers_logging
-
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    bars = _transformers().utils.logging
+    was_on = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if was_on:
-            transformers_logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -290,9 +300,9 @@ def load_tokenizer(
     """
     source = resolve_model(name, revision=revision)
     with _loading("tokenizer", name, source):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = _transformers().AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(
@@ -307,9 +317,10 @@ def load_config(name: str | Path, *, revision: str | None = None, trust_remote_c
     """The model's config, as it is on disk."""
     source = resolve_model(name, revision=revision)
     with _loading("config", name, source):
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = _transformers().AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    return config
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -364,9 +375,8 @@ def _load_model(
     zero_dropout_in_config(config)
     config.use_cache = False
     with _loading("weights", name, source):
-        import transformers
-
-        model, report = getattr(transformers, auto_class).from_pretrained(
+        model: PreTrainedModel
+        model, report = getattr(_transformers(), auto_class).from_pretrained(
             source,
             config=config,
             dtype=dtype,

@@ -94,6 +94,7 @@ class Experience:
     logprobs: Tensor  # (B, T) log-probability under the policy before this update
     ref_logprobs: Tensor | None  # (B, T) log-probability under the frozen reference
     values: Tensor | None  # (B, T) critic's value before each token; None without a critic
+    kl_coef: float = 0.0  # of this iteration; enters the loss where the KL does (grpo)
     advantages: Tensor | None = None  # (B, T)
     returns: Tensor | None = None  # (B, T) regression target of the critic
 

@@ -118,8 +118,8 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, eps: float = 
     """(B, T) (x - mean) / sqrt(var + eps) over the masked tokens, zero outside (Ziegler et al. 2019, code).
 
     The variance is the biased one (divided by n), so that the result's own is 1. shift_mean=False adds the
-    mean back, for rewards. With fewer than two tokens there is no variance and the scale stays as it is.
-    Statistics are taken in fp64: constant advantages would otherwise whiten their own rounding errors.
+    mean back, for rewards. A single token gives 0, or itself when the mean is kept. Statistics are
+    taken in fp64: constant advantages would otherwise whiten their own rounding errors.
     """
     mask_BT = mask_BT.bool()
     clean_BT = _zero_outside(x_BT, mask_BT).double()
@@ -127,8 +127,7 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, eps: float = 
     mean = clean_BT.sum() / count.clamp(min=1)
     centred_BT = _zero_outside(clean_BT - mean, mask_BT)
     variance = centred_BT.square().sum() / count.clamp(min=1)
-    scale = torch.where(count < 2, 1.0, torch.rsqrt(variance + eps))
-    whitened_BT = centred_BT * scale + (0.0 if shift_mean else mean)
+    whitened_BT = centred_BT * torch.rsqrt(variance + eps) + (0.0 if shift_mean else mean)
     return _zero_outside(whitened_BT, mask_BT).to(x_BT.dtype)
 
 

@@ -28,7 +28,7 @@ def ppo_policy_loss(
     Args:
         logprobs: under the policy being trained; differentiable.
         old_logprobs: under the policy that the update started from.
-        advantages: of the sampled tokens. All three have one shape, any.
+        advantages: of the sampled tokens; constants. All three have one shape, any.
 
     Returns:
         loss: that shape.
@@ -36,16 +36,15 @@ def ppo_policy_loss(
         clipped: that shape, bool, a bound was active and the token gives no gradient.
     """
     finite = logprobs.isfinite() & old_logprobs.isfinite() & advantages.isfinite()
-    log_ratio = _zero_unless(finite, logprobs) - _zero_unless(finite, old_logprobs)
-    safe_advantages = _zero_unless(finite, advantages)
+    log_ratio = _zero_unless(finite, logprobs - old_logprobs)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    free_loss = -safe_advantages * ratio
-    clipped_loss = -safe_advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    free_loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
     clipped = clipped_loss > free_loss
     loss = torch.maximum(free_loss, clipped_loss)
     if dual_clip is not None:
-        bound = -dual_clip * safe_advantages
-        beyond = (safe_advantages < 0) & (loss > bound)
+        bound = -dual_clip * advantages
+        beyond = (advantages < 0) & (loss > bound)
         loss, clipped = torch.where(beyond, bound, loss), clipped | beyond
     return _nan_unless(finite, loss), _nan_unless(finite, ratio).detach(), clipped
 
@@ -53,7 +52,7 @@ def ppo_policy_loss(
 def reinforce_policy_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
     """-A log pi, whose gradient is the policy gradient (Williams 1992). One shape, any."""
     finite = logprobs.isfinite() & advantages.isfinite()
-    return _nan_unless(finite, -_zero_unless(finite, advantages) * _zero_unless(finite, logprobs))
+    return _nan_unless(finite, -advantages * _zero_unless(finite, logprobs))
 
 
 def value_loss(
@@ -64,7 +63,7 @@ def value_loss(
     Args:
         values: predictions being trained; differentiable.
         old_values: predictions that the update started from.
-        returns: targets. All three have one shape, any.
+        returns: targets; constants. All three have one shape, any.
         clip: how far a value may move in one update; None for the plain squared error.
 
     Returns:
@@ -72,14 +71,13 @@ def value_loss(
         clipped: that shape, bool, the clipped error was the larger one and the token gives no gradient.
     """
     finite = values.isfinite() & old_values.isfinite() & returns.isfinite()
-    values, old_values, returns = (_zero_unless(finite, x) for x in (values, old_values, returns))
+    values = _zero_unless(finite, values)
     error = (values - returns).square()
     if clip is None:
         return _nan_unless(finite, 0.5 * error), torch.zeros_like(finite)
-    near_old = old_values + (values - old_values).clamp(-clip, clip)
+    near_old = values.clamp(old_values - clip, old_values + clip)
     clipped_error = (near_old - returns).square()
-    # An unmoved value gives two errors that differ by rounding at most, and only a moved one can be clipped.
-    clipped = (clipped_error > error) & ((values - old_values).abs() > clip)
+    clipped = clipped_error > error
     return _nan_unless(finite, 0.5 * torch.where(clipped, clipped_error, error)), clipped
 
 
@@ -124,7 +122,7 @@ def _masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _zero_unless(finite: Tensor, x: Tensor) -> Tensor:
-    """x where finite, else 0: before the arithmetic, so that its gradient is never multiplied by NaN."""
+    """x where finite, else 0, before the arithmetic: a NaN gradient that comes back stops at this select."""
     return torch.where(finite, x, 0.0)
 
 

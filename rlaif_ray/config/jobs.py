@@ -1,10 +1,12 @@
 """One frozen pydantic class per job; what a YAML file may say, with defaults and cross-checks.
 
-Every value exists once; what derives from several is a property. Cross-checks say what, got, why, remedy.
+Every value exists once; what derives from several is a property. Cross-checks say what, got, why, remedy, one line
+each, and name every key they read: the loader holds a cross-check back while one of its keys is itself wrong.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Config(BaseModel):
     """Base of every config class: unknown keys are errors, values can't change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -67,12 +71,14 @@ class SamplingConfig(Config):
 
     @model_validator(mode="after")
     def _full_distribution(self) -> SamplingConfig:
-        for name, value, only in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)):
-            if value != only:
-                raise ValueError(
-                    f"sampling.{name} must be {only:g} in training (got {value:g}): a truncated distribution gives "
-                    f"log-probabilities that PPO's ratio can't use. Remove it; lower sampling.temperature instead."
-                )
+        problems = [
+            f"sampling.{name} must be {only:g} in training (got {value:g}): a truncated distribution gives "
+            f"log-probabilities that PPO's ratio can't use. Remove it; lower sampling.temperature instead."
+            for name, value, only in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0))
+            if value != only
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     @property
@@ -140,8 +146,8 @@ class ImportanceConfig(Config):
     def _ordered(self) -> ImportanceConfig:
         if self.low > self.high:
             raise ValueError(
-                f"algorithm.importance.low must not exceed .high (got {self.low:g} > {self.high:g}): "
-                f"no weight lies between them. Swap them."
+                f"algorithm.importance.low must not exceed algorithm.importance.high "
+                f"(got {self.low:g} > {self.high:g}): no weight lies between them. Swap them."
             )
         return self
 
@@ -208,7 +214,7 @@ class LearnerConfig(Config):
     lr: Annotated[float, Field(gt=0)] = 1e-6
     critic_lr: Annotated[float, Field(gt=0)] | None = None
     """Default: lr."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
@@ -240,6 +246,8 @@ class ClusterConfig(Config):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """Ray's logical CPUs per actor; default 1 on GPUs, 0.25 on CPUs (phases take turns)."""
+    gpus_per_actor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """GPUs of an engine without tensor parallelism and of a learner rank; below 1 they share one (colocated)."""
     threads_per_actor: Annotated[int, Field(ge=1)] | None = None
     """Compute threads of each actor on CPU; default: all cores of its node, shared among the ranks of a learner."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
@@ -317,7 +325,7 @@ class TrainJob(Config):
             raise ValueError("\n".join(problems))
         return self
 
-    def _problems(self):  # type: ignore[no-untyped-def]
+    def _problems(self) -> Iterator[str]:
         algorithm, sampling, learner = self.algorithm, self.sampling, self.learner
         if algorithm.type in ("grpo", "rloo") and sampling.samples_per_prompt < 2:
             yield (
@@ -328,19 +336,21 @@ class TrainJob(Config):
         if sampling.batch_size % algorithm.minibatches:
             yield (
                 f"algorithm.minibatches must divide the {sampling.batch_size} samples of a step "
-                f"(prompts_per_step x samples_per_prompt; got {algorithm.minibatches}): minibatches of unequal size "
-                f"would weigh samples unequally. Use a divisor of {sampling.batch_size}."
+                f"(sampling.prompts_per_step x sampling.samples_per_prompt; got {algorithm.minibatches}): minibatches "
+                f"of unequal size would weigh samples unequally. Use a divisor of {sampling.batch_size}."
             )
         elif sampling.batch_size // algorithm.minibatches < learner.ranks:
             yield (
                 f"learner.ranks must not exceed the {sampling.batch_size // algorithm.minibatches} samples of a "
-                f"minibatch (got {learner.ranks}): a rank would have nothing to train on. "
+                f"minibatch (sampling.prompts_per_step x sampling.samples_per_prompt / algorithm.minibatches; "
+                f"got {learner.ranks}): a rank would have nothing to train on. "
                 f"Use fewer ranks or minibatches, or more prompts per step."
             )
         if learner.warmup_steps >= self.optimizer_steps:
             yield (
                 f"learner.warmup_steps must be below the run's {self.optimizer_steps} optimizer steps "
-                f"(got {learner.warmup_steps}): the learning rate would never be reached. Lower it or raise steps."
+                f"(steps x algorithm.epochs x algorithm.minibatches; got {learner.warmup_steps}): the learning rate "
+                f"would never be reached. Lower it or raise steps."
             )
         if self.rollout.max_context is not None and sampling.max_new_tokens >= self.rollout.max_context:
             yield (

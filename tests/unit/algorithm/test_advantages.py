@@ -179,8 +179,8 @@ def test_whiten_with_too_few_or_constant_tokens() -> None:
     assert whiten(x, one).tolist() == [[0.0, 0.0]]
     assert whiten(x, one, shift_mean=False).tolist() == [[5.0, 0.0]]
     assert whiten(x, none).tolist() == [[0.0, 0.0]]
-    constant = torch.full((3, 50), 1000.1)
-    assert whiten(constant, torch.ones(3, 50, dtype=torch.bool)).abs().max().item() < 1e-6
+    constant = torch.full((1, 7), 1000.1)  # fp32's mean of these is off by 6e-5, a whitened 0.52
+    assert whiten(constant, torch.ones(1, 7, dtype=torch.bool)).abs().max().item() < 1e-6
 
 
 def all_token_outputs(rewards: Tensor, values: Tensor, mask: Tensor) -> list[Tensor]:

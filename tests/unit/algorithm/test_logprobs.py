@@ -82,8 +82,7 @@ def test_half_types_are_computed_in_fp32_and_only_gradients_are_rounded(
 
 
 def test_confident_bf16_target_keeps_its_gradient() -> None:
-    # p = 1 / (1 + e^-8) = 0.999665, which bf16 stores as 1; the target's gradient 1 - p = 3.3535e-4 must
-    # survive.
+    # p = 1 / (1 + e^-8) = 0.999665, which bf16 stores as 1; the gradient 1 - p = 3.3535e-4 must survive.
     logits = torch.tensor([[8.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
     token_logprobs_and_entropy(logits, torch.tensor([0]), 1.0)[0].sum().backward()
     assert logits.grad is not None
@@ -208,11 +207,12 @@ def test_a_masked_row_of_garbage_changes_nothing(garbage: float) -> None:
     clean, targets, mask = torch.randn(3, 5), torch.tensor([1, 2, 3]), torch.tensor([True, False, True])
     dirty = clean.clone()
     dirty[1] = garbage
-    results = []
+    results: list[tuple[Tensor, Tensor]] = []
     for logits in (clean, dirty):
         leaf = logits.clone().requires_grad_()
         loss = masked_mean(token_logprobs_and_entropy(leaf * 1.0, targets, 0.7)[0], mask)
         loss.backward()
+        assert leaf.grad is not None
         results.append((loss.detach(), leaf.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1]) and results[1][1].isfinite().all()

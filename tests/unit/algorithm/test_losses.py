@@ -114,10 +114,11 @@ def test_value_loss_without_clip_by_hand() -> None:
     assert values.grad is not None and values.grad.item() == -2.0
 
 
-def test_an_unmoved_value_is_never_called_clipped() -> None:
+def test_a_value_within_the_clip_is_never_called_clipped() -> None:
     torch.manual_seed(0)
-    values, returns = torch.randn(1000), torch.randn(1000)
-    loss, clipped = value_loss(values, values.clone(), returns, 0.2)
+    old_values, returns = torch.randn(1000), torch.randn(1000)
+    values = old_values + 0.19 * (2 * torch.rand(1000) - 1)
+    loss, clipped = value_loss(values, old_values, returns, 0.2)
     assert not clipped.any()
     torch.testing.assert_close(loss, 0.5 * (values - returns).square())
 

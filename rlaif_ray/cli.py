@@ -1,0 +1,187 @@
+"""`rlaif <job> CONFIG... [key=value...] [--dry-run]`.
+
+Exit codes: 0 done; 2 the user's input is wrong; 1 the run failed; 130 interrupted. Nothing heavy is imported before
+the arguments are parsed, so that --help and a wrong config answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlaif_ray import __version__
+from rlaif_ray.errors import InputError, RlaifError
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.load import Loaded
+
+app = typer.Typer(
+    name="rlaif",
+    help="Reinforcement learning from AI feedback, on Ray, vLLM and DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG... [key=value...]",
+        help="YAML files, merged left to right, then single settings such as learner.lr=1e-6.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and the placement; start nothing.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlaif {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Keeps `train` a command of its own: typer makes a single command the whole program."""
+
+
+@app.command()
+def train(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """RL from AI feedback: trains a policy against a judge.
+
+    A run goes on from its newest checkpoint when its run_dir has one.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.rl import plan_rl
+
+        return plan_rl(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines.rl import train_rl
+
+        train_rl(loaded)
+
+    _run("train", arguments, plan if dry_run else None, start)
+
+
+def _run(
+    job: str, arguments: Sequence[str], plan: Callable[[Loaded], str] | None, start: Callable[[Loaded], None]
+) -> None:
+    """Loads the config, then plans (a dry run) or starts; ends the process with the exit code that fits."""
+    loaded: Loaded | None = None
+    try:
+        from rlaif_ray.config.load import load_job
+
+        files, overrides = _split(arguments)
+        loaded = load_job(job, files, overrides)
+        if plan is not None:
+            typer.echo(_resolved(loaded))
+            typer.echo(plan(loaded))
+        else:
+            start(loaded)
+    except KeyboardInterrupt:
+        _say("interrupted.", *([] if loaded is None or plan else [f"resume: {_resume_command(loaded)}"]))
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise  # the reader of our output left, as `head` does; click knows what to do
+    except Exception as error:
+        raise typer.Exit(_report(job, error, None if plan else loaded)) from None
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Config files and key=value settings, told apart by the dotted name before the first `=`."""
+    overrides = [text for text in arguments if re.match(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=", text)]
+    files = [Path(text) for text in arguments if text not in overrides]
+    if not files:
+        raise InputError(
+            f"a config file is needed (got only settings: {' '.join(overrides)}): it names the run. "
+            f"Name one before them, e.g. configs/demo/train.yaml."
+        )
+    return files, overrides
+
+
+def _resolved(loaded: Loaded) -> str:
+    from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
+
+    return resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent))
+
+
+def _report(job: str, error: Exception, loaded: Loaded | None) -> int:
+    """Says on stderr what went wrong and how to go on; returns the exit code. `loaded` once a run has started."""
+    cause = _cause(error)
+    trace = "".join(traceback.format_exception(error))
+    if os.environ.get("RLAIF_DEBUG") == "1":
+        typer.echo(trace, err=True)
+    if isinstance(cause, InputError):
+        _say(str(cause))
+        return 2
+    if isinstance(cause, RlaifError):
+        what = str(cause)
+    else:
+        lines = [line for line in str(cause).splitlines() if line.strip()]
+        what = lines[0] if lines else "no message"
+    headline = f"{job} failed: {type(cause).__name__}: {what}"
+    if loaded is None:
+        _say(headline, *([] if isinstance(cause, RlaifError) else [trace]))
+        return 1
+    log = _write_log(loaded.run_dir, trace)
+    _say(
+        headline,
+        f"logs: {loaded.run_dir}" + (f" (traceback: {log})" if log else ""),
+        f"resume: {_resume_command(loaded)}",
+        *([] if log else [f"The traceback could not be written there, so here it is:\n{trace}"]),
+    )
+    return 1
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exception behind Ray's: it wraps an actor's in a RayTaskError with the original as `cause`."""
+    inner = getattr(error, "cause", None)
+    return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error
+
+
+def _write_log(run_dir: Path, trace: str) -> Path | None:
+    log = run_dir / "error.log"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{trace}\n")
+    except OSError:
+        return None
+    return log
+
+
+def _resume_command(loaded: Loaded) -> str:
+    """What the user typed, with the folder that a default made up."""
+    words = [*map(str, loaded.files), *loaded.overrides]
+    if not loaded.run_dir_given:
+        words.append(f"run_dir={loaded.run_dir}")
+    if loaded.config.checkpoint.resume == "never":
+        words.append("checkpoint.resume=auto")
+    return shlex.join(["rlaif", loaded.job, *words])
+
+
+def _say(message: str, *more: str) -> None:
+    typer.echo("\n".join([f"rlaif: {message}", *(f"  {line}" for line in more)]), err=True)
+
+
+def main() -> None:
+    """The `rlaif` program."""
+    app(prog_name="rlaif")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The DeepSpeed config of a learner: a pure function of our own config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from rlaif_ray.config.jobs import LearnerConfig
+
+# Elements that are reduced or gathered at a time. DeepSpeed's own 5e8 costs up to 2 GB for each buffer; from about
+# 1e8 on larger buckets gain no bandwidth.
+_BUCKET_ELEMENTS = 50_000_000
+
+
+def deepspeed_config(
+    learner: LearnerConfig, *, precision: Literal["fp32", "bf16"], micro_batch_size: int = 1
+) -> dict[str, Any]:
+    """DeepSpeed's config for this learner; `learner.deepspeed_overrides` are merged in last and win.
+
+    There is no optimizer and no scheduler in it: the learner hands both to `deepspeed.initialize`. It forms the
+    micro-batches too (by tokens, not by samples) and marks the last one of each optimizer step by itself, which is
+    why the accumulation steps are 1 here.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": learner.grad_clip,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": _zero(learner.zero_stage),
+        "zero_allow_untested_optimizer": True,  # ours comes from torch, DeepSpeed tests its own
+        "zero_force_ds_cpu_optimizer": False,  # so it may also be offloaded
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+    return _merged(config, learner.deepspeed_overrides)
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage >= 1:
+        zero |= {"reduce_bucket_size": _BUCKET_ELEMENTS, "allgather_bucket_size": _BUCKET_ELEMENTS}
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
+            # We gather layer by layer when we save and sync; a gathered copy of the whole model may not fit.
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    return zero
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings merge, anything else replaces. Shares nothing with either."""
+    merged = copy.deepcopy(dict(below))
+    for name, value in above.items():
+        old = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[name] = _merged(old, value)
+        else:
+            merged[name] = copy.deepcopy(value)
+    return merged

@@ -1,0 +1,243 @@
+"""Layers of a config: what each YAML file and override says, where it says it, and how layers merge."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+Key = tuple[str, ...]  # ("learner", "lr") is the dotted name learner.lr
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one source says. With problems, `values` is what could be read all the same."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Key, str] = field(default_factory=dict)  # "train.yaml, line 3", "the override steps=3"
+    problems: list[str] = field(default_factory=list)
+
+
+# --- YAML -----------------------------------------------------------------------------------------------------------
+
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+_FLOAT = re.compile(r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$")
+_INF_NAN = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$")
+_OURS = {"tag:yaml.org,2002:int": [_INT], "tag:yaml.org,2002:float": [_FLOAT, _INF_NAN]}
+
+
+def _numbers_of_yaml_1_2(kind: type[Any]) -> None:
+    """Makes 1e-6 a number and 10:30, 010 and 2024-01-01 text; PyYAML follows YAML 1.1, where each is otherwise."""
+    kind.yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in known if tag not in _OURS and not tag.endswith(":timestamp")]
+        for first, known in kind.yaml_implicit_resolvers.items()
+    }
+    for tag, regexps in _OURS.items():
+        for regexp in regexps:
+            kind.add_implicit_resolver(tag, regexp, list("-+.0123456789"))
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """Reads our YAML."""
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Writes YAML that ConfigLoader reads back unchanged."""
+
+
+_numbers_of_yaml_1_2(ConfigLoader)
+_numbers_of_yaml_1_2(ConfigDumper)
+
+
+class _Reader:
+    """Turns YAML nodes into plain values and notes where each key came from."""
+
+    def __init__(self, text: str, place: Callable[[int], str]) -> None:
+        self.loader = ConfigLoader(text)
+        self.place = place  # line, from 1 -> how to name it
+        self.origins: dict[Key, str] = {}
+        self.problems: list[str] = []
+
+    def read(self, key: Key) -> Any:
+        """The document's value; `key` is where it will stand. None when there is none, or it can't be read."""
+        try:
+            node = self.loader.get_single_node()
+            return None if node is None else self._value(node, key, ())
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = mark.line + 1 if mark else 1
+            what = " ".join(filter(None, [getattr(error, "context", None), getattr(error, "problem", None)])) or error
+            self.problems.append(
+                f"{self.place(line)} is not valid YAML: {what}. Mend the indentation, quotes or brackets there."
+            )
+            return None
+        finally:
+            self.loader.dispose()
+
+    def _value(self, node: yaml.Node, key: Key, parents: tuple[yaml.Node, ...]) -> Any:
+        self.origins[key] = self.place(node.start_mark.line + 1)
+        if node in parents:
+            raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, key, (*parents, node))
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(child, (*key, str(i)), (*parents, node)) for i, child in enumerate(node.value)]
+        return self.loader.construct_object(node, deep=True)
+
+    def _mapping(self, node: yaml.MappingNode, key: Key, parents: tuple[yaml.Node, ...]) -> dict[str, Any]:
+        seen: dict[str, int] = {}
+        for name, _ in node.value:
+            line = name.start_mark.line + 1
+            if not isinstance(name, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", name.start_mark)
+            if name.value in seen and name.value != "<<":
+                self.problems.append(
+                    f"{self.place(line)} sets {'.'.join((*key, name.value))} again (first on line "
+                    f"{seen[name.value]}): only one of the two could count. Remove one."
+                )
+            seen.setdefault(name.value, line)
+        self.loader.flatten_mapping(node)  # resolves <<: *anchor
+        values = {}
+        for name, child in node.value:
+            here = (*key, str(name.value))
+            values[here[-1]] = self._value(child, here, parents)
+            self.origins[here] = self.place(name.start_mark.line + 1)
+        return values
+
+
+def read_file(file: Path) -> Layer:
+    """Reads one YAML file; an empty one says nothing."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return Layer(problems=[_missing(file)])
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return Layer(problems=[f"config file {file} can't be read ({reason}): a YAML text file is needed. Name one."])
+    reader = _Reader(text, lambda line: f"{file}, line {line}")
+    values = reader.read(())
+    if values is not None and not isinstance(values, dict):
+        reader.problems.append(
+            f"config file {file} must hold a mapping of keys to values (got {kind_of(values)}): every setting has a "
+            f"name. Write lines such as `steps: 100`."
+        )
+        values = None
+    return Layer(values or {}, reader.origins, reader.problems)
+
+
+def _missing(file: Path) -> str:
+    siblings = [str(other) for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+    near = difflib.get_close_matches(str(file), siblings, n=1)
+    if near:
+        remedy = f"Did you mean {near[0]}?"
+    elif file.suffix in (".yaml", ".yml"):
+        remedy = "Check the path."
+    else:
+        remedy = "Check the path; if a setting was meant, write it key=value, such as steps=10."
+    return f"config file {file} does not exist (working folder {Path.cwd()}). {remedy}"
+
+
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def read_overrides(overrides: Sequence[str]) -> Layer:
+    """Reads `a.b=value` settings; a later one wins over an earlier one."""
+    layer = Layer()
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not DOTTED.fullmatch(name):
+            layer.problems.append(
+                f"the override {override!r} must be key=value with a dotted key: it names no setting. "
+                f"Write for example learner.lr=1e-6."
+            )
+            continue
+        key: Key = tuple(name.split("."))
+        reader = _Reader(text, lambda line, override=override: f"the override {override}")  # type: ignore[misc]
+        value = reader.read(key)
+        layer.problems.extend(reader.problems)
+        if reader.problems:
+            continue
+        for part in reversed(key):
+            value = {part: value}
+        merged = merge(None, layer.values, value)
+        layer.values.update(merged)
+        layer.origins.update(reader.origins)
+        layer.origins.update({key[:end]: f"the override {override}" for end in range(1, len(key) + 1)})
+    return layer
+
+
+def kind_of(value: Any) -> str:
+    """A value's kind in the user's words."""
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
+    return names.get(type(value), "a number")
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+def variants(model: type[BaseModel] | None, name: str) -> dict[str | None, type[BaseModel]]:
+    """The classes that a field's mapping may be, by their `type` (None for a class without one); {} for other fields.
+
+    A union of which one member has a `type` is tagged: pydantic then puts the tag into error locations.
+    """
+    info = model.model_fields.get(name) if model else None
+    found: dict[str | None, type[BaseModel]] = {}
+    for member in _members(info.annotation) if info else ():
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            kind = member.model_fields.get("type")
+            tags: Sequence[str | None] = get_args(kind.annotation) if kind else (None,)
+            found.update(dict.fromkeys(tags, member))
+    return found
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The members of a (nested, annotated) union; the annotation itself when it is none."""
+    arguments = [] if get_origin(annotation) in (Literal, list, tuple, dict) else get_args(annotation)
+    if not arguments:
+        return [annotation]
+    if hasattr(annotation, "__metadata__"):
+        arguments = arguments[:1]
+    return [member for argument in arguments for member in _members(argument)]
+
+
+def default_values(model: type[BaseModel], kind: str | None = None) -> dict[str, Any]:
+    """What `model` holds when nothing is set; fields without a default are left out."""
+    given: dict[str, Any] = {} if kind is None else {"type": kind}
+    return model.model_construct(**given).model_dump()
+
+
+def merge(model: type[BaseModel] | None, below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings merge, anything else replaces.
+
+    Where `above` changes a mapping's `type`, nothing of `below`'s mapping stays: the keys belonged to the other type.
+    Its place is taken by the new type's defaults.
+    """
+    merged = dict(below)
+    for name, value in above.items():
+        if not isinstance(value, dict):
+            merged[name] = value
+            continue
+        classes = variants(model, name)
+        old, kind = below.get(name), value.get("type")
+        if not isinstance(old, dict) or (kind is not None and old.get("type", kind) != kind):
+            old = _fresh(classes, kind)
+        kind = kind or old.get("type")
+        merged[name] = merge(_pick(classes, kind), old, value)
+    return merged
+
+
+def _fresh(classes: dict[str | None, type[BaseModel]], kind: Any) -> dict[str, Any]:
+    chosen = _pick(classes, kind)
+    return default_values(chosen, kind if kind in classes else None) if chosen else {}
+
+
+def _pick(classes: dict[str | None, type[BaseModel]], kind: Any) -> type[BaseModel] | None:
+    if kind is None and len(classes) == 1:
+        return next(iter(classes.values()))
+    return classes.get(kind) if kind is None or isinstance(kind, str) else None

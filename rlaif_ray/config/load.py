@@ -1,0 +1,61 @@
+"""From files and overrides to a job's config: defaults < files left to right < key=value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlaif_ray.config.jobs import JOBS
+from rlaif_ray.config.layers import default_values, merge, read_file, read_overrides
+from rlaif_ray.config.problems import validate
+from rlaif_ray.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A job's config, with what it came from."""
+
+    job: str  # its name in JOBS
+    config: Any  # JOBS[job]; `run_dir` is always set
+    run_dir: Path  # this run's own folder; not created yet
+    run_dir_given: bool  # set by a file or an override, not made up here
+    files: tuple[Path, ...]
+    overrides: tuple[str, ...]
+
+
+def load_job(job: str, files: Sequence[Path], overrides: Sequence[str] = ()) -> Loaded:
+    """Loads and checks a job's config. All problems are told at once, in one InputError."""
+    model = JOBS[job]
+    values: dict[str, Any] = default_values(model)
+    origins: dict[tuple[str, ...], str] = {}
+    problems: list[str] = []
+    for layer in [*(read_file(Path(file)) for file in files), read_overrides(overrides)]:
+        values = merge(model, values, layer.values)
+        origins |= layer.origins
+        problems += layer.problems
+    # A source that couldn't be read might have set what a cross-check would complain of.
+    config, wrong = validate(model, values, origins, cross_checks=not problems)
+    problems += wrong
+    if problems or config is None:
+        raise InputError(_message(problems))
+
+    given = getattr(config, "run_dir", None)
+    stem = Path(files[0]).stem if files else job
+    run_dir = Path(given or f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    return Loaded(
+        job=job,
+        config=config.model_copy(update={"run_dir": str(run_dir)}),
+        run_dir=run_dir,
+        run_dir_given=bool(given),
+        files=tuple(Path(file) for file in files),
+        overrides=tuple(overrides),
+    )
+
+
+def _message(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return "\n".join([f"the config has {len(problems)} problems:", *(f"  - {problem}" for problem in problems)])

@@ -1,0 +1,325 @@
+"""Checks merged values against a job's class, and says what is wrong in the user's words."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from rlaif_ray.config.layers import Key, kind_of, variants
+
+_ROUNDS = 20  # each leaves out what the rounds before found wrong; far more than nested classes can need
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in a job's class an error is."""
+
+    key: Key  # of the field
+    owner: type[BaseModel] | None  # the class that has, or lacks, the field
+    field: FieldInfo | None
+    item: str = ""  # "[0]" when the error is in a list
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    text: str
+    drop: Key | None = None  # what to leave out to see the problems behind this one
+    unsure: tuple[str, ...] = ()  # keys whose values are unknown as long as this isn't mended
+
+
+def validate(
+    model: type[BaseModel], values: dict[str, Any], origins: Mapping[Key, str], *, cross_checks: bool = True
+) -> tuple[Any, list[str]]:
+    """The config, or None, and every problem.
+
+    Pydantic runs a class's cross-checks only once its fields are right. To tell all at once, the values found wrong
+    are left out and the rest is checked again; a cross-check that names one of them is then held back, since it
+    would judge a default in its stead.
+    """
+    values = copy.deepcopy(values)
+    texts: dict[str, None] = {}
+    unsure: set[str] = set()
+    for _ in range(_ROUNDS):
+        try:
+            problems = list(_switches_for_numbers(model, values, origins))
+            config = model.model_validate(values)
+        except ValidationError as error:
+            problems += _problems(model, error, values, origins, unsure if cross_checks else None)
+        else:
+            if not problems:
+                return (None if texts else config), list(texts)
+        texts.update(dict.fromkeys(problem.text for problem in problems if problem.text))
+        unsure.update(name for problem in problems for name in problem.unsure)
+        dropped = [problem.drop for problem in problems if problem.drop and _drop(values, problem.drop)]
+        if not dropped:
+            break
+    return None, list(texts)
+
+
+def _drop(values: dict[str, Any], key: Key) -> bool:
+    for part in key[:-1]:
+        inner = values.get(part)
+        if not isinstance(inner, dict):
+            return False
+        values = inner
+    return values.pop(key[-1], PydanticUndefined) is not PydanticUndefined
+
+
+def _problems(
+    model: type[BaseModel],
+    error: ValidationError,
+    values: dict[str, Any],
+    origins: Mapping[Key, str],
+    unsure: set[str] | None,
+) -> Iterator[_Problem]:
+    """One per error; `unsure` holds back the cross-checks that name one of its keys, None all of them."""
+    details = [(detail, _place(model, detail)) for detail in error.errors(include_url=False)]
+    # Of a mapping with an unknown type nothing else can be said.
+    typeless = [place.key[:-1] for detail, place in details if detail["type"] == "literal_error" and _is_type(place)]
+    for detail, place in details:
+        if detail["type"] == "value_error":
+            yield from _cross_checks(detail, place.key, unsure)
+        elif any(place.key[: len(key)] == key and not _is_type(place) for key in typeless):
+            continue
+        elif detail["type"] == "extra_forbidden":
+            yield _unknown_key(model, place, values, origins)
+        else:
+            yield _wrong_value(detail, place, values, origins)
+
+
+def _is_type(place: _Place) -> bool:
+    return len(place.key) > 1 and place.key[-1] == "type"
+
+
+def _place(model: type[BaseModel], detail: ErrorDetails) -> _Place:
+    """Finds the field of a pydantic error; leaves out the tags of unions, which are in no dotted name."""
+    parts, key = list(detail["loc"]), []
+    owner: type[BaseModel] | None = None
+    field: FieldInfo | None = None
+    inner: type[BaseModel] | None = model
+    while parts and inner is not None:
+        name = str(parts.pop(0))
+        key.append(name)
+        owner, field = inner, inner.model_fields.get(name)
+        classes = variants(inner, name)
+        if len(classes) > 1:
+            inner = classes.get(str(parts.pop(0))) if parts else None
+        else:
+            inner = next(iter(classes.values()), None)
+    if detail["type"].startswith("union_tag"):
+        key.append("type")
+    return _Place(tuple(key), owner, field, "".join(f"[{part}]" for part in parts if isinstance(part, int)))
+
+
+def _cross_checks(detail: ErrorDetails, key: Key, unsure: set[str] | None) -> Iterator[_Problem]:
+    """A validator's own words, line by line; it leaves out the keys it names, so that what is behind it shows."""
+    for line in str(detail["ctx"]["error"]).splitlines():
+        named = re.findall(re.escape(".".join(key)) + r"\.(\w+)", line) if key else []
+        held_back = unsure is None or any(re.search(rf"\b{re.escape(name)}\b", line) for name in unsure)
+        for index, name in enumerate(named or [None]):
+            text = "" if held_back or index else line
+            yield _Problem(text, (*key, name), (name,)) if name else _Problem(text, key or None, key[-1:])
+
+
+# --- phrasing -------------------------------------------------------------------------------------------------------
+
+
+def _unknown_key(model: type[BaseModel], place: _Place, values: dict[str, Any], origins: Mapping[Key, str]) -> _Problem:
+    key, dotted = place.key, ".".join(place.key)
+    parent, leaf = key[:-1], key[-1]
+    names = _dotted_names(model, values)
+    siblings = [name for name in names if name[:-1] == parent]
+    near = difflib.get_close_matches(leaf, [name[-1] for name in siblings], n=1)
+    meant = [(*parent, near[0])] if near else [name for name in names if name[-1] == leaf != "type"]
+    if not meant and leaf != "type":
+        by_text = {".".join(name): name for name in names}
+        meant = [by_text[text] for text in difflib.get_close_matches(dotted, by_text, n=1)]
+    elsewhere = _types_with(model, parent, leaf)
+    if elsewhere:
+        room = ".".join(parent)
+        remedy = f"It belongs to {' and '.join(f'{room}.type={kind}' for kind in elsewhere)}. Remove it or change type."
+    elif meant:
+        remedy = f"Did you mean {' or '.join('.'.join(name) for name in meant[:3])}?"
+    else:
+        remedy = f"{'.'.join(parent) or 'The job'} knows {', '.join(name[-1] for name in siblings)}."
+    text = f"{dotted} is not a known key ({_origin(key, origins)}): nothing would read it. {remedy}"
+    return _Problem(text, key, (leaf, *(name[-1] for name in meant[:1])))
+
+
+def _types_with(model: type[BaseModel], parent: Key, leaf: str) -> list[str]:
+    """The types of the union at `parent` that have the key."""
+    owner: type[BaseModel] | None = model
+    for part in parent[:-1]:
+        owner = next(iter(variants(owner, part).values()), None)
+    classes = variants(owner, parent[-1]) if parent else {}
+    return [kind for kind, variant in classes.items() if kind is not None and leaf in variant.model_fields]
+
+
+def _dotted_names(model: type[BaseModel], values: Any, parent: Key = ()) -> list[Key]:
+    """Every key that the job knows, given the types chosen in `values`."""
+    names = []
+    for name in model.model_fields:
+        names.append((*parent, name))
+        inner = values.get(name) if isinstance(values, dict) else None
+        classes = variants(model, name)
+        kind = inner.get("type") if isinstance(inner, dict) else None
+        chosen = classes.get(kind) if kind is None or isinstance(kind, str) else None
+        chosen = chosen or next(iter(classes.values()), None)
+        if chosen is not None:
+            names += _dotted_names(chosen, inner, (*parent, name))
+    return names
+
+
+def _wrong_value(detail: ErrorDetails, place: _Place, values: dict[str, Any], origins: Mapping[Key, str]) -> _Problem:
+    of_type = _is_type(place) and detail["type"] in ("literal_error", "union_tag_invalid", "union_tag_not_found")
+    drop = place.key[:-1] if of_type else place.key
+    if detail["type"].startswith("union_tag"):
+        classes = variants(place.owner, place.key[-2])
+        got = detail["input"].get("type") if isinstance(detail["input"], dict) else None
+        return _problem(place, _choice(list(classes)), got, origins, drop, _nearest(got, classes))
+    if detail["type"] == "missing" and not place.item:
+        text = f"{'.'.join(place.key)} must be set: it has no default.{_why(place.field)} Add it to the config."
+        return _Problem(text, None, place.key[-1:])
+    if detail["type"] in ("missing", "too_long", "too_short"):
+        place = _Place(place.key, place.owner, place.field)
+        whole: Any = values
+        for part in place.key:
+            whole = whole[part]
+        return _problem(place, _length(place.field), whole, origins, drop)
+    if detail["type"] == "literal_error":
+        annotation = place.field.annotation if place.field else None
+        choices = [choice for member in (annotation, *get_args(annotation)) for choice in _literals(member)]
+        return _problem(place, _choice(choices), detail["input"], origins, drop, _nearest(detail["input"], choices))
+    remedy = ""
+    if detail["type"] == "string_type" and not isinstance(detail["input"], dict | list | None):
+        remedy = f'Put it in quotes: "{detail["input"]}".'
+    elif detail["type"].startswith("model_") and place.owner:
+        classes = variants(place.owner, place.key[-1])
+        name = place.key[-1]
+        known = isinstance(detail["input"], str) and detail["input"] in classes
+        remedy = f"Write {name}: {{type: {detail['input']}}}." if known else f"Put its keys under it, or remove {name}."
+    return _problem(place, _expected(detail), detail["input"], origins, drop, remedy)
+
+
+def _problem(
+    place: _Place, expected: str, got: Any, origins: Mapping[Key, str], drop: Key, remedy: str = ""
+) -> _Problem:
+    dotted = ".".join(place.key) + place.item
+    where = _origin(place.key, origins)
+    shown = f"{_shown(got)}, {where}"
+    why = _why(place.field) if drop == place.key else ""
+    text = f"{dotted} must be {expected} (got {shown}){':' + why if why else '.'} {remedy or _remedy(place, expected)}"
+    return _Problem(text, drop, drop[-1:])
+
+
+def _expected(detail: ErrorDetails) -> str:
+    """What pydantic wants, in words."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    bounds = {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("greater than", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("less than", "lt"),
+    }
+    if kind in bounds:
+        words, name = bounds[kind]
+        return f"a number {words} {context[name]:g}"
+    for prefix, words in {
+        "int": "a whole number",
+        "float": "a number",
+        "finite": "a finite number",
+        "bool": "true or false",
+        "string": "text",
+        "model": "a mapping of keys",
+        "dict": "a mapping of keys",
+        "list": "a list",
+        "tuple": "a list",
+    }.items():
+        if kind.startswith(prefix + "_"):
+            return words
+    return f"valid: {detail['msg']}"
+
+
+def _remedy(place: _Place, expected: str) -> str:
+    default = place.field.get_default(call_default_factory=True) if place.field else PydanticUndefined
+    if default is PydanticUndefined or isinstance(default, BaseModel) or place.key[-1] == "type":
+        return f"Set it to {expected}."
+    return f"Set it to {expected}, or leave it out for the default, {_shown(default)}."
+
+
+def _why(field: FieldInfo | None) -> str:
+    """What the field means, from its docstring: it mostly tells why the value can't be right."""
+    words = " ".join((field.description or "").split()) if field else ""
+    return f" {words[0].lower() + words[1:]}" if words else ""
+
+
+def _origin(key: Key, origins: Mapping[Key, str]) -> str:
+    for end in range(len(key), 0, -1):
+        if key[:end] in origins:
+            return f"set by {origins[key[:end]]}"
+    return "the default"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{kind_of(value)} {text[:50]}..."
+
+
+def _choice(choices: list[Any]) -> str:
+    words = [str(choice) for choice in choices if choice is not None]
+    return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+
+
+def _nearest(got: Any, choices: Any) -> str:
+    near = difflib.get_close_matches(str(got), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    arguments = get_args(annotation)
+    return arguments if all(isinstance(argument, str | int) for argument in arguments) else ()
+
+
+def _length(field: FieldInfo | None) -> str:
+    count = len(get_args(field.annotation)) if field else 0
+    return f"a list of {count} values"
+
+
+# --- what pydantic lets pass ----------------------------------------------------------------------------------------
+
+
+def _switches_for_numbers(
+    model: type[BaseModel], values: Any, origins: Mapping[Key, str], parent: Key = ()
+) -> Iterator[_Problem]:
+    """`steps: true` is 1 to pydantic, as to Python; to a user it is a slip."""
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        if isinstance(value, dict):
+            classes = variants(model, name)
+            kind = value.get("type")
+            inner = classes.get(kind) if kind is None or isinstance(kind, str) else None
+            if inner is not None:
+                yield from _switches_for_numbers(inner, value, origins, (*parent, name))
+        elif isinstance(value, bool) and field is not None and not _takes_switch(field.annotation):
+            place = _Place((*parent, name), model, field)
+            if _numeric(field.annotation):
+                yield _problem(place, "a number", value, origins, place.key)
+
+
+def _takes_switch(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_takes_switch(member) for member in get_args(annotation))
+
+
+def _numeric(annotation: Any) -> bool:
+    return annotation in (int, float) or any(
+        isinstance(member, int) or _numeric(member) for member in get_args(annotation)
+    )

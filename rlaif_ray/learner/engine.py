@@ -1,0 +1,254 @@
+"""The only door to DeepSpeed: engines for policy, critic and reference, and full weights out of their shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from rlaif_ray.config.deepspeed import deepspeed_config
+from rlaif_ray.learner.packing import PACKED, ModelInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlaif_ray.config.jobs import LearnerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """One learner process among its peers."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    device: Literal["cpu", "cuda"]
+    threads: int  # compute threads on CPU
+
+
+def learner_environment(spec: RankSpec) -> dict[str, str]:
+    """Environment of a learner process, set before it starts."""
+    environment = {
+        "RANK": str(spec.rank),
+        "WORLD_SIZE": str(spec.world_size),
+        "LOCAL_RANK": str(spec.local_rank),
+        "MASTER_ADDR": spec.address,
+        "MASTER_PORT": str(spec.port),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if spec.device == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(spec.threads), "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def join_ranks(spec: RankSpec, timeout_s: float) -> torch.device:
+    """Starts torch.distributed for this rank; returns its device."""
+    os.environ.update(learner_environment(spec))
+    import datetime
+
+    import deepspeed
+
+    if spec.device == "cpu":
+        torch.set_num_threads(spec.threads)
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", spec.local_rank)
+        torch.cuda.set_device(device)
+    deepspeed.logger.setLevel("WARNING")
+    deepspeed.init_distributed(
+        dist_backend="gloo" if spec.device == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        rank=spec.rank,
+        world_size=spec.world_size,
+    )
+    return device
+
+
+@contextmanager
+def sharded_loading(cfg: LearnerConfig, precision: Literal["fp32", "bf16"]) -> Iterator[None]:
+    """Within it transformers loads a model straight into ZeRO-3 shards, so that no rank ever holds all of it."""
+    if cfg.zero_stage < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep = HfDeepSpeedConfig(deepspeed_config(cfg, precision=precision))  # transformers holds it weakly
+    try:
+        yield
+    finally:
+        del keep
+
+
+def learning_rate_factor(step: int, *, warmup: int, total: int, schedule: str) -> float:
+    """Share of the learning rate at optimizer step `step` (from 0): linear warm-up, then constant, linear or cosine
+    to 0 at `total`."""
+    import math
+
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return max(0.0, 1.0 - done)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return 1.0
+
+
+def trainable_engine(
+    module: torch.nn.Module,
+    cfg: LearnerConfig,
+    *,
+    lr: float,
+    total_steps: int,
+    precision: Literal["fp32", "bf16"],
+) -> Any:
+    """A DeepSpeed engine with AdamW and our schedule. Call `train_step_boundary` before each backward."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=lr,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: learning_rate_factor(step, warmup=cfg.warmup_steps, total=total_steps, schedule=cfg.schedule),
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(cfg, precision=precision),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def frozen_engine(module: torch.nn.Module, cfg: LearnerConfig, *, precision: Literal["fp32", "bf16"]) -> Any:
+    """The module ready for forward passes only: sharded like the policy under ZeRO-3, else as it is."""
+    module.requires_grad_(False).eval()
+    if cfg.zero_stage < 3:
+        return module
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=module, config=deepspeed_config(cfg, precision=precision), dist_init_required=False
+    )
+    return engine
+
+
+def optimizer_step(engine: Any) -> float:
+    """Clips, steps optimizer and schedule, clears gradients; returns the gradient norm before clipping."""
+    norm = None
+    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
+        # Plain fp32 is the one mode in which DeepSpeed clips without keeping the norm; gradients are reduced by now.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return float(norm) if norm is not None else 0.0
+
+
+def backward(engine: Any, loss: Tensor, *, last: bool) -> None:
+    """Accumulates gradients; on the last micro-batch of a minibatch they are reduced over ranks as well."""
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss)
+
+
+class CausalPolicy(torch.nn.Module):
+    """A causal language model that computes logits only where a completion token is predicted."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ModelInput) -> Tensor:
+        """(M, V) logits of the completion tokens."""
+        packed = batch.attention_mask is None
+        keep = batch.columns if packed else torch.arange(int(batch.columns.min()), int(batch.columns.max()) + 1)
+        logits = self.model(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=keep.to(batch.tokens.device),
+            use_cache=False,
+            **batch.attention,
+        ).logits
+        if packed:
+            return logits[0]
+        return logits[batch.rows, batch.columns - keep[0].to(batch.columns.device)]
+
+
+class Critic(torch.nn.Module):
+    """The policy's body with one output per token: the value of the state before it."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+        config = body.config.get_text_config()
+        self.head = torch.nn.Linear(config.hidden_size, 1, dtype=body.dtype)
+        # Zero, not random: the first advantages are then the returns themselves rather than a random baseline.
+        with _full_weights([self.head.weight, self.head.bias]):
+            torch.nn.init.zeros_(self.head.weight)
+            torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: ModelInput) -> Tensor:
+        """(M,) fp32 values."""
+        hidden = self.body(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **batch.attention,
+        ).last_hidden_state
+        values: Tensor = self.head(hidden[batch.rows, batch.columns])
+        return values[:, 0].float()
+
+
+def _full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:
+    """Context in which ZeRO-3 parameters are whole; others are anyway."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
+
+
+class WeightGroups:
+    """The policy's weights, whole, one layer group at a time: the trainer's side of a weight sync.
+
+    Follows the contract of vLLM's `WeightSource`: the same names in the same order on every rank, `metadata` without
+    a transfer, iteration as a collective. Under ZeRO-3 a group is gathered on entry and freed on leaving.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+
+    def metadata(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, full shape) of every parameter, tied ones once."""
+        return [
+            (name, str(p.dtype).removeprefix("torch."), tuple(getattr(p, "ds_shape", p.shape)))
+            for name, p in self._parameters.items()
+        ]
+
+    @contextmanager
+    def gathered(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """The full tensors of one group. A collective under ZeRO-3: every rank enters with the same names."""
+        parameters = [self._parameters[name] for name in names]
+        with _full_weights(parameters, write=False):
+            yield [p.data for p in parameters]
+
+
+def uses_packing(model: Any) -> bool:
+    """Whether the model's attention takes packed samples."""
+    return bool(model.config._attn_implementation == PACKED)

@@ -1,0 +1,271 @@
+"""One rank of the RL learner: policy, critic and frozen reference, forward passes and updates.
+
+Which samples a rank computes is decided outside (data/batching.py); sums of losses and statistics go back as sums,
+and every loss is divided by the token count of the whole minibatch, so that neither padding, micro-batching, the
+order of samples nor the number of ranks changes a gradient.
+
+Letters: B samples of the batch, T longest completion, M completion tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlaif_ray.algorithm import kl, losses
+from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+from rlaif_ray.config.jobs import (
+    AlgorithmConfig,
+    GrpoConfig,
+    PpoConfig,
+    ReinforceConfig,
+    TrainJob,
+)
+from rlaif_ray.data.batching import RankPlan
+from rlaif_ray.learner import engine as deepspeed_door
+from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, WeightGroups
+from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
+from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer
+from rlaif_ray.types import Experience
+
+Sums = dict[str, float]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def needs_critic(algorithm: AlgorithmConfig) -> bool:
+    """Whether the advantages come from a learned value."""
+    return isinstance(algorithm, PpoConfig | ReinforceConfig)
+
+
+def needs_reference(algorithm: AlgorithmConfig) -> bool:
+    """Whether the KL to the frozen start enters anywhere."""
+    return algorithm.kl.coef > 0 or algorithm.kl.target is not None
+
+
+class RlRank:
+    """Policy, critic and reference of one learner process."""
+
+    def __init__(
+        self, job: TrainJob, spec: RankSpec, precision: Literal["fp32", "bf16"], *, start_timeout_s: float = 900.0
+    ) -> None:
+        """Joins its peers and loads the models; all ranks do so together."""
+        self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
+        self._spec, self._job, self._precision = spec, job, precision
+        torch.manual_seed(job.seed)
+        random.seed(job.seed)
+        register_packed_attention()
+        policy = job.policy
+        config = load_config(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+        attention = choose_attention(policy.attention, config)
+
+        def load(loader: Callable[..., Any]) -> Any:
+            with deepspeed_door.sharded_loading(job.learner, precision):
+                model = loader(
+                    policy.model,
+                    dtype=DTYPES[precision],
+                    attention=attention,
+                    revision=policy.revision,
+                    trust_remote_code=policy.trust_remote_code,
+                )
+            return model if job.learner.zero_stage == 3 else model.to(self.device)
+
+        train: dict[str, Any] = {"total_steps": job.optimizer_steps, "precision": precision}
+        self._model = load(load_causal_lm)
+        self._packed = deepspeed_door.uses_packing(self._model)
+        self._policy = self._trainable(CausalPolicy(self._model), self._model, lr=job.learner.lr, **train)
+        self._critic, self._reference = None, None
+        if needs_critic(job.algorithm):
+            body = load(load_backbone)
+            critic_lr = job.learner.critic_lr or job.learner.lr
+            self._critic = self._trainable(Critic(body).to(self.device), body, lr=critic_lr, **train)
+        if needs_reference(job.algorithm):
+            frozen = CausalPolicy(load(load_causal_lm))
+            self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
+        self.weights = WeightGroups(self._model)
+
+    def _trainable(self, module: torch.nn.Module, model: Any, *, lr: float, **kwargs: Any) -> Any:
+        if self._job.learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module.train()  # dropout is zero; checkpointing works in training mode only
+        return deepspeed_door.trainable_engine(module, self._job.learner, lr=lr, **kwargs)
+
+    # Forward passes
+
+    @torch.no_grad()
+    def annotate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        plan: RankPlan,
+        *,
+        with_policy: bool,
+    ) -> dict[int, dict[str, Tensor]]:
+        """Per sample of the plan: "ref" and (with a critic) "values", on request "policy"; each (tokens,) fp32 on CPU.
+
+        `policy` and `ref` are log-probabilities of the completion tokens at the sampling temperature.
+        """
+        found: dict[int, dict[str, Tensor]] = {}
+        for micro in plan:
+            chosen = micro or (0,)  # a place-holder takes part in the collectives, nothing more
+            batch = self._input(prompts, completions, chosen)
+            parts: dict[str, Tensor] = {}
+            if with_policy:
+                parts["policy"] = self._logprobs(self._policy, batch)[0]
+            if self._reference is not None:
+                parts["ref"] = self._logprobs(self._reference, batch)[0]
+            if self._critic is not None:
+                parts["values"] = self._critic(batch)
+            lengths = [len(completions[i]) for i in chosen]
+            pieces = {name: values.float().cpu().split(lengths) for name, values in parts.items()}
+            for k, i in enumerate(micro):
+                found[i] = {name: split[k] for name, split in pieces.items()}
+        return found
+
+    def _input(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], chosen: Sequence[int]
+    ) -> ModelInput:
+        return build_input(
+            [prompts[i] for i in chosen], [completions[i] for i in chosen], packed=self._packed, device=self.device
+        )
+
+    def _logprobs(self, model: Any, batch: ModelInput) -> tuple[Tensor, Tensor]:
+        """(M,) log-probabilities and (M,) entropies at the sampling temperature."""
+        return token_logprobs_and_entropy(model(batch), batch.targets, self._job.sampling.temperature)
+
+    # Updates
+
+    def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> Sums:
+        """Optimizer steps, one per (minibatch token count, this rank's micro-batches); returns sums over this
+        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks."""
+        completions = [
+            experience.tokens[i, : int(n)].tolist() for i, n in enumerate(experience.mask.sum(1))
+        ]
+        sums: Sums = {"tokens": 0.0, "grad_norm": 0.0, "value_grad_norm": 0.0, "first_tokens": 0.0, "gap": 0.0}
+        sums |= {"first_ratio_error": 0.0}
+        for number, (token_count, plan) in enumerate(schedule):
+            for k, micro in enumerate(plan):
+                last = k == len(plan) - 1
+                self._accumulate(experience, completions, micro, token_count, last=last, first=number == 0, sums=sums)
+            sums["grad_norm"] += deepspeed_door.optimizer_step(self._policy)
+            if self._critic is not None:
+                sums["value_grad_norm"] += deepspeed_door.optimizer_step(self._critic)
+        sums["lr"] = float(self._policy.lr_scheduler.get_last_lr()[0])
+        return sums
+
+    def _accumulate(
+        self,
+        experience: Experience,
+        completions: Sequence[Sequence[int]],
+        micro: Sequence[int],
+        token_count: int,
+        *,
+        last: bool,
+        first: bool,
+        sums: Sums,
+    ) -> None:
+        """Forward and backward of one micro-batch."""
+        chosen = list(micro or (0,))
+        batch = self._input(experience.prompt_tokens, completions, chosen)
+        flat = _Flat(experience, chosen, self.device)
+        # DeepSpeed averages over ranks; our denominators are global already. A place-holder adds nothing.
+        scale = self._spec.world_size / token_count if micro else 0.0
+        logprobs, entropy = self._logprobs(self._policy, batch)
+        loss, ratio, clipped = policy_loss(self._job.algorithm, logprobs, flat, experience.kl_coef)
+        deepspeed_door.backward(self._policy, loss.sum() * scale, last=last)
+        if micro:
+            _add(sums, tokens=len(loss), policy_loss=loss, entropy=entropy, clipped=clipped)
+            if first:
+                gap = (logprobs.detach() - flat.sampler_logprobs).abs()
+                _add(sums, first_tokens=len(loss), gap=gap)
+                sums["first_ratio_error"] = max(sums["first_ratio_error"], float((ratio - 1).abs().max()))
+        if self._critic is not None:
+            assert flat.values is not None and flat.returns is not None
+            values = self._critic(batch)
+            clip = getattr(self._job.algorithm, "value_clip", None)
+            value_loss, value_clipped = losses.value_loss(values, flat.values, flat.returns, clip)
+            deepspeed_door.backward(self._critic, value_loss.sum() * scale, last=last)
+            if micro:
+                _add(sums, value_loss=value_loss, value_clipped=value_clipped)
+
+    # Files
+
+    def save_checkpoint(self, folder: str) -> None:
+        """Models, optimizers and schedules; all ranks write their shards under `folder`."""
+        self._policy.save_checkpoint(str(Path(folder) / "policy"), tag="state", save_latest=False)
+        if self._critic is not None:
+            self._critic.save_checkpoint(str(Path(folder) / "critic"), tag="state", save_latest=False)
+
+    def load_checkpoint(self, folder: str) -> None:
+        self._policy.load_checkpoint(str(Path(folder) / "policy"), tag="state")
+        if self._critic is not None:
+            self._critic.load_checkpoint(str(Path(folder) / "critic"), tag="state")
+
+    def save_policy(self, folder: str) -> None:
+        """Rank 0 writes a Hugging Face folder; under ZeRO-3 all ranks help gather."""
+        names = [name for name, _, _ in self.weights.metadata()]
+        state = {}
+        for name in names:
+            with self.weights.gathered([name]) as (tensor,):
+                if self._spec.rank == 0:
+                    state[name] = tensor.detach().cpu().clone()
+        if self._spec.rank != 0:
+            return
+        self._model.config.use_cache = True  # off while training, on for whoever loads it
+        self._model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        self._model.config.use_cache = False
+        policy = self._job.policy
+        load_tokenizer(
+            policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code
+        ).save_pretrained(folder)
+
+
+class _Flat:
+    """The (M,) completion tokens of chosen samples out of (B, T) tensors, samples one after the other."""
+
+    def __init__(self, experience: Experience, chosen: list[int], device: torch.device) -> None:
+        mask = experience.mask[chosen]
+
+        def pick(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[chosen][mask].to(device)
+
+        def need(values: Tensor | None) -> Tensor:
+            picked = pick(values)
+            assert picked is not None
+            return picked
+
+        self.logprobs = need(experience.logprobs)
+        self.sampler_logprobs = need(experience.sampler_logprobs)
+        self.advantages = need(experience.advantages)
+        self.ref_logprobs = pick(experience.ref_logprobs)
+        self.values = pick(experience.values)
+        self.returns = pick(experience.returns)
+
+
+def policy_loss(
+    algorithm: AlgorithmConfig, logprobs: Tensor, flat: Any, kl_coef: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token loss of the algorithm, (M,); the ratio to the sampling policy, (M,); where it was clipped, (M,) bool."""
+    if isinstance(algorithm, ReinforceConfig):
+        loss = losses.reinforce_policy_loss(logprobs, flat.advantages)
+        ratio = torch.exp((logprobs - flat.logprobs).detach())
+        clipped = torch.zeros_like(ratio, dtype=torch.bool)
+    else:
+        loss, ratio, clipped = losses.ppo_policy_loss(logprobs, flat.logprobs, flat.advantages, algorithm.clip)
+        ratio = ratio.detach()
+    if algorithm.importance is not None:
+        bounds = algorithm.importance
+        loss = loss * losses.truncated_importance_weight(flat.logprobs, flat.sampler_logprobs, bounds.low, bounds.high)
+    if isinstance(algorithm, GrpoConfig) and kl_coef > 0:
+        loss = loss + kl_coef * kl.kl_estimate(logprobs, flat.ref_logprobs, algorithm.kl.estimator)
+    return loss, ratio, clipped
+
+
+def _add(sums: Sums, **terms: Tensor | int) -> None:
+    for name, term in terms.items():
+        value = float(term.detach().double().sum()) if isinstance(term, Tensor) else float(term)
+        sums[name] = sums.get(name, 0.0) + value

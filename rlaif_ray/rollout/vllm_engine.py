@@ -1,0 +1,203 @@
+"""One vLLM engine in this process: samples completions, reads next-token log-probabilities, takes new weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlaif_ray.errors import EngineError
+from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
+
+CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes: the finer, the more of a prefix is shared
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything an engine is started with."""
+
+    model: str  # folder or hub id
+    revision: str | None
+    trust_remote_code: bool
+    dtype: str  # "float32" or "bfloat16"
+    device: str  # "cpu" or "cuda"
+    max_context: int  # tokens, prompt and completion together
+    tensor_parallel: int
+    gpu_memory_utilization: float
+    kv_cache_gb: float
+    seed: int
+    threads: int  # compute threads on CPU
+    transfer_backend: str | None  # weight transfer; None for an engine whose weights never change
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def engine_environment(spec: EngineSpec) -> dict[str, str]:
+    """Environment of the process that will hold the engine, set before it starts."""
+    environment = {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if spec.tensor_parallel == 1:
+        # The engine core lives in this process: it starts in half the time, and schedules deterministically.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if spec.device == "cpu":
+        environment |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # phases take turns on the same cores, pinned threads would not
+            "OMP_NUM_THREADS": str(spec.threads),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    return environment
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM`; pure."""
+    arguments: dict[str, Any] = {
+        "model": spec.model,
+        "revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_context,
+        "tensor_parallel_size": spec.tensor_parallel,
+        "seed": spec.seed,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # after the temperature: what PPO's ratio compares with
+        "max_logprobs": 128,
+        "disable_log_stats": True,
+        "worker_extension_cls": "rlaif_ray.rollout.worker_extension.WorkerExtension",
+    }
+    if spec.device == "cpu":
+        arguments |= {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK_SIZE,
+            "kv_cache_memory_bytes": int(spec.kv_cache_gb * 2**30),
+        }
+    else:
+        arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+    if spec.transfer_backend is not None:
+        arguments["weight_transfer_config"] = {"backend": spec.transfer_backend}
+    return arguments | spec.engine_kwargs
+
+
+def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
+    """Seed of one completion: the same for the same run, prompt and sample, wherever and beside whatever it runs."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+class VllmEngine:
+    """A Generator on vLLM's offline engine. Not thread-safe: one caller at a time."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Loads the model. The process must have `engine_environment(spec)`.
+
+        Raises:
+            EngineError: vLLM could not start; names its reason.
+        """
+        os.environ.update(engine_environment(spec))
+        from vllm import LLM
+
+        from rlaif_ray.rollout.weight_transfer import register
+
+        register()
+        try:
+            self._llm = LLM(**engine_arguments(spec))
+        except Exception as error:
+            raise EngineError(f"vLLM could not start with {spec.model}: {type(error).__name__}: {error}") from error
+        self._tokenizer = self._llm.get_tokenizer()
+        self._spec = spec
+        self.weight_version = -1  # -1: the weights on disk, which no training step may sample from
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
+        from vllm import SamplingParams
+
+        # The cache would carry keys and values from earlier batches over; starting clean, the same call gives the
+        # same bits in a resumed run. Within the call prefixes are shared.
+        self._llm.reset_prefix_cache()
+        requests, parameters = [], []
+        for prompt in prompts:
+            for sample in range(settings.samples_per_prompt):
+                requests.append({"prompt_token_ids": list(prompt.tokens)})
+                parameters.append(
+                    SamplingParams(
+                        temperature=settings.temperature,
+                        max_tokens=settings.max_new_tokens,
+                        seed=sample_seed(settings.seed, prompt.id, sample),
+                        logprobs=0,
+                        ignore_eos=settings.ignore_eos,
+                        detokenize=False,
+                    )
+                )
+        outputs = self._run(requests, parameters)
+        return [
+            self._completion(prompts[i // settings.samples_per_prompt], i % settings.samples_per_prompt, output)
+            for i, output in enumerate(outputs)
+        ]
+
+    def _completion(self, prompt: Prompt, sample: int, output: Any) -> Completion:
+        result = output.outputs[0]
+        tokens = tuple(result.token_ids)
+        return Completion(
+            prompt=prompt,
+            sample=sample,
+            tokens=tokens,
+            logprobs=tuple(step[token].logprob for step, token in zip(result.logprobs, tokens, strict=True)),
+            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            finished=result.finish_reason == "stop",
+            weight_version=self.weight_version,
+        )
+
+    def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
+        from vllm import SamplingParams
+
+        self._llm.reset_prefix_cache()
+        answers: list[TokenAnswer | None] = [
+            TokenAnswer((), "too_long") if len(query.prompt) >= self._spec.max_context else None for query in queries
+        ]
+        asked = [i for i, answer in enumerate(answers) if answer is None]
+        requests = [{"prompt_token_ids": list(queries[i].prompt)} for i in asked]
+        parameters = [
+            SamplingParams(
+                temperature=1.0, max_tokens=1, seed=0, detokenize=False, logprob_token_ids=list(queries[i].candidates)
+            )
+            for i in asked
+        ]
+        for i, output in zip(asked, self._run(requests, parameters), strict=True):
+            step = output.outputs[0].logprobs[0]
+            answers[i] = TokenAnswer(tuple(step[token].logprob for token in queries[i].candidates))
+        return [answer for answer in answers if answer is not None]
+
+    def _run(self, requests: list[Any], parameters: list[Any]) -> list[Any]:
+        try:
+            return list(self._llm.generate(requests, parameters, use_tqdm=False)) if requests else []
+        except Exception as error:
+            raise EngineError(f"vLLM failed on {len(requests)} requests: {type(error).__name__}: {error}") from error
+
+    # Weight updates, in vLLM's order: init once; then start, update any number of times, finish.
+
+    def init_transfer(self, init_info: dict[str, Any]) -> None:
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def layer_groups(self, names: list[str]) -> list[list[str]]:
+        """Partition of parameter names into what should be gathered and sent together."""
+        from vllm.distributed.weight_transfer.base import layerwise_groups
+
+        return layerwise_groups(names)
+
+    def start_update(self) -> None:
+        self.weight_version = -1  # an update that breaks half way leaves an engine that must not sample
+        self._llm.start_weight_update()
+
+    def update(self, update_info: dict[str, Any]) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_update(self, version: int) -> list[int]:
+        """Makes the new weights current; returns each worker's checksum of them."""
+        self._llm.finish_weight_update()
+        self._llm.reset_prefix_cache()
+        checksums = self._llm.collective_rpc("received_checksum")
+        self.weight_version = version
+        return [int(c) for c in checksums]

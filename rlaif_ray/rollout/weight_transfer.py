@@ -1,0 +1,151 @@
+"""How weights reach vLLM: the trainer's half of each transport, and our shared-memory backend's registration.
+
+vLLM's worker API is driven by its unpacked wire format (start, update any number of times, finish), the same in
+vLLM 0.26 to 0.33. On GPUs its own `ipc` and `nccl` backends receive; on CPUs, where it has none, `shm_engine.py`.
+This module imports vLLM only where a transport needs it, so that a learner on CPU never loads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHM_BACKEND = "shm"
+_ALIGNMENT = 64  # bytes; keeps every tensor of a segment aligned for vector loads
+
+
+def register() -> None:
+    """Adds the shared-memory backend to vLLM. Entry point of vLLM's plugin group: runs in each of its processes."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if SHM_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            SHM_BACKEND, "rlaif_ray.rollout.shm_engine", "ShmWeightTransferEngine"
+        )
+
+
+def additive_checksum(tensors: Sequence[Tensor]) -> int:
+    """Sum of all raw bits read as integers, modulo 2^63.
+
+    Additive, so that it does not care how an engine merges parameters (q, k and v into one), and zero padding of a
+    vocabulary adds nothing.
+    """
+    import torch
+
+    views = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+    total = 0
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(views[tensor.element_size()])
+        total += int(bits.sum(dtype=torch.int64))
+    return total % 2**63
+
+
+def describe(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """The part of an update message that every transport shares."""
+    return {
+        "names": list(names),
+        "dtype_names": [str(t.dtype).removeprefix("torch.") for t in tensors],
+        "shapes": [list(t.shape) for t in tensors],
+    }
+
+
+class ShmSender:
+    """Stages weights in one shared-memory segment, reused for every bucket and every push.
+
+    The segment is as large as the largest bucket, never the whole model: that is what keeps a ZeRO-3 sync within
+    one layer group of extra memory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._segment: Tensor | None = None  # (bytes,) uint8, mapped
+
+    def stage(self, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Copies the tensors into the segment; returns vLLM's update message."""
+        offsets, size = [], 0
+        for tensor in tensors:
+            offsets.append(size)
+            size += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        segment = self._grown_to(size)
+        for offset, tensor in zip(offsets, tensors, strict=True):
+            count = tensor.numel() * tensor.element_size()
+            segment[offset : offset + count].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        return {**describe(names, tensors), "path": str(self._path), "offsets": offsets}
+
+    def _grown_to(self, size: int) -> Tensor:
+        import torch
+
+        if self._segment is None or self._segment.numel() < size:
+            self._segment = None
+            self._path.unlink(missing_ok=True)  # a new file, so that an engine's old mapping stays valid
+            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm fails here and not as a bus error later
+            finally:
+                os.close(descriptor)
+            self._segment = torch.from_file(str(self._path), shared=True, size=size, dtype=torch.uint8)
+        return self._segment
+
+    def release(self) -> None:
+        """After a push: nothing to do, the segment is reused."""
+
+    def close(self) -> None:
+        self._segment = None
+        self._path.unlink(missing_ok=True)
+
+
+class IpcSender:
+    """Hands CUDA IPC handles to engines on the same GPU. Staged tensors live until `release`."""
+
+    def __init__(self) -> None:
+        self._staged: list[Tensor] = []
+
+    def stage(self, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
+        import torch
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        # A parameter's storage may be one large flat buffer of DeepSpeed's: a clone exports just this tensor.
+        staged = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        self._staged += staged
+        torch.cuda.synchronize()
+        return {**describe(names, staged), "ipc_handles": [{uuid: reduce_tensor(t)[1]} for t in staged]}
+
+    def release(self) -> None:
+        """After the engines took a bucket: its staging memory may go."""
+        import torch
+
+        self._staged.clear()
+        torch.cuda.ipc_collect()
+
+    def close(self) -> None:
+        self.release()
+
+
+class NcclSender:
+    """Broadcasts from the learner's rank 0 to all engine workers, for engines on GPUs of their own."""
+
+    def __init__(self, address: str, port: int, world_size: int) -> None:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        self._group = trainer_init({"master_address": address, "master_port": port, "world_size": world_size})
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Sends in order; runs while the engines are inside `update_weights` of the same names."""
+        import torch
+
+        stream = torch.cuda.current_stream()
+        for tensor in tensors:
+            self._group.broadcast(tensor.detach().contiguous(), src=0, stream=stream)
+        torch.cuda.synchronize()
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        self._group = None

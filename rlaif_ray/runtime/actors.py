@@ -1,0 +1,139 @@
+"""The processes: thin shells around an engine or a learner rank. Plain classes, made remote where they are spawned."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.models import resolve_model
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.data.batching import RankPlan
+    from rlaif_ray.interfaces import GenerationSettings
+    from rlaif_ray.learner.engine import RankSpec
+    from rlaif_ray.rollout.vllm_engine import EngineSpec
+    from rlaif_ray.types import Completion, Experience, Prompt, TokenAnswer, TokenQuery
+
+
+class Actor:
+    """What every process can tell about itself."""
+
+    def process(self) -> tuple[int, str]:
+        """(pid, node id)."""
+        import ray
+
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+
+class EngineActor(Actor):
+    """A vLLM engine, for rollouts or for a judge."""
+
+    def start(self, spec: EngineSpec) -> None:
+        """Loads the model; resolved here, since another node has its own cache."""
+        from rlaif_ray.rollout.vllm_engine import VllmEngine
+
+        self._engine = VllmEngine(replace(spec, model=str(resolve_model(spec.model, revision=spec.revision))))
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
+        return self._engine.generate(prompts, settings)
+
+    def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
+        return self._engine.token_logprobs(queries)
+
+    def init_transfer(self, init_info: dict[str, Any]) -> None:
+        self._engine.init_transfer(init_info)
+
+    def layer_groups(self, names: list[str]) -> list[list[str]]:
+        return self._engine.layer_groups(names)
+
+    def start_update(self) -> None:
+        self._engine.start_update()
+
+    def update(self, update_info: dict[str, Any]) -> None:
+        self._engine.update(update_info)
+
+    def finish_update(self, version: int) -> list[int]:
+        return self._engine.finish_update(version)
+
+
+class LearnerActor(Actor):
+    """One rank of the learner, and the sending end of the weight sync."""
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and a free port on this node, for rank 0's peers."""
+        import ray
+
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
+
+    def start(self, job: TrainJob, spec: RankSpec, precision: Literal["fp32", "bf16"]) -> None:
+        from rlaif_ray.learner.ppo import RlRank
+
+        self._learner = RlRank(job, spec, precision, start_timeout_s=job.cluster.start_timeout_s)
+        self._sends = spec.rank == 0
+        self._senders: list[Any] = []
+
+    def annotate(self, prompts: Any, completions: Any, plan: RankPlan, with_policy: bool) -> Any:
+        return self._learner.annotate(prompts, completions, plan, with_policy=with_policy)
+
+    def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> dict[str, float]:
+        return self._learner.update(experience, schedule)
+
+    def save_checkpoint(self, folder: str) -> None:
+        self._learner.save_checkpoint(folder)
+
+    def load_checkpoint(self, folder: str) -> None:
+        self._learner.load_checkpoint(folder)
+
+    def save_policy(self, folder: str) -> None:
+        self._learner.save_policy(folder)
+
+    def weight_metadata(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        return self._learner.weights.metadata()
+
+    def open_senders(self, backend: str, options: dict[str, Any]) -> None:
+        """Rank 0 opens its end of the transport; shared memory has two segments, to fill one while one is read."""
+        from rlaif_ray.rollout.weight_transfer import IpcSender, NcclSender, ShmSender
+
+        if not self._sends:
+            return
+        if backend == "shm":
+            self._senders = [ShmSender(f"{options['path']}-{k}") for k in range(2)]
+        elif backend == "ipc":
+            self._senders = [IpcSender(), IpcSender()]
+        else:
+            self._senders = [NcclSender(**options)]
+
+    def stage(self, names: list[str], slot: int) -> tuple[dict[str, Any], int] | None:
+        """Gathers a bucket (all ranks) and stages it (rank 0): the update message and the bucket's checksum."""
+        from rlaif_ray.rollout.weight_transfer import additive_checksum
+
+        with self._learner.weights.gathered(names) as tensors:
+            if not self._sends:
+                return None
+            return self._senders[slot].stage(names, tensors), additive_checksum(tensors)
+
+    def broadcast(self, names: list[str]) -> int | None:
+        """Gathers a bucket (all ranks) and broadcasts it (rank 0) to engines that are receiving; its checksum."""
+        from rlaif_ray.rollout.weight_transfer import additive_checksum
+
+        with self._learner.weights.gathered(names) as tensors:
+            if not self._sends:
+                return None
+            self._senders[0].broadcast(tensors)
+            return additive_checksum(tensors)
+
+    def release(self, slot: int) -> None:
+        """The engines have taken the bucket staged in `slot`."""
+        if self._sends:
+            self._senders[slot].release()
+
+    def close_senders(self) -> None:
+        for sender in self._senders:
+            sender.close()
+        self._senders = []

@@ -1,0 +1,225 @@
+"""Joins or starts Ray, places the actors, starts them, and ends them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray
+from ray.util.placement_group import remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlaif_ray.errors import InputError
+from rlaif_ray.learner.engine import RankSpec, learner_environment
+from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
+from rlaif_ray.runtime.actors import EngineActor, LearnerActor
+from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
+from rlaif_ray.runtime.placement import Role, Slot, actor_slots, reserve, totals
+from rlaif_ray.runtime.waiting import gather
+from rlaif_ray.runtime.weight_sync import Sync, choose_backend
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import EngineConfig, JudgeConfig, PolicyConfig, Precision, TrainJob
+
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Tokens that the engines must hold, found from the data before anything starts."""
+
+    rollout: int
+    judge: int
+
+
+@contextmanager
+def open_cluster(job: TrainJob, contexts: Contexts) -> Iterator[Cluster]:
+    """Ray with a place for every actor. A Ray that was started here ends here; actors end in any case."""
+    started_here = _connect(job)
+    group = None
+    cluster = None
+    try:
+        device: Literal["cpu", "cuda"] = _device(job)
+        slots = actor_slots(job, device)
+        group = reserve(slots, job.cluster.start_timeout_s)
+        cluster = Cluster(job, contexts, device, slots, group)
+        yield cluster
+    finally:
+        if cluster is not None:
+            cluster.stop()
+        if group is not None:
+            with suppress(Exception):  # Ray itself may be what failed
+                remove_placement_group(group)
+        if started_here:
+            ray.shutdown()
+
+
+def _connect(job: TrainJob) -> bool:
+    """Joins the configured or surrounding cluster, else starts a local Ray; returns whether it started one."""
+    if ray.is_initialized():
+        return False
+    cfg = job.cluster
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if cfg.address != "local":
+        try:
+            ray.init(address=cfg.address or "auto", **quiet)
+            return False
+        except ConnectionError as error:
+            if cfg.address is not None or os.environ.get("RAY_ADDRESS"):
+                where = cfg.address or os.environ["RAY_ADDRESS"]
+                raise InputError(
+                    f"no Ray cluster answers at cluster.address={where}: {str(error).splitlines()[0]}. "
+                    f"Start one (ray start --head), correct the address, or use cluster.address=local."
+                ) from error
+    need = totals(actor_slots(job, "cpu" if cfg.device != "gpu" else "cuda"))
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(need["CPU"])),
+        include_dashboard=False,
+        object_store_memory=int(cfg.object_store_gb * 2**30),
+        **quiet,
+    )
+    return True
+
+
+def _device(job: TrainJob) -> Literal["cpu", "cuda"]:
+    wanted, gpus = job.cluster.device, ray.cluster_resources().get("GPU", 0)
+    if wanted == "gpu" and not gpus:
+        raise InputError(
+            "cluster.device=gpu needs GPUs (the cluster has registered none): the job would wait for ever. "
+            "Add GPU nodes, or use cluster.device=cpu."
+        )
+    return "cuda" if wanted == "gpu" or (wanted == "auto" and gpus) else "cpu"
+
+
+def chosen_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> Literal["fp32", "bf16"]:
+    """auto: bf16 on GPUs; fp32 on CPUs, most of which emulate bf16 many times slower."""
+    if precision == "auto":
+        return "bf16" if device == "cuda" else "fp32"
+    return precision
+
+
+class Cluster:
+    """Starts the job's actors in their places."""
+
+    def __init__(self, job: TrainJob, contexts: Contexts, device: Any, slots: list[Slot], group: Any) -> None:
+        self.device: Literal["cpu", "cuda"] = device
+        self._job, self._contexts, self._slots, self._group = job, contexts, slots, group
+        self._actors: list[Any] = []
+        self._processes: list[tuple[int, str]] = []
+        self._sync: Sync | None = None
+        self._starting: list[tuple[str, list[Any]]] = []
+
+    def start_rollouts(self, policy: PolicyConfig, cfg: EngineConfig) -> EngineGroup:
+        """Engines that sample from the policy. Starts them; `wait` waits."""
+        backend = choose_backend(self._job.weight_sync, self._job.cluster, self.device)
+        spec = self._engine_spec(policy, cfg, context=self._contexts.rollout, transfer=backend)
+        return self._start_engines("rollout", spec)
+
+    def start_judges(self, cfg: JudgeConfig) -> EngineGroup:
+        """Engines of the judge's model. Starts them; `wait` waits."""
+        spec = self._engine_spec(cfg, cfg, context=self._contexts.judge, transfer=None)
+        return self._start_engines("judge", spec)
+
+    def _engine_spec(self, model: Any, cfg: EngineConfig, *, context: int, transfer: str | None) -> EngineSpec:
+        return EngineSpec(
+            model=model.model,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=DTYPE_NAMES[chosen_precision(model.precision, self.device)],
+            device=self.device,
+            max_context=context,
+            tensor_parallel=cfg.tensor_parallel,
+            gpu_memory_utilization=cfg.gpu_memory_utilization,
+            kv_cache_gb=cfg.kv_cache_gb,
+            seed=self._job.seed,
+            threads=self._threads(1),
+            transfer_backend=transfer,
+            engine_kwargs=cfg.engine_kwargs,
+        )
+
+    def _start_engines(self, role: Role, spec: EngineSpec) -> EngineGroup:
+        actors = [self._spawn(EngineActor, slot, engine_environment(spec)) for slot in self._of(role)]
+        self._starting.append((f"{role} engines", [a.start.remote(spec) for a in actors]))
+        return EngineGroup(actors, role=role, timeout_s=self._job.cluster.call_timeout_s)
+
+    def start_learner(self) -> LearnerGroup:
+        """Learner ranks; rank 0 first, since it says where the others find it. `wait` waits."""
+        job = self._job
+        precision = chosen_precision(job.policy.precision, self.device)
+        slots = self._of("learner")
+        base = RankSpec(0, len(slots), 0, "", 0, self.device, self._threads(len(slots)))
+        environment = {
+            k: v for k, v in learner_environment(base).items() if k in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+        }
+        actors = [self._spawn(LearnerActor, slot, environment) for slot in slots]
+        address, port = gather(
+            [actors[0].rendezvous.remote()], who="learner rank 0", timeout_s=job.cluster.start_timeout_s
+        )[0]
+        specs = [
+            RankSpec(rank, len(slots), 0, address, port, self.device, self._threads(len(slots)))
+            for rank in range(len(slots))
+        ]
+        starts = [a.start.remote(job, spec, precision) for a, spec in zip(actors, specs, strict=True)]
+        self._starting.append(("learner ranks", starts))
+        return LearnerGroup(actors, job, precision)
+
+    def wait(self) -> None:
+        """Until every actor started so far is ready: they load side by side."""
+        for who, refs in self._starting:
+            gather(refs, who=f"{who} (start)", timeout_s=self._job.cluster.start_timeout_s)
+        self._starting = []
+        self._processes = gather(
+            [a.process.remote() for a in self._actors], who="actors", timeout_s=self._job.cluster.start_timeout_s
+        )
+
+    def connect(self, learner: LearnerGroup, rollouts: EngineGroup) -> Sync:
+        """The way for weights from the learner to the rollout engines."""
+        job = self._job
+        self._sync = Sync(
+            learner,
+            rollouts,
+            job.weight_sync,
+            choose_backend(job.weight_sync, job.cluster, self.device),
+            engine_workers=job.rollout.tensor_parallel,
+            timeout_s=job.cluster.call_timeout_s,
+        )
+        return self._sync
+
+    def pids(self) -> list[int]:
+        """Processes of the actors on this node, and of Ray's own services there if it was started here."""
+        here = ray.get_runtime_context().get_node_id()
+        return [pid for pid, node in self._processes if node == here]
+
+    def _of(self, role: Role) -> list[Slot]:
+        return [s for s in self._slots if s.role == role]
+
+    def _threads(self, sharing: int) -> int:
+        """Compute threads of one of `sharing` processes that work at the same time."""
+        return self._job.cluster.threads_per_actor or max(1, (os.cpu_count() or 1) // sharing)
+
+    def _spawn(self, actor_class: type, slot: Slot, environment: dict[str, str]) -> Any:
+        strategy = PlacementGroupSchedulingStrategy(self._group, self._slots.index(slot))
+        options: dict[str, Any] = {"num_cpus": slot.cpus, "scheduling_strategy": strategy}
+        if slot.gpus:
+            options["num_gpus"] = slot.gpus
+        carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE", "HF_HOME", "RLAIF_CACHE") if k in os.environ}
+        actor = ray.remote(**options, runtime_env={"env_vars": environment | carried})(actor_class).remote()
+        self._actors.append(actor)
+        return actor
+
+    def stop(self) -> None:
+        """Ends every actor; frees what the sync staged."""
+        if self._sync is not None:
+            with suppress(Exception):  # a dead learner can't clean up after itself; its files are ours to remove
+                self._sync.close()
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+

@@ -1,0 +1,180 @@
+"""Several actors behind one protocol: the driver talks to a Generator and to a Learner, not to processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from rlaif_ray.algorithm.losses import explained_variance
+from rlaif_ray.data.batching import balanced_shares, minibatches, plan_ranks
+from rlaif_ray.errors import RunError
+from rlaif_ray.runtime.waiting import gather
+from rlaif_ray.types import Experience, TokenAnswer
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.interfaces import GenerationSettings
+    from rlaif_ray.types import Completion, Prompt, Sample, TokenQuery
+
+
+class EngineGroup:
+    """A Generator over replicas; work is split by tokens, answers come back in the order asked."""
+
+    def __init__(self, actors: list[Any], *, role: str, timeout_s: float) -> None:
+        self.actors = actors
+        self._role, self._timeout_s = role, timeout_s
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
+        shares = balanced_shares([len(p.tokens) + settings.max_new_tokens for p in prompts], len(self.actors))
+        refs = [
+            actor.generate.remote([prompts[i] for i in share], settings)
+            for actor, share in zip(self.actors, shares, strict=True)
+        ]
+        completions: dict[int, list[Completion]] = {}
+        per_prompt = settings.samples_per_prompt
+        for share, answer in zip(shares, gather(refs, who=f"{self._role} engines", timeout_s=self._timeout_s), strict=True):
+            for k, i in enumerate(share):
+                completions[i] = answer[k * per_prompt : (k + 1) * per_prompt]
+        return [c for i in range(len(prompts)) for c in completions[i]]
+
+    def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
+        # Queries that follow one another share their prefix: whole runs go to one replica, whose cache has it.
+        size = -(-len(queries) // len(self.actors))
+        chunks = [queries[k * size : (k + 1) * size] for k in range(len(self.actors))]
+        asked = [(actor.token_logprobs.remote(chunk), chunk) for actor, chunk in zip(self.actors, chunks, strict=True)]
+        answers: list[TokenAnswer] = []
+        for ref, chunk in asked:
+            try:
+                answers += gather([ref], who=f"{self._role} engine", timeout_s=self._timeout_s)[0]
+            except RunError as error:  # failure to judge is not a judgement: counted by the judge, never a score
+                answers += [TokenAnswer((), f"engine_error: {error}")] * len(chunk)
+        return answers
+
+
+class LearnerGroup:
+    """The Learner over ranks: plans who computes what, and puts results together again."""
+
+    def __init__(self, actors: list[Any], job: TrainJob, precision: str) -> None:
+        self.actors = actors
+        self._job, self._timeout_s = job, job.cluster.call_timeout_s
+        choice = job.algorithm.old_logprobs
+        self._own_logprobs = (
+            choice == "learner"
+            or (choice == "auto" and precision != "fp32")
+            or (choice == "auto" and job.algorithm.importance is not None)
+        )
+        self._updates = 0  # iterations so far: seeds the shuffling of minibatches
+
+    def annotate(self, samples: Sequence[Sample]) -> Experience:
+        prompts = [s.completion.prompt.tokens for s in samples]
+        completions = [s.completion.tokens for s in samples]
+        plans = self._plan(range(len(samples)), prompts, completions)
+        shared = ray.put(prompts), ray.put(completions)
+        refs = [
+            actor.annotate.remote(*shared, plan, self._own_logprobs)
+            for actor, plan in zip(self.actors, plans, strict=True)
+        ]
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for part in gather(refs, who="learner ranks (annotate)", timeout_s=self._timeout_s):
+            found |= part
+        return _experience(samples, found)
+
+    def _plan(self, indices: Sequence[int], prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        learner = self._job.learner
+        return plan_ranks(indices, lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        algorithm = self._job.algorithm
+        lengths = experience.mask.sum(1)
+        completions = [range(int(n)) for n in lengths]
+        schedules: list[list[tuple[int, Any]]] = [[] for _ in self.actors]
+        for epoch in range(algorithm.epochs):
+            seed = (self._job.seed * 1_000_003 + self._updates) * 1_009 + epoch
+            for part in minibatches(len(experience), parts=algorithm.minibatches, seed=seed):
+                tokens = int(lengths[part].sum())
+                plans = self._plan(part, experience.prompt_tokens, completions)
+                for schedule, plan in zip(schedules, plans, strict=True):
+                    schedule.append((tokens, plan))
+        shared = ray.put(experience)
+        refs = [actor.update.remote(shared, schedule) for actor, schedule in zip(self.actors, schedules, strict=True)]
+        parts = gather(refs, who="learner ranks (update)", timeout_s=self._timeout_s)
+        self._updates += 1
+        return _update_metrics(parts, steps=len(schedules[0]), experience=experience)
+
+    def save_checkpoint(self, folder: str) -> None:
+        self._all("save_checkpoint", folder)
+        Path(folder, "learner.json").write_text(json.dumps({"updates": self._updates, "ranks": len(self.actors)}))
+
+    def load_checkpoint(self, folder: str) -> None:
+        self._all("load_checkpoint", folder)
+        self._updates = int(json.loads(Path(folder, "learner.json").read_text())["updates"])
+
+    def save_policy(self, folder: str) -> None:
+        self._all("save_policy", folder)
+
+    def _all(self, verb: str, folder: str) -> None:
+        refs = [getattr(actor, verb).remote(folder) for actor in self.actors]
+        gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
+
+
+def _experience(samples: Sequence[Sample], found: dict[int, dict[str, torch.Tensor]]) -> Experience:
+    """Ragged results as (B, T) tensors."""
+
+    def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence(rows, batch_first=True)
+
+    def column(name: str) -> torch.Tensor | None:
+        return padded([found[i][name] for i in range(len(samples))]) if name in found[0] else None
+
+    completions = [s.completion for s in samples]
+    lengths = torch.tensor([len(c.tokens) for c in completions])
+    sampler = padded([torch.tensor(c.logprobs) for c in completions])
+    own = column("policy")
+    groups: dict[str, int] = {}
+    return Experience(
+        prompt_tokens=tuple(c.prompt.tokens for c in completions),
+        tokens=padded([torch.tensor(c.tokens) for c in completions]),
+        mask=torch.arange(int(lengths.max()))[None, :] < lengths[:, None],
+        finished=torch.tensor([c.finished for c in completions]),
+        scores=torch.tensor([float(s.score.value) for s in samples if s.score.value is not None]),
+        groups=torch.tensor([groups.setdefault(c.prompt.id, len(groups)) for c in completions]),
+        sampler_logprobs=sampler,
+        logprobs=sampler if own is None else own,
+        ref_logprobs=column("ref"),
+        values=column("values"),
+    )
+
+
+def _update_metrics(parts: list[dict[str, float]], *, steps: int, experience: Experience) -> dict[str, float]:
+    """Sums of all ranks as the means that are logged."""
+
+    def total(name: str) -> float:
+        return sum(part.get(name, 0.0) for part in parts)
+
+    tokens, first = total("tokens"), max(1.0, total("first_tokens"))
+    metrics = {
+        "policy/loss": total("policy_loss") / tokens,
+        "policy/entropy": total("entropy") / tokens,
+        "policy/clip_fraction": total("clipped") / tokens,
+        "policy/grad_norm": parts[0]["grad_norm"] / steps,
+        "policy/first_ratio_error": max(part["first_ratio_error"] for part in parts),
+        "policy/lr": parts[0]["lr"],
+        "rollout/logprob_gap": total("gap") / first,
+    }
+    if experience.values is not None and experience.returns is not None:
+        metrics |= {
+            "value/loss": total("value_loss") / tokens,
+            "value/clip_fraction": total("value_clipped") / tokens,
+            "value/grad_norm": parts[0]["value_grad_norm"] / steps,
+            "value/explained_variance": float(
+                explained_variance(experience.values, experience.returns, experience.mask)
+            ),
+        }
+    return metrics

@@ -1,0 +1,237 @@
+"""What a person sees: a live bar on a terminal, a plain line per step elsewhere, a table at the end. All on stdout."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+SHOWN = {
+    "reward/mean": "reward",
+    "kl/mean": "kl",
+    "completion/length_mean": "length",
+}  # metrics of the progress line and their names there
+_WINDOW = 10  # steps over which the time left is estimated
+
+
+class Display(Protocol):
+    """Shows the progress of a run."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def note(self, text: str) -> None: ...
+    def phase(self, name: str | None) -> None: ...
+    def begin(self, step: int) -> None: ...
+    def step(self, step: int, row: Mapping[str, Any]) -> None: ...
+
+
+def open_display(name: str, total_steps: int, resume_step: int) -> Display:
+    live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return (LiveDisplay if live else PlainDisplay)(name, total_steps, resume_step)
+
+
+class _Pace:
+    """Seconds per step and time left, from the last steps with all that lies between them."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self._marks: deque[float] = deque(maxlen=_WINDOW + 1)
+
+    def begin(self) -> None:
+        if not self._marks:
+            self._marks.append(time.perf_counter())
+
+    def end(self) -> None:
+        self._marks.append(time.perf_counter())
+
+    @property
+    def step_s(self) -> float:
+        return (self._marks[-1] - self._marks[0]) / (len(self._marks) - 1) if len(self._marks) > 1 else math.nan
+
+    def eta(self, step: int) -> str:
+        return clock(self.step_s * (self.total_steps - step)) if len(self._marks) > 1 else "-:--"
+
+
+class PlainDisplay:
+    """Lines for logs: one per note, one per step."""
+
+    def __init__(self, name: str, total_steps: int, resume_step: int) -> None:
+        self._name = name
+        self._pace = _Pace(total_steps)
+        self._began = time.perf_counter()
+        self._first = resume_step
+
+    def start(self) -> None:
+        after = f", resumed after step {self._first}" if self._first else ""
+        print(f"{self._name}: {self._pace.total_steps} steps{after}", flush=True)
+
+    def stop(self) -> None: ...
+
+    def note(self, text: str) -> None:
+        print(f"[{clock(time.perf_counter() - self._began)}] {text}", flush=True)
+
+    def phase(self, name: str | None) -> None: ...
+
+    def begin(self, step: int) -> None:
+        self._pace.begin()
+
+    def step(self, step: int, row: Mapping[str, Any]) -> None:
+        self._pace.end()
+        parts = (f"step {step}/{self._pace.total_steps}", key_metrics(row), f"eta {self._pace.eta(step)}")
+        print("  ".join(part for part in parts if part), flush=True)
+
+
+class LiveDisplay:
+    """Two lines that stay at the bottom of a terminal: a bar, then the newest metrics. Notes scroll above them."""
+
+    def __init__(self, name: str, total_steps: int, resume_step: int) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self._console = Console(file=sys.stdout, highlight=False)
+        self._pace = _Pace(total_steps)
+        self._began = self._phase_began = time.perf_counter()
+        self._phase: str | None = "set-up"
+        self._metrics = ""
+        self._step = resume_step
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[state]}", markup=False),
+            console=self._console,
+            auto_refresh=False,
+        )
+        self._task = self._progress.add_task(name, total=total_steps, completed=resume_step, state="")
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
+
+    def start(self) -> None:
+        self._live.start()
+
+    def stop(self) -> None:
+        self._phase = None
+        self._live.stop()
+
+    def note(self, text: str) -> None:
+        self._console.print(f"[{clock(time.perf_counter() - self._began)}] {text}", markup=False)
+
+    def phase(self, name: str | None) -> None:
+        self._phase, self._phase_began = name, time.perf_counter()
+
+    def begin(self, step: int) -> None:
+        self._pace.begin()
+
+    def step(self, step: int, row: Mapping[str, Any]) -> None:
+        self._pace.end()
+        self._step, self._metrics = step, key_metrics(row)
+        self._progress.update(self._task, completed=step)
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        now = time.perf_counter()
+        state = [f"step {self._step}/{self._pace.total_steps}", f"{clock(now - self._began)} elapsed"]
+        if not math.isnan(self._pace.step_s):
+            state += [f"{self._pace.step_s:.1f} s/step", f"{self._pace.eta(self._step)} left"]
+        self._progress.update(self._task, state="  ".join(state))
+        line = Text(f"  {self._metrics}" if self._metrics else "", no_wrap=True, overflow="ellipsis")
+        if self._phase is not None:
+            line.append(f"  {self._phase} {clock(now - self._phase_began)}", style="cyan")
+        return Group(self._progress.get_renderable(), line)
+
+
+def key_metrics(row: Mapping[str, Any]) -> str:
+    """The few numbers of a step worth a look; the first three where a job has none of the usual ones."""
+    names = {key: label for key, label in SHOWN.items() if key in row}
+    if not names:
+        others = [key for key in row if key != "step" and not key.startswith("time/")]
+        names = {key: key for key in others[:3]}
+    parts = [f"{label} {number(row[key])}" for key, label in names.items()]
+    if "time/step_s" in row:
+        parts.append(f"{row['time/step_s']:.1f} s/step")
+    return "  ".join(parts)
+
+
+def number(value: Any) -> str:
+    """Three significant digits, and no exponent for large numbers."""
+    if not isinstance(value, int | float):
+        return "nan" if value is None else str(value)
+    return f"{value:.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """3:24, or 1:02:03."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def print_summary(summary: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
+    """Prints a run's end: time, memory, where the time went, reward, held-out gain, where the files are.
+
+    `summary` is Tracker.summary's. Its `held_out`, if there is one, has `before`, `after` (mean scores), `gain` and
+    `interval` (two numbers, 95%).
+    """
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in _summary_lines(summary, run_dir):
+        table.add_row(label, Text(text))
+    console.print(Panel(table, title=Text(str(summary.get("name", run_dir.name))), expand=False))
+
+
+def _summary_lines(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
+    lines = [
+        ("steps", f"{summary['steps']} of {summary['total_steps']}"),
+        ("time", f"{clock(summary['wall_s'])}, of which set-up {clock(summary['setup_s'])}"),
+        ("peak memory", f"{summary['peak_rss_gb']:.1f} GB"),
+    ]
+    shares = sorted(summary["phase_share"].items(), key=lambda item: -item[1])
+    if shares:
+        lines.append(("step time", ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)))
+    if reward := summary.get("reward"):
+        mean = f" (mean of {reward['window']} steps each)" if reward["window"] > 1 else ""
+        lines.append(("reward", f"{number(reward['first'])} -> {number(reward['last'])}{mean}"))
+    held_out = summary.get("held_out")
+    if isinstance(held_out, Mapping):
+        lines += _held_out_lines(held_out)
+    present = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "summary.json", "report.html", "policy")
+    lines.append(("files", str(run_dir)))
+    lines.append(("", ", ".join(name for name in present if (run_dir / name).exists())))
+    return [(label, text) for label, text in lines if text]
+
+
+def _held_out_lines(held_out: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    if "before" in held_out and "after" in held_out:
+        lines.append(("held-out score", f"{number(held_out['before'])} -> {number(held_out['after'])}"))
+    gain, interval = held_out.get("gain"), held_out.get("interval")
+    if gain is None:
+        return lines
+    if interval is None or any(end is None for end in interval):
+        return [*lines, ("held-out gain", f"{gain:+.3g}")]
+    low, high = interval
+    lines.append(("held-out gain", f"{gain:+.3g}, 95% interval [{low:+.3g}, {high:+.3g}]"))
+    if low > 0:
+        words = "The interval is above zero: the policy scores higher on prompts it never trained on."
+    elif high < 0:
+        words = "The interval is below zero: the policy scores lower than before on prompts it never trained on."
+    else:
+        words = "The interval includes zero: this run does not show a gain. More steps or more held-out prompts may."
+    return [*lines, ("", words)]

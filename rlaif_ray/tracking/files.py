@@ -1,0 +1,131 @@
+"""JSON lines and JSON in the run folder: whole rows or none, whole files or the old ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlaif_ray.errors import InputError, RunError
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinities become None, tensors and numpy scalars plain numbers."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, Iterable):
+        return [plain(inner) for inner in value]
+    return str(value)
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends one line per row in one write, flushed: a killed process can cut only the last line."""
+    text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    try:
+        with path.open("ab") as file:
+            file.write(_encode(text))
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, none if it is missing; a last line cut short by a kill is left out.
+
+    Raises:
+        InputError: a line other than the last is no JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1]:
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise InputError(
+                f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}): a resumed run goes "
+                f"on from these rows. Repair or delete the line, or start anew with checkpoint.resume=never."
+            ) from error
+    return rows
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Drops rows after `last_step`: the steps a resumed run repeats."""
+    rows = [row for row in read_rows(path) if row.get("step", 0) <= last_step]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    _replace(path, "".join(lines))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes `path` whole, or leaves what was there."""
+    try:
+        _replace(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, empty if the file is missing or no JSON."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def prepare_folder(folder: Path, logs: Iterable[Path], resume_step: int) -> None:
+    """Makes the run folder and its logs: emptied for a new run, cut back to `resume_step` for a resumed one.
+
+    Raises:
+        InputError: the folder can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in logs:
+            if resume_step:
+                keep_rows(path, resume_step)
+            else:
+                _replace(path, "")
+        if not resume_step:
+            (folder / "summary.json").unlink(missing_ok=True)  # of a run whose rows are gone
+    except OSError as error:
+        raise InputError(
+            f"run_dir must be a folder this process can write (got {folder}): {error.strerror or error}. "
+            f"The run leaves its metrics, samples and checkpoints there. Choose another with run_dir=PATH."
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with beside.open("wb") as file:
+            file.write(_encode(text))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _encode(text: str) -> bytes:
+    # A lone surrogate, which models do emit, becomes \udxxx: the JSON escape of itself.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return (
+        f"{path} can't be written ({error.strerror or error}): the run would go on without a record. "
+        f"Free space on that disk or restore the folder, then resume."
+    )

@@ -1,0 +1,213 @@
+"""wandb, the only importer of it. It may fail; the run goes on, told once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlaif_ray.config.jobs import TrackingConfig
+from rlaif_ray.tracking.files import plain
+
+MASK = "***"
+_SECRET_WORDS = {"key", "token", "secret", "password", "apikey", "passwd", "secrets", "passwords", "authorization"}
+_CONTAINS = 8  # characters from which on a secret is also looked for inside longer values
+_INIT_TIMEOUT_S = 30  # without a network wandb waits this long before we go offline
+_FINISH_TIMEOUT_S = 300.0  # for uploads at the end
+_FLUSH_S = 1.0  # what a killed process loses of the offline file; wandb's default is 15
+
+
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with secrets replaced by `***`.
+
+    Secret is what has a key with a whole word like key, token, secret or password in it (`api_key`, but not
+    `max_new_tokens`), what equals or contains an environment variable named *_KEY, *_TOKEN, *_SECRET or *_PASSWORD,
+    and the user and password of a URL.
+    """
+    names = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+    known = {value for name, value in os.environ.items() if name.upper().endswith(names) and value}
+    return {str(key): _masked(value, _is_secret(str(key)), known) for key, value in config.items()}
+
+
+def _is_secret(key: str) -> bool:
+    words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
+    return not _SECRET_WORDS.isdisjoint(words) or {"api", "keys"} <= set(words)
+
+
+def _masked(value: Any, secret: bool, known: set[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _masked(inner, secret or _is_secret(str(key)), known) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(inner, secret, known) for inner in value]
+    if secret:
+        return None if value is None else MASK
+    if not isinstance(value, str):
+        return value
+    if value in known or any(len(each) >= _CONTAINS and each in value for each in known):
+        return MASK
+    return re.sub(r"://[^/@\s]+@", f"://{MASK}@", value)
+
+
+class WandbRun:
+    """One wandb run, the same across resumes (its id stands in `wandb_run_id.txt`).
+
+    wandb keeps one row per step and takes no step twice. A run resumed online therefore keeps there the rows that the
+    killed process had already sent; metrics.jsonl has those of the resumed one.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        config: Mapping[str, Any],
+        tracking: TrackingConfig,
+        name: str,
+        resumed: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.failures = 0  # calls that wandb failed
+        self._dir = run_dir
+        self._tracking = tracking
+        self._warn = warn
+        self._run: Any = None
+        self.mode = _mode(tracking.wandb)
+        if self.mode == "disabled":
+            return
+        with self._guarded("start"), self._environment():
+            self._open(without_secrets(config), name, resumed)
+
+    def _open(self, config: dict[str, Any], name: str, resumed: bool) -> None:
+        id_path = self._dir / "wandb_run_id.txt"
+        run_id = id_path.read_text().strip() if resumed and id_path.exists() else ""
+        if not run_id:
+            import secrets
+
+            run_id = secrets.token_hex(4)
+            id_path.write_text(run_id + "\n")
+        if self.mode == "online":
+            try:
+                self._run = self._init(run_id, config, name)
+                return
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                self._warn(
+                    f"wandb is not reachable ({reason[:200]}): going on offline, upload later with `wandb sync`."
+                )
+                self.mode = "offline"
+                self._forget_failed_start()
+        self._run = self._init(run_id, config, name)
+
+    def _forget_failed_start(self) -> None:
+        import wandb
+
+        wandb.teardown(exit_code=1)  # its service keeps the id of a run that could not start, and refuses it afterwards
+
+    def _init(self, run_id: str, config: dict[str, Any], name: str) -> Any:
+        import wandb
+
+        settings: dict[str, Any] = {
+            "silent": True,
+            "console": "off",
+            "disable_git": True,
+            "disable_code": True,
+            "save_code": False,
+            "x_disable_meta": True,  # it would hold the command line, and secrets given there
+            "init_timeout": _INIT_TIMEOUT_S,
+            "login_timeout": _INIT_TIMEOUT_S,
+            "finish_timeout": _FINISH_TIMEOUT_S,
+            "x_transaction_log_flush_interval": _FLUSH_S,
+        }
+        known = wandb.Settings.model_fields  # another wandb may lack some
+        return wandb.init(
+            mode="online" if self.mode == "online" else "offline",
+            dir=str(self._dir),
+            project=self._tracking.project,
+            entity=self._tracking.entity,
+            tags=list(self._tracking.tags),
+            name=name,
+            id=run_id,
+            resume="allow" if self.mode == "online" else None,  # offline, the equal id does it, when uploaded
+            config=config,
+            reinit="create_new",
+            settings=wandb.Settings(**{key: value for key, value in settings.items() if key in known}),
+        )
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Adds numbers to the row of `step`."""
+        if self._run is not None:
+            with self._guarded("log"):
+                self._run.log({key: value for key, value in values.items() if value is not None}, step=step)
+
+    def table(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Logs a fresh table `samples` (a logged one can't grow); wandb shows them by step."""
+        if self._run is None or not rows:
+            return
+        with self._guarded("log samples"), self._environment():
+            import wandb
+
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            data = [[_cell(row.get(column)) for column in columns] for row in rows]
+            table = wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
+            self._run.log({"samples": table}, step=step)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            with self._guarded("write the summary"):
+                self._run.summary.update(flat(plain(values)))
+
+    def finish(self, *, failed: bool) -> None:
+        if self._run is not None:
+            with self._guarded("finish"), self._environment():
+                self._run.finish(exit_code=1 if failed else 0)
+            self._run = None
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever wandb raises: the run matters more than its mirror
+            self.failures += 1
+            if self.failures == 1:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self._warn(f"wandb could not {what} ({reason}): going on, the run's own files are complete.")
+
+    @contextmanager
+    def _environment(self) -> Iterator[None]:
+        """wandb's files in the run folder, and its greetings unsaid; the user's own variables win."""
+        folder = self._dir / "wandb"
+        ours = {"WANDB_SILENT": "true", "WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")}
+        added = {name: value for name, value in ours.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
+
+
+def _mode(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
+    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+
+
+def _cell(value: Any) -> Any:
+    value = plain(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by `/`."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result.update(flat(value, f"{prefix}{key}/"))
+        else:
+            result[f"{prefix}{key}"] = value
+    return result

@@ -1,0 +1,326 @@
+"""Loading: merging, union switches, where a mistake is said to be, resolved.yaml, and DeepSpeed's dict."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlaif_ray.config.deepspeed import deepspeed_config
+from rlaif_ray.config.jobs import JOBS, GrpoConfig, LearnerConfig, PpoConfig, TrainJob
+from rlaif_ray.config.load import Loaded, load_job
+from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
+from rlaif_ray.errors import InputError
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(text: str, name: str = "train.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems(files: list[Path], *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_job("train", files, overrides)
+    return str(caught.value)
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n", "{}"])
+def test_an_empty_file_gives_the_defaults(write: Write, text: str) -> None:
+    loaded = load_job("train", [write(text)])
+    assert loaded.config.model_copy(update={"run_dir": None}) == TrainJob()
+
+
+def test_files_win_left_to_right_and_overrides_win_over_files(write: Write) -> None:
+    first = write("steps: 1\nseed: 1\nlearner: {lr: 1.0, eps: 1.0}", "a.yaml")
+    second = write("steps: 2\nseed: 2\nlearner: {lr: 2.0}", "b.yaml")
+    config = load_job("train", [first, second], ["steps=3"]).config
+    assert (config.steps, config.seed, config.learner.lr, config.learner.eps) == (3, 2, 2.0, 1.0)
+    assert config.learner.ranks == LearnerConfig().ranks
+    assert load_job("train", [second, first]).config.steps == 1
+
+
+def test_a_later_override_wins(write: Write) -> None:
+    assert load_job("train", [write("")], ["steps=1", "steps=2"]).config.steps == 2
+
+
+def test_lists_replace_and_free_mappings_merge(write: Write) -> None:
+    first = write("tracking: {tags: [a, b]}\nrollout: {engine_kwargs: {x: 1, deep: {y: 2}}}", "a.yaml")
+    second = write("tracking: {tags: [c]}\nrollout: {engine_kwargs: {deep: {z: 3}}}", "b.yaml")
+    config = load_job("train", [first, second]).config
+    assert config.tracking.tags == ("c",)
+    assert config.rollout.engine_kwargs == {"x": 1, "deep": {"y": 2, "z": 3}}
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("learner.lr=1e-5", lambda job: job.learner.lr, 1e-5),
+        ("rollout.engine_kwargs.x=1e-5", lambda job: job.rollout.engine_kwargs, {"x": 1e-5}),  # a number, not text
+        ("rollout.engine_kwargs={x: [1, yes]}", lambda job: job.rollout.engine_kwargs, {"x": [1, True]}),
+        ("data.limit=null", lambda job: job.data.limit, None),
+        ("data.limit=", lambda job: job.data.limit, None),
+        ("data.shuffle=false", lambda job: job.data.shuffle, False),
+        ("learner.betas=[0.5, 0.9]", lambda job: job.learner.betas, (0.5, 0.9)),
+        ("cluster.address=10:30", lambda job: job.cluster.address, "10:30"),  # YAML 1.1: sixty times ten and thirty
+        ("tracking.project=2024-01-01", lambda job: job.tracking.project, "2024-01-01"),  # YAML 1.1: a date
+        ("data.path=a=b", lambda job: job.data.path, "a=b"),
+        ('data.path="3"', lambda job: job.data.path, "3"),
+        (
+            "algorithm.importance.high=3",
+            lambda job: (job.algorithm.importance.low, job.algorithm.importance.high),
+            (0, 3),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_override_values_are_yaml(write: Write, override: str, read: Callable[[Any], Any], expected: Any) -> None:
+    value = read(load_job("train", [write("data: {limit: 5}")], [override]).config)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_anchors_and_merge_keys_work(write: Write) -> None:
+    text = "rollout: {engine_kwargs: &same {x: 1, y: 1}}\nfeedback: {judge: {engine_kwargs: {<<: *same, y: 2}}}"
+    config = load_job("train", [write(text)]).config
+    assert config.feedback.judge.engine_kwargs == {"x": 1, "y": 2}
+    assert config.rollout.engine_kwargs == {"x": 1, "y": 1}
+
+
+# --- unions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_union_keeps_its_type_when_only_its_keys_are_set(write: Write) -> None:
+    config = load_job("train", [write("algorithm: {clip: 0.3}")]).config
+    assert isinstance(config.algorithm, PpoConfig) and config.algorithm.clip == 0.3
+
+
+def test_changing_the_type_drops_the_other_types_keys(write: Write) -> None:
+    ppo = write("algorithm: {type: ppo, lam: 0.5, clip: 0.4, epochs: 4}", "ppo.yaml")
+    grpo = write("algorithm: {type: grpo}", "grpo.yaml")
+    assert load_job("train", [ppo, grpo]).config.algorithm == GrpoConfig(type="grpo")
+    assert load_job("train", [ppo], ["algorithm.type=grpo"]).config.algorithm == GrpoConfig(type="grpo")
+    assert load_job("train", [grpo, ppo]).config.algorithm.lam == 0.5
+
+
+def test_naming_the_same_type_again_drops_nothing(write: Write) -> None:
+    config = load_job("train", [write("algorithm: {type: ppo, lam: 0.5}")], ["algorithm.type=ppo"]).config
+    assert config.algorithm.lam == 0.5
+
+
+def test_overrides_are_one_layer_whatever_their_order(write: Write) -> None:
+    settings = ["algorithm.clip=0.3", "algorithm.type=grpo"]
+    for overrides in (settings, settings[::-1]):
+        algorithm = load_job("train", [write("algorithm: {lam: 0.5}")], overrides).config.algorithm
+        assert (algorithm.type, algorithm.clip) == ("grpo", 0.3)
+
+
+def test_a_types_own_nested_defaults_hold_when_one_of_them_is_set(write: Write) -> None:
+    """GRPO's estimator is k3 by default: setting its coefficient alone must not bring back KlConfig's k1."""
+    config = load_job("train", [write("algorithm: {type: grpo, kl: {coef: 0.1}}")]).config
+    assert (config.algorithm.kl.coef, config.algorithm.kl.estimator) == (0.1, "k3")
+
+
+# --- run_dir --------------------------------------------------------------------------------------------------------
+
+
+def test_run_dir_comes_from_the_first_file_and_the_time(write: Write) -> None:
+    loaded = load_job("train", [write("", "mine.yaml"), write("", "other.yaml")])
+    assert loaded.run_dir.parent == Path("runs") and not loaded.run_dir_given
+    assert loaded.run_dir.name.startswith("mine-20") and len(loaded.run_dir.name) == len("mine-20240131-235959")
+    assert loaded.config.run_dir == str(loaded.run_dir)
+    assert not loaded.run_dir.exists()
+
+
+def test_run_dir_can_be_given(write: Write) -> None:
+    loaded = load_job("train", [write("")], ["run_dir=/tmp/here"])
+    assert loaded.run_dir == Path("/tmp/here") and loaded.run_dir_given
+
+
+# --- what is said of mistakes (test_wrong_inputs.py has the table) ----------------------------------------------------
+
+
+def test_all_problems_are_told_at_once(write: Write) -> None:
+    first = write("learner:\n  lrr: 1\nsteps: ten\n", "a.yaml")
+    second = write("algorithm: {type: grpo}\nsampling: {top_p: 0.9, top_k: 5, samples_per_prompt: 1}\n", "b.yaml")
+    text = problems([first, second], "policy.precision=fp16")
+    assert text.startswith("the config has 6 problems:") and text.count("\n  - ") == 6
+    for words in ("learner.lrr", "steps must be a whole number", "sampling.top_p", "sampling.top_k"):
+        assert words in text
+    assert "algorithm.type=grpo needs sampling.samples_per_prompt >= 2 (got 1)" in text
+    assert "Did you mean bf16?" in text
+
+
+def test_each_problem_names_the_source_that_won(write: Write) -> None:
+    first, second = write("seed: 1\nsteps: 0\n", "a.yaml"), write("\n\nsteps: -1\n", "b.yaml")
+    assert f"set by {first}, line 2" in problems([first])
+    assert f"set by {second}, line 3" in problems([first, second])
+    assert "set by the override steps=-2" in problems([first, second], "steps=-2")
+
+
+def test_a_problem_in_a_list_says_which_item(write: Write) -> None:
+    assert "learner.betas[1] must be a number" in problems([write("learner: {betas: [0.9, x]}")])
+
+
+def test_union_tags_do_not_show_in_names(write: Write) -> None:
+    text = problems([write("algorithm: {type: grpo, clip: x, kl: {estimator: k9}, clp: 1}")])
+    assert "algorithm.clip must be a number" in text
+    assert "algorithm.kl.estimator must be one of k1, k2, k3" in text
+    assert "algorithm.clp is not a known key" in text
+    assert "algorithm.grpo" not in text
+
+
+def test_of_an_unknown_type_only_the_type_is_told(write: Write) -> None:
+    text = problems([write("algorithm: {type: gppo, anything: 1}\nfeedback: {type: jugde, else: 2}")])
+    assert text.count("\n  - ") == 2 and "anything" not in text and "else" not in text
+
+
+def test_a_cross_check_waits_until_what_it_reads_is_right(write: Write) -> None:
+    """The default of 100 steps is not the user's: nothing may be concluded from it."""
+    text = problems([write("steps: many\nlearner: {warmup_steps: 200}")])
+    assert "steps must be a whole number" in text and "warmup" not in text
+    text = problems([write("stesp: 500\nlearner: {warmup_steps: 200}")])
+    assert "Did you mean steps?" in text and "warmup" not in text
+
+
+def test_a_cross_check_waits_for_a_file_that_could_not_be_read(write: Write, tmp_path: Path) -> None:
+    text = problems([write("learner: {warmup_steps: 200}"), tmp_path / "steps.yaml"])
+    assert "does not exist" in text and "warmup" not in text
+
+
+def test_a_key_of_another_type_says_whose_it_is(write: Write) -> None:
+    text = problems([write("algorithm: {type: grpo, gamma: 0.9}")])
+    assert "It belongs to algorithm.type=ppo and algorithm.type=reinforce" in text
+
+
+def test_a_key_at_the_wrong_level_says_where_it_lives(write: Write) -> None:
+    assert "Did you mean learner.lr?" in problems([write("lr: 1e-6")])
+    assert "Did you mean algorithm.importance?" in problems([write("importance: {high: 2}")])
+
+
+def test_every_default_config_is_valid() -> None:
+    for job in JOBS:
+        assert load_job(job, []).config
+
+
+# --- resolved.yaml --------------------------------------------------------------------------------------------------
+
+
+def resolved(loaded: Loaded, write: Write) -> Path:
+    return write(resolved_yaml(loaded, {"torch": "2.0"}, "abc+dirty"), "resolved.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "algorithm: {type: grpo, importance: {high: 3}, kl: {target: 6}}\nlearner: {lr: 1e-7, betas: [0.5, 0.9]}",
+        'data: {path: "1e5", column: "no", system: "two\\nlines: yes", split: "2024-01-01"}\ntracking: {tags: ["3"]}',
+        "rollout: {engine_kwargs: {a: 1e-9, b: [1, {c: null}], d: yes, 'e f': 'x: y', \"1\": 2}}",
+        "data: {system: 'Größe 🙂 #1'}",
+    ],
+)
+def test_resolved_yaml_loads_as_the_same_config(write: Write, text: str) -> None:
+    loaded = load_job("train", [write(text)], ["steps=7", "data.limit=3"])
+    assert load_job("train", [resolved(loaded, write)]).config == loaded.config
+
+
+def test_resolved_yaml_says_every_value_and_its_origin(write: Write) -> None:
+    loaded = load_job("train", [write("")], ["data.system=a\nb"])
+    text = resolved(loaded, write).read_text()
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    assert any("abc+dirty" in line for line in comments) and any("torch 2.0" in line for line in comments)
+    values = yaml.safe_load(text)
+    assert set(values) == set(TrainJob.model_fields)
+    assert set(values["algorithm"]) == set(PpoConfig.model_fields)
+
+
+def test_versions_names_what_is_installed() -> None:
+    found = versions()
+    assert next(iter(found)) == "rlaif_ray"
+    assert {"torch", "vllm", "ray", "deepspeed", "transformers", "wandb"} >= set(found) - {"rlaif_ray"}
+
+
+def test_git_revision(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.invalid", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert git_revision(tmp_path) is None
+    assert git_revision(tmp_path / "nowhere") is None
+    git("init", "-q")
+    assert git_revision(tmp_path) is None  # no commit yet
+    tracked, untracked = tmp_path / "tracked", tmp_path / "site-packages"
+    for folder in (tracked, untracked):
+        folder.mkdir()
+        (folder / "file").write_text("1")
+    git("add", "tracked")
+    git("commit", "-q", "-m", "x")
+    assert git_revision(tracked) == git("rev-parse", "HEAD")
+    assert git_revision(untracked) is None
+    (tracked / "file").write_text("2")
+    assert git_revision(tracked) == git("rev-parse", "HEAD") + "+dirty"
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deepspeed_config(stage: Any, precision: Any) -> None:
+    config = deepspeed_config(LearnerConfig(zero_stage=stage, grad_clip=0.5), precision=precision, micro_batch_size=4)
+    assert config["zero_optimization"]["stage"] == stage
+    assert config["bf16"] == {"enabled": precision == "bf16"}
+    assert config["gradient_clipping"] == 0.5
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["zero_allow_untested_optimizer"] is True
+    assert config["wall_clock_breakdown"] is False
+    assert config["steps_per_print"] > 10**9
+    assert not {"optimizer", "scheduler", "fp16"} & set(config)
+    gathers = config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
+    assert gathers is (False if stage == 3 else None)
+
+
+def test_deepspeed_overrides_are_merged_in_last() -> None:
+    overrides = {
+        "zero_optimization": {"reduce_bucket_size": 7, "offload_optimizer": {"device": "cpu"}},
+        "dump_state": 1,
+    }
+    learner = LearnerConfig(zero_stage=2, deepspeed_overrides=overrides)
+    config = deepspeed_config(learner, precision="fp32")
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["reduce_bucket_size"] == 7
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert config["dump_state"] == 1
+
+
+def test_deepspeed_config_is_pure() -> None:
+    """DeepSpeed writes into the dict it is given; that must reach neither our config nor the next dict."""
+    learner = LearnerConfig(deepspeed_overrides={"a": {"b": [1]}})
+    first = deepspeed_config(learner, precision="fp32")
+    first["a"]["b"].append(2)
+    first["zero_optimization"]["stage"] = 9
+    assert learner.deepspeed_overrides == {"a": {"b": [1]}}
+    assert deepspeed_config(learner, precision="fp32")["zero_optimization"]["stage"] == 0
+
+
+def test_deepspeed_itself_accepts_the_config() -> None:
+    deepspeed_schema = pytest.importorskip("deepspeed.runtime.zero.config")
+    for stage in (0, 1, 2, 3):
+        config = deepspeed_config(LearnerConfig(zero_stage=stage), precision="fp32")
+        read = deepspeed_schema.DeepSpeedZeroConfig(**config["zero_optimization"])
+        assert read.stage == stage

@@ -1,0 +1,196 @@
+"""What a user can get wrong, each through the real program: exit code 2, one message that names key and remedy.
+
+To add a case, add a row. A case of another level (a missing data file, a prompt too long, a read-only folder) is a
+row too: `files` are written into the working folder first, and what the config names may be made by `prepare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rlaif_ray.cli import app
+
+CONFIG = "train.yaml"
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """One mistake."""
+
+    name: str
+    config: str | None = ""  # text of train.yaml; None: there is no such file
+    settings: tuple[str, ...] = ()  # key=value arguments
+    says: tuple[str, ...] = ()  # what the message must contain: the key, what was got, the remedy
+    files: dict[str, str] = field(default_factory=dict)  # further files, named on the command line after train.yaml
+    prepare: Callable[[Path], object] = lambda folder: None  # whatever else the working folder needs
+    job: str = "train"
+
+
+CONFIG_LEVEL = [
+    # keys
+    Wrong("unknown key", "zzz: 1", says=("zzz is not a known key", "train.yaml, line 1", "The job knows policy")),
+    Wrong("near-miss key", "learner:\n  lrr: 1", says=("learner.lrr", "line 2", "Did you mean learner.lr?")),
+    Wrong("near-miss room", "samplng: {}", says=("samplng", "Did you mean sampling?")),
+    Wrong("near-miss override", "", ("stesp=3",), ("stesp", "the override stesp=3", "Did you mean steps?")),
+    Wrong("near-miss in a union", "algorithm: {clp: 1}", says=("algorithm.clp", "Did you mean algorithm.clip?")),
+    Wrong("near-miss far down", "evaluation: {held_out: {limt: 9}}", says=("Did you mean evaluation.held_out.limit?",)),
+    Wrong("key at the wrong level", "lr: 1", says=("lr is not a known key", "Did you mean learner.lr?")),
+    Wrong(
+        "key of another type",
+        "algorithm: {type: grpo, value_clip: 0.1}",
+        says=("algorithm.value_clip", "It belongs to algorithm.type=ppo"),
+    ),
+    Wrong("key that is a number", "1: 2", says=("1 is not a known key", "The job knows")),
+    # types and ranges
+    Wrong("text for a whole number", "steps: ten", says=("steps must be a whole number", '"ten"', "default, 100")),
+    Wrong("fraction for a whole number", "steps: 2.5", says=("steps must be a whole number", "2.5", "Set it to")),
+    Wrong("switch for a number", "steps: true", says=("steps must be a number", "true", "Set it to")),
+    Wrong("text for a number", "learner: {lr: fast}", says=("learner.lr must be a number", '"fast"', "1e-06")),
+    Wrong("number for text", "data: {path: 3}", says=("data.path must be text", "Put it in quotes")),
+    Wrong("text for a switch", "data: {shuffle: maybe}", says=("data.shuffle must be true or false", "Set it to")),
+    Wrong("text for a list", "tracking: {tags: a}", says=("tracking.tags must be a list", '"a"', "Set it to")),
+    Wrong("list too short", "learner: {betas: [0.9]}", says=("learner.betas must be a list of 2", "Set it to")),
+    Wrong("number in a list", "learner: {betas: [0.9, 1]}", says=("learner.betas[1]", "less than 1", "Set it to")),
+    Wrong("list for a mapping", "learner: [1]", says=("learner must be a mapping", "[1]", "Put its keys under it")),
+    Wrong("nothing for a mapping", "learner:\nsteps: 1", says=("learner must be a mapping", "null", "or remove")),
+    Wrong("null by override", "", ("learner=null",), ("learner must be a mapping", "override learner=null", "remove")),
+    Wrong("negative", "seed: -1", says=("seed must be a number at least 0", "got -1", "default, 0")),
+    Wrong("zero", "steps: 0", says=("steps must be a number at least 1", "got 0", "Set it to")),
+    Wrong("too large", "seed: 2147483648", says=("seed must be a number less than", "Set it to")),
+    Wrong("infinite", "learner: {lr: .inf}", says=("learner.lr must be a finite number", "Set it to")),
+    Wrong("not a number", "", ("learner.lr=.nan",), ("learner.lr must be", "override learner.lr=.nan", "Set it to")),
+    Wrong("unknown choice", "policy: {precision: fp16}", says=("policy.precision", "auto, fp32, bf16", "mean bf16?")),
+    Wrong("unknown stage", "learner: {zero_stage: 4}", says=("learner.zero_stage", "one of 0, 1, 2, 3", "Set it to")),
+    # unions
+    Wrong("unknown algorithm", "algorithm: {type: gppo}", says=("algorithm.type", "ppo, reinforce", "mean ppo?")),
+    Wrong("no algorithm", "", ("algorithm.type=null",), ("algorithm.type", "ppo, reinforce, rloo, grpo", "Set it to")),
+    Wrong("algorithm by name only", "algorithm: grpo", says=("algorithm must be a mapping", "{type: grpo}")),
+    Wrong(
+        "unknown feedback", "feedback: {type: oracle}", says=("feedback.type must be judge", '"oracle"', "Set it to")
+    ),
+    Wrong("list for a template", "feedback: {template: [a]}", says=("feedback.template must be text", "Set it to")),
+    Wrong("number for a template", "", ("feedback.template=3",), ("feedback.template must be text", "quotes")),
+    Wrong("unknown judge", "feedback: {judge: {type: gpt}}", says=("feedback.judge.type must be vllm", "Set it to")),
+    # files
+    Wrong("missing file", None, says=("train.yaml does not exist", "Check the path")),
+    Wrong(
+        "missing file with a near name",
+        None,
+        prepare=lambda folder: (folder / "trains.yaml").touch(),
+        says=("train.yaml does not exist", "Did you mean trains.yaml?"),
+    ),
+    Wrong("not a setting", "", ("steps",), ("config file steps does not exist", "write it key=value")),
+    Wrong("not a dotted key", "", ("learner..lr=1",), ("learner..lr=1 does not exist", "write it key=value")),
+    Wrong(
+        "folder for a file",
+        None,
+        prepare=lambda folder: (folder / CONFIG).mkdir(),
+        says=("train.yaml can't be read", "Is a directory", "Name one"),
+    ),
+    Wrong(
+        "not text",
+        None,
+        prepare=lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"),
+        says=("train.yaml can't be read", "YAML text file"),
+    ),
+    Wrong("bad YAML", "a: [1, 2\nb: 3", says=("train.yaml, line 2 is not valid YAML", "Mend")),
+    Wrong("tab in YAML", "learner:\n\tlr: 1", says=("train.yaml, line 2 is not valid YAML", r"'\t'", "Mend")),
+    Wrong("two documents", "steps: 1\n---\nsteps: 2", says=("train.yaml, line 2 is not valid YAML", "Mend")),
+    Wrong("Python in YAML", "steps: !!python/name:os.system 1", says=("line 1 is not valid YAML", "Mend")),
+    Wrong("bad YAML in an override", "", ("learner.betas=[1",), ("learner.betas=[1 is not valid YAML", "Mend")),
+    Wrong("list at the top", "- steps: 1", says=("train.yaml must hold a mapping", "a list", "steps: 100")),
+    Wrong("text at the top", "steps", says=("train.yaml must hold a mapping", "text", "steps: 100")),
+    Wrong("duplicate key", "steps: 1\nseed: 1\nsteps: 2", says=("line 3 sets steps again", "line 1", "Remove one")),
+    Wrong("duplicate key far down", "learner: {lr: 1, lr: 2}", says=("sets learner.lr again", "Remove one")),
+    Wrong("wrong in the second file", "", files={"b.yaml": "\nzzz: 1"}, says=("zzz", "b.yaml, line 2")),
+    # cross-checks
+    Wrong(
+        "grpo with one sample",
+        "algorithm: {type: grpo}\nsampling: {samples_per_prompt: 1}",
+        says=("algorithm.type=grpo needs sampling.samples_per_prompt >= 2", "got 1", "use algorithm.type=ppo"),
+    ),
+    Wrong(
+        "rloo with one sample",
+        "",
+        ("algorithm.type=rloo", "sampling.samples_per_prompt=1"),
+        ("algorithm.type=rloo needs", "got 1", "Raise it"),
+    ),
+    Wrong(
+        "minibatches do not divide",
+        "sampling: {prompts_per_step: 4, samples_per_prompt: 2}\nalgorithm: {minibatches: 3}",
+        says=("algorithm.minibatches must divide the 8 samples", "got 3", "Use a divisor of 8"),
+    ),
+    Wrong(
+        "too many ranks",
+        "sampling: {prompts_per_step: 1, samples_per_prompt: 2}\nlearner: {ranks: 3}",
+        says=("learner.ranks must not exceed the 2 samples", "got 3", "Use fewer ranks"),
+    ),
+    Wrong(
+        "too many ranks for a minibatch",
+        "sampling: {prompts_per_step: 2, samples_per_prompt: 2}\nalgorithm: {minibatches: 4}\nlearner: {ranks: 2}",
+        says=("learner.ranks must not exceed the 1 samples", "got 2", "Use fewer ranks or minibatches"),
+    ),
+    Wrong(
+        "warm-up longer than the run",
+        "steps: 10\nlearner: {warmup_steps: 10}",
+        says=("learner.warmup_steps must be below the run's 10", "got 10", "raise steps"),
+    ),
+    Wrong("top_p", "sampling: {top_p: 0.9}", says=("sampling.top_p must be 1", "got 0.9", "temperature instead")),
+    Wrong("top_k", "sampling: {top_k: 50}", says=("sampling.top_k must be 0", "got 50", "temperature instead")),
+    Wrong("temperature 0", "sampling: {temperature: 0}", says=("sampling.temperature", "greater than 0", "default, 1")),
+    Wrong(
+        "no room for a prompt",
+        "sampling: {max_new_tokens: 64}\nrollout: {max_context: 64}",
+        says=("sampling.max_new_tokens must be below rollout.max_context=64", "got 64", "raise max_context"),
+    ),
+    Wrong(
+        "importance bounds swapped",
+        "algorithm: {importance: {low: 3, high: 1}}",
+        says=("algorithm.importance.low must not exceed", "got 3 > 1", "Swap them"),
+    ),
+    Wrong(
+        "importance without the learner's log-probabilities",
+        "algorithm: {importance: {}, old_logprobs: sampler}",
+        says=("algorithm.importance needs", "got sampler", "Set old_logprobs=learner"),
+    ),
+]
+
+
+def wrong_arguments(case: Wrong, folder: Path) -> list[str]:
+    """Lays the case out in `folder`; the command line."""
+    case.prepare(folder)
+    files = {} if case.config is None else {CONFIG: case.config}
+    for name, text in (files | case.files).items():
+        (folder / name).write_text(text)
+    return [case.job, CONFIG, *case.files, *case.settings]
+
+
+def assert_told_well(case: Wrong, folder: Path) -> None:
+    result = CliRunner().invoke(app, wrong_arguments(case, folder))
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    message = result.stderr
+    assert message.startswith("rlaif: ") and message.count("rlaif: ") == 1
+    assert "Traceback" not in message and "pydantic" not in message
+    assert message.count("\n") == 1, f"more than one problem is told:\n{message}"
+    assert len(message) < 600
+    missing = [words for words in case.says if words not in message]
+    assert not missing, f"{missing} not in: {message}"
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("case", CONFIG_LEVEL, ids=lambda case: case.name)
+def test_wrong_config(case: Wrong, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RLAIF_DEBUG", raising=False)
+    assert_told_well(case, tmp_path)
+
+
+def test_case_names_are_unique() -> None:
+    names = [case.name for case in CONFIG_LEVEL]
+    assert len(set(names)) == len(names)
