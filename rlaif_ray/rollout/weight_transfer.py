@@ -40,7 +40,10 @@ def additive_checksum(tensors: Sequence[Tensor]) -> int:
     views = {4: torch.int32, 2: torch.int16, 1: torch.int8}
     total = 0
     for tensor in tensors:
-        bits = tensor.detach().contiguous().view(views[tensor.element_size()])
+        flat = tensor.detach().contiguous().view(-1)
+        # Eight bytes at a time where that is four times as fast; GPUs keep merged parameters, so there by element.
+        wide = not tensor.is_cuda and flat.numel() * flat.element_size() % 8 == 0
+        bits = flat.view(torch.int64 if wide else views[flat.element_size()])
         total += int(bits.sum(dtype=torch.int64))
     return total % 2**63
 

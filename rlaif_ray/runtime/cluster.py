@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def _connect(job: TrainJob) -> bool:
     if ray.is_initialized():
         return False
     cfg = job.cluster
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if cfg.address != "local":
         try:
@@ -110,6 +111,7 @@ class Cluster:
     def __init__(self, job: TrainJob, contexts: Contexts, device: Any, slots: list[Slot], group: Any) -> None:
         self.device: Literal["cpu", "cuda"] = device
         self._job, self._contexts, self._slots, self._group = job, contexts, slots, group
+        self._node = ray.get_runtime_context().get_node_id()
         self._actors: list[Any] = []
         self._processes: list[tuple[int, str]] = []
         self._sync: Sync | None = None
@@ -192,9 +194,8 @@ class Cluster:
         return self._sync
 
     def pids(self) -> list[int]:
-        """Processes of the actors on this node, and of Ray's own services there if it was started here."""
-        here = ray.get_runtime_context().get_node_id()
-        return [pid for pid, node in self._processes if node == here]
+        """Processes of the actors on this node. Asks nothing of Ray: other threads call it, also after the end."""
+        return [pid for pid, node in self._processes if node == self._node]
 
     def _of(self, role: Role) -> list[Slot]:
         return [s for s in self._slots if s.role == role]

@@ -179,8 +179,8 @@ def clock(seconds: float) -> str:
 def print_summary(summary: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
     """Prints a run's end: time, memory, where the time went, reward, held-out gain, where the files are.
 
-    `summary` is Tracker.summary's. Its `held_out`, if there is one, has `before`, `after` (mean scores), `gain` and
-    `interval` (two numbers, 95%).
+    `summary` is Tracker.summary's. Its `held_out`, if there is one, has `before`, `after` and the paired `gain`, each
+    with `mean`, `ci95_low`, `ci95_high` and `n`.
     """
     from rich.console import Console
     from rich.panel import Panel
@@ -218,20 +218,17 @@ def _summary_lines(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str,
 
 
 def _held_out_lines(held_out: Mapping[str, Any]) -> list[tuple[str, str]]:
-    lines = []
-    if "before" in held_out and "after" in held_out:
-        lines.append(("held-out score", f"{number(held_out['before'])} -> {number(held_out['after'])}"))
-    gain, interval = held_out.get("gain"), held_out.get("interval")
-    if gain is None:
+    """The score before and after, the gain with its interval, and what the interval says, in words."""
+    before, after, gain = (held_out[name] for name in ("before", "after", "gain"))
+    lines = [("held-out score", f"{number(before['mean'])} -> {number(after['mean'])} ({gain['n']} prompts)")]
+    low, high = gain["ci95_low"], gain["ci95_high"]
+    if gain["mean"] is None or low is None:
         return lines
-    if interval is None or any(end is None for end in interval):
-        return [*lines, ("held-out gain", f"{gain:+.3g}")]
-    low, high = interval
-    lines.append(("held-out gain", f"{gain:+.3g}, 95% interval [{low:+.3g}, {high:+.3g}]"))
+    lines.append(("held-out gain", f"{gain['mean']:+.3g}, 95% interval [{low:+.3g}, {high:+.3g}]"))
     if low > 0:
-        words = "The interval is above zero: the policy scores higher on prompts it never trained on."
+        words = "The interval is above zero: the judge scores the policy higher on prompts it never trained on."
     elif high < 0:
-        words = "The interval is below zero: the policy scores lower than before on prompts it never trained on."
+        words = "The interval is below zero: the judge scores the policy lower on prompts it never trained on."
     else:
         words = "The interval includes zero: this run does not show a gain. More steps or more held-out prompts may."
     return [*lines, ("", words)]

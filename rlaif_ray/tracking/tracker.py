@@ -10,12 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlaif_ray.config.jobs import TrackingConfig
 from rlaif_ray.errors import RunError
 from rlaif_ray.tracking.display import open_display
 from rlaif_ray.tracking.files import append_rows, plain, prepare_folder, read_json, read_rows, write_json
 from rlaif_ray.tracking.memory import PeakMemory
-from rlaif_ray.tracking.wandb_run import WandbRun, flat
+from rlaif_ray.tracking.wandb_run import TrackingSettings, WandbRun, flat
 
 PHASES = ("rollout", "feedback", "annotate", "update", "weight_sync", "evaluation", "checkpoint")
 
@@ -24,7 +23,7 @@ def open_tracker(
     run_dir: Path,
     *,
     config: Mapping[str, Any],
-    tracking: TrackingConfig,
+    tracking: TrackingSettings,
     total_steps: int,
     resume_step: int = 0,
     name: str,
@@ -88,7 +87,7 @@ class Tracker:
         self,
         run_dir: Path,
         config: Mapping[str, Any],
-        tracking: TrackingConfig,
+        tracking: TrackingSettings,
         total_steps: int,
         resume_step: int,
         name: str,

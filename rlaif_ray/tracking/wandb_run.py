@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rlaif_ray.config.jobs import TrackingConfig
 from rlaif_ray.tracking.files import plain
 
 MASK = "***"
@@ -19,6 +18,21 @@ _CONTAINS = 8  # characters from which on a secret is also looked for inside lon
 _INIT_TIMEOUT_S = 30  # without a network wandb waits this long before we go offline
 _FINISH_TIMEOUT_S = 300.0  # for uploads at the end
 _FLUSH_S = 1.0  # what a killed process loses of the offline file; wandb's default is 15
+
+
+class TrackingSettings(Protocol):
+    """What tracking needs of its config (config.jobs.TrackingConfig)."""
+
+    @property
+    def wandb(self) -> str: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def entity(self) -> str | None: ...
+    @property
+    def tags(self) -> tuple[str, ...]: ...
+    @property
+    def samples_per_step(self) -> int: ...
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +78,7 @@ class WandbRun:
         run_dir: Path,
         *,
         config: Mapping[str, Any],
-        tracking: TrackingConfig,
+        tracking: TrackingSettings,
         name: str,
         resumed: bool,
         warn: Callable[[str], None],

@@ -303,7 +303,9 @@ class TestSummary:
     ) -> None:
         with tracker(tmp_path) as track:
             take_steps(track, 1, 4)
-            held_out = {"before": 0.1, "after": 0.3, "gain": 0.2, "interval": interval}
+            low, high = interval or (None, None)
+            gain = {"mean": 0.2, "ci95_low": low, "ci95_high": high, "n": 9}
+            held_out = {"before": {"mean": 0.1}, "after": {"mean": 0.3}, "gain": gain}
             summary = track.summary({"held_out": held_out})
         capsys.readouterr()
         print_summary(summary, tmp_path)

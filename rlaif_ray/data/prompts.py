@@ -1,0 +1,555 @@
+"""Prompts: read from files or the hub, rendered to the policy's tokens, and dealt out step by step.
+
+`load_prompts` names file and row (for .jsonl the line) of whatever is wrong; `PromptSource` walks the prompts in
+seeded epochs and can be put back to where a checkpoint left it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGED = Path(__file__).parent / "prompts"  # package:train and package:heldout
+
+# How `datasets` reads each file ending. A .csv holds text: without these, "NA" would be no prompt and "007" the id 7.
+_BUILDERS: dict[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_ENDINGS = ", ".join(_BUILDERS)
+_ROWS_AT_A_TIME = 1000  # of a parquet file; `datasets` takes a row group by default, and fails where that is empty
+
+# Which split a file of a folder belongs to, by the words of its name; a file with none of them is for training.
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+    "heldout": {"heldout"},
+}
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPrompts:
+    """The prompts of one data set, in its order."""
+
+    prompts: tuple[Prompt, ...]  # never empty
+    skipped: int  # left out for being longer than max_prompt_tokens
+
+
+def load_prompts(
+    path: str,
+    *,
+    split: str = "train",
+    column: str = "prompt",
+    limit: int | None = None,
+    system: str | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    too_long: Literal["error", "skip"] = "error",
+) -> LoadedPrompts:
+    """Every prompt of `path`, at most its first `limit` rows, as text and as tokens of `tokenizer`.
+
+    `path` is `package:train`, `package:heldout`, a file (.jsonl, .json, .parquet, .csv), a folder of such files, or a
+    hub id. `column` holds a string, or a list of {role, content} messages that ends with the user's. `system` is put
+    before every prompt that has no system message; some chat templates put one of their own where there is none
+    (SmolLM2's does), and `system=""` keeps them from it. Local files are read anew each time, past every cache.
+
+    A prompt's id is its row's `id`, else "<file stem>-<row number>". Raises InputError for the first wrong row.
+    """
+    rows = _read(path, split, column, limit)
+    if not rows:
+        raise InputError(f"the prompts {path!r} have no rows (got an empty data set). Give a data set with prompts.")
+    renderer = _Renderer(tokenizer)
+    prompts: list[Prompt] = []
+    place_of: dict[str, str] = {}
+    shortest_skipped: int | None = None
+    skipped = 0
+    for row in rows:
+        name = _row_id(row)
+        if name in place_of:
+            raise InputError(
+                f"{row.place}: id must be unique (got {name!r}, which {place_of[name]} has too). "
+                "Give every row an id of its own, or remove the id column to have them numbered."
+            )
+        place_of[name] = row.place
+        messages = _messages(row, column, system)
+        tokens = renderer.tokens(messages, row.place)
+        if len(tokens) <= max_prompt_tokens:
+            prompts.append(Prompt(id=name, messages=messages, tokens=tokens, text=conversation_text(messages)))
+        elif too_long == "skip":
+            skipped += 1
+            shortest_skipped = min(len(tokens), shortest_skipped or len(tokens))
+        else:
+            raise InputError(
+                f"{row.place}: the prompt has {len(tokens)} tokens with its chat template, and {max_prompt_tokens} "
+                f"are allowed (max_prompt_tokens, or what the context leaves after the answer). Shorten it, raise "
+                f"max_prompt_tokens or the context, or set too_long=skip to leave such prompts out."
+            )
+    if not prompts:
+        raise InputError(
+            f"no prompt of {path!r} is left: all {skipped} are longer than {max_prompt_tokens} tokens and were skipped "
+            f"(too_long=skip; the shortest has {shortest_skipped}). Raise max_prompt_tokens or the context."
+        )
+    return LoadedPrompts(tuple(prompts), skipped)
+
+
+def conversation_text(messages: Sequence[Message]) -> str:
+    """The conversation as a judge reads it: one message as it is, several as "User: ...", "Assistant: ...".
+
+    System messages are left out: they tell the policy how to answer and are no part of the conversation.
+    """
+    turns = [message for message in messages if message.role != "system"]
+    if len(turns) == 1:
+        return turns[0].content
+    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a data set, and how to speak of it."""
+
+    place: str  # "prompts.jsonl, line 3"
+    number: str  # its id where it has none: "prompts-3"
+    cells: dict[str, Any]
+
+
+def _read(path: str, split: str, column: str, limit: int | None) -> list[_Row]:
+    """The rows of whatever `path` names, each with a cell for `column`."""
+    if path.startswith("package:"):
+        return _read_file(_packaged(path), split, column, limit)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _read_folder(local, split, column, limit)
+    if local.exists():
+        return _read_file(local, split, column, limit)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix in _BUILDERS:
+        near = local.parent.iterdir() if local.parent.is_dir() else ()
+        raise InputError(
+            f"the prompts {path!r} do not exist (looked at {local.absolute()})."
+            f"{_nearest(local.name, [file.name for file in near])} Correct the path."
+        )
+    return _read_hub(path, split, column, limit)
+
+
+def _packaged(path: str) -> Path:
+    names = [f"package:{file.stem}" for file in sorted(PACKAGED.glob("*.jsonl"))]
+    if path not in names:
+        raise InputError(
+            f"{path!r} is not among the packaged prompts.{_nearest(path, names)} Use one of: {', '.join(names)}."
+        )
+    return PACKAGED / f"{path.removeprefix('package:')}.jsonl"
+
+
+def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> list[_Row]:
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in _BUILDERS and file.is_file()]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if not files:
+        raise InputError(f"the folder {folder} has no prompts (got no {_ENDINGS} file in it). Put one there.")
+    chosen = [file for file in files if _is_of_split(file.relative_to(folder), split)]
+    if not chosen:
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:5])
+        raise InputError(
+            f"the folder {folder} has no split {split!r} (got {names}): a file belongs to the split that its name "
+            "says, and to train when it says none. Set split to what is there, or name one file."
+        )
+    stems = [str(file.relative_to(folder).with_suffix("")) for file in chosen]
+    rows: list[_Row] = []
+    for file, stem in zip(chosen, stems, strict=True):
+        if limit is not None and len(rows) >= limit:
+            break
+        unique = stem if stems.count(stem) == 1 else str(file.relative_to(folder))
+        left = None if limit is None else limit - len(rows)
+        rows += _read_file(file, "train", column, left, stem=unique)
+    return rows
+
+
+def _is_of_split(name: Path, split: str) -> bool:
+    words = set(re.split(r"[^a-z]+", str(name.with_suffix("")).lower()))
+    if words & (_SPLIT_WORDS.get(split) or {split.lower()}):
+        return True
+    return split == "train" and not words & set().union(*_SPLIT_WORDS.values())
+
+
+def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: str | None = None) -> list[_Row]:
+    if file.suffix not in _BUILDERS:
+        raise InputError(
+            f"the prompts {file} are in a format that is not read (got {file.suffix or 'no file ending'}). "
+            f"Give one of: {_ENDINGS}."
+        )
+    if split != "train":
+        raise InputError(
+            f"the prompts {file} have no split {split!r}: a single file is all train. "
+            "Leave split out, or name the file that holds those prompts."
+        )
+    records = _records(file, column, limit)
+    _need_column(column, list(dict.fromkeys(key for record in records for key in record)), str(file), records)
+    places = [f"{file}, row {number}" for number in range(1, len(records) + 1)]
+    if file.suffix == ".jsonl":
+        with file.open("rb") as lines:
+            numbers = [n for n, line in enumerate(lines, 1) if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{")]
+        places = [f"{file}, line {number}" for number, _ in zip(numbers, records, strict=False)]
+    stem = stem or file.stem
+    return [
+        _Row(place, f"{stem}-{number}", record)
+        for number, (place, record) in enumerate(zip(places, records, strict=True), 1)
+    ]
+
+
+def _records(file: Path, column: str, limit: int | None) -> list[dict[str, Any]]:
+    """The first `limit` records of a file, through `datasets` and past its cache: a changed file is read as it is."""
+    import datasets
+
+    builder = _BUILDERS[file.suffix]
+    options: dict[str, dict[str, Any]] = {
+        "csv": {"keep_default_na": False, "converters": {column: str, "id": str}},
+        "parquet": {"batch_size": _ROWS_AT_A_TIME},
+    }
+    try:
+        with file.open("rb") as opened:  # an unreadable file is told as such, not as a data set without files
+            if not opened.read(1):
+                return []
+        with _quiet_datasets():
+            data_files = {"train": [glob.escape(str(file.absolute()))]}
+            # Streaming reads the file itself; all else goes through a copy in the cache.
+            stream = datasets.load_dataset(
+                builder, data_files=data_files, split="train", streaming=True, **options.get(builder, {})
+            )
+            return [dict(record) for record in itertools.islice(stream, limit)]
+    except Exception as error:  # what pyarrow, pandas and datasets raise about a file has no common root
+        if file.suffix in (".jsonl", ".json"):
+            _explain_broken_json(file, error)
+        raise InputError(
+            f"the prompts {file} cannot be read as {file.suffix} (got: {_one_line(error)}). "
+            "Mend the file, or give it the ending of what it is."
+        ) from error
+
+
+def _explain_broken_json(file: Path, cause: Exception) -> None:
+    """Raises InputError with the first line that is no JSON object; returns when there is none."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return
+    if file.suffix == ".json":
+        try:
+            json.loads(content)
+            return
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            first = content.lstrip().partition(b"\n")[0].rstrip()
+            if not (first.startswith(b"{") and first.endswith(b"}")):  # not one object a line
+                line = error.lineno if isinstance(error, json.JSONDecodeError) else None
+                place = f"{file}, line {line}" if line else f"{file}"
+                raise InputError(f"{place}: not valid JSON (got: {_one_line(error)}). Mend it.") from cause
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            shown = line.decode("utf-8", "replace").strip()
+            raise InputError(
+                f"{file}, line {number}: not valid JSON ({reason}; got {_shorten(shown)}). "
+                "Every line must be one JSON object, in UTF-8. Mend the line."
+            ) from cause
+        if not isinstance(value, dict):
+            raise InputError(
+                f"{file}, line {number}: must be a JSON object (got {_shorten(repr(value))}). "
+                'Write it as {"prompt": ...}.'
+            ) from cause
+
+
+def _read_hub(name: str, split: str, column: str, limit: int | None) -> list[_Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
+        raise InputError(
+            f"the prompts {name!r} are no file or folder here, and as a Hugging Face data set its split {split!r} cannot "
+            f"be loaded (got: {_one_line(error)}). Check the spelling and the network; a data set that is not in the "
+            "local cache needs one, a private one HF_TOKEN. Or give a local file."
+        ) from error
+    _need_column(column, data.column_names, name, data)
+    kept = data.select_columns([key for key in (column, "id") if key in data.column_names])
+    records = kept.select(range(min(len(kept), limit if limit is not None else len(kept)))).to_list()
+    stem = name.rpartition("/")[2]
+    return [_Row(f"{name} ({split}), row {n}", f"{stem}-{n}", record) for n, record in enumerate(records, 1)]
+
+
+def _need_column(column: str, columns: list[str], where: str, records: Any) -> None:
+    if len(records) and column not in columns:
+        raise InputError(
+            f"the prompts {where} have no column {column!r} (got {', '.join(columns) or 'none'})."
+            f"{_nearest(column, columns)} Set column to the one that holds the prompts."
+        )
+
+
+# ---- One row ---------------------------------------------------------------------------------------------------------
+
+
+def _row_id(row: _Row) -> str:
+    if "id" not in row.cells:
+        return row.number
+    value = row.cells["id"]
+    # datasets reads JSON text that looks like a date as one
+    if isinstance(value, bool) or not isinstance(value, (str, int, datetime)) or value == "":
+        raise InputError(
+            f"{row.place}: id must be text (got {_got(value)}). "
+            "Give every row an id, or remove the id column to have them numbered."
+        )
+    return str(value)
+
+
+def _messages(row: _Row, column: str, system: str | None) -> tuple[Message, ...]:
+    """The row's conversation, checked, with `system` before it where it has no system message."""
+    value = row.cells.get(column)
+    if isinstance(value, str):
+        messages = [Message("user", value)]
+    elif isinstance(value, list):
+        messages = [_message(entry, index, row.place, column) for index, entry in enumerate(value)]
+    else:
+        raise InputError(
+            f"{row.place}: {column} must be text or a list of messages (got {_got(value)}). "
+            "Give the text of the prompt, or [{role: user, content: ...}]."
+        )
+    if not messages or not messages[-1].content.strip():
+        raise InputError(f"{row.place}: {column} is empty (got {_shorten(repr(value))}). Fill it in or remove the row.")
+    if messages[-1].role != "user":
+        raise InputError(
+            f"{row.place}: the last message of {column} must be from the user (got {messages[-1].role}): the policy "
+            "answers it. Remove the messages after the user's last."
+        )
+    if system is not None and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    return tuple(messages)
+
+
+def _message(entry: Any, index: int, place: str, column: str) -> Message:
+    where = f"{place}: {column}[{index}]"
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} must be a message {{role, content}} (got {_got(entry)}). Write it as one.")
+    role, content = entry.get("role"), entry.get("content")
+    if role not in _ROLES:
+        raise InputError(f"{where}.role must be one of {', '.join(_ROLES)} (got {_got(role)}). Correct or remove it.")
+    if role == "system" and index:
+        raise InputError(f"{where}: a system message must be the first (got it as number {index + 1}). Move it.")
+    if not isinstance(content, str):
+        raise InputError(f"{where}.content must be text (got {_got(content)}). Only text prompts are read.")
+    return Message(role, content)
+
+
+class _Renderer:
+    """Messages to tokens, with what users wrote kept apart from the tokens that steer the model.
+
+    "<|im_end|>" in a prompt is text about chat formats, or an attack; as the token of that name it would end the turn.
+    transformers renders the conversation to one string first and then cannot tell the two apart.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer: Any = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.control = {str(token): int(index) for index, token in added.items() if token.special}
+        for text in tokenizer.all_special_tokens:
+            self.control.setdefault(text, int(self.tokenizer.convert_tokens_to_ids(text)))
+        longest_first = sorted(filter(None, self.control), key=lambda text: (-len(text), text))
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        # Tokens that take the white space beside them in: (before, after).
+        self.swallows = {str(token): (token.lstrip, token.rstrip) for token in added.values()}
+        bos = tokenizer.bos_token_id
+        self.bos = [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def tokens(self, messages: Sequence[Message], place: str) -> tuple[int, ...]:
+        """The conversation up to where the policy begins to write. `place` is for the error message."""
+        if self.tokenizer.chat_template is None:
+            return tuple(self.bos + self._text_tokens(self._plain(messages), place))
+        contents = "".join(message.content for message in messages)
+        found = sorted(set(self.pattern.findall(contents)))
+        if not found:
+            return tuple(
+                self.tokenizer(self._chat(messages, place), add_special_tokens=False, verbose=False)["input_ids"]
+            )
+        # Stand-ins go through the template for the users' control strings, so that those in its output are its own.
+        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)
+        stand_in = dict(zip(found, unused, strict=False))
+        back = str.maketrans({mark: text for text, mark in stand_in.items()})
+        hidden = [
+            Message(message.role, self.pattern.sub(lambda match: stand_in[match[0]], message.content))
+            for message in messages
+        ]
+        pieces = self.pattern.split(self._chat(hidden, place))  # text, control string, text, ..., text
+        tokens: list[int] = []
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                tokens.append(self.control[piece])
+                continue
+            if index and self.swallows.get(pieces[index - 1], (False, False))[1]:
+                piece = piece.lstrip()
+            if index + 1 < len(pieces) and self.swallows.get(pieces[index + 1], (False, False))[0]:
+                piece = piece.rstrip()
+            tokens += self._text_tokens(piece.translate(back), place)
+        return tuple(tokens)
+
+    def _chat(self, messages: Sequence[Message], place: str) -> str:
+        from jinja2 import TemplateError
+
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise InputError(
+                f"{place}: the policy's chat template refuses the conversation (got {roles}: {_one_line(error)}). "
+                "Give turns that it takes; if it takes no system message, leave system out."
+            ) from error
+
+    def _plain(self, messages: Sequence[Message]) -> str:
+        """For a model without a chat template: the text itself, or labelled turns that end with the policy's own."""
+        text = conversation_text(messages)
+        system = f"{messages[0].content}\n\n" if messages[0].role == "system" and messages[0].content else ""
+        several = sum(message.role != "system" for message in messages) > 1
+        return system + text + ("\n\nAssistant:" if several else "\n")
+
+    def _text_tokens(self, text: str, place: str) -> list[int]:
+        """Tokens of `text`, where nothing is a control token."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for control in self.pattern.findall(text):
+            if self.control[control] in encoded and self.control[control] != self.tokenizer.unk_token_id:
+                raise InputError(
+                    f"{place}: the prompt contains {control!r}, which the policy's tokenizer reads as its control "
+                    f"token and cannot read as text (got {type(self.tokenizer).__name__}). Remove it from the prompt."
+                )
+        return list(encoded)
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------------------
+
+
+class PromptSource:
+    """Deals prompts out, `prompts_per_step` at a time, every prompt once an epoch, without end.
+
+    A step may take the last prompts of one epoch and the first of the next, and never holds a prompt twice unless
+    there are fewer prompts than a step takes. The order follows from the seed alone.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], *, prompts_per_step: int, seed: int, shuffle: bool) -> None:
+        assert prompts and prompts_per_step >= 1
+        self.prompts = tuple(prompts)
+        self.prompts_per_step, self.seed, self.shuffle = prompts_per_step, seed, shuffle
+        self.epoch = 0
+        self.position = 0  # prompts of this epoch that were dealt out
+        self.order = self._epoch_order(0, begun=[])
+
+    def next(self) -> list[Prompt]:
+        """The prompts of the next step."""
+        chosen: list[int] = []
+        while len(chosen) < self.prompts_per_step:
+            if self.position == len(self.prompts):
+                self.epoch, self.position = self.epoch + 1, 0
+                self.order = self._epoch_order(self.epoch, begun=chosen)
+            end = self.position + self.prompts_per_step - len(chosen)
+            part = self.order[self.position : end]
+            chosen += part
+            self.position += len(part)
+        return [self.prompts[index] for index in chosen]
+
+    def state(self) -> dict[str, Any]:
+        """Where the source stands, for `restore`; goes into JSON."""
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken, also in another process. CheckpointError where it does not fit."""
+        for key, here in self._identity().items():
+            if state.get(key) != here:
+                raise CheckpointError(
+                    f"the checkpoint's place in the prompts does not fit this run: {key} was {state.get(key)!r} and is "
+                    f"{here!r}, so the order of the prompts is another. Restore that setting or those prompts, or "
+                    "start a new run (checkpoint.resume=never, or another run_dir)."
+                )
+        epoch, position = state.get("epoch"), state.get("position")
+        if not (isinstance(epoch, int) and isinstance(position, int) and 0 <= position <= len(self.prompts)):
+            raise CheckpointError(f"the checkpoint's place in the prompts is damaged (got {state}). Use an older one.")
+        # An epoch's order depends on how the one before it ended: walk there.
+        self.epoch, self.order = 0, self._epoch_order(0, begun=[])
+        count, step = len(self.prompts), self.prompts_per_step
+        while self.epoch < epoch:
+            self.epoch += 1
+            left_over = self.epoch * count % step  # prompts of the step that the epoch before could not fill
+            begun = self.order[count - left_over :] if left_over <= count else self.order
+            self.order = self._epoch_order(self.epoch, begun=begun)
+        self.position = position
+
+    def _epoch_order(self, epoch: int, begun: Sequence[int]) -> list[int]:
+        """The order of one epoch. `begun` is what the step at its start already holds: that comes later."""
+        order = list(range(len(self.prompts)))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        if not begun or len(order) < self.prompts_per_step:
+            return order
+        taken, missing = set(begun), self.prompts_per_step - len(begun)
+        head = list(itertools.islice((index for index in order if index not in taken), missing))
+        return head + [index for index in order if index not in set(head)]
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order of the prompts follows from."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(json.dumps([prompt.id, prompt.tokens]).encode())
+        return {
+            "prompts": f"{len(self.prompts)}-{digest.hexdigest()[:16]}",
+            "prompts_per_step": self.prompts_per_step,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+
+# ---- Messages --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Keeps datasets from logging what is raised anyway."""
+    import datasets
+
+    logging = datasets.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _got(value: Any) -> str:
+    return "nothing" if value is None else _shorten(f"{type(value).__name__} {value!r}")
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[:limit].rstrip() + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    return _shorten(" ".join(str(error).split()) or type(error).__name__, 200).rstrip(".")

@@ -1,0 +1,112 @@
+"""Reads a judge's ten answers off its next-token probabilities.
+
+"10" starts with "1". Where it takes two tokens, the probability of the token "1" is that of both answers together:
+
+    P("10") = P("1") P("0" | "1")        P("1" and no more) = P("1") (1 - P("0" | "1"))
+
+Which tokens an answer takes depends on the tokenizer, so the answers are kept as a trie of tokens.
+The score is the expectation of Lee et al. (2309.00267, appendix D): s = sum_i i P(i), mapped to [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rlaif_ray.errors import InputError
+from rlaif_ray.types import TokenQuery
+
+ANSWERS = tuple(range(1, 11))
+
+Tokens = tuple[int, ...]
+
+
+class Verdict(NamedTuple):
+    """What the ten probabilities amount to."""
+
+    value: float  # the expectation on a scale from -1 to 1
+    expected: float  # the expectation, from 1 to 10
+    outside: float  # probability of everything that is none of the ten answers
+
+
+class AnswerTrie:
+    """The ten answers as token paths that continue a judge's prompt."""
+
+    def __init__(self, encode: Callable[[str], list[int]], tail: str) -> None:
+        """`tail` is the constant text that ends every prompt of this judge; `encode` adds no special tokens.
+
+        Raises InputError when the tokenizer does not tell the ten answers apart.
+        """
+        bare = tuple(encode(tail))
+        answered = [tuple(encode(f"{tail}{answer}")) for answer in ANSWERS]
+        kept = min(_common(bare, tokens) for tokens in answered)
+        self.dropped: Tokens = bare[kept:]  # tokens of the tail that merge with a number, such as the space in " 7"
+        self.paths: tuple[Tokens, ...] = tuple(tokens[kept:] for tokens in answered)  # one per answer
+        self.longest = max(map(len, self.paths))
+        if len(set(self.paths)) < len(ANSWERS) or not all(self.paths):
+            same = [[a for a, other in zip(ANSWERS, self.paths, strict=True) if other == path] for path in self.paths]
+            groups = "; ".join(dict.fromkeys(" and ".join(map(str, answers)) for answers in same if len(answers) > 1))
+            raise InputError(
+                f"the judge's tokenizer does not tell the answers 1 to 10 apart (the same tokens: {groups or 'none'}), "
+                "so it can't give a score. Use another judge model."
+            )
+        children: dict[Tokens, set[int]] = {}
+        for path in self.paths:
+            for depth, token in enumerate(path):
+                children.setdefault(path[:depth], set()).add(token)
+        # Sorted by path, every continuation follows what it continues.
+        self.nodes: tuple[tuple[Tokens, Tokens], ...] = tuple(
+            (node, tuple(sorted(children[node]))) for node in sorted(children)
+        )
+
+    def queries(self, prompt_tokens: Sequence[int]) -> list[TokenQuery]:
+        """What to ask an engine about a prompt that ends with the tail: one query per node that has children."""
+        prompt = tuple(prompt_tokens)
+        end = len(prompt) - len(self.dropped)
+        assert prompt[end:] == self.dropped, "the prompt does not end with the tail"
+        return [TokenQuery(prompt[:end] + node, candidates) for node, candidates in self.nodes]
+
+    def length(self, prompt_tokens: Sequence[int]) -> int:
+        """Tokens of the prompt with its longest answer."""
+        return len(prompt_tokens) - len(self.dropped) + self.longest
+
+    def probabilities(self, logprobs: Sequence[Sequence[float]]) -> list[float]:
+        """Probability of each of the ten as a whole number, from the log-probabilities that answer `queries`."""
+        step = {
+            (*node, token): _exp(logprob)
+            for (node, candidates), answer in zip(self.nodes, logprobs, strict=True)
+            for token, logprob in zip(candidates, answer, strict=True)
+        }
+        continued = {node: sum(step[(*node, token)] for token in candidates) for node, candidates in self.nodes}
+        return [
+            math.prod(step[path[:depth]] for depth in range(1, len(path) + 1))
+            * _at_least_0(1.0 - continued.get(path, 0.0))
+            for path in self.paths
+        ]
+
+
+def expected_score(probabilities: Sequence[float]) -> Verdict | None:
+    """Verdict of the ten probabilities, renormalised; None when they are no distribution's."""
+    total = math.fsum(probabilities)
+    if not (math.isfinite(total) and total > 0.0):
+        return None
+    expected = math.fsum(a * p for a, p in zip(ANSWERS, probabilities, strict=True)) / total
+    return Verdict(value=2.0 * (expected - 1.0) / 9.0 - 1.0, expected=expected, outside=_at_least_0(1.0 - total))
+
+
+def _common(left: Tokens, right: Tokens) -> int:
+    """Length of the common prefix."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def _exp(logprob: float) -> float:
+    return math.exp(logprob) if logprob < 1.0 else math.nan  # no log-probability is 1, whatever the rounding
+
+
+def _at_least_0(value: float) -> float:
+    """Rounding can give -1e-17; not-a-number stays what it is."""
+    return 0.0 if value < 0.0 else value

@@ -1,0 +1,113 @@
+"""Checkpoints of an RL run: a folder that appears whole or not at all, and where to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlaif_ray.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import CheckpointConfig, TrainJob
+    from rlaif_ray.interfaces import Learner
+
+STATE = "state.json"
+
+
+@dataclass(slots=True)
+class RunState:
+    """What the loop carries from step to step, beside the learner's own state."""
+
+    step: int = 0
+    kl_coef: float = 0.0
+    prompts: dict[str, Any] = field(default_factory=dict)  # PromptSource.state()
+    held_out_before: list[float | None] | None = None
+
+
+def must_match(job: TrainJob) -> dict[str, Any]:
+    """Settings that a checkpoint can't be resumed under if they differ."""
+    return {
+        "policy.model": job.policy.model,
+        "algorithm.type": job.algorithm.type,
+        "learner.ranks": job.learner.ranks,
+        "learner.zero_stage": job.learner.zero_stage,
+        "data.path": job.data.path,
+        "seed": job.seed,
+    }
+
+
+def newest(run_dir: Path, cfg: CheckpointConfig) -> Path | None:
+    """The newest complete checkpoint of the run, if it is to be resumed."""
+    found = [folder for folder in _complete(run_dir) if (folder / STATE).is_file()]
+    return found[-1] if found and cfg.resume == "auto" else None
+
+
+def _complete(run_dir: Path) -> list[Path]:
+    folders = [p for p in (run_dir / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def read_state(folder: Path, job: TrainJob) -> RunState:
+    """The loop's state in a checkpoint.
+
+    Raises:
+        InputError: the config differs from the checkpoint's in something that can't change on the way.
+        CheckpointError: the state can't be read.
+    """
+    try:
+        stored = json.loads((folder / STATE).read_text())
+        state = RunState(**stored["state"])
+        wanted = stored["must_match"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} can't be read ({type(error).__name__}: {error}). Remove it to resume from an earlier one."
+        ) from error
+    changed = [f"{k} (checkpoint {wanted.get(k)!r}, got {v!r})" for k, v in must_match(job).items() if wanted.get(k) != v]
+    if changed:
+        raise InputError(
+            f"run_dir {folder.parent.parent} has a checkpoint of another run: {'; '.join(changed)}. "
+            f"Use its settings, another run_dir, or checkpoint.resume=never to start over."
+        )
+    return state
+
+
+def save(run_dir: Path, job: TrainJob, learner: Learner, state: RunState) -> Path:
+    """Writes `checkpoints/step-N`: into a folder of another name, flushed, then renamed; then old ones go.
+
+    Raises:
+        CheckpointError: it could not be written; earlier checkpoints are untouched.
+    """
+    final = run_dir.absolute() / "checkpoints" / f"step-{state.step}"
+    partial = final.with_name(f".partial-{final.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        learner.save_checkpoint(str(partial))
+        (partial / STATE).write_text(json.dumps({"state": asdict(state), "must_match": must_match(job)}))
+        _flush(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(final.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {final} could not be written ({error}): the one before is intact. "
+            f"Free space or correct permissions, then start the same command again."
+        ) from error
+    for old in _complete(run_dir)[: -job.checkpoint.keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _flush(folder: Path) -> None:
+    """Forces files and the folder's own entries to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

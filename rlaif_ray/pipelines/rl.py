@@ -1,0 +1,251 @@
+"""RL from AI feedback: rollouts, feedback, update, weight sync, in one loop that reads top to bottom."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
+from rlaif_ray.data.prompts import PromptSource, load_prompts
+from rlaif_ray.evaluation.suites import held_out_samples, held_out_summary
+from rlaif_ray.errors import InputError
+from rlaif_ray.feedback.judge import Judge, check_context
+from rlaif_ray.feedback.templates import Template, load_template
+from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.models import context_length, load_config, load_tokenizer
+from rlaif_ray.pipelines import checkpoint
+from rlaif_ray.pipelines.experience import (
+    add_advantages,
+    batch_metrics,
+    check_fresh,
+    keep_scored,
+    mean_kl,
+    next_kl_coef,
+    sample_rows,
+)
+from rlaif_ray.runtime.cluster import Contexts, open_cluster
+from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking import open_tracker, print_summary
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.config.load import Loaded
+    from rlaif_ray.types import Prompt
+
+JUDGE_CONTEXT = 4096  # tokens; more only on request: the key-value cache must hold one such prompt
+HELD_OUT_SEED = 2**31 - 1  # not a step's number, so that no held-out sample repeats a training sample's draws
+
+
+def train_rl(loaded: Loaded) -> dict[str, Any]:
+    """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
+    job, run_dir = loaded.config, loaded.run_dir
+    inputs = read_inputs(job)
+    resumed = checkpoint.newest(run_dir, job.checkpoint)
+    state = checkpoint.read_state(resumed, job) if resumed else checkpoint.RunState(kl_coef=job.algorithm.kl.coef)
+    prompts = PromptSource(
+        inputs.prompts, prompts_per_step=job.sampling.prompts_per_step, seed=job.seed, shuffle=job.data.shuffle
+    )
+    tracker = open_tracker(
+        run_dir,
+        config=job.model_dump(mode="json"),
+        tracking=job.tracking,
+        total_steps=job.steps,
+        resume_step=state.step,
+        name=run_dir.name,
+    )
+    write_resolved(loaded)
+    with tracker as track, open_cluster(job, inputs.contexts) as cluster, stop_after_step() as stopping:
+        track.note("starting engines and learner")
+        rollouts = cluster.start_rollouts(job.policy, job.rollout)
+        judges = cluster.start_judges(job.feedback.judge)
+        learner = cluster.start_learner()
+        cluster.wait()
+        track.watch_processes(cluster.pids)
+        feedback = inputs.judge(judges)
+        sync = cluster.connect(learner, rollouts)
+        if resumed:
+            learner.load_checkpoint(str(resumed))
+            prompts.restore(state.prompts)
+            track.note(f"resumed from {resumed}")
+
+        def held_out(step: int) -> list[float | None]:
+            samples, scores = held_out_samples(rollouts, feedback, inputs.held_out, held_out_settings(job))
+            check_fresh([s.completion for s in samples], version=step)
+            track.evaluation(step, {"held_out": held_out_summary(state.held_out_before or scores, scores)})
+            return scores
+
+        sync.push(version=state.step)  # before the first rollout
+        if inputs.held_out and state.held_out_before is None:
+            with track.phase("held-out evaluation before training"):
+                state.held_out_before = held_out(state.step)
+        while state.step < job.steps and not stopping():
+            step = state.step + 1
+            with track.step(step) as metrics:
+                with metrics.phase("rollout"):
+                    completions = rollouts.generate(prompts.next(), sampling_settings(job, step))
+                    check_fresh(completions, version=state.step)
+                with metrics.phase("feedback"):
+                    scores = feedback.score(completions)
+                    track.samples(step, sample_rows(completions, scores))
+                    samples = keep_scored(completions, scores, job.feedback.min_scored_fraction)
+                with metrics.phase("annotate"):
+                    experience = learner.annotate(samples)
+                    experience = add_advantages(experience, job.algorithm, state.kl_coef)
+                with metrics.phase("update"):
+                    metrics.add(learner.update(experience))
+                with metrics.phase("weight_sync"):
+                    pushed = sync.push(version=step)
+                kl = mean_kl(experience, job.algorithm.kl)
+                metrics.add(batch_metrics(completions, scores))
+                metrics.add({"kl/mean": kl, "kl/coef": state.kl_coef})
+                metrics.add({"weights/version": pushed.version, "weights/sync_bytes": pushed.bytes})
+                state.kl_coef = next_kl_coef(state.kl_coef, kl, job.algorithm.kl, len(samples))
+                state.step, state.prompts = step, prompts.state()
+                if inputs.held_out and due(step, job.evaluation.every) and step < job.steps:
+                    with metrics.phase("evaluation"):
+                        held_out(step)
+                if due(step, job.checkpoint.every, last=job.steps):
+                    with metrics.phase("checkpoint"):
+                        checkpoint.save(run_dir, job, learner, state)
+        if state.step < job.steps:
+            checkpoint.save(run_dir, job, learner, state)
+            raise KeyboardInterrupt
+        result: dict[str, Any] = {}
+        if inputs.held_out:
+            with track.phase("held-out evaluation after training"):
+                result["held_out"] = held_out_summary(state.held_out_before or [], held_out(state.step))
+        with track.phase("saving the policy"):
+            learner.save_policy(str((run_dir / "policy").absolute()))
+        summary = track.summary(result)
+    print_summary(summary, run_dir)
+    return summary
+
+
+def plan_rl(loaded: Loaded) -> str:
+    """What `--dry-run` shows beside the resolved config: actors, resources, and what the judge will read."""
+    job = loaded.config
+    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
+    template = load_template(job.feedback.template)
+    return f"{placement_table(job, device)}\n\njudge template: {template.name} ({template.hash})"
+
+
+def due(step: int, every: int, last: int | None = None) -> bool:
+    """Whether something that happens every so many steps (0: never), and at the last, happens now."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything read and checked before any process starts."""
+
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    contexts: Contexts
+    template: Template
+    judge_tokenizer: Any
+    judge_name: str
+
+    def judge(self, generator: Any) -> Judge:
+        """The scorer that asks `generator`."""
+        return Judge(generator, self.judge_tokenizer, self.template, self.contexts.judge, self.judge_name)
+
+
+def read_inputs(job: TrainJob) -> Inputs:
+    """Prompts, template, tokenizers and context lengths.
+
+    Raises:
+        InputError: any of them is wrong, or they don't fit together.
+    """
+    policy, judge = job.policy, job.feedback.judge
+    template = load_template(job.feedback.template)
+    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    room = _context(policy, job.rollout.max_context, "rollout.max_context")
+    longest = room - job.sampling.max_new_tokens
+    if longest < 1:
+        raise InputError(
+            f"sampling.max_new_tokens must leave room for a prompt in the policy's {room} tokens of context "
+            f"(got {job.sampling.max_new_tokens}). Lower it."
+        )
+    limit = min(longest, job.data.max_prompt_tokens or longest)
+    common: dict[str, Any] = {"system": job.data.system, "tokenizer": tokenizer, "max_prompt_tokens": limit}
+    loaded = load_prompts(
+        job.data.path,
+        split=job.data.split,
+        column=job.data.column,
+        limit=job.data.limit,
+        too_long=job.data.too_long,
+        **common,
+    )
+    held_out: list[Prompt] = []
+    source = job.evaluation.held_out
+    if source.path is not None:
+        held_out = load_prompts(
+            source.path, split=source.split, column=source.column, limit=source.limit, too_long="skip", **common
+        ).prompts
+    needed = max(len(p.tokens) for p in [*loaded.prompts, *held_out]) + job.sampling.max_new_tokens
+    judge_tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
+    judge_room = judge.max_context or min(JUDGE_CONTEXT, _context(judge, None, "feedback.judge.max_context"))
+    _context(judge, judge_room, "feedback.judge.max_context")
+    contexts = Contexts(rollout=job.rollout.max_context or min(room, -(-needed // 32) * 32), judge=judge_room)
+    inputs = Inputs(loaded.prompts, held_out, contexts, template, judge_tokenizer, judge.model)
+    check_context(judge_tokenizer, template, judge_room, judge.model)
+    return inputs
+
+
+def _context(model: Any, wanted: int | None, key: str) -> int:
+    """Tokens of context to use of a model: all, or what the config asks for."""
+    config = load_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    has = context_length(config)
+    if wanted is not None and has is not None and wanted > has:
+        raise InputError(f"{key} must not exceed the {has} tokens that {model.model} can read (got {wanted}). Lower it.")
+    return wanted or has or 2048
+
+
+def sampling_settings(job: TrainJob, step: int) -> GenerationSettings:
+    """How step `step` samples; the seed is the run's and the step's."""
+    sampling = job.sampling
+    return GenerationSettings(
+        samples_per_prompt=sampling.samples_per_prompt,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        seed=job.seed * 2**32 + step,
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def held_out_settings(job: TrainJob) -> GenerationSettings:
+    """The same draws before and after: the gain is paired."""
+    return GenerationSettings(
+        samples_per_prompt=job.evaluation.held_out.samples_per_prompt,
+        max_new_tokens=job.sampling.max_new_tokens,
+        temperature=job.sampling.temperature,
+        seed=job.seed * 2**32 + HELD_OUT_SEED,
+    )
+
+
+def write_resolved(loaded: Loaded) -> None:
+    """resolved.yaml: every value, versions and git revision."""
+    text = resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent))
+    (loaded.run_dir / "resolved.yaml").write_text(text)
+
+
+@contextmanager
+def stop_after_step() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C lets the step end (then a checkpoint is written); the second stops at once."""
+    asked = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
