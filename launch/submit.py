@@ -30,8 +30,11 @@ def main() -> int:
     try:
         client = JobSubmissionClient(options.address)
     except ConnectionError as error:
-        print(f"submit: no Ray dashboard answers at {options.address} ({error}). Start it with the head node "
-              f"(ray start --head --include-dashboard=true), or correct --address.", file=sys.stderr)
+        print(
+            f"submit: no Ray dashboard answers at {options.address} ({error}). Start it with the head node "
+            f"(ray start --head --include-dashboard=true), or correct --address.",
+            file=sys.stderr,
+        )
         return 2
     missing = [name for name in options.env if name not in os.environ]
     if missing:

@@ -37,9 +37,7 @@ def token_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, kl_coef: flo
     return penalty_BT + torch.where(is_last_BT, scores_B[:, None], 0.0)
 
 
-def gae(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16); the value after the last token is 0.
 
         delta_t = r_t + gamma * V_{t+1} - V_t;   A_t = sum_k (gamma * lam)^k delta_{t+k};   R_t = A_t + V_t
@@ -64,9 +62,7 @@ def reinforce_returns(rewards_BT: Tensor, mask_BT: Tensor, gamma: float) -> Tens
     return _discounted_suffix_sums(_zero_outside(rewards_BT, mask_BT), gamma)
 
 
-def reinforce_advantages(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
+def reinforce_advantages(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """REINFORCE with a learned baseline, A_t = G_t - V_t (the RL of Lee et al. 2023, "RLAIF").
 
     Returns:

@@ -12,9 +12,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_ROWS = 128
 
 
-def token_logprobs_and_entropy(
-    logits_NV: Tensor, targets_N: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def token_logprobs_and_entropy(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(logits / temperature), and that distribution's entropy.
 
     The caller hands the logits over: when gradients are needed, their storage is overwritten with
@@ -44,16 +42,12 @@ def token_logprobs_and_entropy(
         raise ValueError(f"temperature must be positive to score tokens (got {temperature})")
     assert logits_NV.dim() == 2 and targets_N.shape == logits_NV.shape[:1], (logits_NV.shape, targets_N.shape)
     if torch.is_grad_enabled() and logits_NV.requires_grad:
-        logprobs_N, entropy_N = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-            logits_NV, targets_N, temperature
-        )
+        logprobs_N, entropy_N = _TokenLogprobs.apply(logits_NV, targets_N, temperature)
         return logprobs_N, entropy_N
     return _score_rows(logits_NV.detach(), targets_N, temperature, keep_probs=False)
 
 
-def _score_rows(
-    logits_NV: Tensor, targets_N: Tensor, temperature: float, keep_probs: bool
-) -> tuple[Tensor, Tensor]:
+def _score_rows(logits_NV: Tensor, targets_N: Tensor, temperature: float, keep_probs: bool) -> tuple[Tensor, Tensor]:
     """(N,) log-probs and (N,) entropies; with keep_probs, logits_NV is left holding the probabilities."""
     rows, vocabulary = logits_NV.shape
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)

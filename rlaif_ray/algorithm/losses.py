@@ -55,9 +55,7 @@ def reinforce_policy_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return _nan_unless(finite, -advantages * _zero_unless(finite, logprobs))
 
 
-def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
-) -> tuple[Tensor, Tensor]:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
     """0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) (PPO's released code; METHOD 6.11).
 
     Args:
@@ -81,9 +79,7 @@ def value_loss(
     return _nan_unless(finite, 0.5 * torch.where(clipped, clipped_error, error)), clipped
 
 
-def truncated_importance_weight(
-    train_logprobs: Tensor, sampler_logprobs: Tensor, low: float, high: float
-) -> Tensor:
+def truncated_importance_weight(train_logprobs: Tensor, sampler_logprobs: Tensor, low: float, high: float) -> Tensor:
     """Detached clip(pi_train / pi_sampler, low, high): truncated importance sampling (METHOD 6.13).
 
     The tokens came from the sampler's arithmetic, which differs a little from the trainer's. Apply the weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 MicroBatch = tuple[int, ...]  # indices of samples
 RankPlan = tuple[MicroBatch, ...]  # what one rank computes, one micro-batch after the other; () is a place-holder
@@ -57,7 +58,7 @@ def minibatches(count: int, *, parts: int, seed: int) -> list[list[int]]:
     random.Random(seed).shuffle(order)
     size = max(1, count // parts)
     cuts = [k * size for k in range(min(parts, count))] + [count]
-    return [sorted(order[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [sorted(order[a:b]) for a, b in pairwise(cuts)]
 
 
 def balanced_shares(loads: Sequence[int], parts: int) -> list[list[int]]:

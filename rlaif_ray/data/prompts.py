@@ -11,10 +11,12 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,10 +30,9 @@ if TYPE_CHECKING:
 
 PACKAGED = Path(__file__).parent / "prompts"  # package:train and package:heldout
 
-# How `datasets` reads each file ending. A .csv holds text: without these, "NA" would be no prompt and "007" the id 7.
-_BUILDERS: dict[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_ENDINGS = ", ".join(_BUILDERS)
+_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 _ROWS_AT_A_TIME = 1000  # of a parquet file; `datasets` takes a row group by default, and fails where that is empty
+_JSON_BYTES_AT_A_TIME = 2**30  # by default 10 MB, and every later part must have the columns of the first
 
 # Which split a file of a folder belongs to, by the words of its name; a file with none of them is for training.
 _SPLIT_WORDS = {
@@ -40,6 +41,7 @@ _SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
     "heldout": {"heldout"},
 }
+_BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 _ROLES = ("system", "user", "assistant")
 
 
@@ -47,7 +49,7 @@ _ROLES = ("system", "user", "assistant")
 class LoadedPrompts:
     """The prompts of one data set, in its order."""
 
-    prompts: tuple[Prompt, ...]  # never empty
+    prompts: list[Prompt]  # never empty
     skipped: int  # left out for being longer than max_prompt_tokens
 
 
@@ -77,8 +79,7 @@ def load_prompts(
     renderer = _Renderer(tokenizer)
     prompts: list[Prompt] = []
     place_of: dict[str, str] = {}
-    shortest_skipped: int | None = None
-    skipped = 0
+    skipped: list[int] = []  # their lengths
     for row in rows:
         name = _row_id(row)
         if name in place_of:
@@ -92,8 +93,7 @@ def load_prompts(
         if len(tokens) <= max_prompt_tokens:
             prompts.append(Prompt(id=name, messages=messages, tokens=tokens, text=conversation_text(messages)))
         elif too_long == "skip":
-            skipped += 1
-            shortest_skipped = min(len(tokens), shortest_skipped or len(tokens))
+            skipped.append(len(tokens))
         else:
             raise InputError(
                 f"{row.place}: the prompt has {len(tokens)} tokens with its chat template, and {max_prompt_tokens} "
@@ -102,10 +102,10 @@ def load_prompts(
             )
     if not prompts:
         raise InputError(
-            f"no prompt of {path!r} is left: all {skipped} are longer than {max_prompt_tokens} tokens and were skipped "
-            f"(too_long=skip; the shortest has {shortest_skipped}). Raise max_prompt_tokens or the context."
+            f"no prompt of {path!r} is left: all {len(skipped)} are longer than {max_prompt_tokens} tokens and were "
+            f"skipped (too_long=skip; the shortest has {min(skipped)}). Raise max_prompt_tokens or the context."
         )
-    return LoadedPrompts(tuple(prompts), skipped)
+    return LoadedPrompts(prompts, len(skipped))
 
 
 def conversation_text(messages: Sequence[Message]) -> str:
@@ -134,35 +134,30 @@ class _Row:
 def _read(path: str, split: str, column: str, limit: int | None) -> list[_Row]:
     """The rows of whatever `path` names, each with a cell for `column`."""
     if path.startswith("package:"):
-        return _read_file(_packaged(path), split, column, limit)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return _read_folder(local, split, column, limit)
-    if local.exists():
-        return _read_file(local, split, column, limit)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix in _BUILDERS:
-        near = local.parent.iterdir() if local.parent.is_dir() else ()
+        packaged = {f"package:{file.stem}": file for file in sorted(PACKAGED.glob("*.jsonl"))}
+        if path not in packaged:
+            raise InputError(
+                f"{path!r} is not among the packaged prompts.{_nearest(path, packaged)} Use {' or '.join(packaged)}."
+            )
+        return _read_file(packaged[path], split, column, limit)
+    local = Path(os.path.expanduser(path))
+    if path and local.exists():
+        return (_read_folder if local.is_dir() else _read_file)(local, split, column, limit)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix in _ENDINGS:
+        near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
-            f"the prompts {path!r} do not exist (looked at {local.absolute()})."
-            f"{_nearest(local.name, [file.name for file in near])} Correct the path."
+            f"the prompts {path!r} do not exist (looked at {local.absolute()}).{_nearest(local.name, near)} "
+            "Correct the path."
         )
     return _read_hub(path, split, column, limit)
 
 
-def _packaged(path: str) -> Path:
-    names = [f"package:{file.stem}" for file in sorted(PACKAGED.glob("*.jsonl"))]
-    if path not in names:
-        raise InputError(
-            f"{path!r} is not among the packaged prompts.{_nearest(path, names)} Use one of: {', '.join(names)}."
-        )
-    return PACKAGED / f"{path.removeprefix('package:')}.jsonl"
-
-
 def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> list[_Row]:
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix in _BUILDERS and file.is_file()]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    files = [file for file in sorted(folder.rglob("[!.]*")) if file.suffix in _ENDINGS and file.is_file()]
     if not files:
-        raise InputError(f"the folder {folder} has no prompts (got no {_ENDINGS} file in it). Put one there.")
+        raise InputError(
+            f"the folder {folder} has no prompts (got no {', '.join(_ENDINGS)} file in it). Put one there."
+        )
     chosen = [file for file in files if _is_of_split(file.relative_to(folder), split)]
     if not chosen:
         names = ", ".join(str(file.relative_to(folder)) for file in files[:5])
@@ -170,15 +165,10 @@ def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> li
             f"the folder {folder} has no split {split!r} (got {names}): a file belongs to the split that its name "
             "says, and to train when it says none. Set split to what is there, or name one file."
         )
-    stems = [str(file.relative_to(folder).with_suffix("")) for file in chosen]
     rows: list[_Row] = []
-    for file, stem in zip(chosen, stems, strict=True):
-        if limit is not None and len(rows) >= limit:
-            break
-        unique = stem if stems.count(stem) == 1 else str(file.relative_to(folder))
-        left = None if limit is None else limit - len(rows)
-        rows += _read_file(file, "train", column, left, stem=unique)
-    return rows
+    for file in chosen:
+        rows += _read_file(file, "train", column, limit, stem=str(file.relative_to(folder).with_suffix("")))
+    return rows[:limit]
 
 
 def _is_of_split(name: Path, split: str) -> bool:
@@ -189,10 +179,10 @@ def _is_of_split(name: Path, split: str) -> bool:
 
 
 def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: str | None = None) -> list[_Row]:
-    if file.suffix not in _BUILDERS:
+    if file.suffix not in _ENDINGS:
         raise InputError(
             f"the prompts {file} are in a format that is not read (got {file.suffix or 'no file ending'}). "
-            f"Give one of: {_ENDINGS}."
+            f"Give one of: {', '.join(_ENDINGS)}."
         )
     if split != "train":
         raise InputError(
@@ -202,79 +192,67 @@ def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: 
     records = _records(file, column, limit)
     _need_column(column, list(dict.fromkeys(key for record in records for key in record)), str(file), records)
     places = [f"{file}, row {number}" for number in range(1, len(records) + 1)]
-    if file.suffix == ".jsonl":
+    if file.suffix == ".jsonl":  # an editor shows lines; blank ones are no rows
         with file.open("rb") as lines:
-            numbers = [n for n, line in enumerate(lines, 1) if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{")]
-        places = [f"{file}, line {number}" for number, _ in zip(numbers, records, strict=False)]
-    stem = stem or file.stem
-    return [
-        _Row(place, f"{stem}-{number}", record)
-        for number, (place, record) in enumerate(zip(places, records, strict=True), 1)
-    ]
+            numbers = [n for n, line in enumerate(lines, 1) if line.lstrip(_BOM + b" \t").startswith(b"{")]
+        places[: len(numbers)] = [f"{file}, line {number}" for number in numbers[: len(records)]]
+    names = (f"{stem or file.stem}-{number}" for number in itertools.count(1))
+    return [_Row(*row) for row in zip(places, names, records, strict=False)]
 
 
 def _records(file: Path, column: str, limit: int | None) -> list[dict[str, Any]]:
     """The first `limit` records of a file, through `datasets` and past its cache: a changed file is read as it is."""
-    import datasets
+    from datasets.utils import logging
 
-    builder = _BUILDERS[file.suffix]
-    options: dict[str, dict[str, Any]] = {
-        "csv": {"keep_default_na": False, "converters": {column: str, "id": str}},
-        "parquet": {"batch_size": _ROWS_AT_A_TIME},
-    }
     try:
-        with file.open("rb") as opened:  # an unreadable file is told as such, not as a data set without files
-            if not opened.read(1):
-                return []
-        with _quiet_datasets():
-            data_files = {"train": [glob.escape(str(file.absolute()))]}
-            # Streaming reads the file itself; all else goes through a copy in the cache.
-            stream = datasets.load_dataset(
-                builder, data_files=data_files, split="train", streaming=True, **options.get(builder, {})
-            )
-            return [dict(record) for record in itertools.islice(stream, limit)]
+        if not file.stat().st_size:
+            return []
+        with ExitStack() as stack:
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity(logging.CRITICAL)  # what it logs is raised anyway
+            locks = stack.enter_context(tempfile.TemporaryDirectory())
+            return [dict(record) for record in itertools.islice(_stream(file, column, locks), limit)]
     except Exception as error:  # what pyarrow, pandas and datasets raise about a file has no common root
-        if file.suffix in (".jsonl", ".json"):
-            _explain_broken_json(file, error)
+        broken = _broken_line(file) if file.suffix == ".jsonl" and not isinstance(error, OSError) else None
+        if broken:
+            number, reason, line = broken
+            raise InputError(
+                f"{file}, line {number}: not a JSON object ({reason}; got {_shorten(line)}). Every line must be one, "
+                'in UTF-8, such as {"prompt": "..."}. Mend the line.'
+            ) from error
         raise InputError(
             f"the prompts {file} cannot be read as {file.suffix} (got: {_one_line(error)}). "
             "Mend the file, or give it the ending of what it is."
         ) from error
 
 
-def _explain_broken_json(file: Path, cause: Exception) -> None:
-    """Raises InputError with the first line that is no JSON object; returns when there is none."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return
-    if file.suffix == ".json":
+def _stream(file: Path, column: str, cache_dir: str) -> Iterable[dict[str, Any]]:
+    """Reads the file itself, where `datasets.load_dataset` would ask the hub first and then copy it to a cache."""
+    from datasets.io.csv import CsvDatasetReader
+    from datasets.io.json import JsonDatasetReader
+    from datasets.io.parquet import ParquetDatasetReader
+
+    common: dict[str, Any] = {"cache_dir": cache_dir, "streaming": True}
+    name = glob.escape(str(file.absolute()))
+    if file.suffix == ".csv":  # it holds text: without these, "NA" would be no prompt and "007" the id 7
+        reader = CsvDatasetReader(name, keep_default_na=False, converters={column: str, "id": str}, **common)
+    elif file.suffix == ".parquet":
+        reader = ParquetDatasetReader(name, batch_size=_ROWS_AT_A_TIME, **common)
+    else:
+        reader = JsonDatasetReader(name, chunksize=min(file.stat().st_size, _JSON_BYTES_AT_A_TIME), **common)
+    stream: Iterable[dict[str, Any]] = reader.read()
+    return stream
+
+
+def _broken_line(file: Path) -> tuple[int, str, str] | None:
+    """The first line of a .jsonl file that holds no JSON object: its number, what is wrong, and itself."""
+    for number, line in enumerate(file.read_bytes().removeprefix(_BOM).split(b"\n"), 1):
         try:
-            json.loads(content)
-            return
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            first = content.lstrip().partition(b"\n")[0].rstrip()
-            if not (first.startswith(b"{") and first.endswith(b"}")):  # not one object a line
-                line = error.lineno if isinstance(error, json.JSONDecodeError) else None
-                place = f"{file}, line {line}" if line else f"{file}"
-                raise InputError(f"{place}: not valid JSON (got: {_one_line(error)}). Mend it.") from cause
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            shown = line.decode("utf-8", "replace").strip()
-            raise InputError(
-                f"{file}, line {number}: not valid JSON ({reason}; got {_shorten(shown)}). "
-                "Every line must be one JSON object, in UTF-8. Mend the line."
-            ) from cause
-        if not isinstance(value, dict):
-            raise InputError(
-                f"{file}, line {number}: must be a JSON object (got {_shorten(repr(value))}). "
-                'Write it as {"prompt": ...}.'
-            ) from cause
+            if line.strip() and not isinstance(json.loads(line), dict):
+                return number, "another JSON value", line.decode()
+        except ValueError as error:  # broken JSON or UTF-8
+            return number, str(error).partition(": line")[0], line.decode("utf-8", "replace").strip()
+    return None
 
 
 def _read_hub(name: str, split: str, column: str, limit: int | None) -> list[_Row]:
@@ -284,21 +262,20 @@ def _read_hub(name: str, split: str, column: str, limit: int | None) -> list[_Ro
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
         raise InputError(
-            f"the prompts {name!r} are no file or folder here, and as a Hugging Face data set its split {split!r} cannot "
-            f"be loaded (got: {_one_line(error)}). Check the spelling and the network; a data set that is not in the "
-            "local cache needs one, a private one HF_TOKEN. Or give a local file."
+            f"the prompts {name!r} are no file or folder here, and no Hugging Face data set whose split {split!r} can "
+            f"be loaded (got: {_one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
+            "the network, and a private one HF_TOKEN. Or give a local file."
         ) from error
     _need_column(column, data.column_names, name, data)
     kept = data.select_columns([key for key in (column, "id") if key in data.column_names])
-    records = kept.select(range(min(len(kept), limit if limit is not None else len(kept)))).to_list()
-    stem = name.rpartition("/")[2]
-    return [_Row(f"{name} ({split}), row {n}", f"{stem}-{n}", record) for n, record in enumerate(records, 1)]
+    records = enumerate(itertools.islice(kept, limit), 1)
+    return [_Row(f"{name} ({split}), row {n}", f"{name.rpartition('/')[2]}-{n}", record) for n, record in records]
 
 
 def _need_column(column: str, columns: list[str], where: str, records: Any) -> None:
     if len(records) and column not in columns:
         raise InputError(
-            f"the prompts {where} have no column {column!r} (got {', '.join(columns) or 'none'})."
+            f"the prompts {where} have no column {column!r} (its columns: {', '.join(columns) or 'none'})."
             f"{_nearest(column, columns)} Set column to the one that holds the prompts."
         )
 
@@ -364,31 +341,29 @@ class _Renderer:
     transformers renders the conversation to one string first and then cannot tell the two apart.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer: Any = tokenizer
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        self.control = {str(token): int(index) for index, token in added.items() if token.special}
+        self.control: dict[str, int] = {str(token): index for index, token in added.items() if token.special}
         for text in tokenizer.all_special_tokens:
-            self.control.setdefault(text, int(self.tokenizer.convert_tokens_to_ids(text)))
+            self.control.setdefault(text, tokenizer.convert_tokens_to_ids(text))
         longest_first = sorted(filter(None, self.control), key=lambda text: (-len(text), text))
         self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        # Tokens that take the white space beside them in: (before, after).
-        self.swallows = {str(token): (token.lstrip, token.rstrip) for token in added.values()}
         bos = tokenizer.bos_token_id
-        self.bos = [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
+        self.bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
     def tokens(self, messages: Sequence[Message], place: str) -> tuple[int, ...]:
         """The conversation up to where the policy begins to write. `place` is for the error message."""
         if self.tokenizer.chat_template is None:
             return tuple(self.bos + self._text_tokens(self._plain(messages), place))
-        contents = "".join(message.content for message in messages)
-        found = sorted(set(self.pattern.findall(contents)))
+        found = sorted({control for message in messages for control in self.pattern.findall(message.content)})
         if not found:
             return tuple(
                 self.tokenizer(self._chat(messages, place), add_special_tokens=False, verbose=False)["input_ids"]
             )
         # Stand-ins go through the template for the users' control strings, so that those in its output are its own.
-        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)
+        contents = "".join(message.content for message in messages)
+        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)  # for private use
         stand_in = dict(zip(found, unused, strict=False))
         back = str.maketrans({mark: text for text, mark in stand_in.items()})
         hidden = [
@@ -398,14 +373,7 @@ class _Renderer:
         pieces = self.pattern.split(self._chat(hidden, place))  # text, control string, text, ..., text
         tokens: list[int] = []
         for index, piece in enumerate(pieces):
-            if index % 2:
-                tokens.append(self.control[piece])
-                continue
-            if index and self.swallows.get(pieces[index - 1], (False, False))[1]:
-                piece = piece.lstrip()
-            if index + 1 < len(pieces) and self.swallows.get(pieces[index + 1], (False, False))[0]:
-                piece = piece.rstrip()
-            tokens += self._text_tokens(piece.translate(back), place)
+            tokens += [self.control[piece]] if index % 2 else self._text_tokens(piece.translate(back), place)
         return tuple(tokens)
 
     def _chat(self, messages: Sequence[Message], place: str) -> str:
@@ -454,9 +422,10 @@ class PromptSource:
         assert prompts and prompts_per_step >= 1
         self.prompts = tuple(prompts)
         self.prompts_per_step, self.seed, self.shuffle = prompts_per_step, seed, shuffle
-        self.epoch = 0
-        self.position = 0  # prompts of this epoch that were dealt out
+        self.step = 0  # steps dealt out
+        self.epoch, self.position = 0, 0  # the epoch under way, and how many of its prompts were dealt out
         self.order = self._epoch_order(0, begun=[])
+        self.identity = self._identity()
 
     def next(self) -> list[Prompt]:
         """The prompts of the next step."""
@@ -465,37 +434,29 @@ class PromptSource:
             if self.position == len(self.prompts):
                 self.epoch, self.position = self.epoch + 1, 0
                 self.order = self._epoch_order(self.epoch, begun=chosen)
-            end = self.position + self.prompts_per_step - len(chosen)
-            part = self.order[self.position : end]
+            part = self.order[self.position : self.position + self.prompts_per_step - len(chosen)]
             chosen += part
             self.position += len(part)
+        self.step += 1
         return [self.prompts[index] for index in chosen]
 
     def state(self) -> dict[str, Any]:
         """Where the source stands, for `restore`; goes into JSON."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+        return {"step": self.step, "epoch": self.epoch, "position": self.position, **self.identity}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from where `state` was taken, also in another process. CheckpointError where it does not fit."""
-        for key, here in self._identity().items():
+        for key, here in self.identity.items():
             if state.get(key) != here:
                 raise CheckpointError(
                     f"the checkpoint's place in the prompts does not fit this run: {key} was {state.get(key)!r} and is "
                     f"{here!r}, so the order of the prompts is another. Restore that setting or those prompts, or "
                     "start a new run (checkpoint.resume=never, or another run_dir)."
                 )
-        epoch, position = state.get("epoch"), state.get("position")
-        if not (isinstance(epoch, int) and isinstance(position, int) and 0 <= position <= len(self.prompts)):
-            raise CheckpointError(f"the checkpoint's place in the prompts is damaged (got {state}). Use an older one.")
-        # An epoch's order depends on how the one before it ended: walk there.
-        self.epoch, self.order = 0, self._epoch_order(0, begun=[])
-        count, step = len(self.prompts), self.prompts_per_step
-        while self.epoch < epoch:
-            self.epoch += 1
-            left_over = self.epoch * count % step  # prompts of the step that the epoch before could not fill
-            begun = self.order[count - left_over :] if left_over <= count else self.order
-            self.order = self._epoch_order(self.epoch, begun=begun)
-        self.position = position
+        self.step, self.epoch, self.position, self.order = 0, 0, 0, self._epoch_order(0, begun=[])
+        for _ in range(state["step"]):  # an epoch's order depends on how the one before it ended, so walk there
+            self.next()
+        assert (self.epoch, self.position) == (state["epoch"], state["position"])
 
     def _epoch_order(self, epoch: int, begun: Sequence[int]) -> list[int]:
         """The order of one epoch. `begun` is what the step at its start already holds: that comes later."""
@@ -505,8 +466,8 @@ class PromptSource:
         if not begun or len(order) < self.prompts_per_step:
             return order
         taken, missing = set(begun), self.prompts_per_step - len(begun)
-        head = list(itertools.islice((index for index in order if index not in taken), missing))
-        return head + [index for index in order if index not in set(head)]
+        head = dict.fromkeys(itertools.islice((index for index in order if index not in taken), missing))
+        return [*head, *(index for index in order if index not in head)]
 
     def _identity(self) -> dict[str, Any]:
         """What the order of the prompts follows from."""
@@ -521,25 +482,8 @@ class PromptSource:
         }
 
 
-# ---- Messages --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Keeps datasets from logging what is raised anyway."""
-    import datasets
-
-    logging = datasets.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 

@@ -77,7 +77,7 @@ def sharded_loading(cfg: LearnerConfig, precision: Literal["fp32", "bf16"]) -> I
     if cfg.zero_stage < 3:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     keep = HfDeepSpeedConfig(deepspeed_config(cfg, precision=precision))  # transformers holds it weakly
     try:
@@ -184,9 +184,8 @@ class CausalPolicy(torch.nn.Module):
             use_cache=False,
             **batch.attention,
         ).logits
-        if packed:
-            return logits[0]
-        return logits[batch.rows, batch.columns - keep[0].to(batch.columns.device)]
+        picked: Tensor = logits[0] if packed else logits[batch.rows, batch.columns - keep[0].to(batch.columns.device)]
+        return picked
 
 
 class Critic(torch.nn.Module):

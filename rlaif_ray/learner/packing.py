@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,7 +116,7 @@ def _layout(segments: Sequence[Segment], device: torch.device) -> PackedLayout:
         cumulative_queries=torch.tensor(query_bounds, dtype=torch.int32, device=device),
         cumulative_keys=torch.tensor(key_bounds, dtype=torch.int32, device=device),
         longest_query=max(s.end - s.start for s in segments),
-        longest_key=max(b - a for a, b in zip(key_bounds, key_bounds[1:], strict=False)),
+        longest_key=max(b - a for a, b in pairwise(key_bounds)),
     )
 
 

@@ -142,19 +142,17 @@ class RlRank:
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> Sums:
         """Optimizer steps, one per (minibatch token count, this rank's micro-batches); returns sums over this
         rank's tokens, "tokens" among them, and step statistics that are the same on all ranks."""
-        completions = [
-            experience.tokens[i, : int(n)].tolist() for i, n in enumerate(experience.mask.sum(1))
-        ]
+        completions = [experience.tokens[i, : int(n)].tolist() for i, n in enumerate(experience.mask.sum(1))]
         sums: Sums = {"tokens": 0.0, "grad_norm": 0.0, "value_grad_norm": 0.0, "first_tokens": 0.0, "gap": 0.0}
         sums |= {"first_ratio_error": 0.0}
         for number, (token_count, plan) in enumerate(schedule):
             for k, micro in enumerate(plan):
                 last = k == len(plan) - 1
                 self._accumulate(experience, completions, micro, token_count, last=last, first=number == 0, sums=sums)
+            sums["lr"] = float(self._policy.get_lr()[0])  # read before the step, which moves the schedule on
             sums["grad_norm"] += deepspeed_door.optimizer_step(self._policy)
             if self._critic is not None:
                 sums["value_grad_norm"] += deepspeed_door.optimizer_step(self._critic)
-        sums["lr"] = float(self._policy.lr_scheduler.get_last_lr()[0])
         return sums
 
     def _accumulate(
@@ -249,7 +247,7 @@ class _Flat:
 def policy_loss(
     algorithm: AlgorithmConfig, logprobs: Tensor, flat: Any, kl_coef: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token loss of the algorithm, (M,); the ratio to the sampling policy, (M,); where it was clipped, (M,) bool."""
+    """Per token, (M,): the algorithm's loss, the ratio to the sampling policy, and where it was clipped (bool)."""
     if isinstance(algorithm, ReinforceConfig):
         loss = losses.reinforce_policy_loss(logprobs, flat.advantages)
         ratio = torch.exp((logprobs - flat.logprobs).detach())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.folders import flush_folder
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import CheckpointConfig, TrainJob
@@ -64,9 +64,12 @@ def read_state(folder: Path, job: TrainJob) -> RunState:
         wanted = stored["must_match"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"checkpoint {folder} can't be read ({type(error).__name__}: {error}). Remove it to resume from an earlier one."
+            f"checkpoint {folder} can't be read ({type(error).__name__}: {error}). "
+            f"Remove it to resume from an earlier one."
         ) from error
-    changed = [f"{k} (checkpoint {wanted.get(k)!r}, got {v!r})" for k, v in must_match(job).items() if wanted.get(k) != v]
+    changed = [
+        f"{k} (checkpoint {wanted.get(k)!r}, got {v!r})" for k, v in must_match(job).items() if wanted.get(k) != v
+    ]
     if changed:
         raise InputError(
             f"run_dir {folder.parent.parent} has a checkpoint of another run: {'; '.join(changed)}. "
@@ -88,11 +91,10 @@ def save(run_dir: Path, job: TrainJob, learner: Learner, state: RunState) -> Pat
         partial.mkdir(parents=True)
         learner.save_checkpoint(str(partial))
         (partial / STATE).write_text(json.dumps({"state": asdict(state), "must_match": must_match(job)}))
-        _flush(partial)
+        flush_folder(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _flush(final.parent)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {final} could not be written ({error}): the one before is intact. "
@@ -101,13 +103,3 @@ def save(run_dir: Path, job: TrainJob, learner: Learner, state: RunState) -> Pat
     for old in _complete(run_dir)[: -job.checkpoint.keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _flush(folder: Path) -> None:
-    """Forces files and the folder's own entries to disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

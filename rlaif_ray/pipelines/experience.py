@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,7 @@ def check_fresh(completions: Sequence[Completion], version: int) -> None:
         )
 
 
-def keep_scored(
-    completions: Sequence[Completion], scores: Sequence[Score], min_scored_fraction: float
-) -> list[Sample]:
+def keep_scored(completions: Sequence[Completion], scores: Sequence[Score], min_scored_fraction: float) -> list[Sample]:
     """Completions that could be judged. A failed judgement is no judgement: it is left out, never scored 0.
 
     Raises:
@@ -46,9 +44,9 @@ def keep_scored(
     samples = [Sample(c, s) for c, s in zip(completions, scores, strict=True) if s.value is not None]
     if len(samples) < min_scored_fraction * len(completions) or not samples:
         raise FeedbackError(
-            f"feedback.min_scored_fraction={min_scored_fraction:g} of a step's completions must be scored (got "
+            f"feedback.min_scored_fraction={min_scored_fraction:g} of the completions must be scored (got "
             f"{len(samples)} of {len(completions)}; failures: {failures_by_reason(scores)}): a policy must not train on "
-            f"what its judge could read. too_long: raise feedback.judge.max_context or lower sampling.max_new_tokens; "
+            f"what its judge could read. too_long: raise feedback.judge.max_context or lower max_new_tokens; "
             f"engine_error: see the judge's log; or lower feedback.min_scored_fraction."
         )
     return samples
@@ -122,6 +120,15 @@ def batch_metrics(completions: Sequence[Completion], scores: Sequence[Score]) ->
         "feedback/failed": float(len(scores) - len(values)),
         **({"feedback/outside_mass": sum(outside) / len(outside)} if outside else {}),
         **{f"feedback/failed_{reason}": float(n) for reason, n in failures_by_reason(scores).items()},
+    }
+
+
+def rates(completions: Sequence[Completion], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Throughput of the step's phases, whose times are in `seconds`."""
+    tokens = sum(len(c.tokens) for c in completions)
+    return {
+        "rollout/tokens_per_s": tokens / max(seconds["rollout"], 1e-9),
+        "feedback/per_s": len(completions) / max(seconds["feedback"], 1e-9),
     }
 
 

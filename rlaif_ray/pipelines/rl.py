@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.data.prompts import PromptSource, load_prompts
-from rlaif_ray.evaluation.suites import held_out_samples, held_out_summary
 from rlaif_ray.errors import InputError
+from rlaif_ray.evaluation.suites import HeldOutScores, held_out_samples, held_out_summary
 from rlaif_ray.feedback.judge import Judge, check_context
 from rlaif_ray.feedback.templates import Template, load_template
 from rlaif_ray.interfaces import GenerationSettings
@@ -25,11 +25,12 @@ from rlaif_ray.pipelines.experience import (
     keep_scored,
     mean_kl,
     next_kl_coef,
+    rates,
     sample_rows,
 )
 from rlaif_ray.runtime.cluster import Contexts, open_cluster
 from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking import open_tracker, print_summary
+from rlaif_ray.tracking import Tracker, open_tracker, print_summary
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
@@ -67,21 +68,14 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         track.watch_processes(cluster.pids)
         feedback = inputs.judge(judges)
         sync = cluster.connect(learner, rollouts)
+        held_out = HeldOut(job, inputs.held_out, rollouts, feedback, track)
         if resumed:
             learner.load_checkpoint(str(resumed))
             prompts.restore(state.prompts)
             track.note(f"resumed from {resumed}")
-
-        def held_out(step: int) -> list[float | None]:
-            samples, scores = held_out_samples(rollouts, feedback, inputs.held_out, held_out_settings(job))
-            check_fresh([s.completion for s in samples], version=step)
-            track.evaluation(step, {"held_out": held_out_summary(state.held_out_before or scores, scores)})
-            return scores
-
         sync.push(version=state.step)  # before the first rollout
-        if inputs.held_out and state.held_out_before is None:
-            with track.phase("held-out evaluation before training"):
-                state.held_out_before = held_out(state.step)
+        if state.held_out_before is None:
+            state.held_out_before = held_out.measure(state.step)
         while state.step < job.steps and not stopping():
             step = state.step + 1
             with track.step(step) as metrics:
@@ -103,24 +97,21 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
                 metrics.add(batch_metrics(completions, scores))
                 metrics.add({"kl/mean": kl, "kl/coef": state.kl_coef})
                 metrics.add({"weights/version": pushed.version, "weights/sync_bytes": pushed.bytes})
+                metrics.add(rates(completions, metrics.seconds))
                 state.kl_coef = next_kl_coef(state.kl_coef, kl, job.algorithm.kl, len(samples))
                 state.step, state.prompts = step, prompts.state()
-                if inputs.held_out and due(step, job.evaluation.every) and step < job.steps:
-                    with metrics.phase("evaluation"):
-                        held_out(step)
-                if due(step, job.checkpoint.every, last=job.steps):
-                    with metrics.phase("checkpoint"):
-                        checkpoint.save(run_dir, job, learner, state)
+                if due(step, job.evaluation.every) and step < job.steps:
+                    held_out.measure(step, state.held_out_before)
+            if due(step, job.checkpoint.every, last=job.steps):  # after the step's row is on disk
+                with track.phase("checkpoint"):
+                    checkpoint.save(run_dir, job, learner, state)
         if state.step < job.steps:
             checkpoint.save(run_dir, job, learner, state)
             raise KeyboardInterrupt
-        result: dict[str, Any] = {}
-        if inputs.held_out:
-            with track.phase("held-out evaluation after training"):
-                result["held_out"] = held_out_summary(state.held_out_before or [], held_out(state.step))
+        held_out.measure(state.step, state.held_out_before)
         with track.phase("saving the policy"):
             learner.save_policy(str((run_dir / "policy").absolute()))
-        summary = track.summary(result)
+        summary = track.summary(held_out.summary())
     print_summary(summary, run_dir)
     return summary
 
@@ -136,6 +127,34 @@ def plan_rl(loaded: Loaded) -> str:
 def due(step: int, every: int, last: int | None = None) -> bool:
     """Whether something that happens every so many steps (0: never), and at the last, happens now."""
     return every > 0 and (step % every == 0 or step == last)
+
+
+class HeldOut:
+    """The judge's scores on prompts that are never trained on, measured the same way each time."""
+
+    def __init__(self, job: TrainJob, prompts: list[Prompt], generator: Any, scorer: Any, track: Tracker) -> None:
+        self._job, self._prompts, self._generator, self._scorer = job, prompts, generator, scorer
+        self._track = track
+        self._summary: dict[str, Any] = {}
+
+    def measure(self, step: int, before: HeldOutScores | None = None) -> HeldOutScores:
+        """Scores by prompt, with the weights of `step`; compared with `before`, if given. [] without prompts."""
+        if not self._prompts:
+            return []
+        with self._track.phase("evaluation"):
+            samples, scores = held_out_samples(
+                self._generator, self._scorer, self._prompts, held_out_settings(self._job)
+            )
+            completions = [s.completion for s in samples]
+            check_fresh(completions, version=step)
+            keep_scored(completions, [s.score for s in samples], self._job.feedback.min_scored_fraction)
+            self._summary = held_out_summary(scores if before is None else before, scores)
+            self._track.evaluation(step, {"held_out": self._summary})
+        return scores
+
+    def summary(self) -> dict[str, Any]:
+        """The last measurement, for summary.json."""
+        return {"held_out": self._summary} if self._summary else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +220,9 @@ def _context(model: Any, wanted: int | None, key: str) -> int:
     config = load_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
     has = context_length(config)
     if wanted is not None and has is not None and wanted > has:
-        raise InputError(f"{key} must not exceed the {has} tokens that {model.model} can read (got {wanted}). Lower it.")
+        raise InputError(
+            f"{key} must not exceed the {has} tokens that {model.model} can read (got {wanted}). Lower it."
+        )
     return wanted or has or 2048
 
 

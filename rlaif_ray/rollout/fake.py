@@ -143,7 +143,8 @@ class ScriptedGenerator:
         given = self._logits(tokens)
         logits = self._from_mapping(given) if isinstance(given, Mapping) else np.asarray(given, dtype=np.float64)
         scaled = logits / (temperature or 1.0)
-        return np.asarray(scaled - np.logaddexp.reduce(scaled), dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # a script may say not-a-number: so can an engine
+            return np.asarray(scaled - np.logaddexp.reduce(scaled), dtype=np.float64)
 
     def _from_mapping(self, given: Mapping[int, float]) -> NDArray[np.float64]:
         vocabulary = len(self._tokenizer)

@@ -59,11 +59,14 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
         weights = list(self._views(update_info))
         self.received_checksum = (self.received_checksum + additive_checksum([t for _, t in weights])) % 2**63
-        self.model.load_weights(iter(weights))
+        load: Any = self.model.load_weights  # vLLM's models have it, torch's Module does not say so
+        load(iter(weights))
 
     def _views(self, info: ShmUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
         segment = self._segment(info.path)
-        for name, dtype_name, shape, offset in zip(info.names, info.dtype_names, info.shapes, info.offsets, strict=True):
+        for name, dtype_name, shape, offset in zip(
+            info.names, info.dtype_names, info.shapes, info.offsets, strict=True
+        ):
             dtype = getattr(torch, dtype_name)
             count = dtype.itemsize * torch.Size(shape).numel()
             yield name, segment[offset : offset + count].view(dtype).view(shape)

@@ -13,6 +13,7 @@ from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
 
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes: the finer, the more of a prefix is shared
+BATCHED_TOKENS = 4096  # prompt tokens per engine step on CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,9 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             "enforce_eager": True,
             "block_size": CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": int(spec.kv_cache_gb * 2**30),
+            # vLLM can't rewind a seeded CPU generator after a partial prefill ("CPU Generator does not use offset").
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(BATCHED_TOKENS, spec.max_context),
         }
     else:
         arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
@@ -109,6 +113,7 @@ class VllmEngine:
             raise EngineError(f"vLLM could not start with {spec.model}: {type(error).__name__}: {error}") from error
         self._tokenizer = self._llm.get_tokenizer()
         self._spec = spec
+        self._broken: str | None = None
         self.weight_version = -1  # -1: the weights on disk, which no training step may sample from
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
@@ -161,7 +166,7 @@ class VllmEngine:
         requests = [{"prompt_token_ids": list(queries[i].prompt)} for i in asked]
         parameters = [
             SamplingParams(
-                temperature=1.0, max_tokens=1, seed=0, detokenize=False, logprob_token_ids=list(queries[i].candidates)
+                temperature=1.0, max_tokens=1, detokenize=False, logprob_token_ids=list(queries[i].candidates)
             )
             for i in asked
         ]
@@ -171,10 +176,14 @@ class VllmEngine:
         return [answer for answer in answers if answer is not None]
 
     def _run(self, requests: list[Any], parameters: list[Any]) -> list[Any]:
+        if self._broken is not None:
+            raise EngineError(f"this engine failed before and must be started anew ({self._broken})")
         try:
             return list(self._llm.generate(requests, parameters, use_tqdm=False)) if requests else []
         except Exception as error:
-            raise EngineError(f"vLLM failed on {len(requests)} requests: {type(error).__name__}: {error}") from error
+            # Its scheduler still holds the requests that failed: another call could wait on them for ever.
+            self._broken = f"{type(error).__name__}: {error}"
+            raise EngineError(f"vLLM failed on {len(requests)} requests: {self._broken}") from error
 
     # Weight updates, in vLLM's order: init once; then start, update any number of times, finish.
 

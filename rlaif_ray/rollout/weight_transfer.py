@@ -136,7 +136,7 @@ class NcclSender:
     def __init__(self, address: str, port: int, world_size: int) -> None:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        self._group = trainer_init({"master_address": address, "master_port": port, "world_size": world_size})
+        self._group: Any = trainer_init({"master_address": address, "master_port": port, "world_size": world_size})
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Sends in order; runs while the engines are inside `update_weights` of the same names."""

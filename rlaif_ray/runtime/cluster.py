@@ -157,7 +157,9 @@ class Cluster:
         slots = self._of("learner")
         base = RankSpec(0, len(slots), 0, "", 0, self.device, self._threads(len(slots)))
         environment = {
-            k: v for k, v in learner_environment(base).items() if k in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+            k: v
+            for k, v in learner_environment(base).items()
+            if k in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
         }
         actors = [self._spawn(LearnerActor, slot, environment) for slot in slots]
         address, port = gather(
@@ -210,7 +212,7 @@ class Cluster:
         if slot.gpus:
             options["num_gpus"] = slot.gpus
         carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE", "HF_HOME", "RLAIF_CACHE") if k in os.environ}
-        actor = ray.remote(**options, runtime_env={"env_vars": environment | carried})(actor_class).remote()
+        actor: Any = ray.remote(**options, runtime_env={"env_vars": environment | carried})(actor_class).remote()
         self._actors.append(actor)
         return actor
 
@@ -222,5 +224,3 @@ class Cluster:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-
-

@@ -38,7 +38,9 @@ class EngineGroup:
         ]
         completions: dict[int, list[Completion]] = {}
         per_prompt = settings.samples_per_prompt
-        for share, answer in zip(shares, gather(refs, who=f"{self._role} engines", timeout_s=self._timeout_s), strict=True):
+        for share, answer in zip(
+            shares, gather(refs, who=f"{self._role} engines", timeout_s=self._timeout_s), strict=True
+        ):
             for k, i in enumerate(share):
                 completions[i] = answer[k * per_prompt : (k + 1) * per_prompt]
         return [c for i in range(len(prompts)) for c in completions[i]]

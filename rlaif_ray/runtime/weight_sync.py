@@ -31,8 +31,8 @@ def choose_backend(cfg: WeightSyncConfig, cluster: ClusterConfig, device: Litera
         return "ipc" if cluster.gpus_per_actor < 1 else "nccl"
     if (cfg.backend == "shm") != (device == "cpu"):
         raise InputError(
-            f"weight_sync.backend={cfg.backend} does not work on cluster.device={device}: shm is for CPUs, ipc and nccl "
-            f"need GPUs. Use weight_sync.backend=auto."
+            f"weight_sync.backend={cfg.backend} does not work on cluster.device={device}: shm is for CPUs, ipc and "
+            f"nccl need GPUs. Use weight_sync.backend=auto."
         )
     return cfg.backend
 
@@ -86,11 +86,13 @@ class Sync:
 
     def _connect(self, engine_workers: int) -> None:
         if self._backend == "shm":
-            nodes = {node for _, node in self._wait([a.process.remote() for a in (self._ranks[0], *self._engines)], "all")}
+            nodes = {
+                node for _, node in self._wait([a.process.remote() for a in (self._ranks[0], *self._engines)], "all")
+            }
             if len(nodes) > 1:
                 raise InputError(
-                    f"weight_sync.backend=shm needs learner rank 0 and all rollout engines on one node (got {len(nodes)} "
-                    f"nodes): shared memory does not cross them. Run on one node, or on GPUs with nccl."
+                    f"weight_sync.backend=shm needs learner rank 0 and all rollout engines on one node (got "
+                    f"{len(nodes)} nodes): shared memory does not cross them. Run on one node, or on GPUs with nccl."
                 )
             options: dict[str, Any] = {"path": f"/dev/shm/rlaif-{uuid.uuid4().hex[:12]}"}
         elif self._backend == "nccl":

@@ -18,6 +18,7 @@ LEVEL_OF_ROOM = {
     "types": 0,
     "interfaces": 0,
     "errors": 0,
+    "folders": 0,
     "config": 1,
     "algorithm": 1,
     "models": 1,
@@ -31,7 +32,7 @@ LEVEL_OF_ROOM = {
     "pipelines": 5,
     "cli": 6,
 }
-SAME_LEVEL = {("interfaces", "types")}  # the protocols speak of the nouns
+SAME_LEVEL = {("interfaces", "types"), ("folders", "errors")}  # protocols speak of nouns; everybody raises
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function

@@ -110,9 +110,7 @@ def test_rloo_by_hand_with_interleaved_groups() -> None:
     # group 3: rewards 0 1   -> 0 - 1 = -1;  1 - 0 = 1.   group 5: alone -> 0
     rewards = torch.tensor([1.0, 0.0, 2.0, 9.0, 6.0, 1.0])
     groups = torch.tensor([7, 3, 7, 5, 7, 3])
-    torch.testing.assert_close(
-        rloo_advantages(rewards, groups), torch.tensor([-3.0, -1.0, -1.5, 0.0, 4.5, 1.0])
-    )
+    torch.testing.assert_close(rloo_advantages(rewards, groups), torch.tensor([-3.0, -1.0, -1.5, 0.0, 4.5, 1.0]))
 
 
 def test_grpo_by_hand_with_interleaved_groups() -> None:
@@ -201,9 +199,7 @@ def test_more_padding_changes_neither_values_nor_gradients(garbage: float) -> No
     leaves = [torch.where(mask, x, 0.0).requires_grad_() for x in (rewards, values)]
     wide_mask = torch.cat([mask, torch.zeros(4, 3, dtype=torch.bool)], 1)
     padding = torch.full((4, 3), garbage, dtype=torch.float64)
-    wide = [
-        torch.cat([torch.where(mask, x, garbage), padding], 1).requires_grad_() for x in (rewards, values)
-    ]
+    wide = [torch.cat([torch.where(mask, x, garbage), padding], 1).requires_grad_() for x in (rewards, values)]
     weights = torch.randn(4, 7, dtype=torch.float64)
     wide_weights = torch.cat([weights, torch.ones(4, 3, dtype=torch.float64)], 1)
 

@@ -117,6 +117,4 @@ def test_unknown_kind() -> None:
     ],
 )
 def test_adaptive_coefficient_by_hand(kl: float, expected: float) -> None:
-    assert adaptive_kl_coef(0.2, kl, target=6.0, samples=320, horizon=10_000) == pytest.approx(
-        expected, rel=1e-9
-    )
+    assert adaptive_kl_coef(0.2, kl, target=6.0, samples=320, horizon=10_000) == pytest.approx(expected, rel=1e-9)

@@ -58,9 +58,7 @@ def test_equals_log_softmax_and_autograd(temperature: float, rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_half_types_are_computed_in_fp32_and_only_gradients_are_rounded(
-    dtype: torch.dtype, temperature: float
-) -> None:
+def test_half_types_are_computed_in_fp32_and_only_gradients_are_rounded(dtype: torch.dtype, temperature: float) -> None:
     torch.manual_seed(0)
     rows = CHUNK_ROWS + 5
     logits, targets, weights = (
@@ -134,9 +132,7 @@ def test_no_second_buffer_the_logits_become_probabilities_then_the_gradient() ->
 
 
 def test_backward_runs_once() -> None:
-    logprobs, _ = token_logprobs_and_entropy(
-        torch.randn(2, 3, requires_grad=True) * 1.0, torch.tensor([0, 1]), 1.0
-    )
+    logprobs, _ = token_logprobs_and_entropy(torch.randn(2, 3, requires_grad=True) * 1.0, torch.tensor([0, 1]), 1.0)
     logprobs.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         logprobs.sum().backward()
@@ -162,9 +158,7 @@ def test_without_gradients_the_logits_are_left_alone(dtype: torch.dtype) -> None
 
 
 def test_entropy_is_detached() -> None:
-    logprobs, entropy = token_logprobs_and_entropy(
-        torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1]), 1.0
-    )
+    logprobs, entropy = token_logprobs_and_entropy(torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1]), 1.0)
     assert logprobs.requires_grad and not entropy.requires_grad
 
 

@@ -54,9 +54,7 @@ def test_ppo_dual_clip_by_hand() -> None:
     #   r 5, A -2: max(10, 2.4) = 10 -> 6, clipped, gradient 0;   r 2.5, A -2: 5, free, gradient 5
     #   r 5, A  2: max(-10, -2.4) = -2.4, clipped as before
     logprobs = torch.tensor([5.0, 2.5, 5.0]).log().requires_grad_()
-    loss, _, clipped = ppo_policy_loss(
-        logprobs, torch.zeros(3), torch.tensor([-2.0, -2.0, 2.0]), 0.2, dual_clip=3.0
-    )
+    loss, _, clipped = ppo_policy_loss(logprobs, torch.zeros(3), torch.tensor([-2.0, -2.0, 2.0]), 0.2, dual_clip=3.0)
     torch.testing.assert_close(loss, torch.tensor([6.0, 5.0, -2.4]))
     assert clipped.tolist() == [True, False, True]
     loss.sum().backward()
@@ -180,14 +178,10 @@ def test_explained_variance_of_constant_returns_is_zero() -> None:
 def random_inputs(rows: int = 6, width: int = 5) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(1)
     lengths = torch.tensor([5, 1, 3, 2, 4, 5])[:rows]
-    return [torch.randn(rows, width, dtype=torch.float64) for _ in range(3)], torch.arange(width) < lengths[
-        :, None
-    ]
+    return [torch.randn(rows, width, dtype=torch.float64) for _ in range(3)], torch.arange(width) < lengths[:, None]
 
 
-def loss_and_gradient(
-    name: str, inputs: list[Tensor], mask: Tensor, denominator: float
-) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(name: str, inputs: list[Tensor], mask: Tensor, denominator: float) -> tuple[Tensor, Tensor]:
     live = inputs[0].clone().requires_grad_()
     total = normalise_sum(LOSSES[name](live, inputs[1], inputs[2]), mask, denominator)
     total.backward()
@@ -198,9 +192,7 @@ def loss_and_gradient(
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF])
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
-def test_padding_changes_neither_values_nor_gradients(
-    name: str, garbage: float, which: tuple[int, ...]
-) -> None:
+def test_padding_changes_neither_values_nor_gradients(name: str, garbage: float, which: tuple[int, ...]) -> None:
     inputs, mask = random_inputs()
     clean_loss, clean_gradient = loss_and_gradient(name, inputs, mask, 20.0)
     wide_mask = torch.cat([mask, torch.zeros(6, 2, dtype=torch.bool)], 1)
