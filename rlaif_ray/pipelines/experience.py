@@ -44,7 +44,7 @@ def keep_scored(completions: Sequence[Completion], scores: Sequence[Score], min_
     samples = [Sample(c, s) for c, s in zip(completions, scores, strict=True) if s.value is not None]
     if len(samples) < min_scored_fraction * len(completions) or not samples:
         raise FeedbackError(
-            f"feedback.min_scored_fraction={min_scored_fraction:g} of the completions must be scored (got "
+            f"feedback.min_scored_fraction={min_scored_fraction:g} of completions must be scored (got "
             f"{len(samples)} of {len(completions)}; failures: {failures_by_reason(scores)}): a policy must not train on "
             f"what its judge could read. too_long: raise feedback.judge.max_context or lower max_new_tokens; "
             f"engine_error: see the judge's log; or lower feedback.min_scored_fraction."

@@ -66,15 +66,15 @@ def _connect(job: TrainJob) -> bool:
     cfg = job.cluster
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if cfg.address != "local":
+    address = cfg.address or _surrounding()
+    if address is not None and address != "local":
         try:
-            ray.init(address=cfg.address or "auto", **quiet)
+            ray.init(address=address, **quiet)
             return False
         except ConnectionError as error:
             if cfg.address is not None or os.environ.get("RAY_ADDRESS"):
-                where = cfg.address or os.environ["RAY_ADDRESS"]
                 raise InputError(
-                    f"no Ray cluster answers at cluster.address={where}: {str(error).splitlines()[0]}. "
+                    f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}. "
                     f"Start one (ray start --head), correct the address, or use cluster.address=local."
                 ) from error
     need = totals(actor_slots(job, "cpu" if cfg.device != "gpu" else "cuda"))
@@ -86,6 +86,16 @@ def _connect(job: TrainJob) -> bool:
         **quiet,
     )
     return True
+
+
+def _surrounding() -> str | None:
+    """Address of the cluster this process runs in: what a Ray job is told, else what `ray start` left on this node.
+
+    Not Ray's own "auto", which joins whatever Ray runs here, and so another job's private one, which ends with it.
+    """
+    from ray._private.utils import read_ray_address
+
+    return os.environ.get("RAY_ADDRESS") or read_ray_address(None)
 
 
 def _device(job: TrainJob) -> Literal["cpu", "cuda"]:

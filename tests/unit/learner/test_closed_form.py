@@ -24,7 +24,7 @@ from tests.learner_ranks import RankProcesses, make_experience
 pytestmark = pytest.mark.slow
 
 VOCABULARY, PROMPT = 16, (3, 1, 4)
-BETA = {"ppo": 0.5, "reinforce": 0.5, "rloo": 0.5, "grpo": 1.5}  # grpo's fixed point needs beta > max r - E[r]
+BETA = {"ppo": 0.5, "reinforce": 0.5, "rloo": 0.5, "grpo": 1.0}  # grpo's fixed point needs beta > max r - E[r]
 SAMPLES, STEPS = 256, 150
 REWARDS = torch.cos(torch.arange(VOCABULARY) * 1.7)  # in [-1, 1], no two alike
 
@@ -110,14 +110,13 @@ def total_variation(p: Tensor, q: Tensor) -> float:
     return float((p - q).abs().sum() / 2)
 
 
-def test_the_fixed_points_by_hand() -> None:
-    """Two tokens, of which one has reward 1: what the formulas above must give."""
+def test_the_fixed_points_solve_their_equations() -> None:
     reference = torch.full((VOCABULARY,), 1 / VOCABULARY).log()
     optimum = fixed_point("ppo", reference)
     torch.testing.assert_close(optimum[0] / optimum[1], torch.exp((REWARDS[0] - REWARDS[1]) / 0.5))
     p = fixed_point("grpo", reference)
     assert float(p.sum()) == pytest.approx(1.0, abs=1e-6)
-    torch.testing.assert_close(p * (REWARDS - (p * REWARDS).sum()), 1.5 * (p - 1 / VOCABULARY), rtol=0, atol=1e-6)
+    torch.testing.assert_close(p * (REWARDS - (p * REWARDS).sum()), (p - 1 / VOCABULARY), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +143,4 @@ def test_training_meets_the_closed_form(algorithm: dict[str, Any], toy: Path, ra
     first, last = ranks.run(train_toy, job)[0]
     target = fixed_point(kind, first)
     assert total_variation(first.exp(), target) > 0.2, "it starts too near to fail"
-    off = total_variation(last.exp(), target)
-    print(off, total_variation(first.exp(), target))
-    assert off < 0.05
+    assert total_variation(last.exp(), target) < 0.01

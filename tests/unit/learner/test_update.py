@@ -241,13 +241,13 @@ def by_hand(
         ]
         logprobs = torch.cat(plain_logprobs(model, prompts, completions, TEMPERATURE))
         loss = policy_losses(algorithm, logprobs, *own, torch.tensor([a for i in part for a in advantages[i]])).sum()
-        sums["policy_loss"] += float(loss)
+        sums["policy_loss"] += float(loss.detach())
         descend(list(model.parameters()), loss / len(logprobs), step)
         if e.values is not None:
             values = torch.cat(plain_hidden(body, prompts, completions)) @ head[:-1] + head[-1]
             old = torch.cat([e.values[i, : len(COMPLETIONS[i])] for i in part])
             loss = value_losses(algorithm, values, old, torch.tensor([r for i in part for r in returns[i]])).sum()
-            sums["value_loss"] += float(loss)
+            sums["value_loss"] += float(loss.detach())
             descend([*body.parameters(), head], loss / len(values), step * critic_ratio)
     with torch.no_grad():
         values_now = [h @ head[:-1] + head[-1] for h in plain_hidden(body, PROMPTS, COMPLETIONS)]

@@ -1,0 +1,78 @@
+"""Where the tests of this folder run, and the models they run on.
+
+With RLAIF_GPU_REHEARSAL=1 those that don't need CUDA itself run on a CPU, in fp32: it shows mistakes in the tests
+before a GPU is there, and proves nothing about GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REHEARSAL = os.environ.get("RLAIF_GPU_REHEARSAL") == "1" and not torch.cuda.is_available()
+DEVICE = "cpu" if REHEARSAL else "cuda"
+CLUSTER_DEVICE = "cpu" if REHEARSAL else "gpu"
+PRECISION: Any = "fp32" if REHEARSAL else "bf16"
+
+# A fixed key-value cache, so that no engine mistakes what its neighbours take for its own; no FlashInfer in the kit.
+ENGINE_KWARGS: dict[str, Any] = (
+    {} if REHEARSAL else {"attention_backend": "FLASH_ATTN", "enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+)
+SHARE: dict[str, Any] = {"gpu_memory_utilization": 0.15, "kv_cache_gb": 0.2, "engine_kwargs": ENGINE_KWARGS}
+CONTEXT = 2048
+
+
+def gpu_model(folder: Path | None = None, *, tied: bool = True, dtype: torch.dtype | None = None) -> str:
+    """A small random Llama in the tests' type with heads of 64, which every flash kernel takes; made once a machine.
+
+    Its greedy tokens follow from the weights: an engine with stale ones shows.
+    """
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    from rlaif_ray.models import build_folder_once
+    from tests.tiny import make_tokenizer
+
+    dtype = dtype or (torch.float32 if REHEARSAL else torch.bfloat16)
+
+    def build(target: Path) -> None:
+        tokenizer = make_tokenizer(None)
+        tokenizer.model_max_length = CONTEXT
+        ids = {
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        config = LlamaConfig(
+            vocab_size=320,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=tied,
+            initializer_range=0.1,
+            **ids,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config).to(dtype)
+        model.generation_config = GenerationConfig(**ids)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    root = Path(tempfile.gettempdir()) / f"rlaif-ray-gpu-{os.getuid()}"
+    name = f"{'tied' if tied else 'untied'}-{str(dtype).removeprefix('torch.')}"
+    return str(build_folder_once(folder or root / name, build))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
