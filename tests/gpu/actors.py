@@ -1,0 +1,195 @@
+"""A learner and an engine as two actors on one GPU, without a judge: what a weight sync needs, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tests.gpu.device import CONTEXT, DEVICE, PRECISION, REHEARSAL, SHARE, free_port, gpu_model
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.rollout.vllm_engine import EngineSpec
+    from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
+    from rlaif_ray.runtime.weight_sync import Sync
+    from rlaif_ray.types import Experience, Prompt
+
+GPUS_PER_ACTOR = 0.45
+BACKEND: Any = "shm" if REHEARSAL else "ipc"
+TIMEOUT_S = 400.0
+
+
+def make_job(model: str, **learner: Any) -> TrainJob:
+    """Policy-gradient training of a policy alone, at a learning rate that moves every weight in one step."""
+    from rlaif_ray.config.jobs import TrainJob
+
+    return TrainJob.model_validate(
+        {
+            "policy": {"model": model, "precision": PRECISION},
+            "algorithm": {"type": "rloo", "kl": {"coef": 0.0}, "old_logprobs": "learner"},
+            "learner": {"lr": 0.01, **learner},
+            "weight_sync": {"backend": BACKEND, "bucket_mb": 1},  # several buckets even for a tiny model
+            "cluster": {"gpus_per_actor": GPUS_PER_ACTOR, "call_timeout_s": TIMEOUT_S},
+        }
+    )
+
+
+def engine_spec(model: str, **engine_kwargs: Any) -> EngineSpec:
+    from rlaif_ray.rollout.vllm_engine import EngineSpec
+
+    return EngineSpec(
+        model=model,
+        revision=None,
+        trust_remote_code=False,
+        dtype="float32" if REHEARSAL else "bfloat16",
+        device=DEVICE,
+        max_context=CONTEXT,
+        tensor_parallel=1,
+        gpu_memory_utilization=SHARE["gpu_memory_utilization"],
+        kv_cache_gb=SHARE["kv_cache_gb"],
+        seed=0,
+        threads=2,
+        transfer_backend=BACKEND,
+        engine_kwargs={**SHARE["engine_kwargs"], **engine_kwargs},
+    )
+
+
+@contextmanager
+def local_ray() -> Iterator[None]:
+    """Ray on this machine, ended afterwards."""
+    import logging
+    import os
+
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    gpus = 0 if REHEARSAL else 1
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _spawn(actor_class: type, environment: dict[str, str]) -> Any:
+    import os
+
+    import ray
+
+    carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE",) if k in os.environ}
+    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment | carried}}
+    if not REHEARSAL:
+        options["num_gpus"] = GPUS_PER_ACTOR
+    return ray.remote(**options)(actor_class).remote()
+
+
+@contextmanager
+def running_engine(spec: EngineSpec) -> Iterator[EngineGroup]:
+    """One engine actor, ended afterwards."""
+    import ray
+
+    from rlaif_ray.rollout.vllm_engine import engine_environment
+    from rlaif_ray.runtime.actors import EngineActor
+    from rlaif_ray.runtime.groups import EngineGroup
+
+    actor = _spawn(EngineActor, engine_environment(spec))
+    try:
+        ray.get(actor.start.remote(spec), timeout=TIMEOUT_S)
+        yield EngineGroup([actor], role="rollout", timeout_s=TIMEOUT_S)
+    finally:
+        ray.kill(actor)
+
+
+@contextmanager
+def running_learner(job: TrainJob) -> Iterator[LearnerGroup]:
+    """One learner rank, ended afterwards."""
+    import ray
+
+    from rlaif_ray.learner.engine import RankSpec, learner_environment
+    from rlaif_ray.runtime.actors import LearnerActor
+    from rlaif_ray.runtime.groups import LearnerGroup
+
+    spec = RankSpec(0, 1, 0, "127.0.0.1", free_port(), DEVICE, threads=2)
+    keep = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+    actor = _spawn(LearnerActor, {k: v for k, v in learner_environment(spec).items() if k in keep})
+    try:
+        ray.get(actor.start.remote(job, spec, PRECISION), timeout=TIMEOUT_S)
+        yield LearnerGroup([actor], job, PRECISION)
+    finally:
+        ray.kill(actor)
+
+
+@contextmanager
+def connected(learner: LearnerGroup, engines: EngineGroup, job: TrainJob) -> Iterator[Sync]:
+    from rlaif_ray.runtime.weight_sync import Sync
+
+    sync = Sync(learner, engines, job.weight_sync, BACKEND, engine_workers=1, timeout_s=TIMEOUT_S)
+    try:
+        yield sync
+    finally:
+        sync.close()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A learner and an engine that are connected."""
+
+    job: TrainJob
+    learner: LearnerGroup
+    engines: EngineGroup
+    sync: Sync
+
+    def greedy(self) -> list[tuple[int, ...]]:
+        return greedy_tokens(self.engines)
+
+    def experience(self, seed: int = 0) -> Experience:
+        """Samples of the engine as the learner sees them, with random advantages."""
+        from rlaif_ray.interfaces import GenerationSettings
+        from rlaif_ray.types import Sample, Score
+
+        completions = self.engines.generate(PROMPTS, GenerationSettings(2, 24, 1.0, seed=seed, ignore_eos=True))
+        found = self.learner.annotate([Sample(c, Score(0.0)) for c in completions])
+        noise = torch.randn(found.mask.shape, generator=torch.Generator().manual_seed(seed))
+        return replace(found, advantages=noise, returns=noise)
+
+    def gap(self, seed: int = 0) -> float:
+        """Mean distance between the engine's log-probabilities of its samples and the learner's."""
+        found = self.experience(seed)
+        return float((found.logprobs - found.sampler_logprobs)[found.mask].abs().mean())
+
+
+@contextmanager
+def running_pair(engines: EngineGroup, *, model: str | None = None, **learner: Any) -> Iterator[Pair]:
+    """`engines` with a learner of the same model."""
+    job = make_job(model or gpu_model(), **learner)
+    with running_learner(job) as group, connected(group, engines, job) as sync:
+        yield Pair(job, group, engines, sync)
+
+
+def _prompts() -> list[Prompt]:
+    from rlaif_ray.types import Message, Prompt
+
+    draw = torch.Generator().manual_seed(7)
+    lengths = [3, 17, 40, 90]
+    rows = [tuple(torch.randint(3, 320, (n,), generator=draw).tolist()) for n in lengths]
+    return [Prompt(f"p{k}", (Message("user", ""),), row) for k, row in enumerate(rows)]
+
+
+PROMPTS = _prompts()
+
+
+def greedy_tokens(engines: EngineGroup) -> list[tuple[int, ...]]:
+    from rlaif_ray.interfaces import GenerationSettings
+
+    return [c.tokens for c in engines.generate(PROMPTS, GenerationSettings(1, 32, 0.0, seed=0, ignore_eos=True))]

@@ -1,0 +1,58 @@
+"""The README stays true: every command in it is run, or is known here with the test that runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+TINY = "steps=1 evaluation.held_out.limit=2 sampling.prompts_per_step=2 sampling.max_new_tokens=4 cluster.address=local"
+
+# Command in the README -> what a test adds so that it ends soon; None: run elsewhere, as said.
+ADDED: dict[str, str | None] = {
+    "make demo": f"ARGS='{TINY} run_dir={{run_dir}}'",
+    "make test": None,  # this very run
+    ".venv/bin/rlaif train configs/demo/train.yaml --dry-run": "",
+    ".venv/bin/rlaif train configs/demo/train.yaml steps=2 run_dir=runs/short": f"{TINY} run_dir={{run_dir}}",
+    ".venv/bin/python launch/submit.py --address http://HEAD:8265 train configs/demo/train.yaml "
+    "run_dir=/shared/runs/first": None,  # tests/ray/test_cluster.py, against a real head
+}
+
+
+def readme_commands() -> list[str]:
+    lines = [line for block in BLOCK.findall((ROOT / "README.md").read_text()) for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+def test_every_command_is_known() -> None:
+    assert set(readme_commands()) == set(ADDED)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c, added in ADDED.items() if added is not None])
+def test_command_runs(command: str, tmp_path: Path) -> None:
+    assert (ROOT / ".venv/bin/rlaif").exists(), "set up with make first"
+    added = (ADDED[command] or "").format(run_dir=tmp_path / "run")
+    done = subprocess.run(
+        shlex.split(f"{command} {added}"),
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    if "--dry-run" in command:
+        assert "rollout" in done.stdout
+        assert "learner:" in done.stdout
+        assert not (tmp_path / "run").exists()
+    else:
+        assert "held-out gain" in done.stdout
+        assert (tmp_path / "run/policy/model.safetensors").exists()
