@@ -36,6 +36,12 @@ def must_match(job: TrainJob) -> dict[str, Any]:
         "learner.ranks": job.learner.ranks,
         "learner.zero_stage": job.learner.zero_stage,
         "data.path": job.data.path,
+        "data.split": job.data.split,
+        "data.column": job.data.column,
+        "data.limit": job.data.limit,
+        "data.system": job.data.system,
+        "data.shuffle": job.data.shuffle,
+        "sampling.prompts_per_step": job.sampling.prompts_per_step,
         "seed": job.seed,
     }
 
@@ -74,6 +80,11 @@ def read_state(folder: Path, job: TrainJob) -> RunState:
         raise InputError(
             f"run_dir {folder.parent.parent} has a checkpoint of another run: {'; '.join(changed)}. "
             f"Use its settings, another run_dir, or checkpoint.resume=never to start over."
+        )
+    if state.step > job.steps:
+        raise InputError(
+            f"steps must be at least the {state.step} that run_dir {folder.parent.parent} has taken (got {job.steps}). "
+            f"Raise it, or use another run_dir, or checkpoint.resume=never to start over."
         )
     return state
 

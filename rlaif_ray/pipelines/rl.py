@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
@@ -50,16 +51,16 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     prompts = PromptSource(
         inputs.prompts, prompts_per_step=job.sampling.prompts_per_step, seed=job.seed, shuffle=job.data.shuffle
     )
-    tracker = open_tracker(
-        run_dir,
-        config=job.model_dump(mode="json"),
-        tracking=job.tracking,
-        total_steps=job.steps,
-        resume_step=state.step,
-        name=run_dir.name,
-    )
-    write_resolved(loaded)
-    with tracker as track, open_cluster(job, inputs.contexts) as cluster, stop_after_step() as stopping:
+    if resumed:
+        prompts.restore(state.prompts)
+    make_folder(run_dir)
+    tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": job.steps}
+    with (
+        open_cluster(job, inputs.contexts) as cluster,  # first: wrong input must not cost an earlier run its files
+        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
+        stop_after_step() as stopping,
+    ):
+        write_resolved(loaded)
         track.note("starting engines and learner")
         rollouts = cluster.start_rollouts(job.policy, job.rollout)
         judges = cluster.start_judges(job.feedback.judge)
@@ -71,7 +72,6 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         held_out = HeldOut(job, inputs.held_out, rollouts, feedback, track)
         if resumed:
             learner.load_checkpoint(str(resumed))
-            prompts.restore(state.prompts)
             track.note(f"resumed from {resumed}")
         sync.push(version=state.step)  # before the first rollout
         if state.held_out_before is None:
@@ -246,6 +246,23 @@ def held_out_settings(job: TrainJob) -> GenerationSettings:
         temperature=job.sampling.temperature,
         seed=job.seed * 2**32 + HELD_OUT_SEED,
     )
+
+
+def make_folder(run_dir: Path) -> None:
+    """The run's own folder, tried before anything starts; what is in it stays.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"run_dir must be a folder this process can write (got {run_dir}): {error.strerror or error}. "
+            f"Choose another with run_dir=PATH."
+        ) from error
 
 
 def write_resolved(loaded: Loaded) -> None:

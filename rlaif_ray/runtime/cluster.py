@@ -45,6 +45,7 @@ def open_cluster(job: TrainJob, contexts: Contexts) -> Iterator[Cluster]:
     cluster = None
     try:
         device: Literal["cpu", "cuda"] = _device(job)
+        choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
         slots = actor_slots(job, device)
         group = reserve(slots, job.cluster.start_timeout_s)
         cluster = Cluster(job, contexts, device, slots, group)
@@ -229,7 +230,7 @@ class Cluster:
     def stop(self) -> None:
         """Ends every actor; frees what the sync staged."""
         if self._sync is not None:
-            with suppress(Exception):  # a dead learner can't clean up after itself; its files are ours to remove
+            with suppress(Exception):  # a dead or busy learner: the actors end below, and their segments are gone
                 self._sync.close()
         for actor in self._actors:
             ray.kill(actor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.errors import InputError, StaleWeightsError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Backend = Literal["shm", "ipc", "nccl"]
 Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, shape)
+CLOSE_TIMEOUT_S = 10.0
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -79,6 +81,7 @@ class Sync:
         groups = self._wait([self._engines[0].layer_groups.remote(names)], "rollout engine")[0]
         self._buckets = make_buckets(groups, self._metadata, cfg.bucket_mb * 2**20)
         self._bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in self._metadata)
+        self._segments: list[Path] = []  # shared-memory files, named here so that they can be removed from here
         self._connect(engine_workers)
 
     def _wait(self, refs: list[Any], who: str) -> list[Any]:
@@ -95,6 +98,7 @@ class Sync:
                     f"{len(nodes)} nodes): shared memory does not cross them. Run on one node, or on GPUs with nccl."
                 )
             options: dict[str, Any] = {"path": f"/dev/shm/rlaif-{uuid.uuid4().hex[:12]}"}
+            self._segments = [Path(f"{options['path']}-{slot}") for slot in range(2)]
         elif self._backend == "nccl":
             address, port = self._wait([self._ranks[0].rendezvous.remote()], "learner")[0]
             world = 1 + engine_workers * len(self._engines)
@@ -166,5 +170,14 @@ class Sync:
         return checksum
 
     def close(self) -> None:
-        """Frees the staging memory."""
-        self._wait([rank.close_senders.remote() for rank in self._ranks], "learner")
+        """Frees the staging memory.
+
+        Raises:
+            RunError: the learner is dead or too busy to close; its segments are removed all the same, if on this node.
+        """
+        try:
+            closing = [rank.close_senders.remote() for rank in self._ranks]
+            gather(closing, who="learner (close weight sync)", timeout_s=min(self._timeout_s, CLOSE_TIMEOUT_S))
+        finally:
+            for segment in self._segments:
+                segment.unlink(missing_ok=True)

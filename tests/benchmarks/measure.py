@@ -76,8 +76,8 @@ def timed(function: Callable[[], Any]) -> float:
 def medians(seconds: Seconds) -> dict[str, Any]:
     """The part of a result line that shows what was measured."""
     return {
-        "medians_s": {name: round(statistics.median(values), 5) for name, values in seconds.items()},
-        "rounds_s": {name: [round(v, 5) for v in values] for name, values in seconds.items()},
+        "medians_s": {name: round(statistics.median(values), 7) for name, values in seconds.items()},
+        "rounds_s": {name: [round(v, 7) for v in values] for name, values in seconds.items()},
     }
 
 

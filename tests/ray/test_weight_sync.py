@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,11 +25,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlaif_ray.config.jobs import TrainJob, WeightSyncConfig
-from rlaif_ray.errors import StaleWeightsError
+from rlaif_ray.errors import RunError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.learner.engine import RankSpec
+from rlaif_ray.learner.engine import RankSpec, WeightGroups
 from rlaif_ray.pipelines.experience import add_advantages, check_fresh
 from rlaif_ray.rollout.weight_transfer import additive_checksum
+from rlaif_ray.runtime.actors import Actor, LearnerActor
 from rlaif_ray.runtime.cluster import Contexts, open_cluster
 from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
 from rlaif_ray.runtime.weight_sync import Sync
@@ -95,8 +97,10 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
         tied.wait()
         untied.wait()
         from_disk = sample(engines["tied"], seed=5)
-        tied.connect(learners[2], engines["tied"]).push(0)
+        sync = tied.connect(learners[2], engines["tied"])
+        sync.push(0)
         synced = sample(engines["tied"], seed=5)
+        sync.close()
         yield Processes(engines, learners, folder, from_disk, synced)
 
 
@@ -138,6 +142,7 @@ def case(request: pytest.FixtureRequest, processes: Processes) -> Iterator[Case]
     case = Case(processes, kind, job, learner, engines, connect(learner, engines, job.weight_sync))
     yield case
     case.sync.close()
+    assert not any(segment.exists() for segment in case.sync._segments)
 
 
 def connect(learner: LearnerGroup, engines: EngineGroup, cfg: WeightSyncConfig) -> Sync:
@@ -250,7 +255,7 @@ def test_many_small_buckets_give_the_same(case: Case, tmp_path: Path) -> None:
     # A limit below every tensor: each layer group travels alone. (As a user's choice bucket_mb is 1 or more.)
     case.sync.close()
     case.sync = connect(case.learner, case.engines, WeightSyncConfig.model_construct(backend="auto", bucket_mb=0))
-    assert len(case.sync._buckets) == {"tied": 4, "untied": 5}[case.kind]  # embedding, two layers, norm; the head
+    assert len(case.sync._buckets) == 4  # embedding, two layers, what is in no layer after them
     in_pieces = case.push()
     assert greedy(case.engines) == expected
     case.sync.close()
@@ -363,3 +368,40 @@ def test_checkpoints_continue_to_the_bit(case: Case, tmp_path: Path) -> None:
     assert state() == at_save
     assert learner.update(second) == metrics
     assert state() == further
+
+
+class SilentEngine(Actor):
+    """Takes any weights and says nothing about them."""
+
+    def layer_groups(self, names: list[str]) -> list[list[str]]:
+        return [names]
+
+    def init_transfer(self, info: dict[str, Any]) -> None: ...
+    def start_update(self) -> None: ...
+    def update(self, info: dict[str, Any]) -> None: ...
+
+    def finish_update(self, version: int) -> list[int]:
+        return []
+
+
+def hold_a_small_model(actor: Any) -> None:
+    actor._learner = SimpleNamespace(weights=WeightGroups(torch.nn.Linear(3, 3)))
+    actor._sends = True
+
+
+def test_segments_are_removed_when_the_learner_died(processes: Processes) -> None:
+    """A segment that outlives its run is memory that nobody gets back before the machine restarts."""
+    environment = {"env_vars": {"DS_ACCELERATOR": "cpu"}}
+    rank = ray.remote(num_cpus=0, runtime_env=environment)(LearnerActor).remote()
+    engine = ray.remote(num_cpus=0, runtime_env=environment)(SilentEngine).remote()
+    ray.get(rank.__ray_call__.remote(hold_a_small_model), timeout=120)
+    job = tiny_job("tied", 0)
+    engines = EngineGroup([engine], role="rollout", timeout_s=60)
+    sync = connect(LearnerGroup([rank], job, "fp32"), engines, job.weight_sync)
+    assert sync.push(1).bytes == 4 * 12
+    assert any(segment.exists() for segment in sync._segments)
+    ray.kill(rank)
+    with pytest.raises(RunError, match="close weight sync"):
+        sync.close()
+    assert not any(segment.exists() for segment in sync._segments)
+    ray.kill(engine)

