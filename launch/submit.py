@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="config files and key=value settings")
     options = parser.parse_args()
 
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     try:
@@ -33,6 +34,13 @@ def main() -> int:
         print(
             f"submit: no Ray dashboard answers at {options.address} ({error}). Start it with the head node "
             f"(ray start --head --include-dashboard=true), or correct --address.",
+            file=sys.stderr,
+        )
+        return 2
+    except AuthenticationError as error:
+        print(
+            f"submit: the cluster at {options.address} asks for a token ({str(error).strip().splitlines()[0]}). "
+            f"Set RAY_AUTH_MODE=token and, unless ~/.ray/auth_token has it, RAY_AUTH_TOKEN.",
             file=sys.stderr,
         )
         return 2

@@ -160,6 +160,9 @@ def packed_attention(
     layout = packed_layout
     assert layout is not None, "the model did not pass the packed layout on to its attention"
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest_key else None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # the fused CPU kernel takes equal head counts only, and so does torch 2.11's on GPUs
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -174,13 +177,9 @@ def packed_attention(
             scale=scaling,
             # Aligned at the end of queries and keys: a completion's first token sees all of its prompt.
             window_size=(window - 1 if window else -1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
         )
         assert isinstance(out, torch.Tensor)
         return out[None], None
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # the fused CPU kernel takes equal head counts only
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     pieces = []
     for s in layout.segments:
         own = slice(s.start, s.end)

@@ -190,12 +190,6 @@ class VllmEngine:
     def init_transfer(self, init_info: dict[str, Any]) -> None:
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
-    def layer_groups(self, names: list[str]) -> list[list[str]]:
-        """Partition of parameter names into what should be gathered and sent together."""
-        from vllm.distributed.weight_transfer.base import layerwise_groups
-
-        return layerwise_groups(names)
-
     def start_update(self) -> None:
         self.weight_version = -1  # an update that breaks half way leaves an engine that must not sample
         self._llm.start_weight_update()

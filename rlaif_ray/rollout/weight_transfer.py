@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,18 @@ def additive_checksum(tensors: Sequence[Tensor]) -> int:
         bits = flat.view(torch.int64 if wide else views[flat.element_size()])
         total += int(bits.sum(dtype=torch.int64))
     return total % 2**63
+
+
+def layer_groups(names: Sequence[str]) -> list[list[str]]:
+    """Partition of parameter names, in their order, into what is gathered and sent together: what stands before the
+    layers, each layer by the outermost number in its names, and what stands after."""
+
+    def layer(name: str) -> tuple[str, ...] | None:
+        parts = name.split(".")
+        first = next((k for k, part in enumerate(parts) if part.isdigit()), None)
+        return None if first is None else tuple(parts[: first + 1])
+
+    return [list(group) for _, group in groupby(names, key=layer)]
 
 
 def describe(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:

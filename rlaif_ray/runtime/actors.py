@@ -47,9 +47,6 @@ class EngineActor(Actor):
     def init_transfer(self, init_info: dict[str, Any]) -> None:
         self._engine.init_transfer(init_info)
 
-    def layer_groups(self, names: list[str]) -> list[list[str]]:
-        return self._engine.layer_groups(names)
-
     def start_update(self) -> None:
         self._engine.start_update()
 

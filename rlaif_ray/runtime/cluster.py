@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
+from ray._private.utils import read_ray_address
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -26,6 +29,7 @@ from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import EngineConfig, JudgeConfig, PolicyConfig, Precision, TrainJob
 
+CONNECT_TIMEOUT_S = 5.0
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -67,17 +71,11 @@ def _connect(job: TrainJob) -> bool:
     cfg = job.cluster
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = cfg.address or _surrounding()
-    if address is not None and address != "local":
-        try:
-            ray.init(address=address, **quiet)
-            return False
-        except ConnectionError as error:
-            if cfg.address is not None or os.environ.get("RAY_ADDRESS"):
-                raise InputError(
-                    f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}. "
-                    f"Start one (ray start --head), correct the address, or use cluster.address=local."
-                ) from error
+    address = cfg.address or os.environ.get("RAY_ADDRESS") or read_ray_address(None)
+    named = bool(cfg.address or os.environ.get("RAY_ADDRESS"))
+    if address is not None and address != "local" and (named or _answers(address)):
+        _join(cfg.address, address, quiet)
+        return False
     need = totals(actor_slots(job, "cpu" if cfg.device != "gpu" else "cuda"))
     ray.init(
         address="local",
@@ -89,14 +87,36 @@ def _connect(job: TrainJob) -> bool:
     return True
 
 
-def _surrounding() -> str | None:
-    """Address of the cluster this process runs in: what a Ray job is told, else what `ray start` left on this node.
+def _join(given: str | None, address: str, quiet: dict[str, Any]) -> None:
+    """Joins the cluster at `address`; `given` is what the config says of it.
 
-    Not Ray's own "auto", which joins whatever Ray runs here, and so another job's private one, which ends with it.
+    Without one Ray finds the same address by itself, and then uses this machine's token. "auto" is not the same: it
+    joins whatever Ray runs here, and so another job's private one, which ends with that job.
     """
-    from ray._private.utils import read_ray_address
+    remedy = "correct the address, or use cluster.address=local"
+    if not _answers(address):  # Ray itself would try for many minutes
+        raise InputError(
+            f"no Ray cluster answers at cluster.address={address}. Start one (ray start --head), {remedy}."
+        )
+    try:
+        ray.init(address=given, **quiet)
+    except (ConnectionError, AuthenticationError) as error:
+        raise InputError(
+            f"the Ray cluster at cluster.address={address} can't be joined: {str(error).strip().splitlines()[0]}. "
+            f"If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; else {remedy}."
+        ) from error
 
-    return os.environ.get("RAY_ADDRESS") or read_ray_address(None)
+
+def _answers(address: str) -> bool:
+    """Whether something listens at host:port; what is no such address is left to Ray."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _device(job: TrainJob) -> Literal["cpu", "cuda"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.errors import InputError, StaleWeightsError
+from rlaif_ray.rollout.weight_transfer import layer_groups
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.types import SyncReport
 
@@ -78,8 +79,7 @@ class Sync:
         self._backend, self._timeout_s = backend, timeout_s
         self._metadata: Metadata = self._wait([self._ranks[0].weight_metadata.remote()], "learner")[0]
         names = [name for name, _, _ in self._metadata]
-        groups = self._wait([self._engines[0].layer_groups.remote(names)], "rollout engine")[0]
-        self._buckets = make_buckets(groups, self._metadata, cfg.bucket_mb * 2**20)
+        self._buckets = make_buckets(layer_groups(names), self._metadata, cfg.bucket_mb * 2**20)
         self._bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in self._metadata)
         self._segments: list[Path] = []  # shared-memory files, named here so that they can be removed from here
         self._connect(engine_workers)

@@ -76,10 +76,13 @@ def measure(args: Any) -> dict[str, Any]:
                 shares[name].append(work[name]["computed"] / taken / (yardstick.flops * 2 / (before + after)))
             before = after
     peak = yardstick.flops / statistics.median(seconds["matmul"])
+    strict = {name: counts["strict"] / counts["computed"] for name, counts in work.items()}
     result = {
         "benchmark": "learner",
         "ratio": round(statistics.median(shares["update"]), 4),  # of the matmul's FLOP/s
         "ratio_annotate": round(statistics.median(shares["annotate"]), 4),
+        "ratio_strict": round(statistics.median(shares["update"]) * strict["update"], 4),
+        "ratio_strict_annotate": round(statistics.median(shares["annotate"]) * strict["annotate"], 4),
         "share": {
             name: {how: round(count / statistics.median(seconds[name]) / peak, 4) for how, count in counts.items()}
             for name, counts in work.items()

@@ -8,7 +8,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tests.runs import ROOT, Program, finish_train, rows, start, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+# Ray's own default as soon as a machine has a token.
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
 SHORT = ("steps=2", "evaluation.held_out.path=null", "checkpoint.every=0", "algorithm.kl.target=null")
 
 
@@ -58,10 +61,9 @@ def cluster(folder: Path) -> Iterator[RayCluster]:
     port, dashboard = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray-") as private:  # short: sockets lie in it
         command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats"]
-        command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
+        command += [f"--port={port}", f"--dashboard-port={dashboard}"]
         command += ["--include-dashboard=true", "--num-cpus=2", f"--object-store-memory={2**28}"]
-        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"  # jobs run `python` of the nodes
-        head = start([*command, f"--temp-dir={private}"], folder / "head.out", {"PATH": path})
+        head = start([*command, f"--temp-dir={private}"], folder / "head.out", TOKEN)
         try:
             head.wait_for(lambda: answers(port) and answers(dashboard), timeout_s=90)
             yield RayCluster(head, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
@@ -69,8 +71,12 @@ def cluster(folder: Path) -> Iterator[RayCluster]:
             head.kill()
 
 
-def submit(output: Path, *arguments: str | Path) -> Program:
-    return start([sys.executable, ROOT / "launch" / "submit.py", *arguments], output)
+def submit(output: Path, *arguments: str | Path, environment: Mapping[str, str] = TOKEN) -> Program:
+    program = start([sys.executable, ROOT / "launch" / "submit.py", *arguments], output, environment)
+    try:
+        return program.wait()
+    finally:
+        program.kill()
 
 
 def assert_complete(run_dir: Path) -> None:
@@ -96,10 +102,6 @@ def test_a_submitted_job_runs_and_is_followed(cluster: RayCluster, folder: Path,
     settings = (*SHORT, "cluster.address=null", "algorithm.type=rloo", f"run_dir={run_dir}")
     where = ("--address", cluster.dashboard, "--python", sys.executable)
     program = submit(folder / "submit.out", *where, "train", config, *settings)
-    try:
-        program.wait()
-    finally:
-        program.kill()
     assert program.exit_code == 0, program.stdout + program.stderr
     assert re.search(r"^submitted raysubmit_\w+: .*rlaif_ray.cli train ", program.stdout, re.M)
     assert re.search(r"^step 2/2  reward", program.stdout, re.M)
@@ -112,10 +114,6 @@ def test_a_submitted_job_runs_and_is_followed(cluster: RayCluster, folder: Path,
 def test_a_submitted_job_that_fails_says_why(cluster: RayCluster, folder: Path, config: Path) -> None:
     where = ("--address", cluster.dashboard, "--python", sys.executable)
     program = submit(folder / "wrong.out", *where, "train", config, "stepz=2")
-    try:
-        program.wait()
-    finally:
-        program.kill()
     assert program.exit_code == 1
     assert "Did you mean steps?" in program.stdout and "FAILED" in program.stdout
 
@@ -123,7 +121,7 @@ def test_a_submitted_job_that_fails_says_why(cluster: RayCluster, folder: Path, 
 def test_ray_address_joins_a_cluster_and_leaves_it_running(cluster: RayCluster, folder: Path, config: Path) -> None:
     run_dir = folder / "joined"
     settings = (*SHORT, "cluster.address=null", "algorithm.type=reinforce")
-    program = finish_train(config, *settings, run_dir=run_dir, environment={"RAY_ADDRESS": cluster.address})
+    program = finish_train(config, *settings, run_dir=run_dir, environment={"RAY_ADDRESS": cluster.address, **TOKEN})
     assert program.exit_code == 0, program.stderr
     assert program.left_over == []
     assert_complete(run_dir)
@@ -134,7 +132,7 @@ def test_ray_address_joins_a_cluster_and_leaves_it_running(cluster: RayCluster, 
 def test_a_place_that_can_not_be_had(cluster: RayCluster, folder: Path, config: Path) -> None:
     settings = ("learner.ranks=2", "cluster.cpus_per_actor=64", "cluster.start_timeout_s=5")
     address = f"cluster.address={cluster.address}"
-    program = finish_train(config, *settings, address, run_dir=folder / "no-place")
+    program = finish_train(config, *settings, address, run_dir=folder / "no-place", environment=TOKEN)
     assert program.exit_code == 1
     assert program.left_over == []
     assert "PlacementError: the cluster did not give 4 actors their place within" in program.stderr
@@ -156,7 +154,7 @@ def test_what_the_cluster_can_not_do(
     run_dir = folder / setting.partition("=")[2]
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-    program = finish_train(config, setting, f"cluster.address={cluster.address}", run_dir=run_dir)
+    program = finish_train(config, setting, f"cluster.address={cluster.address}", run_dir=run_dir, environment=TOKEN)
     assert program.exit_code == 2
     assert program.left_over == []
     assert program.stderr.startswith("rlaif: ") and len(program.stderr.splitlines()) == 1
@@ -176,13 +174,17 @@ def test_no_cluster_answers(folder: Path, config: Path) -> None:
     assert {path.name: path.read_text() for path in run_dir.iterdir()} == {"metrics.jsonl": '{"step": 1}\n'}
 
 
+def test_submitting_without_the_token(cluster: RayCluster, folder: Path, config: Path) -> None:
+    where = ("--address", cluster.dashboard)
+    program = submit(folder / "no-token.out", *where, "train", config, environment={"RAY_AUTH_MODE": "disabled"})
+    assert program.exit_code == 2
+    assert program.stderr.startswith(f"submit: the cluster at {cluster.dashboard} asks for a token")
+    assert "RAY_AUTH_MODE=token" in program.stderr and len(program.stderr.splitlines()) == 1
+
+
 def test_submitting_to_no_cluster(folder: Path, config: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     program = submit(folder / "nobody.out", "--address", address, "train", config)
-    try:
-        program.wait(60)
-    finally:
-        program.kill()
     assert program.exit_code == 2
     assert program.stderr.startswith(f"submit: no Ray dashboard answers at {address}")
     assert "ray start --head" in program.stderr and len(program.stderr.splitlines()) == 1
