@@ -234,7 +234,7 @@ class WeightSyncConfig(Config):
 
     backend: Literal["auto", "shm", "ipc", "nccl"] = "auto"
     """auto: shm on CPUs; on GPUs ipc where learner and engine share one, else nccl."""
-    bucket_mb: Annotated[int, Field(ge=1)] = 512
+    bucket_mb: Annotated[int, Field(ge=1)] = 64
     """At most this many MB (or one layer) are gathered and sent at a time."""
 
 

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -445,10 +445,10 @@ class PromptSource:
         return {"step": self.step, "epoch": self.epoch, "position": self.position, **self.identity}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken, also in another process. CheckpointError where it does not fit."""
+        """Go on from where `state` was taken, also in another process. InputError where it does not fit."""
         for key, here in self.identity.items():
             if state.get(key) != here:
-                raise CheckpointError(
+                raise InputError(
                     f"the checkpoint's place in the prompts does not fit this run: {key} was {state.get(key)!r} and is "
                     f"{here!r}, so the order of the prompts is another. Restore that setting or those prompts, or "
                     "start a new run (checkpoint.resume=never, or another run_dir)."

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif_ray.data.prompts import PACKAGED, LoadedPrompts, PromptSource, load_prompts
-from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message, Prompt
 from tests.tiny import CHAT_TEMPLATE, IM_END, IM_START, PAD, make_tokenizer
 
@@ -606,7 +606,7 @@ def test_restored_source_goes_on(count: int, per_step: int, before: int, shuffle
 def test_a_state_of_another_run_is_refused(other: PromptSource, named: str) -> None:
     dealt = source(10, 4)
     dealt.next()
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(InputError, match=named):
         other.restore(dealt.state())
 
 
