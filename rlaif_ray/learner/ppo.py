@@ -216,10 +216,11 @@ class RlRank:
         self._model.config.use_cache = True  # off while training, on for whoever loads it
         self._model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         self._model.config.use_cache = False
+        for file in Path(folder).glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes for the owner alone; the policy is there to be shared
         policy = self._job.policy
-        load_tokenizer(
-            policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code
-        ).save_pretrained(folder)
+        tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+        tokenizer.save_pretrained(folder)
 
 
 class _Flat:

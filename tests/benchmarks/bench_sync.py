@@ -32,7 +32,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=7)
     parser.add_argument("--zero-stage", type=int, choices=[0, 1, 2, 3], default=0)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--bucket-mb", type=int, default=512)
+    parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--kv-cache-gb", type=float, default=0.1)
     args = parser.parse_args()
     with json_output() as emit:
