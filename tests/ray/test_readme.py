@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
-TINY = "steps=1 evaluation.held_out.limit=2 sampling.prompts_per_step=2 sampling.max_new_tokens=4 cluster.address=local"
+TINY = (
+    "steps=1 learner.warmup_steps=0 evaluation.held_out.limit=2 sampling.prompts_per_step=2 "
+    "sampling.max_new_tokens=4 cluster.address=local"
+)
 
 # Command in the README -> what a test adds so that it ends soon; None: run elsewhere, as said.
 ADDED: dict[str, str | None] = {
