@@ -12,6 +12,24 @@ import asyncio
 import os
 import shlex
 import sys
+import time
+from typing import Any
+
+AGENT_WAIT_S = 120.0  # a head node that has just started takes a while until its agent accepts jobs
+
+
+def submit_when_ready(client: Any, command: str, runtime_env: dict[str, object]) -> str | None:
+    """The submitted job's id; None when the cluster's agent did not come up in time."""
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=command, runtime_env=runtime_env))
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                return None
+        time.sleep(1.0)
 
 
 def main() -> int:
@@ -52,7 +70,14 @@ def main() -> int:
     if options.working_dir:
         runtime_env["working_dir"] = options.working_dir
     command = shlex.join([options.python, "-m", "rlaif_ray.cli", options.job, *options.arguments])
-    job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env)
+    job_id = submit_when_ready(client, command, runtime_env)
+    if job_id is None:
+        print(
+            f"submit: the cluster at {options.address} answers, but has had no agent that takes jobs for "
+            f"{AGENT_WAIT_S:.0f} s. See dashboard_agent.log in its session folder, then submit again.",
+            file=sys.stderr,
+        )
+        return 1
     print(f"submitted {job_id}: {command}", flush=True)
     if options.no_wait:
         return 0

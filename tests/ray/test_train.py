@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
 import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.judge import check_context
 from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.models import load_tokenizer
+from rlaif_ray.types import TokenAnswer, TokenQuery
 from tests.runs import Program, finish_train, rows, start_train, tiny_config
 from tests.tiny import cached_tiny_model
 from tests.unit.test_tracking import history, read_wandb
@@ -202,22 +205,24 @@ class TestStraight:
     def test_the_policy_loads_in_vllm_and_agrees_with_transformers(self, run_dir: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        from rlaif_ray.rollout.vllm_engine import EngineSpec, VllmEngine
-        from rlaif_ray.types import TokenQuery
-
         policy = run_dir / "policy"
-        engine = VllmEngine(
-            EngineSpec(
-                str(policy), None, False, "float32", "cpu", 256, 1, 0.5, 0.1, seed=0, threads=2, transfer_backend=None
-            )
-        )
         query = TokenQuery(tuple(range(40, 60)), tuple(range(100)))
-        (answer,) = engine.token_logprobs([query])
+        # In a process of its own: vLLM's groups are the process's, and would end with this engine for others in it.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            answer = pool.submit(ask_vllm, str(policy), query).result(timeout=300)
         assert answer.failure is None and all(math.isfinite(value) for value in answer.logprobs)
         model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
         with torch.inference_mode():
             expected = model(torch.tensor([query.prompt])).logits[0, -1].log_softmax(-1)[:100]
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+def ask_vllm(model: str, query: TokenQuery) -> TokenAnswer:
+    """A vLLM engine's answer about `model`."""
+    from rlaif_ray.rollout.vllm_engine import EngineSpec, VllmEngine
+
+    spec = EngineSpec(model, None, False, "float32", "cpu", 256, 1, 0.5, 0.1, seed=0, threads=2, transfer_backend=None)
+    return VllmEngine(spec).token_logprobs([query])[0]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from rlaif_ray.rollout.weight_transfer import additive_checksum
 from rlaif_ray.runtime.actors import Actor, LearnerActor
 from rlaif_ray.runtime.cluster import Contexts, open_cluster
 from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
+from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync
 from rlaif_ray.types import Completion, Experience, Prompt, Sample, Score
 from tests import learner_ranks
@@ -401,6 +403,10 @@ def test_segments_are_removed_when_the_learner_died(processes: Processes) -> Non
     assert sync.push(1).bytes == 4 * 12
     assert any(segment.exists() for segment in sync._segments)
     ray.kill(rank)
+    with pytest.raises(RunError, match="learner"):  # killing takes a moment
+        for _ in range(600):
+            gather([rank.process.remote()], who="learner", timeout_s=60)
+            time.sleep(0.1)
     with pytest.raises(RunError, match="close weight sync"):
         sync.close()
     assert not any(segment.exists() for segment in sync._segments)
