@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rlaif_ray.types import Completion, Experience, Prompt, Sample, Score, SyncReport, TokenAnswer, TokenQuery
@@ -67,6 +67,3 @@ class WeightSync(Protocol):
     def push(self, version: int) -> SyncReport:
         """After this every engine samples with exactly the learner's weights, known as `version`."""
         ...
-
-
-Metrics = dict[str, Any]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlaif_ray.evaluation.metrics import mean_interval, paired_gain
+from rlaif_ray.evaluation.metrics import cluster_means, mean_interval, paired_gain
+from rlaif_ray.types import Sample
 
 if TYPE_CHECKING:
     from rlaif_ray.interfaces import GenerationSettings, Generator, Scorer
-    from rlaif_ray.types import Prompt, Sample
+    from rlaif_ray.types import Prompt
 
 HeldOutScores = list[float | None]  # per prompt: mean score of its samples, None where none could be scored
 
@@ -18,16 +19,10 @@ def held_out_samples(
     generator: Generator, scorer: Scorer, prompts: Sequence[Prompt], settings: GenerationSettings
 ) -> tuple[list[Sample], HeldOutScores]:
     """Answers the prompts and has them scored, the same way as in training; per prompt the mean score."""
-    from rlaif_ray.types import Sample
-
     completions = generator.generate(prompts, settings)
     samples = [Sample(c, s) for c, s in zip(completions, scorer.score(completions), strict=True)]
-    per_prompt: HeldOutScores = []
-    for k in range(len(prompts)):
-        own = samples[k * settings.samples_per_prompt : (k + 1) * settings.samples_per_prompt]
-        values = [s.score.value for s in own if s.score.value is not None]
-        per_prompt.append(sum(values) / len(values) if values else None)
-    return samples, per_prompt
+    per_prompt = cluster_means([s.score.value for s in samples], [s.completion.prompt.id for s in samples])
+    return samples, list(per_prompt.values())
 
 
 def held_out_summary(before: HeldOutScores, after: HeldOutScores) -> dict[str, dict[str, float | int | None]]:
