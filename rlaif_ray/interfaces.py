@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from rlaif_ray.types import Completion, Experience, Prompt, Sample, Score, SyncReport, TokenAnswer, TokenQuery
+    from rlaif_ray.types import (
+        Answer,
+        Comparison,
+        Completion,
+        Experience,
+        Explanation,
+        Label,
+        Prompt,
+        Question,
+        Sample,
+        Score,
+        SyncReport,
+        TokenAnswer,
+        TokenQuery,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +44,29 @@ class Generator(Protocol):
 
     def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
         """One answer per query, in order. A query that fails gives an answer with a reason, not an exception."""
+        ...
+
+
+class Asker(Protocol):
+    """A judge model behind questions: a local engine, or an endpoint. Several threads may ask at once."""
+
+    name: str  # the judge's model, as records name it
+    identity: str  # what its answers depend on beside the question (model, precision, ...), for remembering them
+
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """(index, answer) as each comes, every index once. A question that fails gives an answer with a reason."""
+        ...
+
+    def explain(self, questions: Sequence[Question], settings: GenerationSettings) -> Iterator[tuple[int, Explanation]]:
+        """(index, `settings.samples_per_prompt` texts) as each comes; greedy at temperature 0."""
+        ...
+
+
+class Labeler(Protocol):
+    """Says of two responses which is better. Several threads may ask at once."""
+
+    def label(self, comparisons: Sequence[Comparison]) -> list[Label]:
+        """One label per comparison, in order; failures are Labels without `p_a`."""
         ...
 
 

@@ -70,6 +70,69 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two responses to one prompt; a judge is to say which is better."""
+
+    id: str
+    prompt: str  # the conversation as plain text
+    response_a: str
+    response_b: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a judge is asked. User texts in it are neutralised: nothing in it acts as a control token."""
+
+    turns: tuple[Message, ...]  # ends with the user's; the judge writes next
+    answer_prefix: str = ""  # how the judge's own turn begins, where a judge lets us begin it (local ones do)
+    answers: tuple[str, ...] = ()  # the answers whose probabilities are read; none when free text is asked for
+    about: str = ""  # the part of the last user's turn that may be cut in the middle when the whole is too long
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How likely a judge is to give each answer; `failure` is a reason and then there are no probabilities."""
+
+    probabilities: tuple[float, ...]  # one per answer of the question, adding up to 1; () when failed
+    outside: float = 0.0  # probability of everything else, before the answers were renormalised
+    hard: bool = False  # read off the judge's text, 1 for what it said: it gave no probabilities
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float = 0.0  # by the prices in the config
+    cut: int = 0  # characters left out of the middle of `about`
+    failure: str | None = None  # "too_long", "engine_error: ...", "no_probability", "unparsed", ...
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Free texts of a judge, one per sample asked for; `failure` is a reason and then there are none."""
+
+    texts: tuple[str, ...]
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float = 0.0
+    cut: int = 0
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """An AI preference label. A failed one has no `p_a`: failure to judge is not a judgement."""
+
+    p_a: float | None  # probability that response a is better, orders averaged
+    p_a_forward: float | None = None  # with a shown first
+    p_a_reversed: float | None = None  # with b shown first, mapped back to a
+    rationales: tuple[str, ...] = ()  # those with a shown first, then those with b shown first
+    principle: str | None = None  # id of the constitution's principle it was asked by
+    hard: bool = False
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float = 0.0
+    cut: int = 0  # characters left out of the middle of the prompt
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A completion that was scored."""
 

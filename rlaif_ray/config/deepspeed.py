@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rlaif_ray.config.jobs import LearnerConfig
+from rlaif_ray.config.sections import LearnerConfig
 
 # Elements that are reduced or gathered at a time. DeepSpeed's own 5e8 costs up to 2 GB for each buffer; from about
 # 1e8 on larger buckets gain no bandwidth.

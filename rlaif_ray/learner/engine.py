@@ -16,7 +16,7 @@ from rlaif_ray.learner.packing import PACKED, ModelInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlaif_ray.config.jobs import LearnerConfig
+    from rlaif_ray.config.sections import LearnerConfig
 
 
 @dataclass(frozen=True, slots=True)

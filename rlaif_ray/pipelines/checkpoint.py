@@ -12,7 +12,8 @@ from rlaif_ray.errors import CheckpointError, InputError
 from rlaif_ray.folders import flush_folder
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import CheckpointConfig, TrainJob
+    from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.config.sections import CheckpointConfig
     from rlaif_ray.interfaces import Learner
 
 STATE = "state.json"

@@ -27,7 +27,8 @@ from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import EngineConfig, JudgeConfig, PolicyConfig, Precision, TrainJob
+    from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.config.sections import EngineConfig, JudgeConfig, PolicyConfig, Precision
 
 CONNECT_TIMEOUT_S = 5.0
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}

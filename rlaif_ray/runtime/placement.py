@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlaif_ray.errors import PlacementError
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import ClusterConfig, TrainJob
+    from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.config.sections import ClusterConfig
 
 Role = Literal["rollout", "judge", "learner"]
 CPU_SHARE = 0.25  # logical CPUs per actor on CPU: phases take turns on the same cores

@@ -13,7 +13,7 @@ from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.types import SyncReport
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import ClusterConfig, WeightSyncConfig
+    from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
     from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
 
 Backend = Literal["shm", "ipc", "nccl"]

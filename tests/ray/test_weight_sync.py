@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlaif_ray.config.jobs import TrainJob, WeightSyncConfig
+from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.config.sections import WeightSyncConfig
 from rlaif_ray.errors import RunError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.learner.engine import RankSpec, WeightGroups

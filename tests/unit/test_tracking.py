@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlaif_ray.config.jobs import TrackingConfig
+from rlaif_ray.config.sections import TrackingConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.tracking import Tracker, open_tracker, print_summary, without_secrets
 from rlaif_ray.tracking.memory import PeakMemory
@@ -205,7 +205,7 @@ class TestResume:
         program = f"""if 1:
             import time
             from pathlib import Path
-            from rlaif_ray.config.jobs import TrackingConfig
+            from rlaif_ray.config.sections import TrackingConfig
             from rlaif_ray.tracking import open_tracker
             with open_tracker(Path({str(tmp_path)!r}), config={{}}, tracking=TrackingConfig(wandb="offline"),
                               total_steps=10**6, name="killed") as track:
@@ -372,7 +372,7 @@ class TestProgress:
         program = f"""if 1:
             import time
             from pathlib import Path
-            from rlaif_ray.config.jobs import TrackingConfig
+            from rlaif_ray.config.sections import TrackingConfig
             from rlaif_ray.tracking import open_tracker
             with open_tracker(Path({str(tmp_path)!r}), config={{}}, tracking=TrackingConfig(wandb="disabled"),
                               total_steps=2, name="live [1]") as track:
@@ -499,7 +499,7 @@ class TestWandb:
         program = f"""if 1:
             import sys
             from pathlib import Path
-            from rlaif_ray.config.jobs import TrackingConfig
+            from rlaif_ray.config.sections import TrackingConfig
             from rlaif_ray.tracking import open_tracker
             assert not {{"rich", "wandb", "psutil", "torch", "ray"}} & set(sys.modules)
             with open_tracker(Path({str(tmp_path)!r}), config={{}}, tracking=TrackingConfig(wandb="disabled"),

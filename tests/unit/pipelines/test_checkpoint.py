@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlaif_ray.config.jobs import CheckpointConfig, TrainJob
+from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.config.sections import CheckpointConfig
 from rlaif_ray.errors import CheckpointError, InputError
 from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.checkpoint import RunState

