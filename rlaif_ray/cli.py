@@ -54,7 +54,7 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Keeps `train` a command of its own: typer makes a single command the whole program."""
+    """RLAIF: each command is a job with a config of its own."""
 
 
 @app.command()
@@ -75,6 +75,82 @@ def train(arguments: Arguments, dry_run: DryRun = False) -> None:
         train_rl(loaded)
 
     _run("train", arguments, plan if dry_run else None, start)
+
+
+@app.command()
+def pairs(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Samples responses to compare: two or more per prompt, from one or more policies.
+
+    Goes on where it was ended, when started again with the same output or run_dir.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.pairs import plan_pairs
+
+        return plan_pairs(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines.pairs import make_pairs
+
+        make_pairs(loaded)
+
+    _run("pairs", arguments, plan if dry_run else None, start)
+
+
+@app.command()
+def label(
+    arguments: Arguments,
+    dry_run: DryRun = False,
+    sample: Annotated[
+        int | None, typer.Option("--sample", min=1, help="Also write this many labels for a person to check.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The file for --sample.")] = Path("review.csv"),
+    reviewed: Annotated[
+        Path | None, typer.Option("--reviewed", help="A checked file of --sample: its answers become human labels.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", help="trl: also write prompt/chosen/rejected rows beside the output.")
+    ] = "records",
+) -> None:
+    """AI preference labels for pairs of responses.
+
+    Goes on where it was ended, when started again with the same output or run_dir; what a judge answered once is
+    not asked again.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.preferences import plan_labels
+
+        return plan_labels(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines.preferences import make_labels
+        from rlaif_ray.pipelines.review import after_labels, check_options
+
+        check_options(format, reviewed)
+        after_labels(make_labels(loaded), sample=sample, out=out, reviewed=reviewed, format=format, loaded=loaded)
+
+    _run("label", arguments, plan if dry_run else None, start)
+
+
+@app.command("reward-model")
+def reward_model(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Trains a reward model on preference records, with soft or hard labels.
+
+    A run goes on from its newest checkpoint when its run_dir has one.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.reward import plan_reward_model
+
+        return plan_reward_model(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines.reward import train_reward_model
+
+        train_reward_model(loaded)
+
+    _run("reward-model", arguments, plan if dry_run else None, start)
 
 
 def _run(
@@ -169,7 +245,8 @@ def _resume_command(loaded: Loaded) -> str:
     words = [*map(str, loaded.files), *loaded.overrides]
     if not loaded.run_dir_given:
         words.append(f"run_dir={loaded.run_dir}")
-    if loaded.config.checkpoint.resume == "never":
+    checkpoint = getattr(loaded.config, "checkpoint", None)
+    if checkpoint is not None and checkpoint.resume == "never":
         words.append("checkpoint.resume=auto")
     return shlex.join(["rlaif", loaded.job, *words])
 

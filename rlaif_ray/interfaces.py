@@ -52,6 +52,11 @@ class Asker(Protocol):
 
     name: str  # the judge's model, as records name it
     identity: str  # what its answers depend on beside the question (model, precision, ...), for remembering them
+    special: tuple[str, ...]  # texts that act as control tokens on it: neutralised before they are asked
+
+    def fits(self, question: Question) -> bool:
+        """Whether the judge can read the question (and answer it)."""
+        ...
 
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
         """(index, answer) as each comes, every index once. A question that fails gives an answer with a reason."""

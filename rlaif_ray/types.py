@@ -86,7 +86,6 @@ class Question:
     turns: tuple[Message, ...]  # ends with the user's; the judge writes next
     answer_prefix: str = ""  # how the judge's own turn begins, where a judge lets us begin it (local ones do)
     answers: tuple[str, ...] = ()  # the answers whose probabilities are read; none when free text is asked for
-    about: str = ""  # the part of the last user's turn that may be cut in the middle when the whole is too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,6 @@ class Answer:
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float = 0.0  # by the prices in the config
-    cut: int = 0  # characters left out of the middle of `about`
     failure: str | None = None  # "too_long", "engine_error: ...", "no_probability", "unparsed", ...
 
 
@@ -111,7 +109,6 @@ class Explanation:
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float = 0.0
-    cut: int = 0
     failure: str | None = None
 
 

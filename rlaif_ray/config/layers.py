@@ -196,6 +196,16 @@ def variants(model: type[BaseModel] | None, name: str) -> dict[str | None, type[
     return found
 
 
+def item_class(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The class of the values of a field that maps names to sections; None for other fields."""
+    info = model.model_fields.get(name)
+    annotation = info.annotation if info else None
+    if get_origin(annotation) is not dict:
+        return None
+    member = get_args(annotation)[1]
+    return member if isinstance(member, type) and issubclass(member, BaseModel) else None
+
+
 def _members(annotation: Any) -> list[Any]:
     """The members of a (nested, annotated) union; the annotation itself when it is none."""
     arguments = [] if get_origin(annotation) in (Literal, list, tuple, dict) else get_args(annotation)
@@ -207,9 +217,15 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def default_values(model: type[BaseModel], kind: str | None = None) -> dict[str, Any]:
-    """What `model` holds when nothing is set; fields without a default are left out."""
+    """What `model` holds when nothing is set; fields without a default are left out, a section that is needed holds
+    what it can: so it is the missing key that is asked for, not its section."""
     given: dict[str, Any] = {} if kind is None else {"type": kind}
-    return model.model_construct(**given).model_dump()
+    values = model.model_construct(**given).model_dump()
+    for name, field in model.model_fields.items():
+        section = variants(model, name) if field.is_required() else {}
+        if set(section) == {None}:
+            values[name] = default_values(section[None])
+    return values
 
 
 def merge(model: type[BaseModel] | None, below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from rlaif_ray.config.layers import Key, kind_of, variants
+from rlaif_ray.config.layers import Key, item_class, kind_of, variants
 
 _ROUNDS = 20  # each leaves out what the rounds before found wrong; far more than nested classes can need
 
@@ -110,6 +110,11 @@ def _place(model: type[BaseModel], detail: ErrorDetails) -> _Place:
         name = str(parts.pop(0))
         key.append(name)
         owner, field = inner, inner.model_fields.get(name)
+        item = item_class(inner, name)
+        if item is not None and parts:
+            key.append(str(parts.pop(0)))
+            inner = item
+            continue
         classes = variants(inner, name)
         if len(classes) > 1:
             inner = classes.get(str(parts.pop(0))) if parts else None

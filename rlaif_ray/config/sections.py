@@ -121,7 +121,7 @@ class OpenAIJudge(Config):
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. The key itself is never written anywhere."""
     answers: Literal["logprobs", "text"] = "logprobs"
-    """text: for endpoints without log-probabilities; what the judge says counts fully, and its labels are marked hard."""
+    """text: for endpoints without log-probabilities; what the judge says counts fully, its labels are marked hard."""
     concurrency: Annotated[int, Field(ge=1)] = 32
     """Requests in flight at most."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
@@ -445,10 +445,10 @@ class LabelConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> LabelConfig:
         problems = []
-        if self.clamp is not None and self.clamp[0] > self.clamp[1]:
+        if self.clamp is not None and (self.clamp[0] > 0.5 or abs(self.clamp[0] + self.clamp[1] - 1) > 1e-9):
             problems.append(
-                f"label.clamp must be [low, high] with low <= high (got {list(self.clamp)}): no probability lies "
-                f"between. Swap them."
+                f"label.clamp must be [low, high] around one half, such as [0.4, 0.6] (got {list(self.clamp)}): a "
+                f"pair and its mirror image must get labels that add up to 1. Set low to 1 - high."
             )
         if self.principles is not None and self.constitution is None:
             problems.append(

@@ -1,4 +1,4 @@
-"""Reads a judge's ten answers off its next-token probabilities.
+"""Reads a judge's answers off its next-token probabilities: ten numbers for a score, two for a preference.
 
 "10" starts with "1". Where it takes two tokens, the probability of the token "1" is that of both answers together:
 
@@ -18,6 +18,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.types import TokenQuery
 
 ANSWERS = tuple(range(1, 11))
+SCORES = tuple(map(str, ANSWERS))
 
 Tokens = tuple[int, ...]
 
@@ -31,25 +32,25 @@ class Verdict(NamedTuple):
 
 
 class AnswerTrie:
-    """The ten answers as token paths that continue a judge's prompt."""
+    """The possible answers as token paths that continue a judge's prompt."""
 
-    def __init__(self, encode: Callable[[str], list[int]], tail: str) -> None:
+    def __init__(self, encode: Callable[[str], list[int]], tail: str, answers: Sequence[str] = SCORES) -> None:
         """`tail` is the constant text that ends every prompt of this judge; `encode` adds no special tokens.
 
-        Raises InputError when the tokenizer does not tell the ten answers apart.
+        Raises InputError when the tokenizer does not tell the answers apart.
         """
         bare = tuple(encode(tail))
-        answered = [tuple(encode(f"{tail}{answer}")) for answer in ANSWERS]
+        answered = [tuple(encode(f"{tail}{answer}")) for answer in answers]
         kept = min(_common(bare, tokens) for tokens in answered)
         self.dropped: Tokens = bare[kept:]  # tokens of the tail that merge with a number, such as the space in " 7"
         self.paths: tuple[Tokens, ...] = tuple(tokens[kept:] for tokens in answered)  # one per answer
         self.longest = max(map(len, self.paths))
-        if len(set(self.paths)) < len(ANSWERS) or not all(self.paths):
-            same = [[a for a, other in zip(ANSWERS, self.paths, strict=True) if other == path] for path in self.paths]
-            groups = "; ".join(dict.fromkeys(" and ".join(map(str, answers)) for answers in same if len(answers) > 1))
+        if len(set(self.paths)) < len(answers) or not all(self.paths):
+            same = [[a for a, other in zip(answers, self.paths, strict=True) if other == path] for path in self.paths]
+            groups = "; ".join(dict.fromkeys(" and ".join(group) for group in same if len(group) > 1))
             raise InputError(
-                f"the judge's tokenizer does not tell the answers 1 to 10 apart (the same tokens: {groups or 'none'}), "
-                "so it can't give a score. Use another judge model."
+                f"the judge's tokenizer does not tell the answers {answers[0]} to {answers[-1]} apart (the same "
+                f"tokens: {groups or 'none'}), so it can't judge. Use another judge model."
             )
         children: dict[Tokens, set[int]] = {}
         for path in self.paths:
@@ -72,7 +73,7 @@ class AnswerTrie:
         return len(prompt_tokens) - len(self.dropped) + self.longest
 
     def probabilities(self, logprobs: Sequence[Sequence[float]]) -> list[float]:
-        """Probability of each of the ten as a whole number, from the log-probabilities that answer `queries`."""
+        """Probability of each answer as a whole, from the log-probabilities that answer `queries`."""
         step = {
             (*node, token): _exp(logprob)
             for (node, candidates), answer in zip(self.nodes, logprobs, strict=True)

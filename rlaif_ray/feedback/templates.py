@@ -1,32 +1,51 @@
-"""Judge templates: a constant part, and the two slots that a user's text may fill but never leave."""
+"""Judge templates: a constant part, and the slots that users' texts may fill but never leave.
+
+Two kinds. "score": how good is one response, 1 to 10. "preference": which of two responses it is, 1 or 2; the template
+declares whether it asks for the better or the worse one (`asks_for`), and a labeler inverts the answers to the latter.
+Where {principle} stands in a preference template's question, a constitution's comparison question is put, or the
+template's own `default_question`. Those of a constitution ask which response is better, so a template that asks for
+the worse one has no {principle}.
+"""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rlaif_ray.config.layers import read_file
-from rlaif_ray.errors import InputError
+from rlaif_ray.feedback.answers import SCORES
+from rlaif_ray.feedback.files import TEXT, TEXTS, WHOLE, Source, find, key_problems, nearest, read, refuse, shown
+from rlaif_ray.feedback.neutral import letters, neutralise
+
+Kind = Literal["score", "preference"]
 
 SHIPPED = Path(__file__).with_name("templates")
-KIND = "score"
-SLOTS = ("prompt", "response")
+FOLDERS: dict[str, Path] = {"score": SHIPPED, "preference": SHIPPED / "preference"}
+SLOTS: dict[str, tuple[str, ...]] = {"score": ("prompt", "response"), "preference": ("prompt", "first", "second")}
+ANSWERS: dict[str, tuple[str, ...]] = {"score": SCORES, "preference": ("1", "2")}
+ASKS_FOR = ("better", "worse")
+PRINCIPLE = "{principle}"
 
+_SETTINGS = {"score": "feedback.template", "preference": "label.template"}
+_MEANING = {"score": "a whole number from 1 to 10", "preference": "which of two responses, 1 or 2"}
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_SLOT = re.compile(r"\{(prompt|response)\}")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character: no tokenizer takes it
-_OPENING, _CLOSING = "[<{", "]>}"
-_GAP = r"(?:[^\w\[\]]|_)*"  # what may stand between a forged marker's letters: spaces, dashes, dots, ...
-_UNSEEN = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # fillers that print nothing but aren't format characters
+_SLOT = re.compile(r"\{(prompt|response|first|second)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Exemplar:
+    """A worked example of a comparison, shown to the judge before the pair that it is asked about."""
+
+    prompt: str
+    first: str
+    second: str
+    answer: str  # "1" or "2", to the question that the template asks
+    rationale: str  # shown in a chain of thought
+    question: str = ""  # stands where {principle} does; empty: the template's default question
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,171 +54,204 @@ class Template:
 
     name: str
     version: int
-    kind: str  # "score": a whole number from 1 to 10
+    kind: str  # "score" or "preference"
     preamble: str  # constant and first, so that an engine's prefix cache serves it to a whole batch
-    body: str  # with {prompt} and {response}
-    ending: str  # constant: the question
+    body: str  # with {prompt} and {response}, or {prompt}, {first} and {second}
+    ending: str  # the question; in preference templates with {principle}, if they take principles
     answer_prefix: str  # constant: how the judge's answer begins
     markers: tuple[str, ...]  # in the body, around the users' texts, which can't forge them
+    # Of preference templates, empty in others:
+    asks_for: str = ""  # "better" or "worse": which response the answer names
+    rationale_request: str = ""  # instead of the ending in the first step of a chain of thought: asks for reasons
+    default_question: str = ""  # stands where {principle} does when there is no constitution
 
     @property
     def hash(self) -> str:
-        """Of everything that shapes the judge's prompt, so not of name and version."""
-        shape = {key: value for key, value in asdict(self).items() if key not in ("name", "version")}
-        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
+        """Of everything that shapes the judge's prompt or its reading, so not of name and version."""
+        texts = asdict(self)
+        absent = [key for key in ("asks_for", "rationale_request", "default_question") if not texts[key]]
+        return _digest({key: value for key, value in texts.items() if key not in ("name", "version", *absent)})
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answers whose probabilities are read."""
+        return ANSWERS[self.kind]
+
+    @property
+    def takes_principles(self) -> bool:
+        """Whether a constitution's question has a place in this template's."""
+        return PRINCIPLE in self.ending
 
     def neutralise(self, text: str, special_tokens: Sequence[str] = ()) -> str:
-        """`text` without the power to end its slot: what looks like a marker, or like a special token of the judge's
-        tokenizer, gets round brackets.
-
-        Case, invisible characters, Unicode compatibility forms and, in markers, spacing don't hide a forgery. A
-        special token without brackets gets a dot after its first letter. Control characters other than newline and
-        tab are dropped. All other text stays as it is, braces too: they mean nothing in filled slots.
-        """
-        text = _SURROGATE.sub("\ufffd", _CONTROL.sub("", text))
-        forgery = _forgeries(self.markers, tuple(special_tokens))
-        folded = "".join(map(_fold, text))
-        if not forgery.search(folded):
-            return text
-        origin = [index for index, character in enumerate(text) for _ in _fold(character)]
-        characters = list(text)
-        for match in forgery.finditer(folded):
-            _defuse(characters, origin[match.start()], origin[match.end() - 1])
-        return "".join(characters)
+        """`text` without the power to end its slot (see neutral.py)."""
+        return neutralise(text, self.markers, special_tokens)
 
     def render(self, prompt_text: str, response_text: str, special_tokens: Sequence[str] = ()) -> str:
-        """The body with both texts, neutralised, in their slots."""
-        texts = {
-            "prompt": self.neutralise(prompt_text, special_tokens),
-            "response": self.neutralise(response_text, special_tokens),
-        }
-        return _SLOT.sub(lambda match: texts[match[1]], self.body)  # one pass: a "{response}" in a prompt stays text
+        """The body of a score template with both texts, neutralised, in their slots."""
+        return self._fill({"prompt": prompt_text, "response": response_text}, special_tokens)
+
+    def render_pair(self, prompt_text: str, first: str, second: str, special_tokens: Sequence[str] = ()) -> str:
+        """The body of a preference template with the three texts, neutralised, in their slots."""
+        return self._fill({"prompt": prompt_text, "first": first, "second": second}, special_tokens)
+
+    def _fill(self, texts: dict[str, str], special_tokens: Sequence[str]) -> str:
+        assert tuple(texts) == SLOTS[self.kind], "the other kind of template"
+        safe = {slot: self.neutralise(text, special_tokens) for slot, text in texts.items()}
+        return _SLOT.sub(lambda match: safe[match[1]], self.body)  # one pass: a "{first}" in a prompt stays text
+
+    def with_exemplars(
+        self, exemplars: Sequence[Exemplar], with_rationales: bool, special_tokens: Sequence[str] = ()
+    ) -> str:
+        """The constant text before the body: the preamble, then each exemplar the way a pair is asked about.
+
+        `with_rationales`: as in a chain of thought, request and rationale before the question.
+        """
+        if not exemplars:
+            return self.preamble
+        parts = [self.preamble]
+        for number, exemplar in enumerate(exemplars, start=1):
+            question = exemplar.question or self.default_question
+            parts += [f"Example {number}:"]
+            parts += [self.render_pair(exemplar.prompt, exemplar.first, exemplar.second, special_tokens)]
+            if with_rationales:
+                parts += [self.rationale_request.replace(PRINCIPLE, question)]
+                parts += [self.neutralise(exemplar.rationale, special_tokens)]
+            parts += [self.ending.replace(PRINCIPLE, question), f"{self.answer_prefix}{exemplar.answer}"]
+        return "\n\n".join([*parts, "End of the examples. The case to judge:"])
 
 
-@lru_cache(maxsize=65536)
-def _fold(character: str) -> str:
-    """What a reader takes the character for: no case, no width, no style; nothing when it doesn't show."""
-    return "".join(
-        piece
-        for piece in unicodedata.normalize("NFKC", character).casefold()
-        if unicodedata.category(piece) not in ("Cf", "Mn", "Me") and piece not in _UNSEEN
-    )
+def template_hash(template: Template, exemplars: Sequence[Exemplar] = (), with_rationales: bool = False) -> str:
+    """Of everything that shapes the judge's prompt or its reading, exemplars as they are shown included."""
+    if not exemplars:
+        return template.hash
+    return _digest({"template": template.hash, "constant": template.with_exemplars(exemplars, with_rationales)})
 
 
-@lru_cache(maxsize=64)
-def _forgeries(markers: tuple[str, ...], special_tokens: tuple[str, ...]) -> re.Pattern[str]:
-    """Matches every marker and special token in folded text."""
-    tokens = {"".join(map(_fold, token)).strip() for token in special_tokens}
-    patterns = [re.escape(token) for token in sorted(tokens, key=len, reverse=True) if len(token) > 1]
-    for marker in markers:
-        letters = [re.escape(letter) for letter in _letters(marker)]
-        patterns.append(_GAP.join([r"\[", *letters, r"\]"]))
-    return re.compile("|".join(patterns) or r"(?!)")
-
-
-def _letters(marker: str) -> str:
-    return "".join(letter for letter in map(_fold, marker) if letter.isalnum())
-
-
-def _defuse(characters: list[str], first: int, last: int) -> None:
-    """Makes the brackets from `first` to `last` round, in place."""
-    bracketed = False
-    for index in range(first, last + 1):
-        folded = _fold(characters[index])[:1]
-        if folded and folded in _OPENING + _CLOSING:
-            characters[index] = "(" if folded in _OPENING else ")"
-            bracketed = True
-    if not bracketed:
-        characters[first] += "·"
+def _digest(shape: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
 
+_KEYS = {"name": TEXT, "version": WHOLE, "kind": TEXT}
+_KEYS |= {"preamble": TEXT, "body": TEXT, "ending": TEXT, "answer_prefix": TEXT, "markers": TEXTS}
+_PREFERENCE_KEYS = _KEYS | {"asks_for": TEXT, "rationale_request": TEXT, "default_question": TEXT}
+_CONSTANT = ("preamble", "ending", "answer_prefix", "rationale_request", "default_question")
+_FILLED = ("name", "preamble", "ending", "rationale_request")  # must not be empty
 
-def load_template(name_or_path: str) -> Template:
-    """A shipped template by name, or a user's own YAML file (its name ends in .yaml or .yml, or has a folder).
 
-    Raises InputError with everything that is wrong with it.
+def load_template(name_or_path: str, kind: Kind = "score") -> Template:
+    """A shipped template of the kind by name, or a user's own YAML file (its name ends in .yaml, or has a folder).
+
+    Raises:
+        InputError: tells everything that is wrong with it, by line.
     """
-    path = _find(name_or_path)
-    layer = read_file(path)
-    if layer.problems:
-        raise InputError("feedback.template: " + "\n".join(layer.problems))
-    values = layer.values
-    problems = [*_key_problems(values)] or [*_content_problems(values)]
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise InputError(f"template {path} can't be used:{lines}\nCompare it with {SHIPPED / 'helpful.yaml'}.")
-    markers = tuple(values["markers"])
-    texts = {key: values[key].strip() for key in ("preamble", "body", "ending")}  # joined by blank lines
-    return Template(**{**values, **texts, "markers": markers})
+    path = find(name_or_path, FOLDERS[kind], _SETTINGS[kind])
+    source = read(path, _SETTINGS[kind])
+    refuse(source, "template", _problems(source, kind), FOLDERS[kind] / "helpful.yaml")
+    values = source.values
+    long = ("preamble", "body", "ending", "rationale_request", "default_question")  # they are joined by blank lines
+    texts = {key: values[key].strip() for key in long if key in values}
+    return Template(**{**values, **texts, "markers": tuple(values["markers"])})
 
 
-def _find(name_or_path: str) -> Path:
-    if Path(name_or_path).suffix in (".yaml", ".yml") or "/" in name_or_path:
-        return Path(name_or_path).expanduser()
-    names = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-    if name_or_path in names:
-        return SHIPPED / f"{name_or_path}.yaml"
-    near = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise InputError(
-        f"feedback.template must be one of {', '.join(names)} or a path to a YAML file "
-        f"(got {name_or_path!r}: no template has that name){hint}"
-    )
+def _problems(source: Source, kind: Kind) -> Iterator[str]:
+    found = source.values.get("kind")
+    if found in FOLDERS and found != kind:
+        yield (
+            f"{source.line('kind')}: kind is {found!r} ({_MEANING[found]}), but {_SETTINGS[kind]} needs "
+            f"{kind!r} ({_MEANING[kind]})"
+        )
+        return  # whatever else is in it follows the other kind's rules
+    keys = _PREFERENCE_KEYS if kind == "preference" else _KEYS
+    wrong = [*key_problems(source, source.values, keys, optional=("default_question",))]
+    yield from wrong
+    yield from () if wrong else _content_problems(source, kind)
 
 
-def _key_problems(values: dict[Any, Any]) -> Iterator[str]:
-    """Missing and unknown keys, and values of the wrong type."""
-    types = {field.name: str for field in fields(Template)} | {"version": int, "markers": list}
-    for key in types.keys() - values.keys():
-        yield f"key {key!r} is missing"
-    for key in values.keys() - types.keys():
-        near = difflib.get_close_matches(str(key), types, n=1)
-        yield f"key {key!r} is unknown" + (f"; did you mean {near[0]}?" if near else f" (known: {', '.join(types)})")
-    for key, expected in types.items():
-        if key in values and (not isinstance(values[key], expected) or isinstance(values[key], bool)):
-            wanted = {str: "a text", int: "a whole number", list: "a list of texts"}[expected]
-            yield f"{key} must be {wanted} (got {values[key]!r})"
-    markers = values.get("markers")
-    for marker in markers if isinstance(markers, list) else ():
-        if not isinstance(marker, str):
-            yield f"markers must be a list of texts (got {marker!r} in it)"
-
-
-def _content_problems(values: dict[str, Any]) -> Iterator[str]:
+def _content_problems(source: Source, kind: Kind) -> Iterator[str]:
     """What keys and types of a template can't show."""
-    if values["kind"] != KIND:
-        yield f"kind must be {KIND!r}, a whole number from 1 to 10 (got {values['kind']!r})"
-    yield from (f"{key} must not be empty" for key in ("name", "preamble", "ending") if not values[key].strip())
-    for key in ("preamble", "ending", "answer_prefix"):
-        yield from (f"{key} has the placeholder {slot[0]}: only body can" for slot in _SLOT.finditer(values[key]))
-    body, markers = values["body"], values["markers"]
+    values = source.values
+    if values["kind"] != kind:
+        yield f"{source.line('kind')}: kind must be {kind!r}, {_MEANING[kind]} (got {shown(values['kind'])})"
+    for key in _FILLED:
+        if key in values and not values[key].strip():
+            yield f"{source.line(key)}: {key} must not be empty"
+    takes = ("ending", "rationale_request") if kind == "preference" else ()
+    for key in _CONSTANT:
+        for name in dict.fromkeys(_PLACEHOLDER.findall(values.get(key, ""))):
+            if name in SLOTS[kind]:
+                yield f"{source.line(key)}: {key} has the placeholder {{{name}}}: only body can"
+            elif key not in takes or name != "principle":
+                there_is = "; there is only {principle}" if key in takes else ": it has none"
+                yield f"{source.line(key)}: {key} has the unknown placeholder {{{name}}}{there_is}"
+    yield from _body_problems(source, SLOTS[kind])
+    if kind == "preference":
+        yield from _question_problems(source)
+
+
+def _question_problems(source: Source) -> Iterator[str]:
+    """What a preference template asks, and where a principle may stand in it."""
+    values = source.values
+    ending, request, default = (values.get(key, "") for key in ("ending", "rationale_request", "default_question"))
+    asks_for = values["asks_for"]
+    if asks_for not in ASKS_FOR:
+        hint = nearest(asks_for, ASKS_FOR)
+        yield f"{source.line('asks_for')}: asks_for must be 'better' or 'worse' (got {shown(asks_for)}){hint}"
+    for answer in ANSWERS["preference"]:
+        if not re.search(rf"\b{answer}\b", ending):
+            yield f"{source.line('ending')}: ending must ask for the answer 1 or 2 (it does not say {answer})"
+    for key, text in (("ending", ending), ("rationale_request", request)):
+        if text.count(PRINCIPLE) > 1:
+            yield f"{source.line(key)}: {key} must have {PRINCIPLE} once at most (got {text.count(PRINCIPLE)})"
+    asked = PRINCIPLE in ending
+    if asked and asks_for == "worse":
+        yield (
+            f"{source.line('ending')}: ending has {PRINCIPLE} and asks_for is worse: a constitution's questions ask "
+            "which response is better, so write the question itself in its place"
+        )
+    if PRINCIPLE in request and not asked:
+        yield f"{source.line('rationale_request')}: rationale_request has {PRINCIPLE}, so ending must have it too"
+    if asked and not default.strip():
+        yield (
+            f"{source.line('default_question')}: default_question must say what stands for {PRINCIPLE} without a "
+            "constitution"
+        )
+    if default.strip() and not asked:
+        yield f"{source.line('default_question')}: default_question needs {PRINCIPLE} in ending, to stand there"
+
+
+def _body_problems(source: Source, slots: tuple[str, ...]) -> Iterator[str]:
+    """Slots and markers of the body."""
+    body, markers = source.values["body"], source.values["markers"]
     found = _PLACEHOLDER.findall(body)
-    yield from (
-        f"body must have the placeholder {{{slot}}} once (got {found.count(slot)})"
-        for slot in SLOTS
-        if found.count(slot) != 1
-    )
+    at, at_markers = source.line("body"), source.line("markers")
+    for slot in slots:
+        if found.count(slot) != 1:
+            yield f"{at}: body must have the placeholder {{{slot}}} once (got {found.count(slot)})"
     for unknown in dict.fromkeys(found):
-        if unknown not in SLOTS:
-            yield f"body has the unknown placeholder {{{unknown}}}: there are only {{prompt}} and {{response}}"
+        if unknown not in slots:
+            known = ", ".join(f"{{{slot}}}" for slot in slots)
+            yield f"{at}: body has the unknown placeholder {{{unknown}}}: there are only {known}"
     for marker in markers:
-        if not (marker.startswith("[") and marker.endswith("]") and _letters(marker)):
-            yield f"marker {marker!r} must be words in square brackets, such as [END RESPONSE]"
+        if not (marker.startswith("[") and marker.endswith("]") and letters(marker)):
+            yield f"{at_markers}: marker {marker!r} must be words in square brackets, such as [END RESPONSE]"
         elif body.count(marker) != 1:
-            yield f"marker {marker!r} must be in body once (got {body.count(marker)})"
-    if all(found.count(slot) == 1 for slot in SLOTS):
-        yield from _slot_problems(body, markers)
+            yield f"{at_markers}: marker {marker!r} must be in body once (got {body.count(marker)})"
+    if all(found.count(slot) == 1 for slot in slots):
+        yield from (f"{at}: {problem}" for problem in _slot_problems(body, markers, slots))
 
 
-def _slot_problems(body: str, markers: list[str]) -> Iterator[str]:
+def _slot_problems(body: str, markers: list[str], slots: tuple[str, ...]) -> Iterator[str]:
     """Slots that a text could leave: without a marker on either side, or beside other text on their line."""
-    parts = [part for part in [*markers, *(f"{{{slot}}}" for slot in SLOTS)] if part in body]
+    braced = [f"{{{slot}}}" for slot in slots]
+    parts = [part for part in [*markers, *braced] if part in body]
     parts.sort(key=body.index)
-    for slot in (f"{{{slot}}}" for slot in SLOTS):
+    for slot in braced:
         at = parts.index(slot)
         around = (parts[at - 1] if at else None, parts[at + 1] if at + 1 < len(parts) else None)
         alone = re.search(rf"^[ \t]*{re.escape(slot)}[ \t]*$", body, re.MULTILINE)
         if not alone or not all(part in markers for part in around):
             yield f"{slot} must stand on a line of its own in body, with one of the markers before it and one after it"
+    if "first" in slots and body.index("{second}") < body.index("{first}"):
+        yield "{first} must stand before {second} in body: it is the response that is shown first"

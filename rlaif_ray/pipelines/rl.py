@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.data.prompts import PromptSource, load_prompts
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.suites import HeldOutScores, held_out_samples, held_out_summary
-from rlaif_ray.feedback.judge import Judge, check_context
-from rlaif_ray.feedback.templates import Template, load_template
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.models import context_length, load_config, load_tokenizer
+from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines import checkpoint
+from rlaif_ray.pipelines.contexts import engine_context, readable_context
 from rlaif_ray.pipelines.experience import (
     add_advantages,
     batch_metrics,
@@ -29,7 +22,9 @@ from rlaif_ray.pipelines.experience import (
     rates,
     sample_rows,
 )
-from rlaif_ray.runtime.cluster import Contexts, open_cluster
+from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
+from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import Tracker, open_tracker, print_summary
 
@@ -38,7 +33,6 @@ if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.types import Prompt
 
-JUDGE_CONTEXT = 4096  # tokens; more only on request: the key-value cache must hold one such prompt
 HELD_OUT_SEED = 2**31 - 1  # not a step's number, so that no held-out sample repeats a training sample's draws
 
 
@@ -56,18 +50,17 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     make_folder(run_dir)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": job.steps}
     with (
-        open_cluster(job, inputs.contexts) as cluster,  # first: wrong input must not cost an earlier run its files
+        open_cluster(job) as cluster,  # first: wrong input must not cost an earlier run its files
         open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
-        stop_after_step() as stopping,
+        stop_when_asked() as stopping,
     ):
         write_resolved(loaded)
         track.note("starting engines and learner")
-        rollouts = cluster.start_rollouts(job.policy, job.rollout)
-        judges = cluster.start_judges(job.feedback.judge)
+        rollouts = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context)
+        feedback = start_feedback(inputs.feedback, cluster)
         learner = cluster.start_learner()
         cluster.wait()
         track.watch_processes(cluster.pids)
-        feedback = inputs.judge(judges)
         sync = cluster.connect(learner, rollouts)
         held_out = HeldOut(job, inputs.held_out, rollouts, feedback, track)
         if resumed:
@@ -120,8 +113,7 @@ def plan_rl(loaded: Loaded) -> str:
     """What `--dry-run` shows beside the resolved config: actors, resources, and what the judge will read."""
     job = loaded.config
     device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
-    template = load_template(job.feedback.template)
-    return f"{placement_table(job, device)}\n\njudge template: {template.name} ({template.hash})"
+    return "\n\n".join([placement_table(job, device), *feedback_lines(job.feedback)])
 
 
 def due(step: int, every: int, last: int | None = None) -> bool:
@@ -163,26 +155,19 @@ class Inputs:
 
     prompts: list[Prompt]
     held_out: list[Prompt]
-    contexts: Contexts
-    template: Template
-    judge_tokenizer: Any
-    judge_name: str
-
-    def judge(self, generator: Any) -> Judge:
-        """The scorer that asks `generator`."""
-        return Judge(generator, self.judge_tokenizer, self.template, self.contexts.judge, self.judge_name)
+    context: int  # tokens of a rollout engine, prompt and answer together
+    feedback: FeedbackInputs
 
 
 def read_inputs(job: TrainJob) -> Inputs:
-    """Prompts, template, tokenizers and context lengths.
+    """Prompts, what feedback needs, and context lengths.
 
     Raises:
         InputError: any of them is wrong, or they don't fit together.
     """
-    policy, judge = job.policy, job.feedback.judge
-    template = load_template(job.feedback.template)
+    policy = job.policy
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
-    room = _context(policy, job.rollout.max_context, "rollout.max_context")
+    room = readable_context(policy, job.rollout.max_context, "rollout.max_context")
     longest = room - job.sampling.max_new_tokens
     if longest < 1:
         raise InputError(
@@ -206,24 +191,8 @@ def read_inputs(job: TrainJob) -> Inputs:
             source.path, split=source.split, column=source.column, limit=source.limit, too_long="skip", **common
         ).prompts
     needed = max(len(p.tokens) for p in [*loaded.prompts, *held_out]) + job.sampling.max_new_tokens
-    judge_tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
-    judge_room = judge.max_context or min(JUDGE_CONTEXT, _context(judge, None, "feedback.judge.max_context"))
-    _context(judge, judge_room, "feedback.judge.max_context")
-    contexts = Contexts(rollout=job.rollout.max_context or min(room, -(-needed // 32) * 32), judge=judge_room)
-    inputs = Inputs(loaded.prompts, held_out, contexts, template, judge_tokenizer, judge.model)
-    check_context(judge_tokenizer, template, judge_room, judge.model)
-    return inputs
-
-
-def _context(model: Any, wanted: int | None, key: str) -> int:
-    """Tokens of context to use of a model: all, or what the config asks for."""
-    config = load_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    has = context_length(config)
-    if wanted is not None and has is not None and wanted > has:
-        raise InputError(
-            f"{key} must not exceed the {has} tokens that {model.model} can read (got {wanted}). Lower it."
-        )
-    return wanted or has or 2048
+    context = job.rollout.max_context or engine_context(needed, room)
+    return Inputs(loaded.prompts, held_out, context, read_feedback(job.feedback))
 
 
 def sampling_settings(job: TrainJob, step: int) -> GenerationSettings:
@@ -246,44 +215,3 @@ def held_out_settings(job: TrainJob) -> GenerationSettings:
         temperature=job.sampling.temperature,
         seed=job.seed * 2**32 + HELD_OUT_SEED,
     )
-
-
-def make_folder(run_dir: Path) -> None:
-    """The run's own folder, tried before anything starts; what is in it stays.
-
-    Raises:
-        InputError: it can't be written.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"run_dir must be a folder this process can write (got {run_dir}): {error.strerror or error}. "
-            f"Choose another with run_dir=PATH."
-        ) from error
-
-
-def write_resolved(loaded: Loaded) -> None:
-    """resolved.yaml: every value, versions and git revision."""
-    text = resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent))
-    (loaded.run_dir / "resolved.yaml").write_text(text)
-
-
-@contextmanager
-def stop_after_step() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C lets the step end (then a checkpoint is written); the second stops at once."""
-    asked = False
-
-    def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -14,6 +14,7 @@ from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
 
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes: the finer, the more of a prefix is shared
 BATCHED_TOKENS = 4096  # prompt tokens per engine step on CPU
+WORTH_CACHING = 4 * CPU_BLOCK_SIZE  # tokens that prompts must share for one of them to be computed ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,12 @@ def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
     """Seed of one completion: the same for the same run, prompt and sample, wherever and beside whatever it runs."""
     digest = hashlib.blake2b(f"{seed}/{prompt_id}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
+
+
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all prompts begin with."""
+    least, most = min(prompts), max(prompts)  # in between all share what these two do
+    return next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), min(len(least), len(most)))
 
 
 class VllmEngine:
@@ -170,7 +177,10 @@ class VllmEngine:
             )
             for i in asked
         ]
-        for i, output in zip(asked, self._run(requests, parameters), strict=True):
+        # Requests that start together would each compute what they all begin with; one ahead leaves it in the cache.
+        ahead = 1 if len(asked) > 2 and common_prefix([queries[i].prompt for i in asked]) >= WORTH_CACHING else 0
+        outputs = self._run(requests[:ahead], parameters[:ahead]) + self._run(requests[ahead:], parameters[ahead:])
+        for i, output in zip(asked, outputs, strict=True):
             step = output.outputs[0].logprobs[0]
             answers[i] = TokenAnswer(tuple(step[token].logprob for token in queries[i].candidates))
         return [answer for answer in answers if answer is not None]

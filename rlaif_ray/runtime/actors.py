@@ -12,11 +12,12 @@ from rlaif_ray.models import resolve_model
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.config.sections import RewardModelFeedback
     from rlaif_ray.data.batching import RankPlan
     from rlaif_ray.interfaces import GenerationSettings
     from rlaif_ray.learner.engine import RankSpec
     from rlaif_ray.rollout.vllm_engine import EngineSpec
-    from rlaif_ray.types import Completion, Experience, Prompt, TokenAnswer, TokenQuery
+    from rlaif_ray.types import Completion, Experience, Prompt, Score, TokenAnswer, TokenQuery
 
 
 class Actor:
@@ -55,6 +56,29 @@ class EngineActor(Actor):
 
     def finish_update(self, version: int) -> list[int]:
         return self._engine.finish_update(version)
+
+
+class RewardModelActor(Actor):
+    """A reward model that scores completions."""
+
+    def start(
+        self,
+        cfg: RewardModelFeedback,
+        device: Literal["cpu", "cuda"],
+        precision: Literal["fp32", "bf16"],
+        threads: int,
+    ) -> None:
+        import torch
+
+        from rlaif_ray.data.chat import ChatRenderer
+        from rlaif_ray.feedback.reward_model import RewardModelScorer
+
+        torch.set_num_threads(threads)
+        self._scorer = RewardModelScorer(cfg, device=device, precision=precision, make_renderer=ChatRenderer)
+
+    def score(self, completions: Sequence[Completion]) -> list[Score]:
+        scores: list[Score] = self._scorer.score(completions)
+        return scores
 
 
 class LearnerActor(Actor):

@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -17,43 +16,39 @@ from ray.exceptions import AuthenticationError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
-from rlaif_ray.runtime.actors import EngineActor, LearnerActor
-from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
-from rlaif_ray.runtime.placement import Role, Slot, actor_slots, reserve, totals
+from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
+from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup, ScorerGroup
+from rlaif_ray.runtime.placement import Slot, actor_slots, reserve, totals
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import TrainJob
-    from rlaif_ray.config.sections import EngineConfig, JudgeConfig, PolicyConfig, Precision
+    from rlaif_ray.config.sections import EngineConfig, JudgeConfig, PolicyConfig, Precision, RewardModelFeedback
 
 CONNECT_TIMEOUT_S = 5.0
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-@dataclass(frozen=True, slots=True)
-class Contexts:
-    """Tokens that the engines must hold, found from the data before anything starts."""
-
-    rollout: int
-    judge: int
-
-
 @contextmanager
-def open_cluster(job: TrainJob, contexts: Contexts) -> Iterator[Cluster]:
-    """Ray with a place for every actor. A Ray that was started here ends here; actors end in any case."""
+def open_cluster(job: Any) -> Iterator[Cluster]:
+    """Ray with a place for every actor of the job (any of config/jobs.py).
+
+    A Ray that was started here ends here; actors end in any case.
+    """
     started_here = _connect(job)
     group = None
     cluster = None
     try:
         device: Literal["cpu", "cuda"] = _device(job)
-        choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
+        if isinstance(job, TrainJob):
+            choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
         slots = actor_slots(job, device)
-        group = reserve(slots, job.cluster.start_timeout_s)
-        cluster = Cluster(job, contexts, device, slots, group)
+        group = reserve(slots, job.cluster.start_timeout_s) if slots else None
+        cluster = Cluster(job, device, slots, group)
         yield cluster
     finally:
         if cluster is not None:
@@ -65,7 +60,7 @@ def open_cluster(job: TrainJob, contexts: Contexts) -> Iterator[Cluster]:
             ray.shutdown()
 
 
-def _connect(job: TrainJob) -> bool:
+def _connect(job: Any) -> bool:
     """Joins the configured or surrounding cluster, else starts a local Ray; returns whether it started one."""
     if ray.is_initialized():
         return False
@@ -120,7 +115,7 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _device(job: TrainJob) -> Literal["cpu", "cuda"]:
+def _device(job: Any) -> Literal["cpu", "cuda"]:
     wanted, gpus = job.cluster.device, ray.cluster_resources().get("GPU", 0)
     if wanted == "gpu" and not gpus:
         raise InputError(
@@ -140,25 +135,40 @@ def chosen_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> Li
 class Cluster:
     """Starts the job's actors in their places."""
 
-    def __init__(self, job: TrainJob, contexts: Contexts, device: Any, slots: list[Slot], group: Any) -> None:
+    def __init__(self, job: Any, device: Any, slots: list[Slot], group: Any) -> None:
         self.device: Literal["cpu", "cuda"] = device
-        self._job, self._contexts, self._slots, self._group = job, contexts, slots, group
+        self._job, self._slots, self._group = job, slots, group
         self._node = ray.get_runtime_context().get_node_id()
         self._actors: list[Any] = []
         self._processes: list[tuple[int, str]] = []
         self._sync: Sync | None = None
         self._starting: list[tuple[str, list[Any]]] = []
 
-    def start_rollouts(self, policy: PolicyConfig, cfg: EngineConfig) -> EngineGroup:
-        """Engines that sample from the policy. Starts them; `wait` waits."""
-        backend = choose_backend(self._job.weight_sync, self._job.cluster, self.device)
-        spec = self._engine_spec(policy, cfg, context=self._contexts.rollout, transfer=backend)
-        return self._start_engines("rollout", spec)
+    def start_rollouts(
+        self, policy: PolicyConfig, cfg: EngineConfig, *, context: int, receives_weights: bool = True
+    ) -> EngineGroup:
+        """Engines that sample from the policy, prompts and answers within `context` tokens. `wait` waits for them."""
+        backend = None
+        if receives_weights:
+            backend = choose_backend(self._job.weight_sync, self._job.cluster, self.device)
+        return self._start_engines("rollout", self._engine_spec(policy, cfg, context=context, transfer=backend))
 
-    def start_judges(self, cfg: JudgeConfig) -> EngineGroup:
-        """Engines of the judge's model. Starts them; `wait` waits."""
-        spec = self._engine_spec(cfg, cfg, context=self._contexts.judge, transfer=None)
-        return self._start_engines("judge", spec)
+    def start_judges(self, cfg: JudgeConfig, *, context: int, role: str = "judge") -> EngineGroup:
+        """Engines of a judge's model. `wait` waits for them."""
+        return self._start_engines(role, self._engine_spec(cfg, cfg, context=context, transfer=None))
+
+    def start_reward_models(self, cfg: RewardModelFeedback, *, role: str = "reward_model") -> ScorerGroup:
+        """Actors that score with a reward model. `wait` waits for them."""
+        slots = self._of(role)
+        precision = chosen_precision(cfg.precision, self.device)
+        environment = {"TOKENIZERS_PARALLELISM": "false"}
+        if self.device == "cpu":
+            environment |= {"OMP_NUM_THREADS": str(self._threads(len(slots))), "CUDA_VISIBLE_DEVICES": ""}
+        actors = [self._spawn(RewardModelActor, slot, environment) for slot in slots]
+        threads = self._threads(len(slots))
+        starts = [actor.start.remote(cfg, self.device, precision, threads) for actor in actors]
+        self._starting.append((f"{role} actors", starts))
+        return ScorerGroup(actors, role=role, timeout_s=self._job.cluster.call_timeout_s)
 
     def _engine_spec(self, model: Any, cfg: EngineConfig, *, context: int, transfer: str | None) -> EngineSpec:
         return EngineSpec(
@@ -177,13 +187,17 @@ class Cluster:
             engine_kwargs=cfg.engine_kwargs,
         )
 
-    def _start_engines(self, role: Role, spec: EngineSpec) -> EngineGroup:
+    def _start_engines(self, role: str, spec: EngineSpec) -> EngineGroup:
         actors = [self._spawn(EngineActor, slot, engine_environment(spec)) for slot in self._of(role)]
         self._starting.append((f"{role} engines", [a.start.remote(spec) for a in actors]))
         return EngineGroup(actors, role=role, timeout_s=self._job.cluster.call_timeout_s)
 
     def start_learner(self) -> LearnerGroup:
-        """Learner ranks; rank 0 first, since it says where the others find it. `wait` waits."""
+        """Ranks of the RL learner. `wait` waits for them."""
+        return LearnerGroup(*self._start_ranks())
+
+    def _start_ranks(self) -> tuple[list[Any], Any, Literal["fp32", "bf16"]]:
+        """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""
         job = self._job
         precision = chosen_precision(job.policy.precision, self.device)
         slots = self._of("learner")
@@ -203,7 +217,7 @@ class Cluster:
         ]
         starts = [a.start.remote(job, spec, precision) for a, spec in zip(actors, specs, strict=True)]
         self._starting.append(("learner ranks", starts))
-        return LearnerGroup(actors, job, precision)
+        return actors, job, precision
 
     def wait(self) -> None:
         """Until every actor started so far is ready: they load side by side."""
@@ -213,6 +227,12 @@ class Cluster:
         self._processes = gather(
             [a.process.remote() for a in self._actors], who="actors", timeout_s=self._job.cluster.start_timeout_s
         )
+
+    def stop_engines(self, engines: EngineGroup) -> None:
+        """Ends these; their places are free for others of the same role."""
+        for actor in engines.actors:
+            ray.kill(actor)
+        self._actors = [actor for actor in self._actors if actor not in engines.actors]
 
     def connect(self, learner: LearnerGroup, rollouts: EngineGroup) -> Sync:
         """The way for weights from the learner to the rollout engines."""
@@ -231,7 +251,7 @@ class Cluster:
         """Processes of the actors on this node. Asks nothing of Ray: other threads call it, also after the end."""
         return [pid for pid, node in self._processes if node == self._node]
 
-    def _of(self, role: Role) -> list[Slot]:
+    def _of(self, role: str) -> list[Slot]:
         return [s for s in self._slots if s.role == role]
 
     def _threads(self, sharing: int) -> int:

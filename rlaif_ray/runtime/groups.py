@@ -15,7 +15,7 @@ from rlaif_ray.algorithm.losses import explained_variance
 from rlaif_ray.data.batching import balanced_shares, minibatches, plan_ranks
 from rlaif_ray.errors import RunError
 from rlaif_ray.runtime.waiting import gather
-from rlaif_ray.types import Experience, TokenAnswer
+from rlaif_ray.types import Experience, Score, TokenAnswer
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
@@ -57,6 +57,30 @@ class EngineGroup:
             except RunError as error:  # failure to judge is not a judgement: counted by the judge, never a score
                 answers += [TokenAnswer((), f"engine_error: {error}")] * len(chunk)
         return answers
+
+
+class ScorerGroup:
+    """A Scorer over replicas; work is split by tokens, scores come back in the order asked."""
+
+    def __init__(self, actors: list[Any], *, role: str, timeout_s: float) -> None:
+        self.actors = actors
+        self._role, self._timeout_s = role, timeout_s
+
+    def score(self, completions: Sequence[Completion]) -> list[Score]:
+        loads = [len(c.prompt.tokens) + len(c.tokens) for c in completions]
+        shares = [share for share in balanced_shares(loads, len(self.actors)) if share]
+        asked = [
+            (actor.score.remote([completions[i] for i in share]), share)
+            for actor, share in zip(self.actors, shares, strict=False)
+        ]
+        scores: dict[int, Score] = {}
+        for ref, share in asked:
+            try:
+                found = gather([ref], who=self._role, timeout_s=self._timeout_s)[0]
+            except RunError as error:  # as with judges: counted, never a score
+                found = [Score(None, "engine_error", {"error": str(error)})] * len(share)
+            scores.update(zip(share, found, strict=True))
+        return [scores[i] for i in range(len(completions))]
 
 
 class LearnerGroup:

@@ -6,40 +6,77 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlaif_ray.config.jobs import LabelJob, PairsJob, RewardModelJob, TrainJob
+from rlaif_ray.config.sections import JudgeConfig, JudgeFeedback, MixtureFeedback, RewardModelFeedback
 from rlaif_ray.errors import PlacementError
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import TrainJob
-    from rlaif_ray.config.sections import ClusterConfig
+    from rlaif_ray.config.sections import ClusterConfig, FeedbackConfig
 
-Role = Literal["rollout", "judge", "learner"]
 CPU_SHARE = 0.25  # logical CPUs per actor on CPU: phases take turns on the same cores
 POLL_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Actors that a job asks for."""
+
+    role: str  # unique within the job
+    actors: int
+    workers: int  # GPUs that one of them drives when they are not shared
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One actor's place: one bundle of the placement group."""
 
-    role: Role
+    role: str
     index: int  # within its role
     cpus: float
     gpus: float
 
 
-def actor_slots(job: TrainJob, device: Literal["cpu", "cuda"]) -> list[Slot]:
-    """Every actor of the job, rollout engines first, then judges, then learner ranks."""
-    cluster = job.cluster
-    judge = job.feedback.judge
-    counts: list[tuple[Role, int, int]] = [
-        ("rollout", job.rollout.replicas, job.rollout.tensor_parallel),
-        ("judge", judge.replicas, judge.tensor_parallel),
-        ("learner", job.learner.ranks, 1),
-    ]
+def job_needs(job: Any) -> list[Need]:
+    """What a job asks for: rollout engines first, then what gives feedback, then learner ranks."""
+    needs: list[Need] = []
+    if isinstance(job, TrainJob | PairsJob):
+        needs.append(Need("rollout", job.rollout.replicas, job.rollout.tensor_parallel, job.policy.model))
+    if isinstance(job, TrainJob):
+        needs += _feedback_needs(job.feedback)
+    if isinstance(job, LabelJob) and isinstance(job.judge, JudgeConfig):
+        needs.append(_judge_need("judge", job.judge))
+    if isinstance(job, TrainJob | RewardModelJob):
+        needs.append(Need("learner", job.learner.ranks, 1, job.policy.model))
+    return needs
+
+
+def _feedback_needs(feedback: FeedbackConfig) -> list[Need]:
+    match feedback:
+        case JudgeFeedback():
+            return [_judge_need("judge", feedback.judge)]
+        case RewardModelFeedback():
+            return [Need("reward_model", feedback.replicas, 1, feedback.model)]
+        case MixtureFeedback():
+            found = []
+            for name, part in feedback.scorers.items():
+                if isinstance(part.scorer, JudgeFeedback):
+                    found.append(_judge_need(name, part.scorer.judge))
+                elif isinstance(part.scorer, RewardModelFeedback):
+                    found.append(Need(name, part.scorer.replicas, 1, part.scorer.model))
+            return found
+
+
+def _judge_need(role: str, judge: JudgeConfig) -> Need:
+    return Need(role, judge.replicas, judge.tensor_parallel, judge.model)
+
+
+def actor_slots(job: Any, device: Literal["cpu", "cuda"]) -> list[Slot]:
+    """Every actor of the job, in the order of its needs."""
     return [
-        Slot(role, index, *_share(cluster, device, workers))
-        for role, count, workers in counts
-        for index in range(count)
+        Slot(need.role, index, *_share(job.cluster, device, need.workers))
+        for need in job_needs(job)
+        for index in range(need.actors)
     ]
 
 
@@ -56,16 +93,16 @@ def totals(slots: list[Slot]) -> dict[str, float]:
     return {"CPU": sum(s.cpus for s in slots), "GPU": sum(s.gpus for s in slots)}
 
 
-def placement_table(job: TrainJob, device: Literal["cpu", "cuda"]) -> str:
+def placement_table(job: Any, device: Literal["cpu", "cuda"]) -> str:
     """What `--dry-run` shows: one line per role, and what the cluster must have."""
-    slots = actor_slots(job, device)
-    models = {"rollout": job.policy.model, "judge": job.feedback.judge.model, "learner": job.policy.model}
-    lines = [f"{'role':<9}{'actors':>7}{'CPU each':>10}{'GPU each':>10}  model"]
-    for role in ("rollout", "judge", "learner"):
-        own = [s for s in slots if s.role == role]
-        lines.append(f"{role:<9}{len(own):>7}{own[0].cpus:>10g}{own[0].gpus:>10g}  {models[role]}")
-    need = totals(slots)
-    lines.append(f"{'total':<9}{len(slots):>7}{need['CPU']:>10g}{need['GPU']:>10g}")
+    slots, needs = actor_slots(job, device), job_needs(job)
+    width = max([9, *(len(need.role) + 1 for need in needs)])
+    lines = [f"{'role':<{width}}{'actors':>7}{'CPU each':>10}{'GPU each':>10}  model"]
+    for need in needs:
+        own = [s for s in slots if s.role == need.role]
+        lines.append(f"{need.role:<{width}}{len(own):>7}{own[0].cpus:>10g}{own[0].gpus:>10g}  {need.model}")
+    total = totals(slots)
+    lines.append(f"{'total':<{width}}{len(slots):>7}{total['CPU']:>10g}{total['GPU']:>10g}")
     return "\n".join(lines)
 
 

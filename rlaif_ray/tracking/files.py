@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,37 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 f"on from these rows. Repair or delete the line, or start anew with checkpoint.resume=never."
             ) from error
     return rows
+
+
+def read_rows_streaming(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON-lines file as they come, none if it is missing; a last line cut short by a kill is left out.
+
+    Raises:
+        InputError: a line other than the last is no JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise InputError(
+                    f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}): a run that is "
+                    f"started again goes on from these rows. Remove the file to make them anew."
+                ) from error
+
+
+def cut_rows(path: Path, count: int) -> None:
+    """Drops all but the first `count` lines, in place."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        for _ in range(count):
+            file.readline()
+        file.truncate(file.tell())
 
 
 def keep_rows(path: Path, last_step: int) -> None:

@@ -40,19 +40,20 @@ def main() -> None:
 
 def measure(args: Any) -> dict[str, Any]:
     from rlaif_ray.feedback.judge import Judge
+    from rlaif_ray.feedback.local import LocalAsker
     from rlaif_ray.feedback.templates import load_template
     from rlaif_ray.models import load_tokenizer
-    from rlaif_ray.runtime.cluster import Contexts, open_cluster
+    from rlaif_ray.runtime.cluster import open_cluster
 
-    job = make_job(args, feedback={"template": args.template})
+    job = make_job(args, feedback={"type": "judge", "template": args.template})
     tokenizer = load_tokenizer(args.model)
     prompts = project_prompts(args.model, args.completions, max_tokens=args.max_prompt_tokens)
     completions = answers(prompts, tokenizer, args.answer_tokens)
-    with open_cluster(job, Contexts(args.context, args.context)) as cluster:
-        engines = cluster.start_judges(job.feedback.judge)
+    with open_cluster(job) as cluster:
+        engines = cluster.start_judges(job.feedback.judge, context=args.context)
         spec = cluster._engine_spec(job.feedback.judge, job.feedback.judge, context=args.context, transfer=None)
         cluster.wait()
-        judge = Judge(engines, tokenizer, load_template(args.template), args.context, args.model)
+        judge = Judge(LocalAsker(engines, tokenizer, args.context, args.model), load_template(args.template))
         texts = judge._prompts.tokens([judge._prompts.text(c.prompt.text, c.text) for c in completions])
         queries = [query for tokens in texts for query in judge._prompts.trie.queries(tokens)]
         plain = PlainVllm(spec)

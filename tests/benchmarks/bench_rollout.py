@@ -37,7 +37,7 @@ def main() -> None:
 def measure(args: Any) -> dict[str, Any]:
     from rlaif_ray.interfaces import GenerationSettings
     from rlaif_ray.rollout.vllm_engine import sample_seed
-    from rlaif_ray.runtime.cluster import Contexts, open_cluster
+    from rlaif_ray.runtime.cluster import open_cluster
 
     prompts = project_prompts(args.model, args.prompts, max_tokens=args.max_prompt_tokens)
     job = make_job(args)
@@ -47,8 +47,8 @@ def measure(args: Any) -> dict[str, Any]:
     def settings(k: int) -> GenerationSettings:
         return GenerationSettings(args.samples_per_prompt, args.max_new_tokens, 1.0, seed=k, ignore_eos=True)
 
-    with open_cluster(job, Contexts(context, context)) as cluster:
-        rollouts = cluster.start_rollouts(job.policy, job.rollout)
+    with open_cluster(job) as cluster:
+        rollouts = cluster.start_rollouts(job.policy, job.rollout, context=context)
         spec = cluster._engine_spec(job.policy, job.rollout, context=context, transfer=None)
         cluster.wait()
         plain = PlainVllm(spec)

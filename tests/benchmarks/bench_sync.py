@@ -42,7 +42,7 @@ def main() -> None:
 def measure(args: Any) -> dict[str, Any]:
     import torch
 
-    from rlaif_ray.runtime.cluster import Contexts, open_cluster
+    from rlaif_ray.runtime.cluster import open_cluster
     from rlaif_ray.runtime.waiting import gather
 
     job = make_job(
@@ -52,8 +52,8 @@ def measure(args: Any) -> dict[str, Any]:
         learner={"zero_stage": args.zero_stage, "ranks": args.ranks},
         weight_sync={"bucket_mb": args.bucket_mb},
     )
-    with open_cluster(job, Contexts(CONTEXT, CONTEXT)) as cluster:
-        rollouts = cluster.start_rollouts(job.policy, job.rollout)
+    with open_cluster(job) as cluster:
+        rollouts = cluster.start_rollouts(job.policy, job.rollout, context=CONTEXT)
         learner = cluster.start_learner()
         cluster.wait()
         sync = cluster.connect(learner, rollouts)

@@ -77,7 +77,7 @@ def make_job(args: argparse.Namespace, scratch: Path) -> TrainJob:
                 "ignore_eos": True,
             },
             "rollout": engine,
-            "feedback": {"judge": judge, "template": str(template), "min_scored_fraction": 1.0},
+            "feedback": {"type": "judge", "judge": judge, "template": str(template), "min_scored_fraction": 1.0},
             "algorithm": {
                 "type": args.algo,
                 "minibatches": args.minibatches,
@@ -140,18 +140,18 @@ def run(job: TrainJob, emit: Callable[[dict[str, Any]], None]) -> None:
     """The loop of pipelines/rl.py without its checkpoints, files and held-out evaluation."""
     from rlaif_ray.data.prompts import PromptSource
     from rlaif_ray.pipelines.experience import add_advantages, check_fresh, keep_scored
+    from rlaif_ray.pipelines.feedback import start_feedback
     from rlaif_ray.pipelines.rl import read_inputs, sampling_settings
     from rlaif_ray.runtime.cluster import open_cluster
 
     inputs = read_inputs(job)
     sampling = job.sampling
     source = PromptSource(inputs.prompts, prompts_per_step=sampling.prompts_per_step, seed=job.seed, shuffle=False)
-    with open_cluster(job, inputs.contexts) as cluster:
-        rollouts = cluster.start_rollouts(job.policy, job.rollout)
-        judges = cluster.start_judges(job.feedback.judge)
+    with open_cluster(job) as cluster:
+        rollouts = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context)
+        feedback = start_feedback(inputs.feedback, cluster)
         learner = cluster.start_learner()
         cluster.wait()
-        feedback = inputs.judge(judges)
         sync = cluster.connect(learner, rollouts)
         sync.push(version=0)
         clock = Clock()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlaif_ray.feedback.judge import Judge
+from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.types import Completion, Prompt
 from tests.conftest import ENGINE_CONTEXT
@@ -53,14 +54,17 @@ def test_the_score_is_that_of_transformers(
 ) -> None:
     # The engine knows token ids only, so one model serves both tokenizers.
     tokenizer = make_tokenizer(None, ten_is_one_token=ten_is_one_token)
-    judge = Judge(tiny_engine, tokenizer, load_template(name), ENGINE_CONTEXT, "tiny")
+    asker = LocalAsker(tiny_engine, tokenizer, ENGINE_CONTEXT, "tiny")
+    judge = Judge(asker, load_template(name))
     completions = [
         Completion(Prompt(str(i), (), (1,), a), 0, (1,), (0.0,), b, True, 0) for i, (a, b) in enumerate(PAIRS)
     ]
     scores = judge.score([*completions, completions[0]])
     assert scores[3].value == scores[0].value
     for (prompt_text, response_text), score in zip(PAIRS, scores, strict=False):
-        p = probabilities_of_ten(model, tokenizer, judge.example_prompt(prompt_text, response_text), ten_is_one_token)
+        p = probabilities_of_ten(
+            model, tokenizer, judge._asker.text(judge.question(prompt_text, response_text)), ten_is_one_token
+        )
         expected = sum(answer * q for answer, q in enumerate(p, start=1)) / sum(p)
         assert score.failure is None
         assert score.value == pytest.approx(2 * (expected - 1) / 9 - 1, abs=1e-4)
@@ -70,7 +74,7 @@ def test_the_score_is_that_of_transformers(
 
 
 def test_a_text_that_is_too_long_leaves_the_others_their_scores(tiny_engine: VllmEngine) -> None:
-    judge = Judge(tiny_engine, make_tokenizer(None), load_template("helpful"), ENGINE_CONTEXT, "tiny")
+    judge = Judge(LocalAsker(tiny_engine, make_tokenizer(None), ENGINE_CONTEXT, "tiny"), load_template("helpful"))
     texts = ["good", "x" * ENGINE_CONTEXT, "good too"]
     completions = [Completion(Prompt("p", (), (1,), "hi"), i, (1,), (0.0,), t, True, 0) for i, t in enumerate(texts)]
     assert [score.failure for score in judge.score(completions)] == [None, "too_long", None]

@@ -33,7 +33,7 @@ from rlaif_ray.learner.engine import RankSpec, WeightGroups
 from rlaif_ray.pipelines.experience import add_advantages, check_fresh
 from rlaif_ray.rollout.weight_transfer import additive_checksum
 from rlaif_ray.runtime.actors import Actor, LearnerActor
-from rlaif_ray.runtime.cluster import Contexts, open_cluster
+from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync
@@ -89,14 +89,14 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     with ExitStack() as stack:
         stack.callback(ray.shutdown)
         jobs = {"tied": tiny_job("tied", 3), "untied": tiny_job("untied", 0)}
-        tied, untied = (stack.enter_context(open_cluster(job, Contexts(CONTEXT, CONTEXT))) for job in jobs.values())
-        engines = {"untied": untied.start_rollouts(jobs["untied"].policy, jobs["untied"].rollout)}
+        tied, untied = (stack.enter_context(open_cluster(job)) for job in jobs.values())
+        engines = {"untied": untied.start_rollouts(jobs["untied"].policy, jobs["untied"].rollout, context=CONTEXT)}
         learners = {2: tied.start_learner(), 1: untied.start_learner()}
         tied.wait()
         learners[2].update(experience_of(learners[2], jobs["tied"], made_up_completions()))
         folder = saved(learners[2], tmp_path_factory.mktemp("start") / "policy")
         start = jobs["tied"].policy.model_copy(update={"model": str(folder)})
-        engines["tied"] = tied.start_rollouts(start, jobs["tied"].rollout)
+        engines["tied"] = tied.start_rollouts(start, jobs["tied"].rollout, context=CONTEXT)
         tied.wait()
         untied.wait()
         from_disk = sample(engines["tied"], seed=5)

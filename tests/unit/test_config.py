@@ -211,9 +211,19 @@ def test_a_key_at_the_wrong_level_says_where_it_lives(write: Write) -> None:
     assert "Did you mean algorithm.importance?" in problems([write("importance: {high: 2}")])
 
 
+# What has no default: the user's own data.
+REQUIRED = {"label": ["data.path=pairs.jsonl"], "reward-model": ["data.path=labels.jsonl"]}
+
+
 def test_every_default_config_is_valid() -> None:
     for job in JOBS:
-        assert load_job(job, []).config
+        assert load_job(job, [], REQUIRED.get(job, [])).config
+
+
+def test_what_has_no_default_is_asked_for() -> None:
+    for job, settings in REQUIRED.items():
+        with pytest.raises(InputError, match=settings[0].partition("=")[0]):
+            load_job(job, [])
 
 
 # --- resolved.yaml --------------------------------------------------------------------------------------------------

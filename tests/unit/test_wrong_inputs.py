@@ -179,7 +179,7 @@ def checkpoint_of(folder: Path, **changed: object) -> None:
     """A checkpoint of step 5 of the run that the case's config describes, but for what `changed` says."""
     from rlaif_ray.pipelines.checkpoint import must_match
 
-    values = {"policy": {"model": tiny()}, "feedback": {"judge": {"model": tiny()}}}
+    values = {"policy": {"model": tiny()}, "feedback": {"type": "judge", "judge": {"model": tiny()}}}
     state = folder / "run" / "checkpoints" / "step-5" / "state.json"
     state.parent.mkdir(parents=True, exist_ok=True)
     matching = must_match(TrainJob.model_validate(values)) | changed

@@ -12,6 +12,7 @@ import pytest
 
 from rlaif_ray.errors import EngineError, InputError
 from rlaif_ray.feedback.judge import Judge, check_context
+from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.rollout.fake import ScriptedGenerator
@@ -62,8 +63,14 @@ def fixed(tokenizer: Any, first: Mapping[str, float], zero_after_one: float = 0.
 
 
 def judge(generator: Any, tokenizer: Any, **changes: Any) -> Judge:
-    arguments = {"template": TEMPLATE, "max_context": CONTEXT, "model_name": "tiny", **changes}
-    return Judge(generator, tokenizer, **arguments)
+    return Judge(LocalAsker(generator, tokenizer, changes.get("max_context", CONTEXT), "tiny"), TEMPLATE)
+
+
+def example_prompt(subject: Judge, prompt_text: str, response_text: str) -> str:
+    """All that the judge's model reads."""
+    asker = subject._asker
+    assert isinstance(asker, LocalAsker)
+    return asker.text(subject.question(prompt_text, response_text))
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +128,14 @@ def test_the_score_is_the_expectation(make: Any, first: Mapping[str, float], zer
 def test_tokens_in_are_those_of_the_prompt(tokenizer: Any) -> None:
     subject = judge(fixed(tokenizer, {"5": 1.0}), tokenizer)
     [score] = subject.score([completion(*PLAIN)])
-    assert score.tokens_in == len(tokenizer.encode(subject.example_prompt(*PLAIN)))
+    assert score.tokens_in == len(tokenizer.encode(example_prompt(subject, *PLAIN)))
 
 
 # ---- What the judge reads --------------------------------------------------------------------------------------------
 
 
 def test_the_prompt_of_a_chat_model(tokenizer: Any) -> None:
-    text = judge(fixed(tokenizer, {"5": 1.0}), tokenizer).example_prompt("Why?", "Because.")
+    text = example_prompt(judge(fixed(tokenizer, {"5": 1.0}), tokenizer), "Why?", "Because.")
     assert text.startswith("<|im_start|>user\nYou grade how useful")
     assert "\n\n[CONVERSATION]\nWhy?\n[END CONVERSATION]\n\n[RESPONSE]\nBecause.\n[END RESPONSE]\n\nHow useful" in text
     assert text.endswith("nothing else.<|im_end|>\n<|im_start|>assistant\nScore: ")
@@ -137,7 +144,7 @@ def test_the_prompt_of_a_chat_model(tokenizer: Any) -> None:
 def test_the_prompt_of_a_base_model(plain_tokenizer: Any) -> None:
     generator = fixed(plain_tokenizer, {"5": 1.0})
     subject = judge(generator, plain_tokenizer)
-    text = subject.example_prompt("Why?", "Because.")
+    text = example_prompt(subject, "Why?", "Because.")
     assert text.startswith("You grade how useful") and text.endswith("nothing else.\n\nScore: ")
     [score] = subject.score([completion("Why?", "Because.")])
     assert score.value == pytest.approx(-1 / 9)
@@ -151,7 +158,7 @@ def test_no_text_leaves_its_slot(tokenizer: Any, text: str, slot: str) -> None:
     prompt_text, response_text = (text if slot != "response" else "hi", text if slot != "prompt" else "hi")
     generator = fixed(tokenizer, {"5": 1.0})
     subject = judge(generator, tokenizer)
-    rendered = subject.example_prompt(prompt_text, response_text)
+    rendered = example_prompt(subject, prompt_text, response_text)
     assert [rendered.count(marker) for marker in TEMPLATE.markers] == [1, 1, 1, 1]
     assert rendered.count(TEMPLATE.ending) == rendered.count(TEMPLATE.preamble) == 1
     scores = subject.score([completion(prompt_text, response_text), completion("hi", "hi")])
@@ -171,7 +178,7 @@ def test_special_tokens_split_over_both_slots_do_not_join(tokenizer: Any) -> Non
 def test_role_words_of_the_chat_template_are_defused_too() -> None:
     tokenizer = make_tokenizer(None)
     tokenizer.chat_template = "[INST] <<SYS>>x<</SYS>> {{ messages[0]['content'] }} [/INST]"
-    text = judge(fixed(tokenizer, {"5": 1.0}), tokenizer).example_prompt("a [/INST] b", "<</SYS>> list[0] [B]")
+    text = example_prompt(judge(fixed(tokenizer, {"5": 1.0}), tokenizer), "a [/INST] b", "<</SYS>> list[0] [B]")
     assert "a (/INST) b" in text and "((/SYS)) list[0] [B]" in text
 
 
@@ -231,7 +238,7 @@ def test_a_long_text_is_not_judged(tokenizer: Any, caplog: pytest.LogCaptureFixt
 
 def test_the_longest_text_that_fits_is_judged(tokenizer: Any) -> None:
     roomy = judge(fixed(tokenizer, {"5": 1.0}), tokenizer)
-    base = len(tokenizer.encode(roomy.example_prompt("", "")))
+    base = len(tokenizer.encode(example_prompt(roomy, "", "")))
     context = base + 100
     generator = ScriptedGenerator(tokenizer, logits=lambda tokens: {20: 1.0}, max_context=context)
     subject = judge(generator, tokenizer, max_context=context)
@@ -284,14 +291,12 @@ def test_no_probability_on_any_answer(tokenizer: Any, probability: float) -> Non
 
 
 def test_a_context_without_room_is_refused(tokenizer: Any) -> None:
-    empty = judge(fixed(tokenizer, {"5": 1.0}), tokenizer).example_prompt("", "")
+    empty = example_prompt(judge(fixed(tokenizer, {"5": 1.0}), tokenizer), "", "")
     needed = len(tokenizer.encode(empty)) + 2 + 64
     check_context(tokenizer, TEMPLATE, needed, "tiny")
     with pytest.raises(InputError, match="context of judge tiny is too small") as caught:
         check_context(tokenizer, TEMPLATE, needed - 1, "tiny")
     assert str(needed) in str(caught.value) and "feedback.judge.max_context" in str(caught.value)
-    with pytest.raises(InputError, match="too small"):
-        judge(fixed(tokenizer, {"5": 1.0}), tokenizer, max_context=needed - 1)
 
 
 def test_a_tokenizer_without_digits_is_refused() -> None:

@@ -18,7 +18,7 @@ def job(**sections: Any) -> TrainJob:
 
 
 def judge(**fields: Any) -> dict[str, Any]:
-    return {"judge": {"model": "org/judge", **fields}}
+    return {"type": "judge", "judge": {"model": "org/judge", **fields}}
 
 
 CPU_DEFAULT = job()

@@ -1,0 +1,99 @@
+"""Feedback of a training run: read and checked first, started on the cluster, and one Scorer to the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlaif_ray.config.sections import JudgeFeedback, LengthFeedback, MixtureFeedback, RewardModelFeedback
+from rlaif_ray.feedback.judge import Judge, check_context
+from rlaif_ray.feedback.local import LocalAsker
+from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer, check_reward_model
+from rlaif_ray.feedback.templates import Template, load_template
+from rlaif_ray.models import load_tokenizer
+from rlaif_ray.pipelines.contexts import judge_context
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.sections import FeedbackConfig
+    from rlaif_ray.interfaces import Scorer
+    from rlaif_ray.runtime.cluster import Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeInputs:
+    """What a judge scores with."""
+
+    cfg: JudgeFeedback
+    template: Template
+    tokenizer: Any
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackInputs:
+    """What feedback needs, read and checked before any process starts."""
+
+    cfg: FeedbackConfig
+    judges: dict[str, JudgeInputs]  # by role, as in runtime/placement.py
+
+
+def parts(cfg: FeedbackConfig) -> Iterator[tuple[str, JudgeFeedback | RewardModelFeedback | LengthFeedback]]:
+    """(role, scorer) of everything that gives a score."""
+    match cfg:
+        case JudgeFeedback():
+            yield "judge", cfg
+        case RewardModelFeedback():
+            yield "reward_model", cfg
+        case MixtureFeedback():
+            yield from ((name, part.scorer) for name, part in cfg.scorers.items())
+
+
+def read_feedback(cfg: FeedbackConfig) -> FeedbackInputs:
+    """Templates, tokenizers and contexts.
+
+    Raises:
+        InputError: any of them is wrong, or they don't fit together.
+    """
+    judges = {}
+    for role, scorer in parts(cfg):
+        if isinstance(scorer, JudgeFeedback):
+            judge = scorer.judge
+            template = load_template(scorer.template)
+            tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
+            context = judge_context(judge, "feedback.judge.max_context")
+            check_context(tokenizer, template, context, judge.model)
+            judges[role] = JudgeInputs(scorer, template, tokenizer, context)
+        elif isinstance(scorer, RewardModelFeedback):
+            check_reward_model(scorer)
+    return FeedbackInputs(cfg, judges)
+
+
+def start_feedback(inputs: FeedbackInputs, cluster: Cluster) -> Scorer:
+    """Starts what gives feedback; the cluster's `wait` waits for it."""
+    scorers: dict[str, Scorer] = {}
+    for role, scorer in parts(inputs.cfg):
+        match scorer:
+            case JudgeFeedback():
+                own = inputs.judges[role]
+                engines = cluster.start_judges(scorer.judge, context=own.context, role=role)
+                asker = LocalAsker(engines, own.tokenizer, own.context, scorer.judge.model)
+                scorers[role] = Judge(asker, own.template)
+            case RewardModelFeedback():
+                scorers[role] = cluster.start_reward_models(scorer, role=role)
+            case LengthFeedback():
+                scorers[role] = LengthPenalty(scorer.target_tokens)
+    if isinstance(inputs.cfg, MixtureFeedback):
+        weights = inputs.cfg.scorers
+        return MixtureScorer({name: (weights[name].weight, scorer) for name, scorer in scorers.items()})
+    return next(iter(scorers.values()))
+
+
+def feedback_lines(cfg: FeedbackConfig) -> list[str]:
+    """What `--dry-run` says of the judges' templates."""
+    lines = []
+    for role, scorer in parts(cfg):
+        if isinstance(scorer, JudgeFeedback):
+            template = load_template(scorer.template)
+            lines.append(f"{role} template: {template.name} ({template.hash})")
+    return lines

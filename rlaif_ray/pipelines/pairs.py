@@ -1,0 +1,256 @@
+"""`rlaif pairs`: responses of one or more policies to the same prompts, as unlabelled preference records."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.data.exports import RecordWriter
+from rlaif_ray.data.preferences import PreferenceRecord
+from rlaif_ray.data.prompts import load_prompts
+from rlaif_ray.errors import InputError
+from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.models import load_tokenizer
+from rlaif_ray.pipelines.contexts import engine_context, readable_context
+from rlaif_ray.pipelines.run_folder import (
+    fingerprint,
+    make_folder,
+    must_be_same_run,
+    state_folder,
+    stop_when_asked,
+    write_resolved,
+)
+from rlaif_ray.pipelines.streaming import chunks
+from rlaif_ray.runtime.cluster import open_cluster
+from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
+from rlaif_ray.tracking.progress import ItemProgress, print_table
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import PairsJob
+    from rlaif_ray.config.load import Loaded
+    from rlaif_ray.config.sections import PolicyConfig
+    from rlaif_ray.runtime.cluster import Cluster
+    from rlaif_ray.types import Prompt
+
+CHUNK = 64  # prompts of one call to the engines; results are on disk after each
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One policy with the prompts in its own tokens."""
+
+    name: str
+    policy: PolicyConfig
+    prompts: list[Prompt]
+    context: int
+
+
+@dataclass(slots=True)
+class Made:
+    """What came of the responses."""
+
+    responses: int = 0
+    tokens: int = 0
+    duplicates: int = 0  # responses that another one to the same prompt equals
+    empty: int = 0
+    pairs: int = 0
+    without_pair: int = 0  # prompts with fewer than two distinct responses
+    by_source: Counter[str] = field(default_factory=Counter)  # responses in pairs
+
+
+def make_pairs(loaded: Loaded) -> dict[str, Any]:
+    """Samples, pairs and writes them; goes on where an earlier run in the same folder was ended."""
+    job, run_dir = loaded.config, loaded.run_dir
+    sources = read_sources(job)
+    output = Path(job.output).expanduser() if job.output else run_dir / "pairs.jsonl"
+    state = state_folder(run_dir, output, job.output)
+    make_folder(run_dir)
+    make_folder(state)
+    must_be_same_run(state, "pairs", _identity(job))
+    write_resolved(loaded)
+    with stop_when_asked() as stopping, ExitStack() as stack:
+        missing = [s for s in sources if _answered(_responses_file(state, s)) < len(s.prompts)]
+        if missing:
+            cluster = stack.enter_context(open_cluster(job))
+            for source in missing:
+                _sample(job, source, cluster, _responses_file(state, source), stopping)
+    if stopping():
+        raise KeyboardInterrupt
+    made = _write_pairs(job, sources, state, output)
+    summary = _summary(made, job, output)
+    write_json(run_dir / "summary.json", summary)
+    print_table("pairs", list(_lines(summary)), run_dir)
+    return summary
+
+
+def plan_pairs(loaded: Loaded) -> str:
+    """What `--dry-run` shows beside the resolved config."""
+    job = loaded.config
+    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
+    names = ["policy", *job.other_policies]
+    return f"{placement_table(job, device)}\n\npolicies, one after the other: {', '.join(names)}"
+
+
+def read_sources(job: PairsJob) -> list[Source]:
+    """Every policy's prompts.
+
+    Raises:
+        InputError: data, a model or the context is wrong.
+    """
+    sources = []
+    for name, policy in {"policy": job.policy, **job.other_policies}.items():
+        tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+        room = readable_context(policy, job.rollout.max_context, "rollout.max_context")
+        longest = room - job.sampling.max_new_tokens
+        if longest < 1:
+            raise InputError(
+                f"sampling.max_new_tokens must leave room for a prompt in the {room} tokens of context of "
+                f"{policy.model} (got {job.sampling.max_new_tokens}). Lower it."
+            )
+        prompts = load_prompts(
+            job.data.path,
+            split=job.data.split,
+            column=job.data.column,
+            limit=job.data.limit,
+            system=job.data.system,
+            tokenizer=tokenizer,
+            max_prompt_tokens=min(longest, job.data.max_prompt_tokens or longest),
+            too_long=job.data.too_long,
+        ).prompts
+        needed = max(len(p.tokens) for p in prompts) + job.sampling.max_new_tokens
+        sources.append(Source(name, policy, prompts, job.rollout.max_context or engine_context(needed, room)))
+    return sources
+
+
+def _identity(job: PairsJob) -> dict[str, Any]:
+    """What a run can't change between its processes."""
+    kept = job.model_dump(mode="json", include={"policy", "other_policies", "data", "sampling", "seed"})
+    return {**kept, "prompts": fingerprint(job.data.path)}
+
+
+def _responses_file(state: Path, source: Source) -> Path:
+    return state / "responses" / f"{source.name}.jsonl"
+
+
+def _answered(path: Path) -> int:
+    return sum(1 for _ in read_rows_streaming(path))
+
+
+def _sample(job: PairsJob, source: Source, cluster: Cluster, path: Path, stopping: Any) -> None:
+    """Appends the responses of one policy, a row per prompt, chunk by chunk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = _answered(path) // CHUNK * CHUNK  # whole chunks: the same calls as without an interruption
+    cut_rows(path, done)
+    with ItemProgress(f"responses of {source.name}", len(source.prompts), "prompts") as progress:
+        progress.note(f"starting engines for {source.policy.model}")
+        engines = cluster.start_rollouts(source.policy, job.rollout, context=source.context, receives_weights=False)
+        cluster.wait()
+        progress.resume(done)
+        settings = GenerationSettings(
+            samples_per_prompt=job.sampling.responses_per_prompt,
+            max_new_tokens=job.sampling.max_new_tokens,
+            temperature=job.sampling.temperature,
+            seed=job.seed,
+        )
+        for prompts in chunks(source.prompts[done:], CHUNK):
+            if stopping():
+                break
+            completions = engines.generate(prompts, settings)
+            rows = []
+            for k, prompt in enumerate(prompts):
+                own = completions[k * settings.samples_per_prompt : (k + 1) * settings.samples_per_prompt]
+                tokens = sum(len(c.tokens) for c in own)
+                rows.append({"prompt_id": prompt.id, "texts": [c.text.strip() for c in own], "tokens": tokens})
+            append_rows(path, rows)
+            progress.advance(len(prompts))
+        cluster.stop_engines(engines)
+
+
+def _write_pairs(job: PairsJob, sources: Sequence[Source], state: Path, output: Path) -> Made:
+    """Joins the policies' responses prompt by prompt, and writes the pairs."""
+    made = Made()
+    output.unlink(missing_ok=True)
+    wanted = job.sampling.pairs_per_prompt
+    by_id = [{p.id: p for p in source.prompts} for source in sources]
+    rows = [{r["prompt_id"]: r for r in read_rows_streaming(_responses_file(state, s))} for s in sources]
+    with RecordWriter(output) as writer:
+        for ids in chunks(by_id[0], 1000):
+            records = []
+            for prompt_id in ids:
+                responses = _distinct(prompt_id, sources, rows, made)
+                pairs = list(itertools.combinations(responses, 2))
+                made.without_pair += not pairs
+                draw = random.Random(f"{job.seed}/{prompt_id}")
+                draw.shuffle(pairs)
+                for number, pair in enumerate(pairs[:wanted]):
+                    records.append(_record(by_id[0][prompt_id], number, pair, draw))
+                    made.by_source.update(source for _, source in pair)
+            made.pairs += len(records)
+            writer.write(records)
+        writer.finish()
+    return made
+
+
+def _distinct(
+    prompt_id: str, sources: Sequence[Source], rows: Sequence[dict[str, dict[str, Any]]], made: Made
+) -> list[tuple[str, str]]:
+    """(text, source) of every response to a prompt that no earlier one equals; empty ones can't be compared."""
+    found: dict[str, str] = {}
+    for source, of_source in zip(sources, rows, strict=True):
+        row = of_source.get(prompt_id)  # a prompt may be too long for one policy and be left out there
+        for text in row["texts"] if row else ():
+            made.responses += 1
+            if not text:
+                made.empty += 1
+            elif text in found:
+                made.duplicates += 1
+            else:
+                found[text] = source.name
+        made.tokens += row["tokens"] if row else 0
+    return list(found.items())
+
+
+def _record(
+    prompt: Prompt, number: int, pair: tuple[tuple[str, str], tuple[str, str]], draw: random.Random
+) -> PreferenceRecord:
+    """One pair, in a drawn order: which policy a response is from must not show in its place."""
+    (first, first_source), (second, second_source) = pair if draw.random() < 0.5 else pair[::-1]
+    return PreferenceRecord(
+        id=f"{prompt.id}/{number}",
+        prompt=tuple({"role": m.role, "content": m.content} for m in prompt.messages),
+        response_a=first,
+        response_b=second,
+        source_a=first_source,
+        source_b=second_source,
+    )
+
+
+def _summary(made: Made, job: PairsJob, output: Path) -> dict[str, Any]:
+    return {
+        "job": "pairs",
+        "output": str(output),
+        "policies": {name: p.model for name, p in {"policy": job.policy, **job.other_policies}.items()},
+        "responses": made.responses,
+        "tokens": made.tokens,
+        "duplicates": made.duplicates,
+        "empty": made.empty,
+        "pairs": made.pairs,
+        "prompts_without_pair": made.without_pair,
+        "responses_in_pairs": dict(made.by_source),
+    }
+
+
+def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "responses", f"{summary['responses']} ({summary['tokens']} tokens)"
+    yield "left out", f"{summary['duplicates']} duplicates, {summary['empty']} empty"
+    yield "pairs", str(summary["pairs"])
+    if summary["prompts_without_pair"]:
+        yield "without a pair", f"{summary['prompts_without_pair']} prompts (fewer than two distinct responses)"
+    yield "output", summary["output"]

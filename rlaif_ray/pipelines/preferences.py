@@ -1,0 +1,349 @@
+"""`rlaif label`: AI preference labels for pairs of responses, as a stream of any length."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.config.sections import JudgeConfig, LongerJudge, OpenAIJudge
+from rlaif_ray.data.exports import RecordWriter, push_to_hub
+from rlaif_ray.data.preferences import PreferenceRecord, check_readable, comparison_text, read_preferences
+from rlaif_ray.errors import FeedbackError, InputError
+from rlaif_ray.feedback.judge import check_question
+from rlaif_ray.feedback.local import LocalAsker
+from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler
+from rlaif_ray.feedback.principles import Constitution, load_constitution
+from rlaif_ray.feedback.remembered import Memory, RememberingAsker
+from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
+from rlaif_ray.models import load_tokenizer
+from rlaif_ray.pipelines.contexts import judge_context
+from rlaif_ray.pipelines.run_folder import (
+    fingerprint,
+    make_folder,
+    must_be_same_run,
+    state_folder,
+    stop_when_asked,
+    write_resolved,
+)
+from rlaif_ray.pipelines.streaming import chunks, in_order
+from rlaif_ray.runtime.cluster import open_cluster
+from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking.files import write_json
+from rlaif_ray.tracking.progress import ItemProgress, print_table
+from rlaif_ray.types import Comparison, Label
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import LabelJob
+    from rlaif_ray.config.load import Loaded
+    from rlaif_ray.interfaces import Asker, Labeler
+
+CHUNK = 64  # pairs of one call to the judge; written as soon as it and those before it are there
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """How the judge is to compare, read and checked before anything starts."""
+
+    template: Template
+    exemplars: tuple[Exemplar, ...]
+    constitution: Constitution | None
+    tokenizer: Any  # of a local judge
+    context: int  # of a local judge, tokens
+
+
+@dataclass(slots=True)
+class Tally:
+    """What labels came to; figures of the final table."""
+
+    records: int = 0
+    labels: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    both_orders: int = 0
+    same_position: int = 0  # the same place wins in both orders
+    first_wins: int = 0  # of these, the first
+    confidence: float = 0.0  # sum of max(p, 1 - p)
+    hard: int = 0
+    cut: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float = 0.0
+
+    def add(self, record: PreferenceRecord) -> None:
+        self.records += 1
+        self.tokens_in += record.tokens_in
+        self.tokens_out += record.tokens_out
+        self.cost += record.cost
+        self.cut += record.cut > 0
+        if record.p_a is None:
+            self.failures[(record.failed or "unlabelled").split(":")[0]] += 1
+            return
+        self.labels += 1
+        self.hard += record.hard
+        self.confidence += max(record.p_a, 1.0 - record.p_a)
+        forward, reverse = record.p_a_forward, record.p_a_reversed
+        if forward is not None and reverse is not None:
+            self.both_orders += 1
+            if (forward > 0.5 and reverse < 0.5) or (forward < 0.5 and reverse > 0.5):
+                self.same_position += 1
+                self.first_wins += forward > 0.5
+
+
+def make_labels(loaded: Loaded) -> dict[str, Any]:
+    """Labels what is not labelled yet in the run's folder, and says what all of it came to."""
+    job, run_dir = loaded.config, loaded.run_dir
+    check_readable(job.data.path, split=job.data.split)
+    guide = read_guide(job)
+    output = Path(job.output).expanduser() if job.output else run_dir / "labels.jsonl"
+    state = state_folder(run_dir, output, job.output)
+    make_folder(run_dir)
+    make_folder(state)
+    must_be_same_run(state, "label", _identity(job, guide))
+    write_resolved(loaded)
+    with stop_when_asked() as stopping, ExitStack() as stack:
+        writer = stack.enter_context(RecordWriter(output))
+        writer.keep(writer.count // CHUNK * CHUNK)  # whole chunks: the same calls as without an interruption
+        progress = stack.enter_context(ItemProgress("labels", job.data.limit, "pairs"))
+        labeler, at_once, asker = stack.enter_context(open_labeler(job, guide, state, progress))
+        progress.resume(writer.count)
+
+        def label(records: list[PreferenceRecord]) -> list[PreferenceRecord]:
+            labels = labeler.label([to_comparison(record) for record in records])
+            return [labelled(record, one, job, guide) for record, one in zip(records, labels, strict=True)]
+
+        source = read_preferences(job.data.path, split=job.data.split, limit=job.data.limit)
+        left = _skip(source, writer.count)
+        for _, records in in_order(label, chunks(left, CHUNK), at_once=at_once, stopping=stopping):
+            writer.write(records)
+            progress.advance(len(records))
+        if stopping():
+            raise KeyboardInterrupt
+        rate = progress.per_s
+        writer.finish()
+    summary = _summary(job, output, rate, asker)
+    write_json(run_dir / "summary.json", summary)
+    print_table("labels", list(_lines(summary)), run_dir)
+    if job.push_to_hub is not None:
+        push_to_hub(output, job.push_to_hub)
+    _enough(summary, job.label.min_labeled_fraction)
+    return summary
+
+
+def plan_labels(loaded: Loaded) -> str:
+    """What `--dry-run` shows: actors, and what the judge will read about the first pair."""
+    job = loaded.config
+    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
+    parts = [placement_table(job, device)] if isinstance(job.judge, JudgeConfig) else []
+    guide = read_guide(job)
+    first = next(iter(read_preferences(job.data.path, split=job.data.split, limit=1)))
+    if isinstance(job.judge, LongerJudge):
+        return "\n\n".join([*parts, "judge: the longer response, no model"])
+    parts.append(f"template: {guide.template.name} ({template_hash(guide.template, guide.exemplars)})")
+    labeler = make_labeler(job, guide, _writer_of_prompts(job, guide))
+    for number, question in enumerate(labeler.example(to_comparison(first)), start=1):
+        turns = "\n\n".join(f"<{turn.role}>\n{turn.content}" for turn in question.turns)
+        ending = f"\n\n<judge>\n{question.answer_prefix}" if question.answer_prefix else ""
+        parts.append(f"question {number} about the first pair:\n\n{turns}{ending}")
+    return "\n\n".join(parts)
+
+
+def read_guide(job: LabelJob) -> Guide:
+    """Template, exemplars, constitution; for a local judge its tokenizer and context.
+
+    Raises:
+        InputError: any of them is wrong, or they don't fit together.
+    """
+    cfg, judge = job.label, job.judge
+    template = load_template(cfg.template, kind="preference")
+    exemplars = load_exemplars(cfg.exemplars, template) if cfg.exemplars else ()
+    constitution = load_constitution(cfg.constitution) if cfg.constitution else None
+    if constitution is not None:
+        check_principles(constitution, template, cfg.principles)
+    if not isinstance(judge, JudgeConfig):
+        return Guide(template, exemplars, constitution, None, 0)
+    tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
+    guide = Guide(template, exemplars, constitution, tokenizer, judge_context(judge, "judge.max_context"))
+    asker = _writer_of_prompts(job, guide)
+    empty = make_labeler(job, guide, asker).example(Comparison("", "", "", ""))
+    check_question(asker, empty[-1], template, "judge.max_context")
+    return guide
+
+
+def check_principles(constitution: Constitution, template: Template, only: tuple[str, ...] | None) -> None:
+    """Raises InputError when comparisons can't be asked by this constitution."""
+    if template.asks_for == "worse" or "{principle}" not in template.ending:
+        raise InputError(
+            f"label.template={template.name} can't take a principle of label.constitution={constitution.id} (it asks "
+            f"for the {template.asks_for} response{'' if '{principle}' in template.ending else ', without a slot'}): "
+            f"principles say which response is better. Use label.template=constitution, or leave the constitution out."
+        )
+    from rlaif_ray.feedback.principles import draw_principle
+
+    draw_principle(constitution, "", 0, needs="comparison_question", only=only)
+
+
+def _writer_of_prompts(job: LabelJob, guide: Guide) -> Any:
+    """A judge without an engine: it shows what it would be asked."""
+    if isinstance(job.judge, JudgeConfig):
+        return LocalAsker(None, guide.tokenizer, guide.context, job.judge.model)
+    from rlaif_ray.feedback.remote import SPECIAL
+
+    class Shown:
+        name, identity, special = "", "", SPECIAL
+
+    return Shown()
+
+
+def make_labeler(job: LabelJob, guide: Guide, asker: Asker) -> PreferenceLabeler:
+    return PreferenceLabeler(
+        asker,
+        guide.template,
+        job.label,
+        exemplars=guide.exemplars,
+        constitution=guide.constitution,
+        seed=job.seed,
+    )
+
+
+@contextmanager
+def open_labeler(
+    job: LabelJob, guide: Guide, state: Path, progress: ItemProgress
+) -> Iterator[tuple[Labeler, int, RememberingAsker | None]]:
+    """The judge at work: its labeler, how many chunks keep it busy, and what remembers its answers."""
+    judge = job.judge
+    if isinstance(judge, LongerJudge):
+        yield LongerLabeler(), 2, None
+        return
+    with ExitStack() as stack:
+        memory = Memory(state / "answers.sqlite")
+        stack.callback(memory.close)
+        asker: Any
+        if isinstance(judge, OpenAIJudge):
+            from rlaif_ray.feedback.remote import OpenAIAsker
+
+            asker = OpenAIAsker(judge, spent=memory.spent())
+            stack.callback(asker.close)
+            at_once = 2 + 2 * math.ceil(judge.concurrency / (2 * CHUNK))  # some wait for their slowest answer
+        else:
+            progress.note(f"starting engines for {judge.model}")
+            cluster = stack.enter_context(open_cluster(job))
+            engines = cluster.start_judges(judge, context=guide.context)
+            cluster.wait()
+            asker = LocalAsker(engines, guide.tokenizer, guide.context, judge.model, identity=_judge_identity(job))
+            at_once = 1 + judge.replicas  # the next chunk is ready when an engine is
+        remembering = RememberingAsker(asker, memory)
+        yield make_labeler(job, guide, remembering), at_once, remembering
+
+
+def _judge_identity(job: LabelJob) -> str:
+    judge = job.judge
+    assert isinstance(judge, JudgeConfig)
+    return f"vllm/{judge.model}/{judge.revision}/{judge.precision}/{judge.max_context}"
+
+
+def _identity(job: LabelJob, guide: Guide) -> dict[str, Any]:
+    """What a run can't change between its processes: its labels follow from it."""
+    judge = job.judge.model_dump(mode="json")
+    keep = {key: judge.get(key) for key in ("type", "model", "revision", "answers")}
+    return {
+        "data": fingerprint(job.data.path),
+        "judge": keep,
+        "label": job.label.model_dump(mode="json", exclude={"human_price", "min_labeled_fraction"}),
+        "template_hash": template_hash(guide.template, guide.exemplars),
+        "seed": job.seed,
+    }
+
+
+def _skip(records: Iterator[PreferenceRecord], count: int) -> Iterator[PreferenceRecord]:
+    for _ in range(count):
+        next(records, None)
+    return records
+
+
+def to_comparison(record: PreferenceRecord) -> Comparison:
+    return Comparison(record.id, comparison_text(record), record.response_a, record.response_b)
+
+
+def labelled(record: PreferenceRecord, label: Label, job: LabelJob, guide: Guide) -> PreferenceRecord:
+    """The record with its AI label; a label that people gave stays beside it as `human`."""
+    model = "" if isinstance(job.judge, LongerJudge) else job.judge.model
+    human = record.human if record.judge is not None or record.p_a is None else record.p_a
+    return record.model_copy(
+        update={
+            "p_a": label.p_a,
+            "p_a_forward": label.p_a_forward,
+            "p_a_reversed": label.p_a_reversed,
+            "rationales": label.rationales,
+            "principle": label.principle,
+            "judge": {
+                "type": job.judge.type,
+                "model": model,
+                "template": "" if not model else guide.template.name,
+                "template_hash": "" if not model else template_hash(guide.template, guide.exemplars),
+            },
+            "hard": label.hard,
+            "tokens_in": label.tokens_in,
+            "tokens_out": label.tokens_out,
+            "cost": label.cost,
+            "cut": label.cut,
+            "failed": label.failure,
+            "human": human,
+        }
+    )
+
+
+def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker | None) -> dict[str, Any]:
+    """Over all of the output, whichever process labelled it."""
+    tally = Tally()
+    for record in read_preferences(str(output)):
+        tally.add(record)
+    share = 1.0 / max(1, tally.both_orders)
+    return {
+        "job": "label",
+        "output": str(output),
+        "judge": job.judge.model_dump(mode="json").get("model", job.judge.type),
+        "records": tally.records,
+        "labels": tally.labels,
+        "failures": dict(tally.failures),
+        "position_bias": tally.same_position * share,
+        "first_position_wins": tally.first_wins * share,
+        "mean_confidence": tally.confidence / max(1, tally.labels),
+        "hard": tally.hard,
+        "cut": tally.cut,
+        "tokens_in": tally.tokens_in,
+        "tokens_out": tally.tokens_out,
+        "labels_per_s": rate,
+        "questions_asked": asker.asked if asker else 0,
+        "questions_recalled": asker.recalled if asker else 0,
+        "cost": tally.cost,
+        "human_cost": None if job.label.human_price is None else tally.labels * job.label.human_price,
+    }
+
+
+def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "labels", f"{summary['labels']} of {summary['records']}"
+    yield "failures", ", ".join(f"{n} {reason}" for reason, n in summary["failures"].items())
+    yield "position bias", f"{summary['position_bias']:.1%} (the same place wins in both orders)"
+    yield "mean confidence", f"{summary['mean_confidence']:.3f}"
+    yield "hard", f"{summary['hard']} (read off the judge's text)" if summary["hard"] else ""
+    yield "cut", f"{summary['cut']} prompts lost their middle" if summary["cut"] else ""
+    yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
+    recalled = summary["questions_recalled"]
+    yield "questions", f"{summary['questions_asked']} asked" + (f", {recalled} remembered" if recalled else "")
+    yield "rate", f"{summary['labels_per_s']:.3g} labels/s"
+    human = summary["human_cost"]
+    yield "cost", f"{summary['cost']:.4g}" + ("" if human is None else f", by people {human:.4g}")
+    yield "output", summary["output"]
+
+
+def _enough(summary: dict[str, Any], least: float) -> None:
+    if summary["labels"] < least * summary["records"]:
+        raise FeedbackError(
+            f"label.min_labeled_fraction={least:g} of the pairs must be labelled (got {summary['labels']} of "
+            f"{summary['records']}; failures: {summary['failures']}): what was labelled is in {summary['output']}. "
+            f"too_long: raise judge.max_context or set label.too_long=cut_middle; or lower the fraction."
+        )

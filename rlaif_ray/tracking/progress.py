@@ -1,0 +1,101 @@
+"""Progress of work that is counted in items: a bar on a terminal, a line now and then elsewhere. On stdout."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rlaif_ray.tracking.display import clock, number
+
+LINE_EVERY_S = 10.0
+
+
+class ItemProgress:
+    """Counts items with rate and time left. Use it in a `with`."""
+
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        """`total` is None where it is not known, as for a file that is read as a stream; `unit` is plural."""
+        self._title, self._total, self._unit = title, total, unit
+        self._done = self._first = 0
+        self._began = self._told = time.perf_counter()
+        self._live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+    def __enter__(self) -> ItemProgress:
+        if self._live:
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", style="bold", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[state]}", markup=False),
+            )
+            self._task = self._bar.add_task(self._title, total=self._total, state="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._bar.stop()
+        elif self._done > self._first:
+            self._line()
+
+    def note(self, text: str) -> None:
+        """Shows a line with the time since the start."""
+        line = f"[{clock(time.perf_counter() - self._began)}] {text}"
+        if self._live:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def resume(self, done: int) -> None:
+        """So many were there before this process; they don't count for the rate. The clock of the rate starts."""
+        self._done = self._first = done
+        self._began = time.perf_counter()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if self._live:
+            self._bar.update(self._task, completed=self._done, state=self._state())
+        elif time.perf_counter() - self._told >= LINE_EVERY_S:
+            self._line()
+
+    @property
+    def per_s(self) -> float:
+        """Items per second of this process."""
+        return (self._done - self._first) / max(time.perf_counter() - self._began, 1e-9)
+
+    def _line(self) -> None:
+        self._told = time.perf_counter()
+        print(f"{self._title}: {self._state()}", flush=True)
+
+    def _state(self) -> str:
+        of = f"/{self._total}" if self._total is not None else ""
+        parts = [f"{self._done}{of} {self._unit}", f"{number(self.per_s)}/s"]
+        if self._total is not None and self.per_s > 0:
+            parts.append(f"{clock((self._total - self._done) / self.per_s)} left")
+        return "  ".join(parts)
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]], folder: Path | None = None) -> None:
+    """Prints what a job came to: a label and a text per line, empty texts left out."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        if text:
+            table.add_row(label, Text(text))
+    if folder is not None:
+        table.add_row("files", Text(str(folder)))
+    Console(file=sys.stdout, highlight=False).print(Panel(table, title=Text(title), expand=False))
