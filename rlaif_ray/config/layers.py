@@ -221,8 +221,8 @@ def default_values(model: type[BaseModel], kind: str | None = None) -> dict[str,
     what it can: so it is the missing key that is asked for, not its section."""
     given: dict[str, Any] = {} if kind is None else {"type": kind}
     values = model.model_construct(**given).model_dump()
-    for name, field in model.model_fields.items():
-        section = variants(model, name) if field.is_required() else {}
+    for name, info in model.model_fields.items():
+        section = variants(model, name) if info.is_required() else {}
         if set(section) == {None}:
             values[name] = default_values(section[None])
     return values

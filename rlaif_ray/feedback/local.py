@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import EngineError
 from rlaif_ray.feedback.answers import AnswerTrie, Tokens
-from rlaif_ray.types import Answer, Explanation, Message, Prompt, Question
+from rlaif_ray.types import Answer, Explanation, Message, Prompt, Question, TokenQuery
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,6 +106,16 @@ class LocalAsker:
         text = self.text(question)
         prompt = self.prompts.tokens([text])[0]
         return self._trie(question, text).length(prompt) if question.answers else len(prompt)
+
+    def queries(self, questions: Sequence[Question]) -> list[TokenQuery]:
+        """What the engine is asked about questions that fit."""
+        texts = [self.text(question) for question in questions]
+        prompts = self.prompts.tokens(texts)
+        return [
+            query
+            for question, text, prompt in zip(questions, texts, prompts, strict=True)
+            for query in self._trie(question, text).queries(prompt)
+        ]
 
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
         """All at once: the engine takes them as one batch, in which common beginnings are computed once."""

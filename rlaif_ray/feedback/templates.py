@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlaif_ray.feedback.answers import SCORES
-from rlaif_ray.feedback.files import TEXT, TEXTS, WHOLE, Source, find, key_problems, nearest, read, refuse, shown
+from rlaif_ray.feedback.files import LIST, TEXT, TEXTS, WHOLE, Source, find, key_problems, nearest, read, refuse, shown
 from rlaif_ray.feedback.neutral import letters, neutralise
 
 Kind = Literal["score", "preference"]
 
 SHIPPED = Path(__file__).with_name("templates")
+EXEMPLARS = Path(__file__).with_name("exemplars")
 FOLDERS: dict[str, Path] = {"score": SHIPPED, "preference": SHIPPED / "preference"}
 SLOTS: dict[str, tuple[str, ...]] = {"score": ("prompt", "response"), "preference": ("prompt", "first", "second")}
 ANSWERS: dict[str, tuple[str, ...]] = {"score": SCORES, "preference": ("1", "2")}
@@ -180,11 +181,14 @@ def _content_problems(source: Source, kind: Kind) -> Iterator[str]:
     takes = ("ending", "rationale_request") if kind == "preference" else ()
     for key in _CONSTANT:
         for name in dict.fromkeys(_PLACEHOLDER.findall(values.get(key, ""))):
+            where = f"{source.line(key)}: {key} has the"
             if name in SLOTS[kind]:
-                yield f"{source.line(key)}: {key} has the placeholder {{{name}}}: only body can"
-            elif key not in takes or name != "principle":
-                there_is = "; there is only {principle}" if key in takes else ": it has none"
-                yield f"{source.line(key)}: {key} has the unknown placeholder {{{name}}}{there_is}"
+                yield f"{where} placeholder {{{name}}}: only body can"
+            elif takes and name == "principle" and key not in takes:
+                yield f"{where} placeholder {PRINCIPLE}: only {' and '.join(takes)} can"
+            elif name != "principle" or not takes:
+                only = f"; there is only {PRINCIPLE}" if key in takes else ""
+                yield f"{where} unknown placeholder {{{name}}}{only}"
     yield from _body_problems(source, SLOTS[kind])
     if kind == "preference":
         yield from _question_problems(source)
@@ -255,3 +259,67 @@ def _slot_problems(body: str, markers: list[str], slots: tuple[str, ...]) -> Ite
             yield f"{slot} must stand on a line of its own in body, with one of the markers before it and one after it"
     if "first" in slots and body.index("{second}") < body.index("{first}"):
         yield "{first} must stand before {second} in body: it is the response that is shown first"
+
+
+# ---- Exemplars -------------------------------------------------------------------------------------------------------
+
+_FILE_KEYS = {"name": TEXT, "version": WHOLE, "asks_for": TEXT, "exemplars": LIST}
+_EXEMPLAR_KEYS = {"prompt": TEXT, "first": TEXT, "second": TEXT, "rationale": TEXT, "question": TEXT}
+_EXEMPLAR_FILLED = ("prompt", "rationale", "question")  # must not be empty; an empty response can be an example
+
+
+def load_exemplars(name_or_path: str, template: Template) -> tuple[Exemplar, ...]:
+    """Shipped exemplars by name, or a user's own YAML file (its name ends in .yaml, or has a folder).
+
+    `template` is the preference template that they will be shown in: they must answer what it asks.
+
+    Raises:
+        InputError: tells everything that is wrong with them, by line.
+    """
+    path = find(name_or_path, EXEMPLARS, "label.exemplars")
+    source = read(path, "label.exemplars")
+    refuse(source, "exemplars", _exemplar_file_problems(source, template), EXEMPLARS / "helpful.yaml")
+    return tuple(
+        Exemplar(answer=str(entry["answer"]), **{key: entry[key].strip() for key in _EXEMPLAR_KEYS if key in entry})
+        for entry in source.values["exemplars"]
+    )
+
+
+def _exemplar_file_problems(source: Source, template: Template) -> Iterator[str]:
+    values = source.values
+    yield from key_problems(source, values, _FILE_KEYS)
+    asks_for = values.get("asks_for")
+    if isinstance(asks_for, str) and asks_for not in ASKS_FOR:
+        yield f"{source.line('asks_for')}: asks_for must be 'better' or 'worse' (got {shown(asks_for)})"
+    elif isinstance(asks_for, str) and asks_for != template.asks_for:
+        yield (
+            f"{source.line('asks_for')}: these exemplars answer which response is {asks_for}, and template "
+            f"{template.name} asks which is {template.asks_for}: their answers would teach the judge the opposite"
+        )
+    entries = values.get("exemplars")
+    if entries == []:
+        yield f"{source.line('exemplars')}: exemplars must have at least one"
+    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+        yield from _exemplar_problems(source, index, entry, template)
+
+
+def _exemplar_problems(source: Source, index: int, entry: Any, template: Template) -> Iterator[str]:
+    at = ("exemplars", str(index))
+    if not isinstance(entry, dict):
+        needed = "prompt, first, second, answer and rationale"
+        yield f"{source.line(*at)}: an exemplar must have {needed} (got {shown(entry)})"
+        return
+    texts = {key: value for key, value in entry.items() if key != "answer"}
+    yield from key_problems(source, texts, _EXEMPLAR_KEYS, optional=("question",), at=at)
+    for key in _EXEMPLAR_FILLED:
+        if isinstance(entry.get(key), str) and not entry[key].strip():
+            yield f"{source.line(*at, key)}: {key} must not be empty"
+    if "answer" not in entry:
+        yield f"{source.line(*at)}: key 'answer' is missing"
+    elif str(entry["answer"]) not in ANSWERS["preference"]:  # 1 without quotes is a number to YAML, and clear enough
+        yield f'{source.line(*at, "answer")}: answer must be "1" or "2" (got {shown(entry["answer"])})'
+    if "question" in entry and not template.takes_principles:
+        yield (
+            f"{source.line(*at, 'question')}: question stands where {{principle}} does, and template {template.name} "
+            "has no {principle}"
+        )

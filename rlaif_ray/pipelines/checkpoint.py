@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import CheckpointError, InputError
-from rlaif_ray.folders import flush_folder
+from rlaif_ray.folders import publish_folder
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
@@ -103,10 +103,7 @@ def save(run_dir: Path, job: TrainJob, learner: Learner, state: RunState) -> Pat
         partial.mkdir(parents=True)
         learner.save_checkpoint(str(partial))
         (partial / STATE).write_text(json.dumps({"state": asdict(state), "must_match": must_match(job)}))
-        flush_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+        publish_folder(partial, final)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {final} could not be written ({error}): the one before is intact. "

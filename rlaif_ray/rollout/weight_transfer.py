@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,11 +73,12 @@ class ShmSender:
     """Stages weights in one shared-memory segment, reused for every bucket and every push.
 
     The segment is as large as the largest bucket, never the whole model: that is what keeps a ZeRO-3 sync within
-    one layer group of extra memory.
+    one layer group of extra memory. It has no name in a file system: the kernel frees it with its last process,
+    however that ends, and no limit on /dev/shm (64 MB in a plain container) applies.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
         self._segment: Tensor | None = None  # (bytes,) uint8, mapped
 
     def stage(self, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -91,20 +91,21 @@ class ShmSender:
         for offset, tensor in zip(offsets, tensors, strict=True):
             count = tensor.numel() * tensor.element_size()
             segment[offset : offset + count].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-        return {**describe(names, tensors), "path": str(self._path), "offsets": offsets}
+        return {**describe(names, tensors), "path": self.path, "offsets": offsets}
+
+    @property
+    def path(self) -> str:
+        """Where other processes of this user open the segment."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def _grown_to(self, size: int) -> Tensor:
         import torch
 
         if self._segment is None or self._segment.numel() < size:
-            self._segment = None
-            self._path.unlink(missing_ok=True)  # a new file, so that an engine's old mapping stays valid
-            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm fails here and not as a bus error later
-            finally:
-                os.close(descriptor)
-            self._segment = torch.from_file(str(self._path), shared=True, size=size, dtype=torch.uint8)
+            self.close()  # a new segment, so that an engine's old mapping stays valid
+            self._descriptor = os.memfd_create("rlaif-weights", os.MFD_CLOEXEC)
+            os.posix_fallocate(self._descriptor, 0, size)  # no memory left fails here and not as a bus error later
+            self._segment = torch.from_file(self.path, shared=True, size=size, dtype=torch.uint8)
         return self._segment
 
     def release(self) -> None:
@@ -112,7 +113,9 @@ class ShmSender:
 
     def close(self) -> None:
         self._segment = None
-        self._path.unlink(missing_ok=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class IpcSender:

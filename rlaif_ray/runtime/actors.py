@@ -124,7 +124,7 @@ class LearnerActor(Actor):
         if not self._sends:
             return
         if backend == "shm":
-            self._senders = [ShmSender(f"{options['path']}-{k}") for k in range(2)]
+            self._senders = [ShmSender() for _ in range(2)]
         elif backend == "ipc":
             self._senders = [IpcSender(), IpcSender()]
         else:

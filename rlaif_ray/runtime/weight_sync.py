@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.errors import InputError, StaleWeightsError
@@ -81,7 +79,6 @@ class Sync:
         names = [name for name, _, _ in self._metadata]
         self._buckets = make_buckets(layer_groups(names), self._metadata, cfg.bucket_mb * 2**20)
         self._bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in self._metadata)
-        self._segments: list[Path] = []  # shared-memory files, named here so that they can be removed from here
         self._connect(engine_workers)
 
     def _wait(self, refs: list[Any], who: str) -> list[Any]:
@@ -97,8 +94,7 @@ class Sync:
                     f"weight_sync.backend=shm needs learner rank 0 and all rollout engines on one node (got "
                     f"{len(nodes)} nodes): shared memory does not cross them. Run on one node, or on GPUs with nccl."
                 )
-            options: dict[str, Any] = {"path": f"/dev/shm/rlaif-{uuid.uuid4().hex[:12]}"}
-            self._segments = [Path(f"{options['path']}-{slot}") for slot in range(2)]
+            options: dict[str, Any] = {}
         elif self._backend == "nccl":
             address, port = self._wait([self._ranks[0].rendezvous.remote()], "learner")[0]
             world = 1 + engine_workers * len(self._engines)
@@ -173,11 +169,7 @@ class Sync:
         """Frees the staging memory.
 
         Raises:
-            RunError: the learner is dead or too busy to close; its segments are removed all the same, if on this node.
+            RunError: the learner is dead, and its memory with it, or too busy to close.
         """
-        try:
-            closing = [rank.close_senders.remote() for rank in self._ranks]
-            gather(closing, who="learner (close weight sync)", timeout_s=min(self._timeout_s, CLOSE_TIMEOUT_S))
-        finally:
-            for segment in self._segments:
-                segment.unlink(missing_ok=True)
+        closing = [rank.close_senders.remote() for rank in self._ranks]
+        gather(closing, who="learner (close weight sync)", timeout_s=min(self._timeout_s, CLOSE_TIMEOUT_S))

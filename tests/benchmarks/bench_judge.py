@@ -53,9 +53,9 @@ def measure(args: Any) -> dict[str, Any]:
         engines = cluster.start_judges(job.feedback.judge, context=args.context)
         spec = cluster._engine_spec(job.feedback.judge, job.feedback.judge, context=args.context, transfer=None)
         cluster.wait()
-        judge = Judge(LocalAsker(engines, tokenizer, args.context, args.model), load_template(args.template))
-        texts = judge._prompts.tokens([judge._prompts.text(c.prompt.text, c.text) for c in completions])
-        queries = [query for tokens in texts for query in judge._prompts.trie.queries(tokens)]
+        asker = LocalAsker(engines, tokenizer, args.context, args.model)
+        judge = Judge(asker, load_template(args.template))
+        queries = asker.queries([judge.question(c.prompt.text, c.text) for c in completions])
         plain = PlainVllm(spec)
         plain.wait()
 
@@ -80,9 +80,11 @@ def measure(args: Any) -> dict[str, Any]:
     return {
         "benchmark": "judge",
         "ratio": ratio(seconds, "vllm", "ours"),  # scores per second, ours over vLLM's
-        "scores_per_s": {side: round(len(texts) / statistics.median(taken), 3) for side, taken in seconds.items()},
+        "scores_per_s": {
+            side: round(len(completions) / statistics.median(taken), 3) for side, taken in seconds.items()
+        },
         **medians(seconds),
-        "scores": len(texts),
+        "scores": len(completions),
         "queries": len(queries),
         "judge_tokens": sum(len(q.prompt) for q in queries),
         "template": args.template,

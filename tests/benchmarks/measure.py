@@ -143,11 +143,12 @@ class PlainVllm:
     Its time is taken inside the process, around `LLM.generate` alone.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, **engine_kwargs: Any) -> None:
         from rlaif_ray.models import resolve_model
         from rlaif_ray.rollout.vllm_engine import engine_environment
 
         spec = replace(spec, model=str(resolve_model(spec.model, revision=spec.revision)))
+        spec = replace(spec, engine_kwargs={**spec.engine_kwargs, **engine_kwargs})
         context = multiprocessing.get_context("spawn")
         self._end, there = context.Pipe()
         self._process = context.Process(target=_serve_plain, args=(there, spec), daemon=True)

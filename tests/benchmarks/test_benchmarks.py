@@ -22,6 +22,7 @@ SMALL = {
     "bench_rollout": "--prompts 3 --max-new-tokens 4 --max-prompt-tokens 1000 --kv-cache-gb 0.1 --rounds 1",
     "bench_judge": "--completions 3 --answer-tokens 8 --max-prompt-tokens 500 --context 4096 --kv-cache-gb 0.2"
     " --rounds 1",
+    "bench_label": "--pairs 3 --answer-tokens 8 --max-prompt-tokens 500 --context 8192 --kv-cache-gb 0.2 --rounds 1",
     "bench_sync": "--rounds 1",
     "bench_sync zero-3": "--rounds 1 --zero-stage 3 --ranks 2 --threads 1",
     "bench_learner": "--prompts 2 --completion-tokens 8 --matmul 256 --rounds 1",

@@ -8,11 +8,11 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rlaif_ray.feedback.principles import load_constitution
 
 from rlaif_ray.config.sections import LabelConfig, ReasoningConfig
 from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler, averaged, cut_middle
+from rlaif_ray.feedback.principles import load_constitution
 from rlaif_ray.feedback.templates import load_exemplars, load_template
 from rlaif_ray.rollout.fake import ScriptedGenerator
 from rlaif_ray.types import Comparison, Question

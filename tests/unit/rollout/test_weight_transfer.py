@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,19 +48,49 @@ def test_checksum_is_additive_and_sees_one_bit() -> None:
     assert additive_checksum([changed]) != additive_checksum([q])
 
 
-def test_segment_is_reused_and_holds_one_bucket(tmp_path: Path) -> None:
-    sender = ShmSender(tmp_path / "segment")
+def test_segment_is_reused_and_holds_one_bucket() -> None:
+    sender = ShmSender()
     large, small = torch.arange(1000.0), torch.arange(7, dtype=torch.bfloat16)
     first = sender.stage(["a", "b"], [large.view(10, 100), small])
     assert first["shapes"] == [[10, 100], [7]]
     assert first["dtype_names"] == ["float32", "bfloat16"]
-    size = (tmp_path / "segment").stat().st_size
+    path = Path(first["path"])
+    size = path.stat().st_size
     assert size == 4032 + 64  # 4000 and 14 bytes, each rounded up to 64
-    raw = torch.from_file(str(tmp_path / "segment"), shared=True, size=size, dtype=torch.uint8)
+    raw = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
     for tensor, offset in zip((large, small), first["offsets"], strict=True):
         count = tensor.numel() * tensor.element_size()
         assert torch.equal(raw[offset : offset + count].view(tensor.dtype), tensor)
     sender.stage(["c"], [small])
-    assert (tmp_path / "segment").stat().st_size == size
+    assert path.stat().st_size == size
     sender.close()
-    assert not (tmp_path / "segment").exists()
+    assert not path.exists()
+
+
+def test_a_larger_bucket_gets_a_segment_of_its_own_and_old_mappings_stay() -> None:
+    sender = ShmSender()
+    first = sender.stage(["a"], [torch.ones(16)])
+    before = Path(first["path"]).stat()
+    mapped = torch.from_file(first["path"], shared=True, size=before.st_size, dtype=torch.uint8)
+    second = sender.stage(["b"], [torch.full((64,), 2.0)])
+    assert Path(second["path"]).stat().st_ino != before.st_ino
+    assert torch.equal(mapped.view(torch.float32), torch.ones(16))
+
+
+def test_a_killed_sender_leaves_no_memory(tmp_path: Path) -> None:
+    """A segment that outlives its run is memory that nobody gets back before the machine restarts."""
+    script = (
+        "import torch, time\n"
+        "from rlaif_ray.rollout.weight_transfer import ShmSender\n"
+        "s = ShmSender()\n"
+        "print(s.stage(['a'], [torch.ones(1000)])['path'], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    named = set(Path("/dev/shm").iterdir())
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        path = Path(process.stdout.readline().strip())
+        assert path.exists() and set(Path("/dev/shm").iterdir()) == named
+        process.kill()
+        process.wait()
+    assert not path.exists()
