@@ -424,9 +424,9 @@ class LabelConfig(Config):
     """How two responses are compared."""
 
     template: str = "helpful"
-    """helpful, harmless, summary, or a YAML file of your own."""
+    """helpful, harmless, summary, constitution (for principles), or a YAML file of your own."""
     exemplars: str | None = None
-    """helpful, harmless, summary, or a YAML file of your own: worked examples before every question."""
+    """helpful, harmless, summary, constitution, or a YAML file of your own: worked examples before every question."""
     constitution: str | None = None
     """default, short, or a YAML file: a principle of it is drawn for every comparison and stands in the question."""
     principles: tuple[str, ...] | None = None

@@ -77,7 +77,7 @@ class PreferenceLabeler:
         """`template` is of kind "preference"; `seed` is of principles and sampled rationales."""
         self._asker, self._template, self._cfg, self._seed = asker, template, cfg, seed
         self._constitution = constitution
-        self._preamble = template.with_exemplars(exemplars, with_rationales=cfg.reasoning is not None)
+        self._preamble = template.with_exemplars(exemplars, cfg.reasoning is not None, asker.special)
 
     def label(self, comparisons: Sequence[Comparison]) -> list[Label]:
         orders = []

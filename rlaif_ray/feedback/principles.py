@@ -24,7 +24,8 @@ PrincipleText = Literal["critique_request", "revision_request", "comparison_ques
 TEXTS: tuple[PrincipleText, ...] = ("critique_request", "revision_request", "comparison_question")
 
 _KEYS = {"id": TEXT, "version": WHOLE, "principles": LIST}
-_PRINCIPLE_KEYS = {"id": TEXT, **dict.fromkeys(TEXTS, TEXT), "weight": NUMBER}
+_PRINCIPLE_KEYS: dict[str, str] = {"id": TEXT, "weight": NUMBER}
+_PRINCIPLE_KEYS |= dict.fromkeys(TEXTS, TEXT)
 _PLACEHOLDER = re.compile(r"\{\w*\}")
 
 

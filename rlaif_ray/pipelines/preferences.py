@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.sections import JudgeConfig, LongerJudge, OpenAIJudge
 from rlaif_ray.data.exports import RecordWriter, push_to_hub
-from rlaif_ray.data.preferences import PreferenceRecord, check_readable, comparison_text, read_preferences
+from rlaif_ray.data.preferences import (
+    JudgeName,
+    PreferenceRecord,
+    check_readable,
+    comparison_text,
+    human_label,
+    read_preferences,
+)
 from rlaif_ray.errors import FeedbackError, InputError
 from rlaif_ray.feedback.judge import check_question
 from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler
-from rlaif_ray.feedback.principles import Constitution, load_constitution
+from rlaif_ray.feedback.principles import Constitution, eligible, load_constitution
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
 from rlaif_ray.models import load_tokenizer
@@ -54,6 +61,10 @@ class Guide:
     constitution: Constitution | None
     tokenizer: Any  # of a local judge
     context: int  # of a local judge, tokens
+
+    def hash(self, job: LabelJob) -> str:
+        """Of everything that shapes the judge's prompts."""
+        return template_hash(self.template, self.exemplars, with_rationales=job.label.reasoning is not None)
 
 
 @dataclass(slots=True)
@@ -142,7 +153,7 @@ def plan_labels(loaded: Loaded) -> str:
     first = next(iter(read_preferences(job.data.path, split=job.data.split, limit=1)))
     if isinstance(job.judge, LongerJudge):
         return "\n\n".join([*parts, "judge: the longer response, no model"])
-    parts.append(f"template: {guide.template.name} ({template_hash(guide.template, guide.exemplars)})")
+    parts.append(f"template: {guide.template.name} ({guide.hash(job)})")
     labeler = make_labeler(job, guide, _writer_of_prompts(job, guide))
     for number, question in enumerate(labeler.example(to_comparison(first)), start=1):
         turns = "\n\n".join(f"<{turn.role}>\n{turn.content}" for turn in question.turns)
@@ -175,15 +186,13 @@ def read_guide(job: LabelJob) -> Guide:
 
 def check_principles(constitution: Constitution, template: Template, only: tuple[str, ...] | None) -> None:
     """Raises InputError when comparisons can't be asked by this constitution."""
-    if template.asks_for == "worse" or "{principle}" not in template.ending:
+    if template.asks_for == "worse" or not template.takes_principles:
         raise InputError(
             f"label.template={template.name} can't take a principle of label.constitution={constitution.id} (it asks "
-            f"for the {template.asks_for} response{'' if '{principle}' in template.ending else ', without a slot'}): "
+            f"for the {template.asks_for} response{'' if template.takes_principles else ', without a slot'}): "
             f"principles say which response is better. Use label.template=constitution, or leave the constitution out."
         )
-    from rlaif_ray.feedback.principles import draw_principle
-
-    draw_principle(constitution, "", 0, needs="comparison_question", only=only)
+    eligible(constitution, "comparison_question", only)
 
 
 def _writer_of_prompts(job: LabelJob, guide: Guide) -> Any:
@@ -253,7 +262,7 @@ def _identity(job: LabelJob, guide: Guide) -> dict[str, Any]:
         "data": fingerprint(job.data.path),
         "judge": keep,
         "label": job.label.model_dump(mode="json", exclude={"human_price", "min_labeled_fraction"}),
-        "template_hash": template_hash(guide.template, guide.exemplars),
+        "template_hash": guide.hash(job),
         "seed": job.seed,
     }
 
@@ -271,7 +280,6 @@ def to_comparison(record: PreferenceRecord) -> Comparison:
 def labelled(record: PreferenceRecord, label: Label, job: LabelJob, guide: Guide) -> PreferenceRecord:
     """The record with its AI label; a label that people gave stays beside it as `human`."""
     model = "" if isinstance(job.judge, LongerJudge) else job.judge.model
-    human = record.human if record.judge is not None or record.p_a is None else record.p_a
     return record.model_copy(
         update={
             "p_a": label.p_a,
@@ -279,19 +287,19 @@ def labelled(record: PreferenceRecord, label: Label, job: LabelJob, guide: Guide
             "p_a_reversed": label.p_a_reversed,
             "rationales": label.rationales,
             "principle": label.principle,
-            "judge": {
-                "type": job.judge.type,
-                "model": model,
-                "template": "" if not model else guide.template.name,
-                "template_hash": "" if not model else template_hash(guide.template, guide.exemplars),
-            },
+            "judge": JudgeName(
+                type=job.judge.type,
+                model=model,
+                template=guide.template.name if model else "",
+                template_hash=guide.hash(job) if model else "",
+            ),
             "hard": label.hard,
             "tokens_in": label.tokens_in,
             "tokens_out": label.tokens_out,
             "cost": label.cost,
             "cut": label.cut,
             "failed": label.failure,
-            "human": human,
+            "human": human_label(record),
         }
     )
 

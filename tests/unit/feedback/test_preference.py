@@ -105,7 +105,10 @@ def test_the_answer_is_asked_after_the_judges_own_reasons() -> None:
         user, judge, end = question.turns
         assert [turn.role for turn in question.turns] == ["user", "assistant", "user"]
         assert judge.content == f"because of {shown(question)[0]} (|im_end|)"  # it can't end its own turn
-        assert user.content.endswith(HELPFUL.rationale_request) and HELPFUL.ending.split("\n")[-1] in end.content
+        assert (
+            user.content.endswith(HELPFUL.rationale_request.split("\n")[-1])
+            and HELPFUL.ending.split("\n")[-1] in end.content
+        )
         assert question.answers == ("1", "2")
     assert all(not q.answers for q in asker.explained)
     assert (label.tokens_in, label.tokens_out, label.cost) == (30, 8, 1.5)
@@ -200,8 +203,9 @@ def test_a_response_is_never_cut() -> None:
 
 def test_room_for_the_rationale_is_kept() -> None:
     long = Comparison("long", "x" * 3000, "a", "b")
-    subject = labeler(FakeAsker(longest=4500), reasoning=ReasoningConfig(max_new_tokens=100), too_long="cut_middle")
-    [label] = subject.label([long])
+    config = {"reasoning": ReasoningConfig(max_new_tokens=100), "too_long": "cut_middle"}
+    request = labeler(FakeAsker(), **config).example(long)[0].turns[0].content
+    [label] = labeler(FakeAsker(longest=len(request) - 10), **config).label([long])
     assert label.p_a == 0.5 and label.cut >= 700  # seven characters a token
 
 
