@@ -317,12 +317,18 @@ def _load_model(
     attention: str,
     revision: str | None,
     trust_remote_code: bool,
+    *,
+    may_miss: tuple[str, ...] = (),
+    **changes: Any,
 ) -> PreTrainedModel:
+    """`may_miss`: modules that may be new; `changes`: of the config."""
     source = resolve_model(name, revision=revision)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     # Before the model is built: most modules copy the rates out of the config in __init__.
     zero_dropout_in_config(config)
     config.use_cache = False
+    for field, value in changes.items():
+        setattr(config, field, value)
     with _loading("weights", name, source):
         model: PreTrainedModel
         model, report = getattr(_transformers(), auto_class).from_pretrained(
@@ -334,14 +340,51 @@ def _load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(key for key in report["missing_keys"] if key.split(".")[0] not in may_miss)
+    if missing:
         raise InputError(
             f"the weights of model {str(name)!r} are incomplete (missing {len(missing)}, first {missing[0]}): "
             f"the rest would be random numbers. Give a folder with all weights of a {config.model_type} model."
         )
     zero_dropout_in_modules(model)
     return model
+
+
+def load_sequence_classifier(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    attention: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, bool]:
+    """The model with one output per sequence, `score`, for reward models; as above. True when that head is new.
+
+    `name` may be a language model, whose head for words is then left out, or a classifier with one label.
+    """
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    is_classifier = any("SequenceClassification" in kind for kind in config.architectures or ())
+    if is_classifier and config.num_labels != 1:
+        raise InputError(
+            f"model {str(name)!r} must have one label to give a reward (got {config.num_labels}): it tells classes "
+            f"apart. Give a reward model, or a language model to train one from."
+        )
+    model = _load_model(
+        "AutoModelForSequenceClassification",
+        name,
+        dtype,
+        attention,
+        revision,
+        trust_remote_code,
+        may_miss=() if is_classifier else ("score",),
+        num_labels=1,
+    )
+    if not hasattr(model, "score"):
+        raise InputError(
+            f"model {str(name)!r} can't become a reward model (got {type(model).__name__} without a `score` head): "
+            f"only decoder-only models can. Use another model."
+        )
+    return model, not is_classifier
 
 
 # Parts of the names of config fields that put noise into the forward pass during training. attention_dropout,

@@ -125,3 +125,18 @@ def _zero_unless(finite: Tensor, x: Tensor) -> Tensor:
 def _nan_unless(finite: Tensor, x: Tensor) -> Tensor:
     """x where finite, else NaN: an unusable real token must show, and a constant passes no gradient."""
     return torch.where(finite, x, float("nan"))
+
+
+def preference_loss(reward_a: Tensor, reward_b: Tensor, p_a: Tensor, margin: float = 0.0) -> Tensor:
+    """(N,) cross-entropy between soft labels and the preference sigmoid(r_a - r_b) (Lee et al. 2309.00267, 2.2).
+
+        -p log sigmoid(d) - (1 - p) log sigmoid(-d),  d = r_a - r_b
+
+    `p_a` is (N,), the probability that a is better. Where it is certain (0 or 1) the better reward must lead by
+    `margin` (Touvron et al. 2307.09288, equation 2).
+    """
+    difference = reward_a - reward_b
+    if margin:
+        certain = (p_a == 1.0).to(difference.dtype) - (p_a == 0.0).to(difference.dtype)
+        difference = difference - margin * certain
+    return -p_a * torch.nn.functional.logsigmoid(difference) - (1.0 - p_a) * torch.nn.functional.logsigmoid(-difference)

@@ -144,7 +144,7 @@ def to_trl(record: PreferenceRecord) -> dict[str, Any] | None:
     if record.p_a < 0.5:
         better, worse = worse, better
     return {
-        "prompt": [turn.model_dump() for turn in record.prompt],
+        "prompt": [{"role": m.role, "content": m.content} for m in record.prompt],
         "chosen": [{"role": "assistant", "content": better}],
         "rejected": [{"role": "assistant", "content": worse}],
     }

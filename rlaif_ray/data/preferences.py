@@ -1,318 +1,467 @@
-"""Preference records: two responses to a prompt, and who says which is better. Read as a stream of any length.
+"""Preference records: the one schema, and reading it from whatever form preferences come in, as a stream.
 
-Three forms of rows are read, told by the first row and then required of all:
-
-    ours       what `rlaif pairs` and `rlaif label` write
-    labelled   prompt, response_a, response_b and, from people, label (probability that a is better) and source
-    TRL        prompt, chosen, rejected; each text, or a list of messages; chosen and rejected may hold the prompt
+Three forms are read: our records; rows of prompt/response_a/response_b with a person's `label`; and TRL's
+prompt/chosen/rejected. The first row decides which one a file is in, and every row must keep to it. Rows are good
+until the bad one: the reader raises when it gets there, and what came before has been given out.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
+import itertools
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import TypedDict
 
 from rlaif_ray.data.chat import conversation_text
-from rlaif_ray.errors import InputError
+from rlaif_ray.data.prompts import _got, _message, _messages, _nearest, _one_line, _Row, _row_id, _shorten
+from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.types import Message
 
-Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
-Text = Annotated[str, Field(min_length=1, strict=True)]
+ENDINGS = (".jsonl", ".parquet")
+
+_ROWS_AT_A_TIME = 256  # of a parquet file; responses can be long
+_BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
+
+Text = Annotated[str, Field(strict=True)]
+Response = Annotated[str, Field(strict=True, pattern=r"\S")]
+Probability = Annotated[float, Field(strict=True, ge=0, le=1)]  # strict: neither true nor "0.5" is a number
+Count = Annotated[int, Field(strict=True, ge=0)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Judge(TypedDict):
+    """Who gave an AI label, and by which words it was asked."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    model: Text
+    type: Text  # of the config's judges: "local", "openai", ...
+    template: Text
+    template_hash: Text
 
 
-class Turn(_Part):
-    """One message of the prompt."""
+class PreferenceRecord(BaseModel):
+    """Two responses to a prompt, and how likely the first is the better one.
 
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, Field(strict=True)]
+    `p_a` is an AI label where there is a `judge`, and people's where there is none. A record that could not be
+    labelled says why in `failed` and has no `p_a`: failure to judge is not a judgement.
+    """
 
-
-class JudgeName(_Part):
-    """Which judge gave a label, and how it was asked."""
-
-    type: str
-    model: str = ""
-    template: str = ""
-    template_hash: str = ""
-
-
-class PreferenceRecord(_Part):
-    """A pair of responses with, once there is one, its label. The one schema of such files."""
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     id: Text
-    prompt: Annotated[tuple[Turn, ...], Field(min_length=1)]
-    response_a: Text
-    response_b: Text
-    source_a: str | None = None  # which policy made it
-    source_b: str | None = None
-    p_a: Probability | None = None  # that a is better; None: not labelled, or the judge failed
-    p_a_forward: Probability | None = None  # by the judge, with a shown first
-    p_a_reversed: Probability | None = None  # by the judge, with b shown first
-    rationales: tuple[str, ...] = ()
-    principle: str | None = None
-    judge: JudgeName | None = None  # None where there is a label: people gave it
-    hard: bool = False  # read off the judge's text: it gave no probabilities
-    tokens_in: Annotated[int, Field(ge=0)] = 0
-    tokens_out: Annotated[int, Field(ge=0)] = 0
-    cost: Annotated[float, Field(ge=0)] = 0.0
-    cut: Annotated[int, Field(ge=0)] = 0  # characters left out of the middle of the prompt
-    failed: str | None = None  # why the judge gave no label
-    human: Probability | None = None  # what people say of the pair, beside the judge's label
+    prompt: Annotated[tuple[Message, ...], Field(min_length=1)]
+    """The conversation; ends with the user's turn."""
+    response_a: Response
+    response_b: Response
+    source_a: Text | None = None
+    """The policy that wrote response_a, by name."""
+    source_b: Text | None = None
+    p_a: Probability | None = None
+    """Probability that a is better; null: not labelled."""
+    p_a_forward: Probability | None = None
+    """The same by the judge with a shown first."""
+    p_a_reversed: Probability | None = None
+    """With b shown first, mapped back to a."""
+    rationales: tuple[Text, ...] = ()
+    principle: Text | None = None
+    """The principle of a constitution that the judge was asked by, by id."""
+    judge: Judge | None = None
+    hard: Annotated[bool, Field(strict=True)] = False
+    """Read off the judge's text: it gave no probabilities."""
+    tokens_in: Count = 0
+    tokens_out: Count = 0
+    cost: Annotated[float, Field(strict=True, ge=0)] = 0.0
+    cut: Count = 0
+    """Characters left out of the middle of the prompt."""
+    failed: Text | None = None
+    human: Probability | None = None
+    """People's label, kept beside the AI's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_that_can_be_written(cls, values: Any) -> Any:
+        return _mended(values)
+
+    @model_validator(mode="after")
+    def _labelled_or_failed(self) -> PreferenceRecord:
+        if self.failed is not None and self.p_a is not None:
+            raise ValueError(
+                f"failed must be null where there is a p_a (got {_got(self.failed)} and {self.p_a:g}): what could not "
+                "be judged has no label. Remove one of them."
+            )
+        return self
 
     @property
-    def messages(self) -> tuple[Message, ...]:
-        return tuple(Message(turn.role, turn.content) for turn in self.prompt)
+    def prefers(self) -> Literal["a", "b", "tie"] | None:
+        """The response that the label says is better."""
+        if self.p_a is None:
+            return None
+        return "tie" if self.p_a == 0.5 else "a" if self.p_a > 0.5 else "b"
+
+    @property
+    def confidence(self) -> float | None:
+        """Probability of the preferred response, in [0.5, 1]."""
+        return None if self.p_a is None else max(self.p_a, 1.0 - self.p_a)
 
 
 def comparison_text(record: PreferenceRecord) -> str:
     """The prompt as a judge reads it."""
-    return conversation_text(record.messages)
-
-
-def human_label(record: PreferenceRecord) -> float | None:
-    """What people say of the pair, if they were asked."""
-    return record.p_a if record.judge is None and record.p_a is not None else record.human
-
-
-# ---- Reading ---------------------------------------------------------------------------------------------------------
-
-FORMATS = (".jsonl", ".parquet")
-_FORMS = {
-    "ours": ({"id", "prompt", "response_a", "response_b"}, set(PreferenceRecord.model_fields)),
-    "labelled": ({"prompt", "response_a", "response_b"}, {"id", "label", "source"}),
-    "TRL": ({"chosen", "rejected"}, {"id", "prompt"}),
-}
-_BATCH_ROWS = 256  # of a parquet file
+    return conversation_text(record.prompt)
 
 
 def read_preferences(path: str, *, split: str = "train", limit: int | None = None) -> Iterator[PreferenceRecord]:
-    """The records of a .jsonl or .parquet file or a hub data set, in order, a few in memory at a time.
+    """The records of a .jsonl or .parquet file or a hub id, at most its first `limit`, one by one.
 
-    A row without an id is called "<file stem>-<row number>".
+    Memory does not grow with the data, but for 8 bytes of hash (70 as Python keeps them) of every id that is given.
+    A row without an id is "<file stem>-<row number>".
 
     Raises:
-        InputError: at the first wrong row, naming file and line; those before it have been given out by then.
+        InputError: at once for a path that can't be read; for a wrong row when the iterator comes to it, naming file
+            and line (row of a parquet file). Also for no rows at all.
+        RunError: the connection to the hub broke midway.
     """
-    form: str | None = None
-    seen: set[int] = set()  # 8 bytes of a hash each, whatever the ids' lengths
-    count = 0
-    for number, place, row in _rows(path, split):
-        if limit is not None and count >= limit:
-            return
-        form = form or _form_of(row, place)
-        record = _record(row, form, place, number, path)
-        key = int.from_bytes(hashlib.blake2b(record.id.encode(), digest_size=8).digest(), "little")
-        if key in seen:
-            raise InputError(
-                f"{place}: id must be unique (got {record.id!r} again). Give every row an id of its own, or remove the "
-                f"id column to have them numbered."
-            )
-        seen.add(key)
-        count += 1
-        yield record
-    if not count:
-        raise InputError(f"the preferences {path} have no rows (got an empty data set). Give a file with pairs.")
+    return _records(_rows_of(path, split), path, limit)
 
 
 def check_readable(path: str, *, split: str = "train") -> None:
-    """Raises InputError when not even the first record can be read: before engines start."""
+    """Raises InputError when the data can't be read or its first row is wrong."""
     next(read_preferences(path, split=split, limit=1))
 
 
-def _rows(path: str, split: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(row number from 1, place for messages, row)."""
-    file = Path(path).expanduser()
-    if path and file.is_file():
+def records_of_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[PreferenceRecord]:
+    """Records of rows that are already in Python, in any of the forms. `rows` can be iterated more than once."""
+    return _records(
+        lambda: (_Row(f"{name}, row {n}", f"{name}-{n}", dict(cells)) for n, cells in enumerate(rows, 1)), name, None
+    )
+
+
+# ---- Where rows come from --------------------------------------------------------------------------------------------
+
+_Rows = Callable[[], Iterator[_Row]]  # starts at the first row each time
+
+
+def _rows_of(path: str, split: str) -> _Rows:
+    local = Path(os.path.expanduser(path))
+    if path and local.exists():
+        if local.is_dir() or local.suffix not in ENDINGS:
+            kind = "a folder" if local.is_dir() else local.suffix or "no file ending"
+            raise InputError(
+                f"the preferences {local} are in a format that is not read (got {kind}). Give a {' or '.join(ENDINGS)} "
+                "file, or a hub id."
+            )
         if split != "train":
-            raise InputError(f"the preferences {file} have no split {split!r}: a file is all train. Leave it out.")
-        if file.suffix == ".jsonl":
-            return _json_lines(file)
-        if file.suffix == ".parquet":
-            return _parquet(file)
+            raise InputError(
+                f"the preferences {local} have no split {split!r}: a file is all train. "
+                "Leave split out, or name the file that holds those rows."
+            )
+        return lambda: _parquet_rows(local) if local.suffix == ".parquet" else _lines(local)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix in ENDINGS:
+        near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
-            f"the preferences {file} are in a format that is not read (got {file.suffix or 'no file ending'}). "
-            f"Give one of: {', '.join(FORMATS)}."
+            f"the preferences {path!r} do not exist (looked at {local.absolute()}).{_nearest(local.name, near)} "
+            "Correct the path."
         )
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or file.suffix in FORMATS or file.exists():
-        near = [str(file.parent / other.name) for other in file.parent.iterdir()] if file.parent.is_dir() else []
-        close = difflib.get_close_matches(str(file), near, n=1)
-        raise InputError(
-            f"the preferences {path!r} are no file (looked at {file.absolute()})."
-            f"{f' Did you mean {close[0]}?' if close else ''} Correct the path."
-        )
-    return _hub(path, split)
+    return lambda: _hub_rows(path, split)
 
 
-def _json_lines(file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    number = 0
-    with file.open("rb") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            place = f"{file}, line {line_number}"
-            if line_number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            number += 1
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                cut = "" if line.endswith(b"\n") else ", and the line has no end: the file was cut off"
-                raise InputError(
-                    f"{place}: not a JSON object ({str(error).partition(': line')[0]}{cut}; got {_short(line)}). "
-                    f"Mend or remove the line."
-                ) from error
-            if not isinstance(row, dict):
-                raise InputError(f"{place}: not a JSON object (got {_short(line)}). Mend or remove the line.")
-            yield number, place, row
-
-
-def _parquet(file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
+def _lines(file: Path) -> Iterator[_Row]:
     try:
-        with ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, f"{file}, row {number}", dict(row)
-    except (pyarrow.ArrowException, OSError) as error:
+        stream = file.open("rb")
+    except OSError as error:
+        raise InputError(f"the preferences {file} cannot be read ({error.strerror}). Give a readable file.") from error
+    rows = 0
+    with stream:
+        for number, line in enumerate(stream, 1):
+            line = line.removeprefix(_BOM) if number == 1 else line
+            if line.strip():
+                rows += 1
+                place = f"{file}, line {number}"
+                yield _Row(place, f"{file.stem}-{rows}", _object(line, place))
+
+
+def _object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode())
+        reason = "" if isinstance(value, dict) else "another JSON value"
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} is not UTF-8"
+    except (ValueError, RecursionError) as error:
+        cut = "" if line.endswith(b"\n") else "the line is cut off: the file ends within it; "
+        reason = cut + str(error).partition(": line")[0]
+    if reason:
+        shown = _shorten(line.decode("utf-8", "replace").strip())
         raise InputError(
-            f"the preferences {file} can't be read as parquet after row {number} (got: {_short(str(error))}). "
-            f"Mend the file."
+            f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as "
+            '{"prompt": "...", "response_a": "...", "response_b": "..."}. Mend or remove the line.'
+        )
+    return dict(value)
+
+
+def _parquet_rows(file: Path) -> Iterator[_Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = itertools.count(1)
+    try:
+        with pq.ParquetFile(file, buffer_size=2**20) as source:  # buffered: never a whole column of a row group
+            for batch in source.iter_batches(batch_size=_ROWS_AT_A_TIME):
+                for cells in batch.to_pylist():
+                    n = next(number)
+                    yield _Row(f"{file}, row {n}", f"{file.stem}-{n}", cells)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"the preferences {file} cannot be read as .parquet from row {next(number)} on (got: {_one_line(error)}). "
+            "Mend the file, or give it the ending of what it is."
         ) from error
 
 
-def _hub(name: str, split: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _hub_rows(name: str, split: str) -> Iterator[_Row]:
     import datasets
 
-    try:
-        data = iter(datasets.load_dataset(name, split=split, streaming=True))
-        first = next(data, None)
+    try:  # offline a stream has no source, while what was downloaded before is on disk and mapped into memory
+        data = datasets.load_dataset(name, split=split, streaming=not datasets.config.HF_HUB_OFFLINE)
     except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
         raise InputError(
             f"the preferences {name!r} are no file here, and no Hugging Face data set whose split {split!r} can be "
-            f"loaded (got: {_short(str(error), 200)}). Check the spelling; a data set that is not in the local cache "
-            "needs the network, and a private one HF_TOKEN. Or give a local file."
+            f"loaded (got: {_one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
+            "the network, and a private one HF_TOKEN. Or give a local file."
         ) from error
-    for number, row in enumerate([first, *()] if first is not None else [], start=1):
-        yield number, f"{name} ({split}), row {number}", dict(row)
-    for number, row in enumerate(data, start=2):
-        yield number, f"{name} ({split}), row {number}", dict(row)
+    number = 0
+    try:
+        for number, cells in enumerate(data, 1):
+            yield _Row(f"{name} ({split}), row {number}", f"{name.rpartition('/')[2]}-{number}", dict(cells))
+    except Exception as error:
+        raise RunError(
+            f"the preferences {name!r} broke off after row {number} ({_one_line(error)}). Start the command again, or "
+            "download the data and give the file."
+        ) from error
+
+
+# ---- The form they are in --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """One way to put a preference in columns."""
+
+    name: str
+    required: tuple[str, ...]
+    spelling: Mapping[str, str]  # of our fields, where it has other names
+
+
+_OURS = _Form("a preference record", ("prompt", "response_a", "response_b"), {})
+_PAIR = _Form("a labelled pair", ("prompt", "response_a", "response_b"), {"p_a": "label"})
+_TRL = _Form("a TRL row", ("chosen", "rejected"), {"response_a": "chosen", "response_b": "rejected"})
+
+_OUR_MARKS = {"p_a", "p_a_forward", "p_a_reversed", "source_a", "source_b", "human"}  # no other form has these
+_IF_FIRST = ("id", "prompt", "label")  # every row has these when the first row has
+
+
+def _form(row: _Row) -> _Form:
+    columns = row.cells.keys()
+    pair, chosen = columns & {"response_a", "response_b"}, columns & {"chosen", "rejected"}
+    ours = columns & _OUR_MARKS
+    if (pair and chosen) or (pair and ours and "label" in columns):
+        other = "chosen" if chosen else "label"
+        raise InputError(
+            f"{row.place}: the columns are of two forms at once (got {', '.join(sorted(pair | chosen | ours))}"
+            f"{'' if chosen else ', label'}). Keep those of one form: remove {other}, or the rest."
+        )
+    if chosen:
+        return _TRL
+    if pair:
+        return _OURS if ours else _PAIR
+    likely = _nearest("response_a", columns) or _nearest("chosen", columns)
+    raise InputError(
+        f"{row.place}: there are no responses to compare (its columns: {', '.join(map(str, columns)) or 'none'})."
+        f"{likely} Give prompt, response_a and response_b, or prompt, chosen and rejected."
+    )
+
+
+def _check_columns(row: _Row, form: _Form, first: _Row) -> None:
+    """That a row has the columns of the file's form."""
+    columns = row.cells.keys()
+    here = _form(row)
+    if here is not form and not (form is _OURS and here is _PAIR and "label" not in columns):
+        raise InputError(
+            f"{row.place}: this is {here.name}, and the rows before are each {form.name} (got {', '.join(columns)}). "
+            "Keep the two forms in files of their own."
+        )
+    wanted = (*form.required, *(column for column in _IF_FIRST if column in first.cells))
+    missing = next((column for column in wanted if column not in columns), None)
+    if missing is not None:
+        raise InputError(
+            f"{row.place}: there is no column {missing!r} (its columns: {', '.join(columns)})."
+            f"{_nearest(missing, columns - {*wanted, *PreferenceRecord.model_fields})} Add it."
+        )
+    if "id" in columns and "id" not in first.cells:
+        raise InputError(
+            f"{row.place}: this row has an id and the first has none (got {_got(row.cells['id'])}). "
+            "Give every row an id, or none."
+        )
+    if form is _PAIR and "label" not in columns:
+        near = _nearest("label", columns - PreferenceRecord.model_fields.keys() - {"source"})
+        if near:  # a misspelt label would make all rows unlabelled ones
+            raise InputError(
+                f"{row.place}: there is no column 'label' (its columns: {', '.join(columns)}).{near} "
+                "Name it label, or remove it where the pairs are to stay unlabelled."
+            )
+
+
+def _records(rows: _Rows, name: str, limit: int | None) -> Iterator[PreferenceRecord]:
+    first: _Row | None = None
+    form, columns = _OURS, ()
+    seen: set[int] = set()  # hashes of ids
+    for row in itertools.islice(rows(), limit):
+        if first is None:
+            first, form = row, _form(row)
+        if tuple(row.cells) != columns:
+            _check_columns(row, form, first)
+            columns = tuple(row.cells)
+        row_id = _row_id(row)
+        if "id" in first.cells:
+            if hash(row_id) in seen:
+                _must_be_new(row_id, row, rows)
+            seen.add(hash(row_id))
+        yield _record(row, row_id, form)
+    if first is None:
+        raise InputError(f"the preferences {name!r} have no rows (got an empty data set). Give one with rows.")
+
+
+def _must_be_new(row_id: str, row: _Row, rows: _Rows) -> None:
+    """Reads up to `row` again: of the rows before, only hashes were kept, and those can be equal by chance."""
+    before = itertools.takewhile(lambda other: other.place != row.place, rows())
+    twin = next((other for other in before if _row_id(other) == row_id), None)
+    if twin is not None:
+        raise InputError(
+            f"{row.place}: id must be unique (got {row_id!r}, which {twin.place} has too). "
+            "Give every row an id of its own, or remove the id column to have them numbered."
+        )
 
 
 # ---- One row ---------------------------------------------------------------------------------------------------------
 
+_MUST_BE = {
+    **dict.fromkeys(("response_a", "response_b"), "text that is not empty"),
+    **dict.fromkeys(("p_a", "p_a_forward", "p_a_reversed", "human"), "a number from 0 to 1, or null"),
+    **dict.fromkeys(("source_a", "source_b", "principle", "failed"), "text, or null"),
+    **dict.fromkeys(("tokens_in", "tokens_out", "cut"), "a whole number, 0 or more"),
+    "cost": "a number, 0 or more",
+    "hard": "true or false",
+    "rationales": "a list of texts",
+    "judge": "null, or an object of the texts model, type, template and template_hash",
+}
 
-def _form_of(row: dict[str, Any], place: str) -> str:
-    columns = set(row)
-    for form, (needed, more) in _FORMS.items():
-        if needed <= columns <= needed | more:
-            return form
-    if {"chosen", "rejected"} & columns:
-        form = "TRL"
+
+def _record(row: _Row, row_id: str, form: _Form) -> PreferenceRecord:
+    cells = row.cells
+    if form is _TRL:
+        prompt, chosen, rejected = _trl(row)
+        values = {"response_a": chosen, "response_b": rejected, "p_a": 1.0}
     else:
-        form = "ours" if {"p_a", "judge", "response_a"} & columns and "label" not in columns else "labelled"
-    needed, more = _FORMS[form]
-    missing, unknown = sorted(needed - columns), sorted(columns - needed - more)
-    close = {name: difflib.get_close_matches(name, unknown or columns, n=1) for name in missing}
-    told = [f"{name} is missing" + (f" (is it {near[0]}?)" if near else "") for name, near in close.items()]
-    told += [f"{name} is not known" for name in unknown if not any(name in near for near in close.values())]
-    raise InputError(
-        f"{place}: the columns are those of no kind of preferences (got {', '.join(sorted(columns)) or 'none'}: "
-        f"{'; '.join(told)}). Give prompt, response_a, response_b and label; or prompt, chosen, rejected."
+        prompt = _messages(row, "prompt", None)
+        if form is _OURS:
+            values = cells
+        else:
+            values = {**{key: cells[key] for key in ("response_a", "response_b")}, "p_a": cells.get("label")}
+    try:
+        return PreferenceRecord(**{**values, "id": row_id, "prompt": prompt})
+    except ValidationError as error:
+        raise InputError(_problem(row.place, error, form)) from error
+
+
+def _problem(place: str, error: ValidationError, form: _Form) -> str:
+    """The first thing that is wrong, in the user's own column names."""
+    first = error.errors(include_url=False)[0]
+    if not first["loc"]:  # of the record as a whole
+        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+    field = str(first["loc"][0])
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        near = _nearest(field, PreferenceRecord.model_fields)
+        return f"{place}: {field!r} is no column of {form.name}.{near} Correct or remove it."
+    column = form.spelling.get(field, field)
+    inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
+    got = "nothing" if first["type"] == "missing" else _got(first["input"])
+    return (
+        f"{place}: {column} must be {_MUST_BE[field]} (got {got}{inner and f' at {column}{inner}'}). Correct the row."
     )
 
 
-def _record(row: dict[str, Any], form: str, place: str, number: int, path: str) -> PreferenceRecord:
-    needed, more = _FORMS[form]
-    if not (needed <= set(row) <= needed | more):
-        wrong = sorted((needed - set(row)) | (set(row) - needed - more))
+def _trl(row: _Row) -> tuple[tuple[Message, ...], Any, Any]:
+    """Prompt, chosen and rejected response of a TRL row.
+
+    The responses are texts, or messages that end with the assistant's. Messages before that one repeat the prompt;
+    without a column for it they are the prompt (TRL's implicit form), as are the earlier turns of a transcript.
+    """
+    explicit = _messages(row, "prompt", None) if row.cells.get("prompt") is not None else None
+    before, responses = [], []
+    for column in ("chosen", "rejected"):
+        value = row.cells[column]
+        if isinstance(value, str) and explicit is None:
+            value = _transcript(value, row, column)
+        if not isinstance(value, list):
+            before.append(explicit)
+            responses.append(value)
+            continue
+        turns = tuple(_message(entry, index, row.place, column) for index, entry in enumerate(value))
+        if not turns or turns[-1].role != "assistant":
+            raise InputError(
+                f"{row.place}: {column} must end with the assistant's message (got "
+                f"{turns[-1].role if turns else 'no message'}): that is the response. Correct the row."
+            )
+        before.append(turns[:-1] or explicit)
+        responses.append(turns[-1].content)
+    prompt = explicit or before[0]
+    if not prompt or any(turns != prompt for turns in before):
         raise InputError(
-            f"{place}: another kind of row than the first, which is of the {form} kind (the difference: "
-            f"{', '.join(wrong)}). Keep one kind in a file."
+            f"{row.place}: chosen and rejected must answer the same prompt (got "
+            f"{'two conversations that differ before the last message' if prompt else 'no prompt'}). "
+            "Give the prompt in a column of its own, or correct the row."
         )
-    values = {key: value for key, value in row.items() if value is not None}
-    values.setdefault("id", f"{Path(path).stem}-{number}")
-    if form == "TRL":
-        values = _from_trl(values, place)
-    elif form == "labelled":
-        label = values.pop("label", None)
-        values.pop("source", None)
-        if isinstance(label, bool) or (label is not None and not isinstance(label, int | float)):
-            raise InputError(f"{place}: label must be a number from 0 to 1 (got {_short(label)}). Correct it.")
-        values["p_a"] = label if label is None else float(label)
-    if isinstance(values.get("prompt"), str):
-        values["prompt"] = [{"role": "user", "content": values["prompt"]}]
-    try:
-        record = PreferenceRecord.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{place}: {_problem(error, form)}") from error
-    if record.prompt[-1].role != "user" or not any(turn.content.strip() for turn in record.prompt):
-        raise InputError(f"{place}: prompt must end with a message from the user that says something. Correct it.")
-    for name in ("response_a", "response_b"):
-        if not getattr(record, name).strip():
-            raise InputError(f"{place}: {name} is empty: a pair has two responses. Fill it in or remove the row.")
-    return record
+    if explicit is None:  # the same checks as for a prompt in its column
+        shared = [{"role": turn.role, "content": turn.content} for turn in prompt]
+        prompt = _messages(_Row(row.place, row.number, {"prompt": shared}), "prompt", None)
+    return prompt, responses[0], responses[1]
 
 
-def _problem(error: ValidationError, form: str) -> str:
-    first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if form == "labelled" and name == "p_a":
-        name = "label"
-    if first["type"] == "missing":
-        return f"{name} is missing: a pair has a prompt and two responses. Fill it in or remove the row."
-    if first["type"] == "string_too_short":
-        return f"{name} is empty: a pair has two responses. Fill it in or remove the row."
-    if name in ("label", "p_a", "human"):
-        return f"{name} must be a number from 0 to 1 (got {_short(first['input'])}). Correct it."
-    return f"{name} is wrong: {first['msg']} (got {_short(first['input'])}). Correct it."
-
-
-def _from_trl(values: dict[str, Any], place: str) -> dict[str, Any]:
-    """chosen is response a, with certainty; a prompt inside chosen and rejected is taken out of them."""
-    chosen, rejected = values.pop("chosen"), values.pop("rejected")
-    prompt = values.get("prompt")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        if prompt is None:
-            shared = 0
-            while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-                shared += 1
-            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        chosen, rejected = (
-            _one_answer(side, name, place) for side, name in ((chosen, "chosen"), (rejected, "rejected"))
-        )
-    elif prompt is None:
+def _transcript(text: str, row: _Row, column: str) -> list[dict[str, str]]:
+    """The turns of a conversation in one text, each after an empty line and "Human:" or "Assistant:"."""
+    start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):[ ]?", text)
+    if start.strip() or not parts:
         raise InputError(
-            f"{place}: prompt is missing: text in chosen and rejected does not say where the prompt ends. Add the "
-            f"prompt column, or give lists of messages."
+            f"{row.place}: there is no prompt, and {column} is plain text in which its end can't be seen "
+            f"(got {_shorten(repr(text))}). Give the prompt in a column of its own."
         )
-    return {**values, "prompt": prompt, "response_a": chosen, "response_b": rejected, "p_a": 1.0}
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said} for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _one_answer(messages: list[Any], name: str, place: str) -> str:
-    if len(messages) != 1 or not isinstance(messages[0], dict) or messages[0].get("role") != "assistant":
-        raise InputError(
-            f"{place}: {name} must be one message of the assistant after the prompt (got {len(messages)} messages). "
-            f"Correct it."
-        )
-    return str(messages[0].get("content", ""))
+def _mended(value: Any) -> Any:
+    """`value` with halves of surrogate pairs, which models emit and no UTF-8 file can hold, as U+FFFD."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return value
+    if isinstance(value, Message):
+        return Message(_mended(value.role), _mended(value.content))
+    if isinstance(value, Mapping):
+        return {_mended(key): _mended(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mended(inner) for inner in value]
+    return value
 
 
-def _short(value: Any, limit: int = 60) -> str:
-    text = value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else value
-    shown = text if isinstance(text, str) and isinstance(value, bytes) else repr(text)
-    return shown if len(shown) <= limit else shown[:limit].rstrip() + "..."
+def human_label(record: PreferenceRecord) -> float | None:
+    """What people say of the pair, if they were asked: their own label, or the one kept beside a judge's."""
+    return record.p_a if record.judge is None and record.p_a is not None else record.human

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -197,7 +198,7 @@ class Critic(torch.nn.Module):
         config = body.config.get_text_config()
         self.head = torch.nn.Linear(config.hidden_size, 1, dtype=body.dtype)
         # Zero, not random: the first advantages are then the returns themselves rather than a random baseline.
-        with _full_weights([self.head.weight, self.head.bias]):
+        with full_weights([self.head.weight, self.head.bias]):
             torch.nn.init.zeros_(self.head.weight)
             torch.nn.init.zeros_(self.head.bias)
 
@@ -214,7 +215,7 @@ class Critic(torch.nn.Module):
         return values[:, 0].float()
 
 
-def _full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:
+def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:
     """Context in which ZeRO-3 parameters are whole; others are anyway."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
@@ -240,14 +241,33 @@ class WeightGroups:
             for name, p in self._parameters.items()
         ]
 
+    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
+        """Every weight whole, on CPU, one at a time; {} where not kept. A collective under ZeRO-3."""
+        state = {}
+        for name in self._parameters:
+            with self.gathered([name]) as (tensor,):
+                if keep:
+                    state[name] = tensor.detach().cpu().clone()
+        return state
+
     @contextmanager
     def gathered(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
         """The full tensors of one group. A collective under ZeRO-3: every rank enters with the same names."""
         parameters = [self._parameters[name] for name in names]
-        with _full_weights(parameters, write=False):
+        with full_weights(parameters, write=False):
             yield [p.data for p in parameters]
 
 
 def uses_packing(model: Any) -> bool:
     """Whether the model's attention takes packed samples."""
     return bool(model.config._attn_implementation == PACKED)
+
+
+def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """Writes a Hugging Face folder: `state` are the whole weights, `model` gives class and config."""
+    model.config.use_cache = True  # off while training, on for whoever loads it
+    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    model.config.use_cache = False
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner alone; models are there to be shared
+    tokenizer.save_pretrained(folder)

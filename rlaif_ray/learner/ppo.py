@@ -23,7 +23,7 @@ from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
-from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, WeightGroups
+from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, WeightGroups, save_model_folder
 from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
 from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer
 from rlaif_ray.types import Experience
@@ -200,22 +200,12 @@ class RlRank:
 
     def save_policy(self, folder: str) -> None:
         """Rank 0 writes a Hugging Face folder; under ZeRO-3 all ranks help gather."""
-        names = [name for name, _, _ in self.weights.metadata()]
-        state = {}
-        for name in names:
-            with self.weights.gathered([name]) as (tensor,):
-                if self._spec.rank == 0:
-                    state[name] = tensor.detach().cpu().clone()
+        state = self.weights.full_state(keep=self._spec.rank == 0)
         if self._spec.rank != 0:
             return
-        self._model.config.use_cache = True  # off while training, on for whoever loads it
-        self._model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-        self._model.config.use_cache = False
-        for file in Path(folder).glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors writes for the owner alone; the policy is there to be shared
         policy = self._job.policy
         tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
-        tokenizer.save_pretrained(folder)
+        save_model_folder(self._model, tokenizer, state, Path(folder))
 
 
 class _Flat:

@@ -6,17 +6,22 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from rlaif_ray.config.jobs import RewardModelJob, TrainJob
 from rlaif_ray.errors import CheckpointError, InputError
 from rlaif_ray.folders import publish_folder
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.sections import CheckpointConfig
-    from rlaif_ray.interfaces import Learner
 
 STATE = "state.json"
+
+
+class Checkpointed(Protocol):
+    """What writes its own part of a checkpoint."""
+
+    def save_checkpoint(self, folder: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -29,8 +34,23 @@ class RunState:
     held_out_before: list[float | None] | None = None
 
 
-def must_match(job: TrainJob) -> dict[str, Any]:
+def due(step: int, every: int, last: int | None = None) -> bool:
+    """Whether something that happens every so many steps (0: never), and at the last, happens now."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def must_match(job: TrainJob | RewardModelJob) -> dict[str, Any]:
     """Settings that a checkpoint can't be resumed under if they differ."""
+    if isinstance(job, RewardModelJob):
+        return {
+            "policy.model": job.policy.model,
+            "data.path": job.data.path,
+            "data.limit": job.data.limit,
+            "reward": job.reward.model_dump(mode="json", exclude={"evaluate_every", "human_path"}),
+            "learner.ranks": job.learner.ranks,
+            "learner.zero_stage": job.learner.zero_stage,
+            "seed": job.seed,
+        }
     return {
         "policy.model": job.policy.model,
         "algorithm.type": job.algorithm.type,
@@ -58,8 +78,8 @@ def _complete(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def read_state(folder: Path, job: TrainJob) -> RunState:
-    """The loop's state in a checkpoint.
+def read_state(folder: Path, job: TrainJob | RewardModelJob, steps: int) -> RunState:
+    """The loop's state in a checkpoint of a run of so many steps.
 
     Raises:
         InputError: the config differs from the checkpoint's in something that can't change on the way.
@@ -82,15 +102,15 @@ def read_state(folder: Path, job: TrainJob) -> RunState:
             f"run_dir {folder.parent.parent} has a checkpoint of another run: {'; '.join(changed)}. "
             f"Use its settings, another run_dir, or checkpoint.resume=never to start over."
         )
-    if state.step > job.steps:
+    if state.step > steps:
         raise InputError(
-            f"steps must be at least the {state.step} that run_dir {folder.parent.parent} has taken (got {job.steps}). "
+            f"steps must be at least the {state.step} that run_dir {folder.parent.parent} has taken (got {steps}). "
             f"Raise it, or use another run_dir, or checkpoint.resume=never to start over."
         )
     return state
 
 
-def save(run_dir: Path, job: TrainJob, learner: Learner, state: RunState) -> Path:
+def save(run_dir: Path, job: TrainJob | RewardModelJob, learner: Checkpointed, state: RunState) -> Path:
     """Writes `checkpoints/step-N`: into a folder of another name, flushed, then renamed; then old ones go.
 
     Raises:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.data.exports import RecordWriter
-from rlaif_ray.data.preferences import PreferenceRecord, Turn
+from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import InputError
 from rlaif_ray.interfaces import GenerationSettings
@@ -224,7 +224,7 @@ def _record(
     (first, first_source), (second, second_source) = pair if draw.random() < 0.5 else pair[::-1]
     return PreferenceRecord(
         id=f"{prompt.id}/{number}",
-        prompt=tuple(Turn.model_validate({"role": m.role, "content": m.content}) for m in prompt.messages),
+        prompt=prompt.messages,
         response_a=first,
         response_b=second,
         source_a=first_source,

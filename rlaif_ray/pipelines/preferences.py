@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlaif_ray.config.sections import JudgeConfig, LongerJudge, OpenAIJudge
 from rlaif_ray.data.exports import RecordWriter, push_to_hub
 from rlaif_ray.data.preferences import (
-    JudgeName,
     PreferenceRecord,
     check_readable,
     comparison_text,
@@ -287,12 +286,12 @@ def labelled(record: PreferenceRecord, label: Label, job: LabelJob, guide: Guide
             "p_a_reversed": label.p_a_reversed,
             "rationales": label.rationales,
             "principle": label.principle,
-            "judge": JudgeName(
-                type=job.judge.type,
-                model=model,
-                template=guide.template.name if model else "",
-                template_hash=guide.hash(job) if model else "",
-            ),
+            "judge": {
+                "type": job.judge.type,
+                "model": model,
+                "template": guide.template.name if model else "",
+                "template_hash": guide.hash(job) if model else "",
+            },
             "hard": label.hard,
             "tokens_in": label.tokens_in,
             "tokens_out": label.tokens_out,

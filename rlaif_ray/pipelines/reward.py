@@ -132,7 +132,8 @@ def read_reward_inputs(job: RewardModelJob) -> RewardInputs:
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, cfg.max_tokens, "reward.max_tokens")
     left_out: dict[str, int] = {}
-    train, held_out = [], []
+    train: list[PairExample] = []
+    held_out: list[PairExample] = []
     write = _ExampleWriter(tokenizer, room, cfg.labels, left_out)
     for record in read_preferences(job.data.path, split=job.data.split, limit=job.data.limit):
         example = write(record)
@@ -165,13 +166,15 @@ class _ExampleWriter:
         if self._human:
             label = human_label(record)
         if label is None:
-            return self._count("failed" if record.failed else "unlabelled")
+            self._count("failed" if record.failed else "unlabelled")
+            return None
         if self._labels == "hard":
             label = 0.5 if label == 0.5 else float(label > 0.5)
-        prompt = self._render.tokens(record.messages, f"record {record.id}")
+        prompt = self._render.tokens(record.prompt, f"record {record.id}")
         a, b = (self._tokens(text) for text in (record.response_a, record.response_b))
         if len(prompt) + max(len(a), len(b)) > self._room:
-            return self._count("too_long")
+            self._count("too_long")
+            return None
         return PairExample(prompt, a, b, label)
 
     def _tokens(self, text: str) -> tuple[int, ...]:
@@ -184,7 +187,7 @@ class _ExampleWriter:
 
 def is_held_out(record: PreferenceRecord, fraction: float, seed: int) -> bool:
     """By the prompt's text alone, so that no prompt is on both sides, whatever else the data holds."""
-    text = "\x00".join(f"{m.role}\x01{m.content}" for m in record.messages)
+    text = "\x00".join(f"{m.role}\x01{m.content}" for m in record.prompt)
     digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64 < fraction
 
@@ -209,7 +212,7 @@ def measured(learner: RewardGroup, examples: Sequence[PairExample]) -> dict[str,
         "longer_accuracy": pairwise_accuracy(longer, labels).value,  # of always choosing the longer, in tokens
         "brier": brier(p, labels),
         "ece": calibration.value,
-        "curve": [vars(bin) if hasattr(bin, "__dict__") else bin._asdict() for bin in calibration.curve],
+        "curve": calibration.rows(),
     }
 
 

@@ -41,7 +41,11 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
     resumed = checkpoint.newest(run_dir, job.checkpoint)
-    state = checkpoint.read_state(resumed, job) if resumed else checkpoint.RunState(kl_coef=job.algorithm.kl.coef)
+    state = (
+        checkpoint.read_state(resumed, job, job.steps)
+        if resumed
+        else checkpoint.RunState(kl_coef=job.algorithm.kl.coef)
+    )
     prompts = PromptSource(
         inputs.prompts, prompts_per_step=job.sampling.prompts_per_step, seed=job.seed, shuffle=job.data.shuffle
     )
@@ -93,9 +97,9 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
                 metrics.add(rates(completions, metrics.seconds))
                 state.kl_coef = next_kl_coef(state.kl_coef, kl, job.algorithm.kl, len(samples))
                 state.step, state.prompts = step, prompts.state()
-                if due(step, job.evaluation.every) and step < job.steps:
+                if checkpoint.due(step, job.evaluation.every) and step < job.steps:
                     held_out.measure(step, state.held_out_before)
-            if due(step, job.checkpoint.every, last=job.steps):  # after the step's row is on disk
+            if checkpoint.due(step, job.checkpoint.every, last=job.steps):  # after the step's row is on disk
                 with track.phase("checkpoint"):
                     checkpoint.save(run_dir, job, learner, state)
         if state.step < job.steps:
@@ -114,11 +118,6 @@ def plan_rl(loaded: Loaded) -> str:
     job = loaded.config
     device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
     return "\n\n".join([placement_table(job, device), *feedback_lines(job.feedback)])
-
-
-def due(step: int, every: int, last: int | None = None) -> bool:
-    """Whether something that happens every so many steps (0: never), and at the last, happens now."""
-    return every > 0 and (step % every == 0 or step == last)
 
 
 class HeldOut:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlaif_ray.models import resolve_model
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.sections import RewardModelFeedback
     from rlaif_ray.data.batching import RankPlan
     from rlaif_ray.interfaces import GenerationSettings
     from rlaif_ray.learner.engine import RankSpec
+    from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.rollout.vllm_engine import EngineSpec
     from rlaif_ray.types import Completion, Experience, Prompt, Score, TokenAnswer, TokenQuery
 
@@ -92,10 +92,24 @@ class LearnerActor(Actor):
             listener.bind(("", 0))
             return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
 
-    def start(self, job: TrainJob, spec: RankSpec, precision: Literal["fp32", "bf16"]) -> None:
-        from rlaif_ray.learner.ppo import RlRank
+    def start(
+        self,
+        job: Any,
+        spec: RankSpec,
+        precision: Literal["fp32", "bf16"],
+        total_steps: int | None = None,
+    ) -> None:
+        """Loads what the job (one of config/jobs.py) trains; `total_steps` where they follow from the data."""
+        timeout_s = job.cluster.start_timeout_s
+        self._learner: Any
+        if total_steps is None:
+            from rlaif_ray.learner.ppo import RlRank
 
-        self._learner = RlRank(job, spec, precision, start_timeout_s=job.cluster.start_timeout_s)
+            self._learner = RlRank(job, spec, precision, start_timeout_s=timeout_s)
+        else:
+            from rlaif_ray.learner.supervised import RewardRank
+
+            self._learner = RewardRank(job, spec, precision, total_steps=total_steps, start_timeout_s=timeout_s)
         self._sends = spec.rank == 0
         self._senders: list[Any] = []
 
@@ -103,7 +117,8 @@ class LearnerActor(Actor):
         return self._learner.annotate(prompts, completions, plan, with_policy=with_policy)
 
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> dict[str, float]:
-        return self._learner.update(experience, schedule)
+        sums: dict[str, float] = self._learner.update(experience, schedule)
+        return sums
 
     def save_checkpoint(self, folder: str) -> None:
         self._learner.save_checkpoint(folder)
@@ -114,8 +129,20 @@ class LearnerActor(Actor):
     def save_policy(self, folder: str) -> None:
         self._learner.save_policy(folder)
 
+    def train(self, examples: Sequence[PairExample], plan: RankPlan) -> dict[str, float]:
+        sums: dict[str, float] = self._learner.train(examples, plan)
+        return sums
+
+    def rewards(self, examples: Sequence[PairExample], plan: RankPlan) -> dict[int, tuple[float, float]]:
+        rewards: dict[int, tuple[float, float]] = self._learner.rewards(examples, plan)
+        return rewards
+
+    def save_model(self, folder: str, center: dict[str, float] | None) -> None:
+        self._learner.save_model(folder, center)
+
     def weight_metadata(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        return self._learner.weights.metadata()
+        metadata: list[tuple[str, str, tuple[int, ...]]] = self._learner.weights.metadata()
+        return metadata
 
     def open_senders(self, backend: str, options: dict[str, Any]) -> None:
         """Rank 0 opens its end of the transport; shared memory has two segments, to fill one while one is read."""

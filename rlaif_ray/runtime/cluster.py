@@ -21,7 +21,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
-from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup, ScorerGroup
+from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup, RewardGroup, ScorerGroup
 from rlaif_ray.runtime.placement import Slot, actor_slots, reserve, totals
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
@@ -196,7 +196,11 @@ class Cluster:
         """Ranks of the RL learner. `wait` waits for them."""
         return LearnerGroup(*self._start_ranks())
 
-    def _start_ranks(self) -> tuple[list[Any], Any, Literal["fp32", "bf16"]]:
+    def start_reward_learner(self, total_steps: int) -> RewardGroup:
+        """Ranks that train a reward model. `wait` waits for them."""
+        return RewardGroup(*self._start_ranks(total_steps)[:2])
+
+    def _start_ranks(self, total_steps: int | None = None) -> tuple[list[Any], Any, Literal["fp32", "bf16"]]:
         """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""
         job = self._job
         precision = chosen_precision(job.policy.precision, self.device)
@@ -215,7 +219,7 @@ class Cluster:
             RankSpec(rank, len(slots), 0, address, port, self.device, self._threads(len(slots)))
             for rank in range(len(slots))
         ]
-        starts = [a.start.remote(job, spec, precision) for a, spec in zip(actors, specs, strict=True)]
+        starts = [a.start.remote(job, spec, precision, total_steps) for a, spec in zip(actors, specs, strict=True)]
         self._starting.append(("learner ranks", starts))
         return actors, job, precision
 

@@ -18,8 +18,9 @@ from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.types import Experience, Score, TokenAnswer
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import TrainJob
+    from rlaif_ray.config.jobs import RewardModelJob, TrainJob
     from rlaif_ray.interfaces import GenerationSettings
+    from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.types import Completion, Prompt, Sample, TokenQuery
 
 
@@ -147,6 +148,61 @@ class LearnerGroup:
 
     def _all(self, verb: str, folder: str) -> None:
         refs = [getattr(actor, verb).remote(folder) for actor in self.actors]
+        gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
+
+
+class RewardGroup:
+    """A reward model in training over ranks."""
+
+    def __init__(self, actors: list[Any], job: RewardModelJob) -> None:
+        self.actors = actors
+        self._job, self._timeout_s = job, job.cluster.call_timeout_s
+
+    def train(self, examples: Sequence[PairExample]) -> dict[str, float]:
+        """One optimizer step; returns metrics by name."""
+        shared = ray.put(list(examples))
+        refs = [actor.train.remote(shared, plan) for actor, plan in zip(self.actors, self._plan(examples), strict=True)]
+        parts = gather(refs, who="learner ranks (update)", timeout_s=self._timeout_s)
+
+        def total(name: str) -> float:
+            return float(sum(part[name] for part in parts))
+
+        count = total("examples")
+        return {
+            "reward_model/loss": total("loss") / count,
+            "reward_model/accuracy": total("correct") / max(1.0, total("decided")),
+            "reward_model/margin": total("margin") / count,
+            "reward_model/grad_norm": parts[0]["grad_norm"],
+            "reward_model/lr": parts[0]["lr"],
+        }
+
+    def rewards(self, examples: Sequence[PairExample]) -> list[tuple[float, float]]:
+        """Rewards of a and b of each example."""
+        shared = ray.put(list(examples))
+        refs = [
+            actor.rewards.remote(shared, plan) for actor, plan in zip(self.actors, self._plan(examples), strict=True)
+        ]
+        found: dict[int, tuple[float, float]] = {}
+        for part in gather(refs, who="learner ranks (rewards)", timeout_s=self._timeout_s):
+            found |= part
+        return [found[i] for i in range(len(examples))]
+
+    def _plan(self, examples: Sequence[PairExample]) -> list[Any]:
+        learner = self._job.learner
+        lengths = [len(example) for example in examples]
+        return plan_ranks(range(len(examples)), lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
+
+    def save_checkpoint(self, folder: str) -> None:
+        self._all("save_checkpoint", folder)
+
+    def load_checkpoint(self, folder: str) -> None:
+        self._all("load_checkpoint", folder)
+
+    def save_model(self, folder: str, center: dict[str, float] | None) -> None:
+        self._all("save_model", folder, center)
+
+    def _all(self, verb: str, *arguments: Any) -> None:
+        refs = [getattr(actor, verb).remote(*arguments) for actor in self.actors]
         gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
 
 

@@ -37,6 +37,10 @@ def save(run_dir: Path, step: int, *, config: TrainJob | None = None, full: bool
     return checkpoint.save(run_dir, config or job(), FakeLearner(full=full), state)  # type: ignore[arg-type]
 
 
+def read_state(folder: Path, config: TrainJob) -> RunState:
+    return checkpoint.read_state(folder, config, config.steps)
+
+
 def folders(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
@@ -47,7 +51,7 @@ class TestSave:
         assert folder == tmp_path / "checkpoints" / "step-4"
         assert (folder / "policy" / "weights").read_text() == "w"
         assert checkpoint.newest(tmp_path, CheckpointConfig()) == folder
-        assert checkpoint.read_state(folder, job()) == RunState(4, 0.25, {"epoch": 1}, [0.5, None])
+        assert read_state(folder, job()) == RunState(4, 0.25, {"epoch": 1}, [0.5, None])
 
     def test_the_last_few_are_kept_counted_by_step(self, tmp_path: Path) -> None:
         for step in (8, 9, 10, 11):
@@ -65,7 +69,7 @@ class TestSave:
         with pytest.raises(CheckpointError, match=r"step-5 could not be written \(.*No space left.*\): .* Free space"):
             save(tmp_path, 5, full=True)
         assert checkpoint.newest(tmp_path, CheckpointConfig()) == former
-        assert checkpoint.read_state(former, job()).step == 4
+        assert read_state(former, job()).step == 4
         save(tmp_path, 5)  # what the failure left is no obstacle
         assert folders(tmp_path) == ["step-4", "step-5"]
 
@@ -73,7 +77,7 @@ class TestSave:
         former = save(tmp_path, 4)
         with pytest.raises(CheckpointError):
             save(tmp_path, 4, full=True)
-        assert checkpoint.read_state(former, job()).step == 4
+        assert read_state(former, job()).step == 4
 
     def test_an_unwritable_place(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoints").write_text("a file")
@@ -125,25 +129,25 @@ class TestReadState:
     def test_a_checkpoint_of_another_run(self, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
         folder = save(tmp_path, 3)
         with pytest.raises(InputError, match=f"checkpoint of another run: .*{says}.*checkpoint.resume=never"):
-            checkpoint.read_state(folder, job(**changed))
+            read_state(folder, job(**changed))
 
     def test_what_may_change_on_the_way(self, tmp_path: Path) -> None:
         folder = save(tmp_path, 3)
         changed = job(steps=500, learner={"lr": 1e-4}, rollout={"replicas": 3}, run_dir="elsewhere")
-        assert checkpoint.read_state(folder, changed).step == 3
+        assert read_state(folder, changed).step == 3
 
     def test_fewer_steps_than_it_has_behind_it(self, tmp_path: Path) -> None:
         folder = save(tmp_path, 3)
-        assert checkpoint.read_state(folder, job(steps=3)).step == 3
+        assert read_state(folder, job(steps=3)).step == 3
         with pytest.raises(InputError, match=r"steps must be at least the 3 .*\(got 2\).*another run_dir"):
-            checkpoint.read_state(folder, job(steps=2))
+            read_state(folder, job(steps=2))
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": {"zzz": 1}, "must_match": {}}'])
     def test_a_broken_file(self, tmp_path: Path, text: str) -> None:
         folder = save(tmp_path, 3)
         (folder / "state.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"step-3 can't be read .*Remove it to resume from an earlier one"):
-            checkpoint.read_state(folder, job())
+            read_state(folder, job())
 
     def test_the_state_is_plain_json(self, tmp_path: Path) -> None:
         stored = json.loads((save(tmp_path, 3) / "state.json").read_text())

@@ -11,6 +11,7 @@ import torch
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import KlConfig
 from rlaif_ray.errors import FeedbackError, StaleWeightsError
+from rlaif_ray.pipelines.checkpoint import due
 from rlaif_ray.pipelines.experience import (
     add_advantages,
     batch_metrics,
@@ -21,7 +22,6 @@ from rlaif_ray.pipelines.experience import (
     next_kl_coef,
     sample_rows,
 )
-from rlaif_ray.pipelines.rl import due
 from rlaif_ray.types import Completion, Experience, Message, Prompt, Score
 
 PROMPT = Prompt("p", (Message("user", "hi"),), (1, 2), "hi")

@@ -1,0 +1,141 @@
+"""Reads a chat completion as a judge's answer: off the log-probabilities of its tokens, or off its words. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+# What may stand around an answer without being one. Some servers show a token's space as its vocabulary writes it.
+_AROUND = string.whitespace + "\u2581\u0120\u010a" + "\"'`“”‘’«»()[]{}*"
+_LEADS = r"(?:the|my|final|answer|response|choice|option|summary|reply|number|is)\b"
+_JOINED = r"(?:(?:or|and|vs|versus|to|nor|not)\b[\W_]*)?"
+
+
+class BadReplyError(Exception):
+    """A reply that is no chat completion; the message says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a chat completion says."""
+
+    texts: tuple[str, ...]  # one per choice, at least one; "" for a choice without any
+    positions: tuple[dict[str, Any], ...] | None  # tokens of the first choice with alternatives; None: no such thing
+    cut: bool  # the first choice ended at the token limit
+    tokens_in: int
+    tokens_out: int
+    counted: bool  # whether the endpoint said how many tokens
+
+
+def read_reply(content: bytes) -> Reply:
+    """Raises BadReplyError when `content` is no chat completion with a choice."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        raise BadReplyError("no JSON") from None
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not isinstance(choices, list) or not choices:
+        problem = body.get("error") if isinstance(body, dict) else None
+        raise BadReplyError(f"no choices{f' ({problem})' if problem else ''}"[:300])
+    messages = [choice.get("message") if isinstance(choice, dict) else None for choice in choices]
+    if not all(isinstance(message, dict) for message in messages):
+        raise BadReplyError("a choice without a message")
+    texts = [message["content"] if isinstance(message.get("content"), str) else "" for message in messages]
+    usage = body.get("usage")
+    counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
+    counted = len(counts) == 2 and all(isinstance(count, int) for count in counts)
+    return Reply(
+        texts=tuple(texts),
+        positions=_positions(choices[0]),
+        cut=choices[0].get("finish_reason") == "length",
+        tokens_in=counts[0] if counted else 0,
+        tokens_out=counts[1] if counted else 0,
+        counted=counted,
+    )
+
+
+def _positions(choice: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    logprobs = choice.get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list) or not all(isinstance(position, dict) for position in content):
+        return None
+    return tuple(content) if any(position.get("top_logprobs") for position in content) else None
+
+
+def read_probabilities(positions: Sequence[dict[str, Any]], answers: Sequence[str]) -> list[float]:
+    """Probability that each answer is the next token but for white space, quotes and brackets; not renormalised.
+
+    It is read where the reply gets to the point: at the first token that is more than those, or where an answer is
+    likelier than they are, whatever was sampled. Tokens such as "1" and " 1" are one answer. An answer that is not
+    among a position's candidates counts 0: it is less likely than all that are. Answers of several tokens are not
+    found.
+
+    Raises:
+        BadReplyError: the log-probabilities are none.
+    """
+    assert len(set(answers)) == len(answers) > 0
+    found = [0.0] * len(answers)
+    for position in positions:
+        candidates = _candidates(position)
+        found = [math.fsum(p for text, p in candidates if text == answer) for answer in answers]
+        nothing = math.fsum(p for text, p in candidates if not text)
+        if str(position.get("token", "")).strip(_AROUND) or math.fsum(found) >= nothing:
+            break
+    return found
+
+
+def _candidates(position: dict[str, Any]) -> list[tuple[str, float]]:
+    """Bare text and probability of every token that a position lists, the sampled one included."""
+    listed = list(position.get("top_logprobs") or ())
+    if position.get("token") not in [candidate.get("token") for candidate in listed]:
+        listed.append(position)
+    candidates = []
+    for candidate in listed:
+        token, logprob = candidate.get("token"), candidate.get("logprob")
+        if not isinstance(token, str) or not isinstance(logprob, int | float) or math.isnan(logprob):
+            raise BadReplyError("a log-probability that is no number")
+        candidates.append((token.strip(_AROUND), math.exp(min(logprob, 1.0))))
+    total = math.fsum(p for _, p in candidates)
+    if total > 1.01:
+        raise BadReplyError(f"log-probabilities of {total:.3g} in all")
+    return candidates
+
+
+def parse_answer(text: str, answers: Sequence[str], prefix: str = "") -> str | None:
+    """The answer that a text gives; None when it does not clearly give one.
+
+    It must begin with it, behind punctuation, the words of `prefix` (how the question would have its answer begin)
+    or words such as "The answer is". "10", "1.5" and "1 or 2" are not the answer "1". Behind words like "Response"
+    nothing may follow on the answer's line: "Response 1 is worse" says the opposite of what it begins with.
+    """
+    match = _spoken(tuple(answers), prefix).match(text.rpartition("</think>")[2])
+    if match is None:
+        return None
+    said, rest = match["answer"], text[len(text) - len(match.string) + match.end() :]
+    if re.match(r"[^\w\s]\d", rest):
+        return None
+    other = re.match(rf"[\W_]*{_JOINED}({_one_of(answers)})(?![^\W_])", rest, re.IGNORECASE)
+    if other is not None and other[1] != said:
+        return None
+    if match["leads"] and re.match(r"[^\S\n]*\w", rest.lstrip("*_`'\"”’)]}")):
+        return None
+    return said
+
+
+def _one_of(answers: Sequence[str]) -> str:
+    return "|".join(re.escape(answer) for answer in sorted(answers, key=len, reverse=True))
+
+
+@lru_cache(maxsize=64)
+def _spoken(answers: tuple[str, ...], prefix: str) -> re.Pattern[str]:
+    own = r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", prefix)))
+    own = rf"(?:{own}\b[\W_]*)?" if own else ""
+    return re.compile(
+        rf"[\W_]*{own}(?P<leads>(?:(?i:{_LEADS})[\W_]*)*)(?P<answer>{_one_of(answers)})(?![^\W_])",
+    )

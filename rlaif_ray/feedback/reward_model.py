@@ -1,0 +1,149 @@
+"""Scorers that ask no judge: a reward model, a penalty on length, and a weighted mixture of any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.errors import InputError
+from rlaif_ray.models import context_length, load_config, load_sequence_classifier, load_tokenizer
+from rlaif_ray.types import Score
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.sections import RewardModelFeedback
+    from rlaif_ray.interfaces import Scorer
+    from rlaif_ray.types import Completion
+
+Tokens = tuple[int, ...]
+
+
+def check_reward_model(cfg: RewardModelFeedback) -> None:
+    """Raises InputError when there is no reward model under that name: before actors start."""
+    config = load_config(cfg.model, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
+    kinds = config.architectures or []
+    if not any("SequenceClassification" in kind for kind in kinds) or config.num_labels != 1:
+        raise InputError(
+            f"feedback.model={cfg.model} must be a sequence classifier with one label (got {', '.join(kinds) or '?'} "
+            f"with {config.num_labels}). Train one with rlaif reward-model, or use feedback.type=judge."
+        )
+
+
+class RewardModelScorer:
+    """Scores completions with a sequence classifier, read at the last token; reference rewards have mean 0.
+
+    The prompt is rendered anew with the reward model's own chat template: policy and reward model need not share a
+    tokenizer.
+    """
+
+    def __init__(
+        self,
+        cfg: RewardModelFeedback,
+        *,
+        device: Literal["cpu", "cuda"],
+        precision: Literal["fp32", "bf16"],
+        make_renderer: Callable[[Any], Any],
+    ) -> None:
+        """Loads the model. `make_renderer(tokenizer)` has `tokens(messages, place)`: data/chat.py's ChatRenderer."""
+        import torch
+
+        code: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
+        self._cfg, self._device = cfg, device
+        self._tokenizer: Any = load_tokenizer(cfg.model, **code)
+        self._renderer = make_renderer(self._tokenizer)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        model, _ = load_sequence_classifier(cfg.model, dtype=dtype, attention="sdpa", **code)
+        self._model: Any = model.to(device).eval()  # type: ignore[arg-type]
+        config: Any = model.config
+        # A classifier from elsewhere says nothing of either: its rewards count as they are, after the usual EOS.
+        self._mean = float((getattr(config, "reward_center", None) or {}).get("mean", 0.0))
+        self._ends = (self._tokenizer.eos_token_id,) if getattr(config, "reward_ends_with_eos", True) else ()
+        self._room = cfg.max_context or context_length(config) or 2**31
+
+    def score(self, completions: Sequence[Completion]) -> list[Score]:
+        """One score per completion, in order; too long ones and what is no number are failures."""
+        sequences = [self._sequence(completion) for completion in completions]
+        short = [i for i, sequence in enumerate(sequences) if len(sequence) <= self._room]
+        rewards = self._rewards([sequences[i] for i in short])
+        found = dict(zip(short, rewards, strict=True))
+        return [self._score(found.get(i), len(sequence)) for i, sequence in enumerate(sequences)]
+
+    def _sequence(self, completion: Completion) -> Tokens:
+        prompt = self._renderer.tokens(completion.prompt.messages, f"prompt {completion.prompt.id}")
+        text = self._tokenizer(completion.text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        # One that was cut has no end; the reward model has seen whole responses only, and reads the last token.
+        return (*prompt, *text["input_ids"], *(self._ends if completion.finished else ()))
+
+    def _score(self, reward: float | None, tokens_in: int) -> Score:
+        evidence = {"model": self._cfg.model}
+        if reward is None:
+            return Score(None, "too_long", evidence)
+        if not math.isfinite(reward):
+            return Score(None, "no_value", evidence, tokens_in)
+        return Score(reward - self._mean, None, {"reward": round(reward, 6), **evidence}, tokens_in)
+
+    def _rewards(self, sequences: Sequence[Tokens]) -> list[float]:
+        """Raw rewards in order, computed in batches of similar length."""
+        rewards: dict[int, float] = {}
+        for batch in self._batches([len(sequence) for sequence in sequences]):
+            values = self._forward([sequences[i] for i in batch])
+            rewards.update(zip(batch, values, strict=True))
+        return [rewards[i] for i in range(len(sequences))]
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Longest first; a batch, padded to its first, stays within tokens_per_batch."""
+        batches: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            longest = lengths[batches[-1][0]] if batches else 0
+            if batches and longest * (len(batches[-1]) + 1) <= self._cfg.tokens_per_batch:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    def _forward(self, sequences: Sequence[Tokens]) -> list[float]:
+        import torch
+
+        width = max(map(len, sequences))
+        tokens = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=self._device)
+        lengths = torch.tensor([len(s) for s in sequences], device=self._device)
+        mask = (torch.arange(width, device=self._device)[None] < lengths[:, None]).long()
+        with torch.inference_mode():
+            hidden = self._model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+            last = hidden[torch.arange(len(sequences), device=self._device), lengths - 1]
+            rewards = self._model.score(last)[:, 0].float()
+        return [float(reward) for reward in rewards.cpu()]
+
+
+class LengthPenalty:
+    """0 up to `target_tokens` tokens, then linearly down to -1 at twice as many, and -1 beyond."""
+
+    def __init__(self, target_tokens: int) -> None:
+        self._target = target_tokens
+
+    def score(self, completions: Sequence[Completion]) -> list[Score]:
+        return [self._score(len(completion.tokens)) for completion in completions]
+
+    def _score(self, tokens: int) -> Score:
+        return Score(-min(1.0, max(0.0, (tokens - self._target) / self._target)), None, {"tokens": tokens})
+
+
+class MixtureScorer:
+    """The weighted sum of several scores. A completion is scored when all of them could score it."""
+
+    def __init__(self, scorers: Mapping[str, tuple[float, Scorer]]) -> None:
+        """(weight, scorer) by name."""
+        self._scorers = dict(scorers)
+
+    def score(self, completions: Sequence[Completion]) -> list[Score]:
+        parts = {name: scorer.score(completions) for name, (_, scorer) in self._scorers.items()}
+        return [self._sum({name: scores[i] for name, scores in parts.items()}) for i in range(len(completions))]
+
+    def _sum(self, parts: Mapping[str, Score]) -> Score:
+        evidence = {"parts": {name: {"value": s.value, "evidence": s.evidence} for name, s in parts.items()}}
+        tokens_in = sum(score.tokens_in for score in parts.values())
+        for name, score in parts.items():
+            if score.value is None:
+                return Score(None, f"{name}_{score.failure}", evidence, tokens_in)
+        value = math.fsum(self._scorers[name][0] * (score.value or 0.0) for name, score in parts.items())
+        return Score(value, None, evidence, tokens_in)
