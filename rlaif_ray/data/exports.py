@@ -1,46 +1,74 @@
-"""Preference records on their way out: files, TRL's form, the hub, and a person who checks them."""
+"""Preference records on their way out: .jsonl and .parquet files, TRL rows, `datasets`, the hub."""
 
 from __future__ import annotations
 
-import csv
+import fcntl
+import itertools
 import json
 import os
-import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.data.preferences import PreferenceRecord, comparison_text, read_preferences
+from rlaif_ray.data.preferences import ENDINGS, PreferenceRecord, read_preferences, records_of_rows
+from rlaif_ray.data.prompts import _one_line
 from rlaif_ray.errors import InputError, RunError
+from rlaif_ray.tracking.files import cut_rows
 
-REVIEW_COLUMNS = ("id", "prompt", "response_a", "response_b", "human", "note", "judge_p_a")
-_ANSWERS = {"a": 1.0, "b": 0.0, "tie": 0.5}
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import datasets
+    import pyarrow as pa
+
+_ROWS_AT_A_TIME = 1000  # of a parquet file's row group
+_COLUMNS = list(PreferenceRecord.model_fields)
+_START = b'{"id":'  # of every line we write
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 class RecordWriter:
-    """Appends records to a .jsonl file; a wanted .parquet is made of it at the end.
+    """Appends records to a .jsonl or .parquet file, in whole lines however the process ends.
 
-    Every write is whole lines, so a killed process can cut only the last one; that is dropped on opening.
+    A parquet file appears when `finish` is called; until then its records stand in `<name>.partial.jsonl` beside it.
+    Opened again, a file goes on where it was: a last line cut short by a kill is dropped, and `count` says how many
+    records are there. One process at a time may have it open.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError when the path is of no known format or can't be written."""
-        if path.suffix not in (".jsonl", ".parquet"):
-            raise InputError(f"output must end in .jsonl or .parquet (got {path}). Rename it.")
-        self._path = path
-        self._lines = path if path.suffix == ".jsonl" else path.with_suffix(".parquet.jsonl")
+        """Opens or makes the file.
+
+        Raises:
+            InputError: it can't be written, another process writes it, or it holds something else than our records.
+        """
+        if path.suffix not in ENDINGS:
+            raise InputError(
+                f"records are written to {' or '.join(ENDINGS)} (got {path}). Give the file one of these endings."
+            )
+        self.path = path
+        self._lines = path.with_name(f"{path.name}.partial.jsonl") if path.suffix == ".parquet" else path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._lines.open("a+b")
+            if self._lines != path and path.exists() and not self._lines.exists():
+                _unroll(path, self._lines)
+            self._file = self._lines.open("ab", buffering=0)
         except OSError as error:
-            raise InputError(f"output {path} can't be written ({error.strerror}). Name another file.") from error
-        self.count = self._drop_torn_line()
+            raise InputError(
+                f"the records can't be written to {path} ({error.strerror or error}). Name a file in a folder that "
+                "this process can write."
+            ) from error
+        try:
+            self._lock()
+            self.count = _whole_lines(self._lines)
+        except InputError:
+            self._file.close()
+            raise
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -50,258 +78,252 @@ class RecordWriter:
     ) -> None:
         self._file.close()
 
-    def _drop_torn_line(self) -> int:
-        self._file.seek(0)
-        count = end = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            count, end = count + 1, end + len(line)
-        self._file.truncate(end)
-        return count
-
     def keep(self, count: int) -> None:
         """Drops all but the first `count` records."""
-        self._file.seek(0)
-        for _ in range(count):
-            self._file.readline()
-        self._file.truncate(self._file.tell())
-        self.count = min(self.count, count)
+        cut_rows(self._lines, count)
+        self.count = min(count, self.count)
 
     def write(self, records: Iterable[PreferenceRecord]) -> None:
-        """Appends them in one write, handed to the system.
+        """Appends them in one write.
 
         Raises:
-            RunError: the disk does not take them.
+            RunError: the disk is full, or the file went away.
         """
-        lines = [record.model_dump_json() + "\n" for record in records]
+        # Checked again: a record made with model_copy was not, and what is written must be readable.
+        checked = [PreferenceRecord.model_validate(record.model_dump()) for record in records]
+        left = memoryview("".join(record.model_dump_json() + "\n" for record in checked).encode())
         try:
-            self._file.write("".join(lines).encode())
-            self._file.flush()
+            while left:  # a full disk takes part of it and says so the next time
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise RunError(
-                f"{self._lines} can't be written ({error}): what is in it is kept. Free space, then start the same "
-                f"command again."
+                f"{self._lines} can't be written ({error.strerror or error}). The records so far are in it: free space "
+                "on that disk, then start the same command again."
             ) from error
-        self.count += len(lines)
+        self.count += len(checked)
 
-    def finish(self) -> None:
-        """Makes the wanted file of the lines; they stay for a run that goes on."""
-        self._file.flush()
-        if self._path != self._lines:
-            to_parquet(self._lines, self._path)
+    def finish(self) -> Path:
+        """Makes the file the wanted one, on disk. Returns its path."""
+        os.fsync(self._file.fileno())
+        if self._lines != self.path:
+            _write_parquet(_our_lines(self._lines), self.path)
+            self._lines.unlink()
+        return self.path
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process does
+        except BlockingIOError:
+            raise InputError(
+                f"another process is writing {self.path}: the records of two runs would be mixed. "
+                "Wait for it, or name another file."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
 
-def to_parquet(lines: Path, path: Path) -> None:
-    """Writes the records of a .jsonl file as parquet: whole, or not at all."""
-    import pyarrow
-    from pyarrow.parquet import ParquetWriter
+def write_records(records: Iterable[PreferenceRecord], path: Path) -> int:
+    """Writes all of `path`, or, where `records` raises, leaves what was there. Returns how many there are."""
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
+    left = iter(records)
+    try:
+        with RecordWriter(beside) as writer:
+            writer.keep(0)
+            while chunk := list(itertools.islice(left, _ROWS_AT_A_TIME)):
+                writer.write(chunk)
+            writer.finish().replace(path)
+            return writer.count
+    finally:
+        beside.unlink(missing_ok=True)
+        beside.with_name(f"{beside.name}.partial.jsonl").unlink(missing_ok=True)
 
-    partial = path.with_name(f".{path.name}.partial")
-    schema = _schema()
-    with ParquetWriter(partial, schema) as writer:
-        for batch in _batches(read_preferences(str(lines)), 1000):
-            rows = [record.model_dump() for record in batch]
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-    os.replace(partial, path)
 
-
-def _schema() -> Any:
+def arrow_schema() -> pa.Schema:
+    """The columns of a record in parquet and in `datasets`."""
     import pyarrow as pa
 
-    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
-    judge = pa.struct([(name, pa.string()) for name in ("type", "model", "template", "template_hash")])
-    kinds = {
-        "prompt": pa.list_(turn),
-        "judge": judge,
-        "rationales": pa.list_(pa.string()),
-        "hard": pa.bool_(),
-        **dict.fromkeys(("tokens_in", "tokens_out", "cut"), pa.int64()),
-        **dict.fromkeys(("p_a", "p_a_forward", "p_a_reversed", "cost", "human"), pa.float64()),
-    }
-    return pa.schema([(name, kinds.get(name, pa.string())) for name in PreferenceRecord.model_fields])
+    text, number, whole = pa.string(), pa.float64(), pa.int64()
+    types = dict.fromkeys(_COLUMNS, text)
+    types |= dict.fromkeys(("p_a", "p_a_forward", "p_a_reversed", "human", "cost"), number)
+    types |= dict.fromkeys(("tokens_in", "tokens_out", "cut"), whole)
+    types["prompt"] = pa.list_(pa.struct({"role": text, "content": text}))
+    types["rationales"] = pa.list_(text)
+    types["judge"] = pa.struct(dict.fromkeys(("model", "type", "template", "template_hash"), text))
+    types["hard"] = pa.bool_()
+    return pa.schema(types)
 
 
-def _batches(records: Iterable[PreferenceRecord], size: int) -> Iterator[list[PreferenceRecord]]:
-    batch: list[PreferenceRecord] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _batches(records: Iterable[PreferenceRecord]) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    schema, left = arrow_schema(), iter(records)
+    while chunk := [record.model_dump() for record in itertools.islice(left, _ROWS_AT_A_TIME)]:
+        yield pa.RecordBatch.from_pylist(chunk, schema)
+
+
+def _write_parquet(records: Iterable[PreferenceRecord], path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with pq.ParquetWriter(beside, arrow_schema()) as writer:
+            for batch in _batches(records):
+                writer.write_batch(batch)
+        beside.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} can't be written ({error.strerror or error}). Free space, then start again.") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _unroll(path: Path, lines: Path) -> None:
+    """A finished parquet file as lines again, to append to."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        ours = pq.read_schema(path).names == _COLUMNS
+    except pa.ArrowException:
+        ours = False
+    if not ours:
+        raise InputError(_not_ours(path))
+    beside = lines.with_name(f".{lines.name}.{os.getpid()}.new")
+    try:
+        with beside.open("wb") as file, pq.ParquetFile(path) as source:
+            for batch in source.iter_batches(_ROWS_AT_A_TIME):
+                records = (PreferenceRecord.model_validate(row) for row in batch.to_pylist())
+                file.writelines(record.model_dump_json().encode() + b"\n" for record in records)
+        beside.replace(lines)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _whole_lines(path: Path) -> int:
+    """How many lines a file has, once a last one without an end is cut off. It must be one of ours."""
+    count = end = 0
+    with path.open("r+b") as file:
+        for line in file:
+            whole = line.endswith(b"\n")
+            if count == 0 and not (_is_ours(line) if whole else line.startswith(_START[: len(line)])):
+                raise InputError(_not_ours(path))
+            if not whole:
+                break
+            count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count
+
+
+def _is_ours(line: bytes) -> bool:
+    try:
+        return list(json.loads(line)) == _COLUMNS
+    except (ValueError, TypeError):
+        return False
+
+
+def _not_ours(path: Path) -> str:
+    return (
+        f"{path} exists and was not written by this command (it holds something else than whole preference records): "
+        "it would be overwritten. Name another output, or move that file away."
+    )
+
+
+def _our_lines(path: Path) -> Iterator[PreferenceRecord]:
+    with path.open("rb") as file:
+        for line in file:
+            yield PreferenceRecord.model_validate_json(line)
 
 
 # ---- Other forms -----------------------------------------------------------------------------------------------------
 
 
-def to_trl(record: PreferenceRecord) -> dict[str, Any] | None:
-    """TRL's conversational preference row; None for ties and what has no label: TRL knows better and worse only."""
-    if record.p_a is None or record.p_a == 0.5:
+def trl_row(record: PreferenceRecord) -> dict[str, Any] | None:
+    """prompt, chosen and rejected as messages; None for a tie and where there is no label: nothing is preferred."""
+    if record.prefers not in ("a", "b"):
         return None
     better, worse = record.response_a, record.response_b
-    if record.p_a < 0.5:
+    if record.prefers == "b":
         better, worse = worse, better
     return {
-        "prompt": [{"role": m.role, "content": m.content} for m in record.prompt],
+        "prompt": [{"role": turn.role, "content": turn.content} for turn in record.prompt],
         "chosen": [{"role": "assistant", "content": better}],
         "rejected": [{"role": "assistant", "content": worse}],
     }
 
 
 def write_trl(path: Path, out: Path) -> tuple[int, int]:
-    """Writes TRL's rows as .jsonl; (rows written, records left out)."""
-    written = left_out = 0
-    with out.open("w", encoding="utf-8") as file:
-        for record in read_preferences(str(path)):
-            row = to_trl(record)
-            left_out += row is None
-            if row is not None:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                written += 1
-    return written, left_out
+    """Writes TRL's rows of the records in `path` to a .jsonl file. Returns how many, and how many were left out."""
+    beside = out.with_name(f".{out.name}.{os.getpid()}.new")
+    found: Counter[bool] = Counter()
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            for record in read_preferences(str(path)):
+                row = trl_row(record)
+                found[row is not None] += 1
+                if row is not None:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return found[True], found[False]
 
 
-def to_dataset(path: Path) -> Any:
-    """The records of a file as a `datasets.Dataset`."""
+def to_dataset(records: Iterable[PreferenceRecord]) -> datasets.Dataset:
+    """The records as a `datasets.Dataset`, in a temporary file that it maps into memory and that goes with it."""
     import datasets
+    import pyarrow as pa
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for record in read_preferences(str(path)):
-            yield record.model_dump()
+    handle, name = tempfile.mkstemp(prefix="rlaif-records-", suffix=".arrow")
+    try:
+        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, arrow_schema()) as writer:
+            for batch in _batches(records):
+                writer.write_batch(batch)
+        dataset = datasets.Dataset.from_file(name)
+    except BaseException:
+        os.unlink(name)
+        raise
+    weakref.finalize(dataset, Path(name).unlink, missing_ok=True)
+    return dataset
 
-    return datasets.Dataset.from_generator(rows, features=datasets.Features.from_arrow_schema(_schema()))
 
-
-def from_dataset(data: Iterable[dict[str, Any]]) -> Iterator[PreferenceRecord]:
-    """Records of a data set's rows, in the form of `to_dataset`."""
-    for row in data:
-        yield PreferenceRecord.model_validate({key: value for key, value in row.items() if value is not None})
-
-
-def push_to_hub(path: Path, repository: str) -> None:
-    """Pushes the records to a data set on the hub.
+def from_dataset(dataset: Iterable[Mapping[str, Any]]) -> Iterator[PreferenceRecord]:
+    """Records of a data set, in any form that `read_preferences` reads.
 
     Raises:
-        InputError: the hub is not reached or does not let us.
+        InputError: a row is wrong.
     """
+    return records_of_rows(dataset, "dataset")
+
+
+def check_hub(repo: str) -> None:
+    """Raises InputError when it is clear beforehand that nothing can be pushed to `repo`."""
+    from huggingface_hub import constants, get_token
+
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        raise InputError(f"push_to_hub must be owner/name (got {repo!r}). Write it so, such as push_to_hub=me/labels.")
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(
+            f"push_to_hub={repo} needs the hub (got HF_HUB_OFFLINE=1, which forbids it). Unset HF_HUB_OFFLINE, or "
+            "leave push_to_hub out."
+        )
+    if get_token() is None:
+        raise InputError(
+            f"push_to_hub={repo} needs a token (got none). Set HF_TOKEN to one that may write, or run `hf auth login`."
+        )
+
+
+def push_to_hub(path: Path, repo: str) -> None:
+    """Pushes the records of a file to a data set on the hub; one that is new is made private.
+
+    Raises:
+        InputError: there is no token or no network, or the hub refuses it.
+    """
+    check_hub(repo)
     try:
-        to_dataset(path).push_to_hub(repository)
+        to_dataset(read_preferences(str(path))).push_to_hub(repo, private=True)
+    except InputError:
+        raise
     except Exception as error:  # the hub's and the network's errors have no common root
         raise InputError(
-            f"push_to_hub={repository} did not work ({type(error).__name__}: {str(error).splitlines()[0][:200]}); the "
-            f"records are in {path}. Check HF_TOKEN, HF_HUB_OFFLINE and the name."
+            f"push_to_hub={repo} failed (got: {_one_line(error)}). The records stay in {path}. Check the name, the "
+            "token's rights and the network, then start the same command again."
         ) from error
-
-
-# ---- Review by a person ----------------------------------------------------------------------------------------------
-
-
-def sample_for_review(path: Path, count: int, seed: int, out: Path) -> int:
-    """Writes `count` labelled records as a CSV for a person to fill in; returns how many there are.
-
-    Half of them are drawn from all, half with a weight for unsure ones, where a person's word tells most.
-    """
-    draw = random.Random(seed)
-    keyed = []  # (key, record): the smallest keys stay; one pass over any number of records
-    for record in read_preferences(str(path)):
-        if record.p_a is None:
-            continue
-        unsure = 1.0 - abs(2.0 * record.p_a - 1.0)
-        weight = 0.5 + unsure
-        keyed.append((draw.random() ** (1.0 / weight), record))
-        if len(keyed) > 4 * count:
-            keyed = sorted(keyed, key=lambda item: -item[0])[:count]
-    chosen = [record for _, record in sorted(keyed, key=lambda item: -item[0])[:count]]
-    draw.shuffle(chosen)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(REVIEW_COLUMNS)
-        for record in chosen:
-            # The judge's own word comes last: whoever reads from left to right decides first.
-            cells = (
-                record.id,
-                comparison_text(record),
-                record.response_a,
-                record.response_b,
-                "",
-                "",
-                f"{record.p_a:.3f}",
-            )
-            writer.writerow([_safe(cell) for cell in cells])
-    return len(chosen)
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """What a checked file said."""
-
-    rows: int
-    checked: int
-    agreed: int  # with the judge; ties on either side are no agreement unless both are
-
-
-def merge_review(path: Path, review: Path, out: Path) -> Merged:
-    """Writes the records with the person's answers as labels of people; the judge's evidence stays beside them.
-
-    Raises:
-        InputError: a wrong cell, naming file and line.
-    """
-    answers, rows = _read_review(review)
-    agreed = checked = 0
-    out.unlink(missing_ok=True)
-    with RecordWriter(out) as writer:
-        for batch in _batches(read_preferences(str(path)), 1000):
-            merged = []
-            for record in batch:
-                said = answers.pop(record.id, None)
-                if said is not None:
-                    value, _ = said
-                    checked += 1
-                    agreed += record.p_a is not None and _side(record.p_a) == _side(value)
-                    record = record.model_copy(update={"p_a": value, "judge": None, "human": value, "failed": None})
-                merged.append(record)
-            writer.write(merged)
-        writer.finish()
-    if answers:
-        name, (_, line) = next(iter(answers.items()))
-        out.unlink()
-        raise InputError(
-            f"{review}, line {line}: id {name!r} is in none of the records of {path}. Give the review of that file."
-        )
-    return Merged(rows=rows, checked=checked, agreed=agreed)
-
-
-def _read_review(review: Path) -> tuple[dict[str, tuple[float, int]], int]:
-    answers: dict[str, tuple[float, int]] = {}
-    rows = 0
-    with review.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = {"id", "human"} - set(reader.fieldnames or ())
-        if missing:
-            raise InputError(f"{review}, line 1: column {', '.join(sorted(missing))} is missing. Keep the header.")
-        for row in reader:
-            rows += 1
-            said = (row["human"] or "").strip().lower()
-            if said and said not in _ANSWERS:
-                raise InputError(
-                    f"{review}, line {reader.line_num}: human must be a, b or tie, or empty (got {said!r}). Correct it."
-                )
-            if said:
-                answers[_unsafe(row["id"])] = (_ANSWERS[said], reader.line_num)
-    return answers, rows
-
-
-def _side(p: float) -> int:
-    return (p > 0.5) - (p < 0.5)
-
-
-def _safe(cell: str) -> str:
-    """A spreadsheet would run a cell that begins like a formula."""
-    return f"'{cell}" if cell.startswith(_FORMULA) else cell
-
-
-def _unsafe(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell

@@ -1,9 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint: questions go out as chat completions, and the log-probabilities of what
 it says, or its words alone, come back as answers.
 
-All requests run on one asyncio loop in one thread, whichever threads ask. The official client sends them and retries
-what met 408, 409, 429, 5xx, a timeout or a broken connection; replies that can't be read are retried here. Raw
-replies are read instead of the client's typed ones, which cost as much time as all the rest of a request.
+All requests run on one asyncio loop in one thread, whichever threads ask.
 """
 
 from __future__ import annotations
@@ -11,24 +9,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
-import random
-import re
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from rlaif_ray.errors import FeedbackError, InputError
-from rlaif_ray.feedback.replies import BadReplyError, Reply, parse_answer, read_probabilities, read_reply
+from rlaif_ray.feedback.endpoint import Endpoint, NoReplyError, OneAtATimeError
+from rlaif_ray.feedback.replies import BadReplyError, Reply, parse_answer, read_probabilities
 from rlaif_ray.types import Answer, Explanation, Question
 
 if TYPE_CHECKING:
-    from openai import APIError, APIStatusError
-
     from rlaif_ray.config.sections import OpenAIJudge
     from rlaif_ray.interfaces import GenerationSettings
 
@@ -47,16 +40,8 @@ SPECIAL = (
 ANSWER_TOKENS = 4  # written for log-probabilities: white space or a quote may come before the answer
 TEXT_TOKENS = 16  # written where the text is the answer
 EVENTS_A_TURN = 4
-LONGEST_WAIT_S = 120.0  # that the client waits because a Retry-After asks for it
-DUMMY_KEY = "none"
 
 Result = TypeVar("Result", Answer, Explanation)
-
-_TOO_LONG = re.compile(
-    r"context.{0,12}(length|window|size)|max_model_len|too many (input )?tokens|(prompt|input|message).{0,20} too long|"
-    r"string_above_max_length|reduce the length|exceeds?.{0,40}(input|prompt|context).{0,20}tokens",
-    re.IGNORECASE | re.DOTALL,
-)
 
 
 class OpenAIAsker:
@@ -73,28 +58,16 @@ class OpenAIAsker:
         Raises:
             InputError: the key's environment variable is not set, or the address is none.
         """
-        import openai
-
-        base_url = cfg.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        self._url = shown_url(base_url)
-        self._key = read_key(cfg, self._url, needed="api.openai.com" in self._url)
-        self.name = cfg.model
+        self._endpoint = Endpoint(cfg)
         extra = hashlib.sha256(json.dumps(cfg.extra_body, sort_keys=True).encode()).hexdigest()[:16]
-        self.identity = f"openai/{self._url}/{cfg.model}/{cfg.answers}/{extra}"
+        self.name = cfg.model
+        self.identity = f"openai/{self._endpoint.url}/{cfg.model}/{cfg.answers}/{extra}"
         self._cfg = cfg
         self._budget = _Budget(cfg.max_cost, spent)
         self._slots = asyncio.Semaphore(cfg.concurrency)
         self._several = True  # whether the endpoint takes `n`; found out when it is asked
         self._understood = False  # whether any text of it could be parsed
         self._calls: set[asyncio.Task[None]] = set()
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key,
-            base_url=base_url,
-            timeout=cfg.timeout_s,
-            max_retries=cfg.max_retries,
-            # Over aiohttp a request costs a quarter of what it does over httpx with 256 in flight.
-            http_client=openai.DefaultAioHttpClient(timeout=cfg.timeout_s, limits=_limits(cfg.concurrency)),
-        )
         self._loop = asyncio.SelectorEventLoop(_FewAtOnce())
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-judge", daemon=True)
         self._thread.start()
@@ -142,7 +115,7 @@ class OpenAIAsker:
         for call in self._calls:
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
-        await self._client.close()
+        await self._endpoint.close()
         await self._loop.shutdown_default_executor()
 
     # Calls: a caller's thread waits on a queue that the loop's thread fills
@@ -192,8 +165,10 @@ class OpenAIAsker:
                 yield item
             last = item
         finally:
-            if last is None:  # the caller wants no more
+            # The caller wants no more. (A forgotten generator is collected by any thread: the loop's must not wait.)
+            if last is None:
                 self._loop.call_soon_threadsafe(lambda: calls[0].cancel())
+            if last is None and threading.current_thread() is not self._thread:
                 while not isinstance(results.get(), asyncio.Task):
                     pass
         _raise_cause(last)
@@ -211,8 +186,8 @@ class OpenAIAsker:
         self._slots.release()
         return FeedbackError(
             f"judge.max_cost={self._cfg.max_cost:g} is as good as spent ({self._budget.spent:.6g}, and the next "
-            f"request could cost {most:.2g}): asking stopped. What was answered is kept; raise judge.max_cost and start "
-            f"the same command again."
+            f"request could cost {most:.2g}): asking stopped. What was answered is kept; raise judge.max_cost and "
+            f"start the same command again."
         )
 
     def _return_slot(self, most: float, _: object) -> None:
@@ -247,14 +222,14 @@ class OpenAIAsker:
     async def _answer(self, question: Question, body: dict[str, Any], most: float) -> Answer:
         try:
             reply = await self._reply(body, most)
-        except _FailedError as failed:
+        except NoReplyError as failed:
             return Answer((), failure=str(failed))
         told = {"tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out, "cost": self._cost(reply, most)}
         if self._cfg.answers == "text":
             return self._answer_in_words(question, reply, told)
         if reply.positions is None and reply.texts[0].strip():
             raise InputError(
-                f"judge.answers=logprobs needs log-probabilities (the endpoint {self._url} gave a text without any "
+                f"judge.answers=logprobs needs log-probabilities (the endpoint {self._endpoint.url} gave a text without any "
                 f"for judge.model={self._cfg.model}): the probability of an answer can't be read. Use "
                 f"judge.answers=text, whose labels are hard, or an endpoint that has them."
             )
@@ -291,9 +266,9 @@ class OpenAIAsker:
             several = body.get("n", 1)
             try:
                 reply = await self._reply(body, most * several)
-            except _OneAtATimeError:
+            except OneAtATimeError:
                 self._several = False
-            except _FailedError as failed:
+            except NoReplyError as failed:
                 failure = str(failed)
             else:
                 self._several = self._several and len(reply.texts) >= several
@@ -308,122 +283,28 @@ class OpenAIAsker:
 
     # Money
 
+    async def _reply(self, body: dict[str, Any], most: float) -> Reply:
+        """What the endpoint says, its cost added up."""
+
+        def lost() -> bool:
+            self._budget.spent += most
+            return self._budget.fits()
+
+        reply = await self._endpoint.reply(body, lost)
+        self._budget.spent += self._cost(reply, most)
+        return reply
+
     def _most(self, body: dict[str, Any], requests: int) -> float:
         """More than so many requests with this body will cost, as far as one can know without a tokenizer."""
         texts = [turn["content"] for turn in body["messages"]]
         tokens_in = sum(len(text.encode("utf-8", "replace")) / 3 + 8 for text in texts)
-        tokens_out = body.get("max_completion_tokens") or 0
-        tokens_out = max(tokens_out, body.get("max_tokens") or 0)
+        tokens_out = max(body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0)
         return requests * (tokens_in * self._cfg.price_in + tokens_out * self._cfg.price_out) / 1e6
 
     def _cost(self, reply: Reply, most: float) -> float:
         if not reply.counted:
             return most
         return (reply.tokens_in * self._cfg.price_in + reply.tokens_out * self._cfg.price_out) / 1e6
-
-    # Requests
-
-    async def _reply(self, body: dict[str, Any], most: float) -> Reply:
-        """What the endpoint says; asked again, within the same number of retries, when that can't be read.
-
-        Raises:
-            _FailedError: it did not say anything readable; the reason is the failure's.
-        """
-        content = json.dumps(body).encode()
-        left = self._cfg.max_retries
-        while True:
-            try:
-                response = await self._post(content, body, left)
-                # The client counts its retries in a header of its own.
-                left -= int(response.request.headers.get("x-stainless-retry-count", 0))
-                reply = read_reply(response.content)
-            except BadReplyError as bad:
-                self._budget.spent += most  # it may have been charged for: the endpoint did not say
-                if left <= 0 or not self._budget.fits():
-                    raise _FailedError(f"bad_reply: {self._masked(str(bad))}") from None
-                left -= 1
-                await asyncio.sleep(min(0.5 * 2 ** (self._cfg.max_retries - left - 1), 8.0) * random.uniform(0.75, 1.0))
-            else:
-                self._budget.spent += self._cost(reply, most)
-                return reply
-
-    async def _post(self, content: bytes, body: dict[str, Any], retries: int) -> Any:
-        """The endpoint's response, status 200.
-
-        Errors of ours are raised outside the handlers: what the client raises holds the request, and so the key.
-        """
-        import aiohttp
-        import httpx2
-        import openai
-
-        problem: Exception
-        try:
-            # The client's timeout is for each read: this ends an endpoint that sends a byte now and then.
-            async with asyncio.timeout((1 + retries) * (self._cfg.timeout_s + LONGEST_WAIT_S)):
-                return await self._client.post(
-                    "/chat/completions", content=content, cast_to=httpx2.Response, options={"max_retries": retries}
-                )
-        except openai.APIStatusError as error:
-            problem = self._refusal(error, body)
-        except openai.APIConnectionError as error:
-            problem = _FailedError(f"endpoint_error: {_innermost(error)}")
-        except TimeoutError:
-            problem = _FailedError("endpoint_error: timeout")
-        except aiohttp.ClientError as error:  # what is no HTTP gets through the client as it is
-            problem = BadReplyError(type(error).__name__)
-        raise problem
-
-    def _refusal(self, error: APIStatusError, body: dict[str, Any]) -> Exception:
-        """What an error status means."""
-        status, said = error.status_code, self._said(error)
-        got = f"(got {status}: {said})"
-        if status in (401, 403):
-            without = "" if self._key != DUMMY_KEY else ", which is not set"
-            return InputError(
-                f"the endpoint {self._url} refused the key of {self._cfg.api_key_env}{without} {got}. Put a valid key "
-                f"into that environment variable, and check that it may use judge.model={self._cfg.model}."
-            )
-        if status == 404:
-            return InputError(
-                f"the endpoint {self._url} does not know judge.model={self._cfg.model} {got}. Name a model that it "
-                f"lists under /models, or check judge.base_url: it usually ends in /v1."
-            )
-        if status == 402 or error.code == "insufficient_quota":
-            return FeedbackError(
-                f"the account at {self._url} is empty {got}: asking stopped. What was answered is kept; fill it up and "
-                f"start the same command again."
-            )
-        if status == 413 or (status in (400, 422) and _TOO_LONG.search(f"{error.code} {said}")):
-            return _FailedError("too_long")
-        if status in (400, 422):
-            about = error.param if error.param in body else None
-            if "n" in body and (about == "n" or re.search(r"\bn\b", said)):
-                return _OneAtATimeError()
-            if about is not None and about not in ("messages", "model"):
-                return InputError(
-                    f"the endpoint {self._url} does not take {about}={body[about]!r} {got}. Set it to what "
-                    f"judge.model={self._cfg.model} takes through judge.extra_body; where it has no log-probabilities, "
-                    f"use judge.answers=text."
-                )
-            return _FailedError(f"endpoint_error: {status}: {said}")
-        return _FailedError(f"endpoint_error: {status}")
-
-    def _said(self, error: APIError) -> str:
-        body = error.body
-        text = str(body.get("message") or body) if isinstance(body, dict) else str(body or error.message)
-        return self._masked(" ".join(text.split())[:300])
-
-    def _masked(self, text: str) -> str:
-        """`text` without the key: some endpoints say it back."""
-        return text if self._key == DUMMY_KEY else text.replace(self._key, "***")
-
-
-class _FailedError(Exception):
-    """A question gets no answer; the message is its failure."""
-
-
-class _OneAtATimeError(Exception):
-    """The endpoint does not write several texts in one request."""
 
 
 class _Budget:
@@ -468,56 +349,11 @@ class _FewAtOnce(selectors.DefaultSelector):
         return super().select(timeout)[:EVENTS_A_TURN]
 
 
-def shown_url(url: str) -> str:
-    """The address without what may be secret in it. Raises InputError when it is none."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = parts = None
-    if parts is None or parts.scheme not in ("http", "https") or not host:
-        raise InputError(
-            "judge.base_url (or OPENAI_BASE_URL) must be an address such as http://localhost:8000/v1 "
-            f"(got {url.rpartition('@')[2]!r}): nothing can be reached there. Write it with http:// or https://."
-        )
-    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
-
-
-def read_key(cfg: OpenAIJudge, url: str, *, needed: bool) -> str:
-    """The key, from its environment variable; a dummy when there is none and the endpoint may do without."""
-    name = cfg.api_key_env
-    key = os.environ.get(name, "").strip()
-    if not key and needed:
-        raise InputError(
-            f"the environment variable {name} must hold the key of {url} (it is not set): the judge is asked with it. "
-            f"Run export {name}=..., or name the variable that has it in judge.api_key_env."
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(
-            f"the key in {name} has characters that no HTTP header takes (something beyond printable ASCII). Copy it "
-            f"into the variable again."
-        )
-    return key or DUMMY_KEY
-
-
-def _limits(concurrency: int) -> Any:
-    import httpx2
-
-    return httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-
-
 def _seed(seed: int, question: Question, sample: int) -> int:
     """Of the samples from this one on; the same wherever and beside whatever the question is asked."""
     texts = "\0".join(f"{turn.role}\0{turn.content}" for turn in question.turns)
     digest = hashlib.blake2b(f"{seed}\0{sample}\0{texts}".encode("utf-8", "replace"), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1  # 31 bits: what every server takes
-
-
-def _innermost(error: BaseException) -> str:
-    """Class of what went wrong in the first place: the client's own classes tell time-outs and refusals apart badly."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return type(error).__name__
 
 
 def _raise_cause(call: asyncio.Task[None]) -> None:

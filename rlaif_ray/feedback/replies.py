@@ -13,8 +13,12 @@ from typing import Any
 
 # What may stand around an answer without being one. Some servers show a token's space as its vocabulary writes it.
 _AROUND = string.whitespace + "\u2581\u0120\u010a" + "\"'`“”‘’«»()[]{}*"
-_LEADS = r"(?:the|my|final|answer|response|choice|option|summary|reply|number|is)\b"
+_NOUN = r"(?:answer|response|choice|option|summary|reply|number)"
+_LEAD = rf"(?:the|my|final|{_NOUN}|is)\b"
+_NAMING = re.compile(rf"{_NOUN}[^\w:=]*$", re.IGNORECASE)  # "Response 1", not "Response: 1"
 _JOINED = r"(?:(?:or|and|vs|versus|to|nor|not)\b[\W_]*)?"
+_CLOSING = r"[*_`'\"”’)\]}]*"
+_VERB = r"(?:is|isn|was|does|doesn|has|seems|would)\b"
 
 
 class BadReplyError(Exception):
@@ -111,21 +115,21 @@ def parse_answer(text: str, answers: Sequence[str], prefix: str = "") -> str | N
     """The answer that a text gives; None when it does not clearly give one.
 
     It must begin with it, behind punctuation, the words of `prefix` (how the question would have its answer begin)
-    or words such as "The answer is". "10", "1.5" and "1 or 2" are not the answer "1". Behind words like "Response"
-    nothing may follow on the answer's line: "Response 1 is worse" says the opposite of what it begins with.
+    or words such as "The answer is". "10", "1.5" and "1 or 2" are not the answer "1"; nor is "1 is worse" or
+    "Response 1 fails", which talk about what they name.
     """
-    match = _spoken(tuple(answers), prefix).match(text.rpartition("</think>")[2])
+    text = text.rpartition("</think>")[2]
+    match = _spoken(tuple(answers), prefix).match(text)
     if match is None:
         return None
-    said, rest = match["answer"], text[len(text) - len(match.string) + match.end() :]
-    if re.match(r"[^\w\s]\d", rest):
+    said, rest = match["answer"], text[match.end() :]
+    if re.match(r"[^\w\s]\d", rest):  # part of a larger number
         return None
     other = re.match(rf"[\W_]*{_JOINED}({_one_of(answers)})(?![^\W_])", rest, re.IGNORECASE)
     if other is not None and other[1] != said:
         return None
-    if match["leads"] and re.match(r"[^\S\n]*\w", rest.lstrip("*_`'\"”’)]}")):
-        return None
-    return said
+    talk = r"\w" if _NAMING.search(match["lead"]) else _VERB
+    return None if re.match(rf"{_CLOSING}[^\S\n]+{talk}", rest, re.IGNORECASE) else said
 
 
 def _one_of(answers: Sequence[str]) -> str:
@@ -134,8 +138,7 @@ def _one_of(answers: Sequence[str]) -> str:
 
 @lru_cache(maxsize=64)
 def _spoken(answers: tuple[str, ...], prefix: str) -> re.Pattern[str]:
+    """Matches up to the answer."""
     own = r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", prefix)))
-    own = rf"(?:{own}\b[\W_]*)?" if own else ""
-    return re.compile(
-        rf"[\W_]*{own}(?P<leads>(?:(?i:{_LEADS})[\W_]*)*)(?P<answer>{_one_of(answers)})(?![^\W_])",
-    )
+    own = rf"(?:(?i:{own})\b[\W_]*)?" if own else ""
+    return re.compile(rf"[\W_]*{own}(?P<lead>(?:(?i:{_LEAD})[\W_]*)*)(?P<answer>{_one_of(answers)})(?![^\W_])")

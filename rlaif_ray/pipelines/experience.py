@@ -120,7 +120,18 @@ def batch_metrics(completions: Sequence[Completion], scores: Sequence[Score]) ->
         "feedback/failed": float(len(scores) - len(values)),
         **({"feedback/outside_mass": sum(outside) / len(outside)} if outside else {}),
         **{f"feedback/failed_{reason}": float(n) for reason, n in failures_by_reason(scores).items()},
+        **_part_means(scores),
     }
+
+
+def _part_means(scores: Sequence[Score]) -> dict[str, float]:
+    """Of a mixture: the mean of each scorer, over what it could score."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for name, part in score.evidence.get("parts", {}).items():
+            if part["value"] is not None:
+                values.setdefault(name, []).append(part["value"])
+    return {f"feedback/{name}_mean": sum(found) / len(found) for name, found in values.items()}
 
 
 def rates(completions: Sequence[Completion], seconds: Mapping[str, float]) -> dict[str, float]:
