@@ -111,6 +111,12 @@ def label(
     format: Annotated[
         str, typer.Option("--format", help="trl: also write prompt/chosen/rejected rows beside the output.")
     ] = "records",
+    to_argilla: Annotated[
+        str | None, typer.Option("--to-argilla", help="Also push the records to this Argilla data set.")
+    ] = None,
+    from_argilla: Annotated[
+        str | None, typer.Option("--from-argilla", help="An Argilla data set whose answers become human labels.")
+    ] = None,
 ) -> None:
     """AI preference labels for pairs of responses.
 
@@ -125,10 +131,11 @@ def label(
 
     def start(loaded: Loaded) -> None:
         from rlaif_ray.pipelines.preferences import make_labels
-        from rlaif_ray.pipelines.review import after_labels, check_options
+        from rlaif_ray.pipelines.review import Review
 
-        check_options(format, reviewed)
-        after_labels(make_labels(loaded), sample=sample, out=out, reviewed=reviewed, format=format, loaded=loaded)
+        review = Review(format, sample, out, reviewed, to_argilla, from_argilla)
+        review.check()
+        review.after(Path(make_labels(loaded)["output"]), loaded.config.seed)
 
     _run("label", arguments, plan if dry_run else None, start)
 

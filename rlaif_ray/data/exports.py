@@ -1,237 +1,33 @@
-"""Preference records on their way out: .jsonl and .parquet files, TRL rows, `datasets`, the hub."""
+"""Preference records on their way out, and back: TRL rows, `datasets`, the hub, and people who check AI labels.
+
+People check in a spreadsheet or in Argilla; their answers become labels of people.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import bisect
+import csv
+import importlib
 import itertools
 import json
 import os
+import random
 import re
 import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.data.preferences import ENDINGS, PreferenceRecord, read_preferences, records_of_rows
-from rlaif_ray.data.prompts import _one_line
-from rlaif_ray.errors import InputError, RunError
-from rlaif_ray.tracking.files import cut_rows
+from rlaif_ray.data.preferences import PreferenceRecord, comparison_text, read_preferences, records_of_rows
+from rlaif_ray.data.prompts import _nearest, _one_line
+from rlaif_ray.data.record_files import arrow_schema, record_batches, write_records
+from rlaif_ray.errors import InputError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import datasets
-    import pyarrow as pa
-
-_ROWS_AT_A_TIME = 1000  # of a parquet file's row group
-_COLUMNS = list(PreferenceRecord.model_fields)
-_START = b'{"id":'  # of every line we write
-
-
-# ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-class RecordWriter:
-    """Appends records to a .jsonl or .parquet file, in whole lines however the process ends.
-
-    A parquet file appears when `finish` is called; until then its records stand in `<name>.partial.jsonl` beside it.
-    Opened again, a file goes on where it was: a last line cut short by a kill is dropped, and `count` says how many
-    records are there. One process at a time may have it open.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Opens or makes the file.
-
-        Raises:
-            InputError: it can't be written, another process writes it, or it holds something else than our records.
-        """
-        if path.suffix not in ENDINGS:
-            raise InputError(
-                f"records are written to {' or '.join(ENDINGS)} (got {path}). Give the file one of these endings."
-            )
-        self.path = path
-        self._lines = path.with_name(f"{path.name}.partial.jsonl") if path.suffix == ".parquet" else path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if self._lines != path and path.exists() and not self._lines.exists():
-                _unroll(path, self._lines)
-            self._file = self._lines.open("ab", buffering=0)
-        except OSError as error:
-            raise InputError(
-                f"the records can't be written to {path} ({error.strerror or error}). Name a file in a folder that "
-                "this process can write."
-            ) from error
-        try:
-            self._lock()
-            self.count = _whole_lines(self._lines)
-        except InputError:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def keep(self, count: int) -> None:
-        """Drops all but the first `count` records."""
-        cut_rows(self._lines, count)
-        self.count = min(count, self.count)
-
-    def write(self, records: Iterable[PreferenceRecord]) -> None:
-        """Appends them in one write.
-
-        Raises:
-            RunError: the disk is full, or the file went away.
-        """
-        # Checked again: a record made with model_copy was not, and what is written must be readable.
-        checked = [PreferenceRecord.model_validate(record.model_dump()) for record in records]
-        left = memoryview("".join(record.model_dump_json() + "\n" for record in checked).encode())
-        try:
-            while left:  # a full disk takes part of it and says so the next time
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            raise RunError(
-                f"{self._lines} can't be written ({error.strerror or error}). The records so far are in it: free space "
-                "on that disk, then start the same command again."
-            ) from error
-        self.count += len(checked)
-
-    def finish(self) -> Path:
-        """Makes the file the wanted one, on disk. Returns its path."""
-        os.fsync(self._file.fileno())
-        if self._lines != self.path:
-            _write_parquet(_our_lines(self._lines), self.path)
-            self._lines.unlink()
-        return self.path
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process does
-        except BlockingIOError:
-            raise InputError(
-                f"another process is writing {self.path}: the records of two runs would be mixed. "
-                "Wait for it, or name another file."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-
-
-def write_records(records: Iterable[PreferenceRecord], path: Path) -> int:
-    """Writes all of `path`, or, where `records` raises, leaves what was there. Returns how many there are."""
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
-    left = iter(records)
-    try:
-        with RecordWriter(beside) as writer:
-            writer.keep(0)
-            while chunk := list(itertools.islice(left, _ROWS_AT_A_TIME)):
-                writer.write(chunk)
-            writer.finish().replace(path)
-            return writer.count
-    finally:
-        beside.unlink(missing_ok=True)
-        beside.with_name(f"{beside.name}.partial.jsonl").unlink(missing_ok=True)
-
-
-def arrow_schema() -> pa.Schema:
-    """The columns of a record in parquet and in `datasets`."""
-    import pyarrow as pa
-
-    text, number, whole = pa.string(), pa.float64(), pa.int64()
-    types = dict.fromkeys(_COLUMNS, text)
-    types |= dict.fromkeys(("p_a", "p_a_forward", "p_a_reversed", "human", "cost"), number)
-    types |= dict.fromkeys(("tokens_in", "tokens_out", "cut"), whole)
-    types["prompt"] = pa.list_(pa.struct({"role": text, "content": text}))
-    types["rationales"] = pa.list_(text)
-    types["judge"] = pa.struct(dict.fromkeys(("model", "type", "template", "template_hash"), text))
-    types["hard"] = pa.bool_()
-    return pa.schema(types)
-
-
-def _batches(records: Iterable[PreferenceRecord]) -> Iterator[pa.RecordBatch]:
-    import pyarrow as pa
-
-    schema, left = arrow_schema(), iter(records)
-    while chunk := [record.model_dump() for record in itertools.islice(left, _ROWS_AT_A_TIME)]:
-        yield pa.RecordBatch.from_pylist(chunk, schema)
-
-
-def _write_parquet(records: Iterable[PreferenceRecord], path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with pq.ParquetWriter(beside, arrow_schema()) as writer:
-            for batch in _batches(records):
-                writer.write_batch(batch)
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} can't be written ({error.strerror or error}). Free space, then start again.") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _unroll(path: Path, lines: Path) -> None:
-    """A finished parquet file as lines again, to append to."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        ours = pq.read_schema(path).names == _COLUMNS
-    except pa.ArrowException:
-        ours = False
-    if not ours:
-        raise InputError(_not_ours(path))
-    beside = lines.with_name(f".{lines.name}.{os.getpid()}.new")
-    try:
-        with beside.open("wb") as file, pq.ParquetFile(path) as source:
-            for batch in source.iter_batches(_ROWS_AT_A_TIME):
-                records = (PreferenceRecord.model_validate(row) for row in batch.to_pylist())
-                file.writelines(record.model_dump_json().encode() + b"\n" for record in records)
-        beside.replace(lines)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _whole_lines(path: Path) -> int:
-    """How many lines a file has, once a last one without an end is cut off. It must be one of ours."""
-    count = end = 0
-    with path.open("r+b") as file:
-        for line in file:
-            whole = line.endswith(b"\n")
-            if count == 0 and not (_is_ours(line) if whole else line.startswith(_START[: len(line)])):
-                raise InputError(_not_ours(path))
-            if not whole:
-                break
-            count, end = count + 1, end + len(line)
-        file.truncate(end)
-    return count
-
-
-def _is_ours(line: bytes) -> bool:
-    try:
-        return list(json.loads(line)) == _COLUMNS
-    except (ValueError, TypeError):
-        return False
-
-
-def _not_ours(path: Path) -> str:
-    return (
-        f"{path} exists and was not written by this command (it holds something else than whole preference records): "
-        "it would be overwritten. Name another output, or move that file away."
-    )
-
-
-def _our_lines(path: Path) -> Iterator[PreferenceRecord]:
-    with path.open("rb") as file:
-        for line in file:
-            yield PreferenceRecord.model_validate_json(line)
-
 
 # ---- Other forms -----------------------------------------------------------------------------------------------------
 
@@ -275,7 +71,7 @@ def to_dataset(records: Iterable[PreferenceRecord]) -> datasets.Dataset:
     handle, name = tempfile.mkstemp(prefix="rlaif-records-", suffix=".arrow")
     try:
         with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, arrow_schema()) as writer:
-            for batch in _batches(records):
+            for batch in record_batches(records):
                 writer.write_batch(batch)
         dataset = datasets.Dataset.from_file(name)
     except BaseException:
@@ -327,3 +123,308 @@ def push_to_hub(path: Path, repo: str) -> None:
             f"push_to_hub={repo} failed (got: {_one_line(error)}). The records stay in {path}. Check the name, the "
             "token's rights and the network, then start the same command again."
         ) from error
+
+
+# ---- Review in a spreadsheet -----------------------------------------------------------------------------------------
+
+# The judge's label stands last, behind the cell to fill in: who has seen it before is no independent check.
+_SHEET = ("id", "prompt", "response_a", "response_b", "human", "note", "judge_prefers")
+_VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}  # what people answer, as p_a
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # what a spreadsheet would run, not show
+_CONFIDENCE_EDGES = (2 / 3, 5 / 6)  # unsure, leaning, sure: thirds of [0.5, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """What people said of AI labels."""
+
+    rows: int  # in the sheet
+    checked: int  # with an answer
+    decided: int  # of those: an answer that is no tie, to a row that has an AI label
+    agreed: int  # of those: the judge prefers the same response
+    agreement: float | None  # share over all labels: the sheet has more unsure ones than the data, so it is weighted
+
+
+def sample_for_review(path: Path, n: int, seed: int, out: Path) -> int:
+    """Writes `n` AI labels, drawn evenly from unsure, leaning and sure ones, as a sheet for people to check.
+
+    They fill in the column `human` with a, b or tie. Returns how many there are: fewer where the file has fewer.
+
+    Raises:
+        InputError: there are no AI labels, or `out` holds something else, such as answers.
+    """
+    _must_be_free(out)
+    draw = random.Random(f"{seed}/review")
+    strata: list[list[PreferenceRecord]] = [[] for _ in range(len(_CONFIDENCE_EDGES) + 1)]
+    seen = [0] * len(strata)
+    for record in read_preferences(str(path)):
+        if record.judge is None or record.confidence is None:
+            continue
+        which = _stratum(record)
+        seen[which] += 1
+        if len(strata[which]) < n:  # a reservoir: every label of a stratum is as likely to be in it
+            strata[which].append(record)
+        elif (place := draw.randrange(seen[which])) < n:
+            strata[which][place] = record
+    if not any(seen):
+        raise InputError(f"{path} has no AI labels to review (got no record with a judge and a p_a). Label it first.")
+    for records in strata:
+        draw.shuffle(records)
+    chosen = list(itertools.islice(filter(None, itertools.chain(*itertools.zip_longest(*strata))), n))
+    draw.shuffle(chosen)
+    try:
+        with out.open("w", encoding="utf-8-sig", newline="") as file:  # with a BOM: Excel takes it for UTF-8 only then
+            sheet = csv.writer(file)
+            sheet.writerow(_SHEET)
+            for record in chosen:
+                label = f"{record.prefers} ({record.confidence:.2f})"
+                cells = (record.id, comparison_text(record), record.response_a, record.response_b, "", "", label)
+                sheet.writerow(map(_quoted, cells))
+    except OSError as error:
+        raise InputError(f"the sheet {out} can't be written ({error.strerror or error}). Name another file.") from error
+    return len(chosen)
+
+
+def merge_review(path: Path, review: Path, out: Path) -> Review:
+    """Writes the records of `path` to `out`, with the answers of a checked sheet as people's labels.
+
+    A checked record gets p_a and human by the answer and no judge; what the judge said stays in p_a_forward,
+    p_a_reversed and the rationales.
+
+    Raises:
+        InputError: a row of the sheet is wrong, or belongs to no record.
+    """
+    sheet = _read_sheet(review)
+    unknown = dict(sheet)
+    labels: Counter[int] = Counter()  # AI labels per stratum
+    decided: Counter[int] = Counter()
+    agreed: Counter[int] = Counter()
+
+    def merged() -> Iterator[PreferenceRecord]:
+        for record in read_preferences(str(path)):
+            answer, _ = unknown.pop(record.id, (None, ""))
+            if record.judge is not None and record.p_a is not None:
+                which = _stratum(record)
+                labels[which] += 1
+                if answer in (0.0, 1.0):
+                    decided[which] += 1
+                    agreed[which] += record.prefers == ("a" if answer else "b")
+            yield record if answer is None else _answered(record, answer)
+        for name, (_, place) in unknown.items():
+            raise InputError(
+                f"{place}: no record of {path} has this id (got {name!r}). Merge the sheet with the file it was drawn "
+                "from, or mend the id: spreadsheets rewrite some, such as 007 to 7."
+            )
+
+    write_records(merged(), out)
+    total = sum(labels[which] for which in decided)
+    share = sum(labels[which] * agreed[which] / decided[which] for which in decided) / total if total else None
+    checked = sum(answer is not None for answer, _ in sheet.values())
+    return Review(len(sheet), checked, decided.total(), agreed.total(), share)
+
+
+def _must_be_free(out: Path) -> None:
+    """Raises InputError when writing a sheet to `out` would cost something."""
+    if not out.exists():
+        return
+    try:
+        answers = [answer for answer, _ in _read_sheet(out).values() if answer is not None]
+    except InputError as error:
+        raise InputError(
+            f"{out} exists and is no sheet written here: it would be overwritten. Name another."
+        ) from error
+    if answers:
+        raise InputError(
+            f"{out} has answers in it (got {len(answers)}), which would be overwritten. Merge them first, or name "
+            "another file."
+        )
+
+
+def _stratum(record: PreferenceRecord) -> int:
+    assert record.confidence is not None
+    return bisect.bisect_right(_CONFIDENCE_EDGES, record.confidence)
+
+
+def _answered(record: PreferenceRecord, answer: float) -> PreferenceRecord:
+    """The record with people's label. What the judge said of each order, and why, stays."""
+    return record.model_copy(update={"p_a": answer, "human": answer, "judge": None, "failed": None})
+
+
+def _quoted(cell: str) -> str:
+    """The cell behind an apostrophe where a spreadsheet would take it for a formula; `_unquoted` takes it off."""
+    return f"'{cell}" if cell.startswith((*_FORMULA, "'")) else cell
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith((*_FORMULA, "'")) else cell
+
+
+def _read_sheet(path: Path) -> dict[str, tuple[float | None, str]]:
+    """Answer and place of every row, by its id."""
+    longest = csv.field_size_limit(2**31 - 1)  # 128 kB by default, for all of the process
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            file.seek(0)
+            delimiter = max(",;\t", key=header.count)  # spreadsheets write the one that their language has
+            return dict(_sheet_rows(csv.reader(file, delimiter=delimiter, strict=True), path))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the checked sheet {path} is not UTF-8 (got byte {error.object[error.start]:#x} in it). Save it as "
+            "CSV UTF-8."
+        ) from error
+    except (OSError, csv.Error) as error:
+        raise InputError(f"the checked sheet {path} can't be read as CSV (got: {error}). Save it as CSV.") from error
+    finally:
+        csv.field_size_limit(longest)
+
+
+def _sheet_rows(rows: Any, path: Path) -> Iterator[tuple[str, tuple[float | None, str]]]:
+    header = [name.strip().lower() for name in next(rows, [])]
+    for column in ("id", "human"):
+        if column not in header:
+            raise InputError(
+                f"{path}, line 1: there is no column {column!r} (its columns: {', '.join(header) or 'none'})."
+                f"{_nearest(column, header)} Keep the first row as it was written."
+            )
+    places: dict[str, str] = {}
+    start = rows.line_num + 1
+    for number, row in enumerate(rows, 2):
+        place, start = f"{path}, line {start} (row {number})", rows.line_num + 1
+        cells = dict(zip(header, row, strict=False))
+        name, said = _unquoted(cells.get("id", "")), cells.get("human", "").strip().lower()
+        if not any(row):
+            continue
+        if name in places:
+            raise InputError(
+                f"{place}: id must be unique (got {name!r}, as in {places[name]}). Remove one of the rows."
+            )
+        if said and said not in _VERDICTS:
+            raise InputError(
+                f"{place}: human must be a, b or tie, or empty (got {cells['human']!r}). Correct the cell."
+            )
+        places[name] = place
+        yield name, (_VERDICTS.get(said), place)
+
+
+# ---- Review in Argilla -----------------------------------------------------------------------------------------------
+
+_QUESTION = "preference"
+_FIELDS = ("prompt", "response_a", "response_b")
+
+
+def to_argilla(records: Iterable[PreferenceRecord]) -> Iterator[dict[str, Any]]:
+    """Each record as `argilla.Record.from_dict` takes it (Argilla 2.2 and on), the AI label as a suggestion.
+
+    What Argilla has no place for goes along as JSON in the metadatum `record`.
+    """
+    for record in records:
+        shown = record.model_dump(include=set(_FIELDS))
+        row: dict[str, Any] = {
+            "id": record.id,
+            "fields": {**shown, "prompt": list(shown["prompt"])},
+            "metadata": {"record": record.model_dump_json(exclude={"id", *_FIELDS})},
+            "suggestions": {},
+            "responses": {},
+        }
+        if record.prefers is not None:
+            judge = (record.judge["model"] or record.judge["type"]) if record.judge else "people"
+            agent = re.sub(r"[^a-zA-Z0-9_:./ -]", "_", judge)[:200]  # all that the server takes
+            score = record.confidence
+            row["suggestions"] = {_QUESTION: {"value": record.prefers, "score": score, "agent": agent}}
+            row["metadata"]["confidence"] = score
+        yield row
+
+
+def from_argilla(rows: Iterable[Mapping[str, Any]]) -> Iterator[PreferenceRecord]:
+    """Records of rows as `argilla.Record.to_dict` gives them. An answer becomes people's label; several, their mean.
+
+    Raises:
+        InputError: a row did not come from `to_argilla`, or an answer is none of a, b, tie.
+    """
+    for row in rows:
+        try:
+            fields = {name: row["fields"][name] for name in _FIELDS}
+            record = PreferenceRecord(id=row["id"], **fields, **json.loads(row["metadata"]["record"]))
+            said = [response["value"] for response in row["responses"].get(_QUESTION, ())]
+            answers = [_VERDICTS[value] for value in said]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the Argilla record {row.get('id')!r} is none that was pushed from here (got: {_one_line(error)}). "
+                "Pull from the data set that the records were pushed to."
+            ) from error
+        yield _answered(record, sum(answers) / len(answers)) if answers else record
+
+
+def push_to_argilla(path: Path, name: str, *, workspace: str | None = None, client: Any = None) -> int:
+    """Puts the records of a file before annotators, in the data set `name`. Returns how many.
+
+    `client` is an `argilla.Argilla`; by default one by ARGILLA_API_URL and ARGILLA_API_KEY. Records that are there
+    already are updated.
+
+    Raises:
+        InputError: argilla is not installed, or its server can't be used.
+    """
+    rg = _argilla()
+    try:
+        client = client or rg.Argilla()
+        dataset = (
+            client.datasets(name, workspace=workspace)
+            or rg.Dataset(name=name, workspace=workspace, settings=_argilla_settings(rg), client=client).create()
+        )
+    except Exception as error:
+        raise InputError(_no_argilla(name, error)) from error
+    count, rows = 0, to_argilla(read_preferences(str(path)))
+    while chunk := [rg.Record.from_dict(row) for row in itertools.islice(rows, 250)]:
+        dataset.records.log(chunk)
+        count += len(chunk)
+    return count
+
+
+def pull_from_argilla(name: str, out: Path, *, workspace: str | None = None, client: Any = None) -> int:
+    """Writes the records of the data set `name` with the answers that annotators have submitted. Returns how many.
+
+    Raises:
+        InputError: argilla is not installed, its server can't be used, or the data set is not one of ours.
+    """
+    rg = _argilla()
+    try:
+        dataset = (client or rg.Argilla()).datasets(name, workspace=workspace)
+    except Exception as error:
+        raise InputError(_no_argilla(name, error)) from error
+    if dataset is None:
+        raise InputError(f"Argilla has no data set {name!r} (workspace {workspace or 'default'}). Correct the name.")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for record in dataset.records(with_responses=True):
+            done = [r for r in record.responses if r.question_name == _QUESTION and r.status == "submitted"]
+            yield {**record.to_dict(), "responses": {_QUESTION: [{"value": response.value} for response in done]}}
+
+    return write_records(from_argilla(rows()), out)
+
+
+def _argilla() -> Any:
+    try:
+        return importlib.import_module("argilla")
+    except ImportError as error:
+        raise InputError(
+            f"Argilla needs the package argilla (got: {error}). Install it with `pip install argilla`, or review in a "
+            "spreadsheet (--sample)."
+        ) from error
+
+
+def _argilla_settings(rg: Any) -> Any:
+    return rg.Settings(
+        guidelines="Read the conversation and both responses. Which response is better? Say tie when neither is.",
+        fields=[rg.ChatField(name="prompt"), rg.TextField(name="response_a"), rg.TextField(name="response_b")],
+        questions=[rg.LabelQuestion(name=_QUESTION, title="Which is better?", labels=list(_VERDICTS))],
+        metadata=[rg.FloatMetadataProperty(name="confidence", min=0.5, max=1.0)],
+        allow_extra_metadata=True,
+    )
+
+
+def _no_argilla(name: str, error: Exception) -> str:
+    return (
+        f"Argilla can't be used for {name!r} (got: {_one_line(error)}). Set ARGILLA_API_URL and ARGILLA_API_KEY to a "
+        "running server, and check the workspace."
+    )

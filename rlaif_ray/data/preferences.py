@@ -57,7 +57,7 @@ class PreferenceRecord(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
-    id: Text
+    id: Annotated[str, Field(strict=True, min_length=1)]
     prompt: Annotated[tuple[Message, ...], Field(min_length=1)]
     """The conversation; ends with the user's turn."""
     response_a: Response
@@ -116,6 +116,11 @@ class PreferenceRecord(BaseModel):
 def comparison_text(record: PreferenceRecord) -> str:
     """The prompt as a judge reads it."""
     return conversation_text(record.prompt)
+
+
+def human_label(record: PreferenceRecord) -> float | None:
+    """What people say of the pair, if they were asked: their own label, or the one kept beside a judge's."""
+    return record.p_a if record.judge is None and record.p_a is not None else record.human
 
 
 def read_preferences(path: str, *, split: str = "train", limit: int | None = None) -> Iterator[PreferenceRecord]:
@@ -319,7 +324,8 @@ def _check_columns(row: _Row, form: _Form, first: _Row) -> None:
 
 def _records(rows: _Rows, name: str, limit: int | None) -> Iterator[PreferenceRecord]:
     first: _Row | None = None
-    form, columns = _OURS, ()
+    form = _OURS
+    columns: tuple[str, ...] = ()  # of the row before
     seen: set[int] = set()  # hashes of ids
     for row in itertools.islice(rows(), limit):
         if first is None:
@@ -460,8 +466,3 @@ def _mended(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_mended(inner) for inner in value]
     return value
-
-
-def human_label(record: PreferenceRecord) -> float | None:
-    """What people say of the pair, if they were asked: their own label, or the one kept beside a judge's."""
-    return record.p_a if record.judge is None and record.p_a is not None else record.human

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,7 +76,11 @@ class OpenAIAsker:
 
     @property
     def spent(self) -> float:
-        """Cost so far, that of earlier runs included. Replies that did not say count with an upper estimate."""
+        """Cost so far, that of earlier runs included.
+
+        Replies that did not say how many tokens, or could not be read, count with an upper estimate; requests that
+        got no reply don't.
+        """
         return self._budget.spent
 
     def fits(self, question: Question) -> bool:
@@ -222,38 +228,38 @@ class OpenAIAsker:
     async def _answer(self, question: Question, body: dict[str, Any], most: float) -> Answer:
         try:
             reply = await self._reply(body, most)
-        except NoReplyError as failed:
-            return Answer((), failure=str(failed))
-        told = {"tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out, "cost": self._cost(reply, most)}
+        except NoReplyError as no_reply:
+            return Answer((), failure=str(no_reply))
+        told = Answer((), tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, cost=self._cost(reply, most))
         if self._cfg.answers == "text":
-            return self._answer_in_words(question, reply, told)
+            return self._in_words(question, reply, told)
         if reply.positions is None and reply.texts[0].strip():
             raise InputError(
-                f"judge.answers=logprobs needs log-probabilities (the endpoint {self._endpoint.url} gave a text without any "
-                f"for judge.model={self._cfg.model}): the probability of an answer can't be read. Use "
+                f"judge.answers=logprobs needs log-probabilities (for judge.model={self._cfg.model} the endpoint "
+                f"{self._endpoint.url} gave a text without any): the probability of an answer can't be read. Use "
                 f"judge.answers=text, whose labels are hard, or an endpoint that has them."
             )
         try:
             probabilities = read_probabilities(reply.positions or (), question.answers)
         except BadReplyError as bad:
-            return Answer((), failure=f"bad_reply: {bad}", **told)
-        total = sum(probabilities)
+            return replace(told, failure=f"bad_reply: {bad}")
+        total = math.fsum(probabilities)
         if total <= 0.0:
-            return Answer((), failure="no_probability", **told)
-        return Answer(tuple(p / total for p in probabilities), outside=max(0.0, 1.0 - total), **told)
+            return replace(told, failure="no_probability")
+        return replace(told, probabilities=tuple(p / total for p in probabilities), outside=max(0.0, 1.0 - total))
 
-    def _answer_in_words(self, question: Question, reply: Reply, told: dict[str, Any]) -> Answer:
+    def _in_words(self, question: Question, reply: Reply, told: Answer) -> Answer:
         said = parse_answer(reply.texts[0], question.answers, question.answer_prefix)
         if said is not None:
             self._understood = True
-            return Answer(tuple(float(a == said) for a in question.answers), hard=True, **told)
+            return replace(told, probabilities=tuple(float(a == said) for a in question.answers), hard=True)
         if not self._understood and reply.cut and not reply.texts[0].strip():
             raise InputError(
                 f"judge.model={self._cfg.model} wrote {reply.tokens_out} tokens and said nothing: it thinks before it "
                 f"answers, and ran out of tokens. Give it room, such as judge.extra_body.max_completion_tokens=2048, "
                 f"or turn its thinking off through judge.extra_body."
             )
-        return Answer((), failure="unparsed", **told)
+        return replace(told, failure="unparsed")
 
     async def _explain(
         self, question: Question, body: dict[str, Any], most: float, *, settings: GenerationSettings, wanted: int

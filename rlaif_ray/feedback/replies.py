@@ -47,15 +47,14 @@ def read_reply(content: bytes) -> Reply:
     if not isinstance(choices, list) or not choices:
         problem = body.get("error") if isinstance(body, dict) else None
         raise BadReplyError(f"no choices{f' ({problem})' if problem else ''}"[:300])
-    messages = [choice.get("message") if isinstance(choice, dict) else None for choice in choices]
-    if not all(isinstance(message, dict) for message in messages):
+    if not all(isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices):
         raise BadReplyError("a choice without a message")
-    texts = [message["content"] if isinstance(message.get("content"), str) else "" for message in messages]
-    usage = body.get("usage")
-    counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-    counted = len(counts) == 2 and all(isinstance(count, int) for count in counts)
+    said = [choice["message"].get("content") for choice in choices]
+    usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
+    counts = [n for key in ("prompt_tokens", "completion_tokens") if isinstance(n := usage.get(key), int)]
+    counted = len(counts) == 2
     return Reply(
-        texts=tuple(texts),
+        texts=tuple(text if isinstance(text, str) else "" for text in said),
         positions=_positions(choices[0]),
         cut=choices[0].get("finish_reason") == "length",
         tokens_in=counts[0] if counted else 0,

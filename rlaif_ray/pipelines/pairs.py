@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.data.exports import RecordWriter
 from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.data.prompts import load_prompts
+from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import InputError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.sections import JudgeConfig, LongerJudge, OpenAIJudge
-from rlaif_ray.data.exports import RecordWriter, push_to_hub
+from rlaif_ray.data.exports import check_hub, push_to_hub
 from rlaif_ray.data.preferences import (
     PreferenceRecord,
     check_readable,
@@ -19,6 +19,7 @@ from rlaif_ray.data.preferences import (
     human_label,
     read_preferences,
 )
+from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import FeedbackError, InputError
 from rlaif_ray.feedback.judge import check_question
 from rlaif_ray.feedback.local import LocalAsker
@@ -108,6 +109,8 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
     job, run_dir = loaded.config, loaded.run_dir
     check_readable(job.data.path, split=job.data.split)
     guide = read_guide(job)
+    if job.push_to_hub is not None:
+        check_hub(job.push_to_hub)
     output = Path(job.output).expanduser() if job.output else run_dir / "labels.jsonl"
     state = state_folder(run_dir, output, job.output)
     make_folder(run_dir)

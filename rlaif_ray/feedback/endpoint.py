@@ -1,0 +1,207 @@
+"""One OpenAI-compatible endpoint: sends chat completions and says what its errors mean.
+
+The official client sends, and retries what met 408, 409, 429, 5xx, a timeout or a broken connection; a reply that
+can't be read is asked for again here. Raw replies are read instead of the client's typed ones, which cost as much
+time as all the rest of a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from rlaif_ray.errors import FeedbackError, InputError
+from rlaif_ray.feedback.replies import BadReplyError, Reply, read_reply
+
+if TYPE_CHECKING:
+    from openai import APIError, APIStatusError
+
+    from rlaif_ray.config.sections import OpenAIJudge
+
+LONGEST_WAIT_S = 120.0  # that the client waits because a Retry-After asks for it
+DUMMY_KEY = "none"
+
+_TOO_LONG = re.compile(
+    r"context.{0,12}(length|window|size)|max_model_len|too many (input )?tokens|(prompt|input|message).{0,20} too long|"
+    r"string_above_max_length|reduce the length|exceeds?.{0,40}(input|prompt|context).{0,20}tokens",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class NoReplyError(Exception):
+    """The endpoint gave no reply that can be read; the message is the failure."""
+
+
+class OneAtATimeError(Exception):
+    """The endpoint does not write several texts in one request."""
+
+
+class Endpoint:
+    """The client with its key. For one asyncio loop."""
+
+    def __init__(self, cfg: OpenAIJudge) -> None:
+        """Sends nothing.
+
+        Raises:
+            InputError: the key's environment variable is not set, or the address is none.
+        """
+        import httpx2
+        import openai
+
+        base_url = cfg.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self.url = shown_url(base_url)
+        self._key = read_key(cfg, self.url, needed="api.openai.com" in self.url)
+        self._cfg = cfg
+        limits = httpx2.Limits(max_connections=cfg.concurrency, max_keepalive_connections=cfg.concurrency)
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key,
+            base_url=base_url,
+            timeout=cfg.timeout_s,
+            max_retries=cfg.max_retries,
+            # With 256 in flight a request over aiohttp costs a quarter of what it does over httpx.
+            http_client=openai.DefaultAioHttpClient(timeout=cfg.timeout_s, limits=limits),
+        )
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def reply(self, body: dict[str, Any], lost: Callable[[], bool]) -> Reply:
+        """What the endpoint says.
+
+        Args:
+            lost: called for a reply that can't be read, though it may have been paid for; whether to ask again.
+
+        Raises:
+            NoReplyError: there is no readable reply after all retries, or the prompt is too long.
+            OneAtATimeError: it does not take the body's `n`.
+            InputError: it refuses the key, the model or a parameter.
+            FeedbackError: the account is empty.
+        """
+        content = json.dumps(body).encode()
+        retries, left = self._cfg.max_retries, self._cfg.max_retries
+        while True:
+            try:
+                response = await self._post(content, body, left)
+                # The client counts its retries in a header of its own.
+                left -= int(response.request.headers.get("x-stainless-retry-count", 0))
+                return read_reply(response.content)
+            except BadReplyError as bad:
+                if not lost() or left <= 0:
+                    raise NoReplyError(f"bad_reply: {self._masked(str(bad))}") from None
+            left -= 1
+            await asyncio.sleep(min(0.5 * 2 ** (retries - left - 1), 8.0) * random.uniform(0.75, 1.0))
+
+    async def _post(self, content: bytes, body: dict[str, Any], retries: int) -> Any:
+        """The endpoint's response, status 200.
+
+        Errors of ours are raised outside the handlers: what the client raises holds the request, and so the key.
+        """
+        import aiohttp
+        import httpx2
+        import openai
+
+        problem: Exception
+        try:
+            # The client's timeout is for each read: this ends an endpoint that sends a byte now and then.
+            async with asyncio.timeout((1 + retries) * (self._cfg.timeout_s + LONGEST_WAIT_S)):
+                return await self._client.post(
+                    "/chat/completions", content=content, cast_to=httpx2.Response, options={"max_retries": retries}
+                )
+        except openai.APIStatusError as error:
+            problem = self._refusal(error, body)
+        except openai.APIConnectionError as error:
+            problem = NoReplyError(f"endpoint_error: {_innermost(error)}")
+        except TimeoutError:
+            problem = NoReplyError("endpoint_error: timeout")
+        except aiohttp.ClientError as error:  # what is no HTTP gets through the client as it is
+            problem = BadReplyError(type(error).__name__)
+        raise problem
+
+    def _refusal(self, error: APIStatusError, body: dict[str, Any]) -> Exception:
+        """What an error status means."""
+        status, said = error.status_code, self._said(error)
+        got = f"(got {status}: {said})"
+        if status in (401, 403):
+            without = "" if self._key != DUMMY_KEY else ", which is not set"
+            return InputError(
+                f"the endpoint {self.url} refused the key of {self._cfg.api_key_env}{without} {got}. Put a valid key "
+                f"into that environment variable, and check that it may use judge.model={self._cfg.model}."
+            )
+        if status == 404:
+            return InputError(
+                f"the endpoint {self.url} does not know judge.model={self._cfg.model} {got}. Name a model that it "
+                f"lists under /models, or check judge.base_url: it usually ends in /v1."
+            )
+        if status == 402 or error.code == "insufficient_quota":
+            return FeedbackError(
+                f"the account at {self.url} is empty {got}: asking stopped. What was answered is kept; fill it up and "
+                f"start the same command again."
+            )
+        if status == 413 or (status in (400, 422) and _TOO_LONG.search(f"{error.code} {said}")):
+            return NoReplyError("too_long")
+        if status in (400, 422):
+            about = error.param if error.param in body else None
+            if body.get("n", 1) > 1 and (about == "n" or re.search(r"\bn\b", said)):
+                return OneAtATimeError()
+            if about is not None and about not in ("messages", "model"):
+                return InputError(
+                    f"the endpoint {self.url} does not take {about}={body[about]!r} {got}. Set it to what "
+                    f"judge.model={self._cfg.model} takes through judge.extra_body; where it has no log-probabilities, "
+                    f"use judge.answers=text."
+                )
+            return NoReplyError(f"endpoint_error: {status}: {said}")
+        return NoReplyError(f"endpoint_error: {status}")
+
+    def _said(self, error: APIError) -> str:
+        body = error.body
+        text = str(body.get("message") or body) if isinstance(body, dict) else str(body or error.message)
+        return self._masked(" ".join(text.split())[:300])
+
+    def _masked(self, text: str) -> str:
+        """`text` without the key: some endpoints say it back."""
+        return text if self._key == DUMMY_KEY else text.replace(self._key, "***")
+
+
+def shown_url(url: str) -> str:
+    """The address without what may be secret in it. Raises InputError when it is none."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = parts = None
+    if parts is None or parts.scheme not in ("http", "https") or not host:
+        raise InputError(
+            "judge.base_url (or OPENAI_BASE_URL) must be an address such as http://localhost:8000/v1 "
+            f"(got {url.rpartition('@')[2]!r}): nothing can be reached there. Write it with http:// or https://."
+        )
+    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+
+
+def read_key(cfg: OpenAIJudge, url: str, *, needed: bool) -> str:
+    """The key, from its environment variable; a dummy when there is none and the endpoint may do without."""
+    name = cfg.api_key_env
+    key = os.environ.get(name, "").strip()
+    if not key and needed:
+        raise InputError(
+            f"the environment variable {name} must hold the key of {url} (it is not set): the judge is asked with it. "
+            f"Run export {name}=..., or name the variable that has it in judge.api_key_env."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            f"the key in {name} has characters that no HTTP header takes (something beyond printable ASCII). Copy it "
+            f"into the variable again."
+        )
+    return key or DUMMY_KEY
+
+
+def _innermost(error: BaseException) -> str:
+    """Class of what went wrong in the first place: the client's own classes tell time-outs and refusals apart badly."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return type(error).__name__
