@@ -226,15 +226,17 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars from transformers inside; as it was before, afterwards."""
-    bars = _transformers().utils.logging
-    was_on = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    """Nothing but errors from transformers inside: no progress bars, no remark that a new head is new."""
+    logs = _transformers().utils.logging
+    was_on, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()
     try:
         yield
     finally:
+        logs.set_verbosity(level)
         if was_on:
-            bars.enable_progress_bar()
+            logs.enable_progress_bar()
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -363,22 +365,15 @@ def load_sequence_classifier(
     `name` may be a language model, whose head for words is then left out, or a classifier with one label.
     """
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    is_classifier = any("SequenceClassification" in kind for kind in config.architectures or ())
+    is_classifier = "SequenceClassification" in str(config.architectures)
     if is_classifier and config.num_labels != 1:
         raise InputError(
             f"model {str(name)!r} must have one label to give a reward (got {config.num_labels}): it tells classes "
             f"apart. Give a reward model, or a language model to train one from."
         )
-    model = _load_model(
-        "AutoModelForSequenceClassification",
-        name,
-        dtype,
-        attention,
-        revision,
-        trust_remote_code,
-        may_miss=() if is_classifier else ("score",),
-        num_labels=1,
-    )
+    new: dict[str, Any] = {"may_miss": () if is_classifier else ("score",), "num_labels": 1}
+    auto_class = "AutoModelForSequenceClassification"
+    model = _load_model(auto_class, name, dtype, attention, revision, trust_remote_code, **new)
     if not hasattr(model, "score"):
         raise InputError(
             f"model {str(name)!r} can't become a reward model (got {type(model).__name__} without a `score` head): "

@@ -90,6 +90,7 @@ def make_tiny_model(
     heads: int = 2,
     kv_heads: int = 1,
     context: int = 512,
+    spread: float = 0.2,
 ) -> Path:
     """A random fp32 Llama with its tokenizer, saved into `folder`; the same seed gives the same bytes."""
     import torch
@@ -113,7 +114,7 @@ def make_tiny_model(
         head_dim=32,  # the smallest that vLLM's CPU attention takes
         max_position_embeddings=context,
         tie_word_embeddings=tied,
-        initializer_range=0.2,  # at the usual 0.02 a random model repeats one token whatever its weights
+        initializer_range=spread,  # at the usual 0.02 a random model repeats one token whatever its weights
         **ids,
     )
     with torch.random.fork_rng(devices=[]):

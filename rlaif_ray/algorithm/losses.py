@@ -1,7 +1,8 @@
-"""Per-token losses.
+"""Losses per token, and of preferences per pair.
 
-The caller sums them over masked tokens and divides by the global token count (normalise_sum), so that the
-loss, and with it the gradient, does not depend on how the batch was sharded.
+The caller sums them over masked tokens and divides by the global token count (normalise_sum), or over pairs and
+divides by their global number, so that the loss, and with it the gradient, does not depend on how the batch was
+sharded.
 
 They take no mask. A position whose inputs are not finite gets a NaN loss, which shows if it was a real token,
 and a zero gradient, so a padded one leaves no trace once normalise_sum has dropped it.
@@ -94,6 +95,23 @@ def truncated_importance_weight(train_logprobs: Tensor, sampler_logprobs: Tensor
     return gap.exp().clamp(low, high)
 
 
+def preference_loss(reward_a: Tensor, reward_b: Tensor, p_a: Tensor, margin: float = 0.0) -> Tensor:
+    """(N,) cross-entropy between soft labels and the preference sigmoid(r_a - r_b) (Lee et al. 2309.00267, 2.2).
+
+        -p log sigmoid(d) - (1 - p) log sigmoid(-d),  d = r_a - r_b
+
+    `p_a` is (N,), the probability that a is better. Where it is certain (0 or 1) the better reward must lead by
+    `margin` (Touvron et al. 2307.09288, equation 2).
+    """
+    finite = reward_a.isfinite() & reward_b.isfinite() & p_a.isfinite()
+    difference = _zero_unless(finite, reward_a - reward_b)
+    if margin:
+        certain = (p_a == 1.0).to(difference.dtype) - (p_a == 0.0).to(difference.dtype)
+        difference = difference - margin * certain
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return _nan_unless(finite, -p_a * log_sigmoid(difference) - (1.0 - p_a) * log_sigmoid(-difference))
+
+
 def normalise_sum(per_token: Tensor, mask: Tensor, denominator: float) -> Tensor:
     """Scalar: sum of per_token over the mask, divided by the global token count. One shape, any."""
     return masked_sum(per_token, mask) / denominator
@@ -125,18 +143,3 @@ def _zero_unless(finite: Tensor, x: Tensor) -> Tensor:
 def _nan_unless(finite: Tensor, x: Tensor) -> Tensor:
     """x where finite, else NaN: an unusable real token must show, and a constant passes no gradient."""
     return torch.where(finite, x, float("nan"))
-
-
-def preference_loss(reward_a: Tensor, reward_b: Tensor, p_a: Tensor, margin: float = 0.0) -> Tensor:
-    """(N,) cross-entropy between soft labels and the preference sigmoid(r_a - r_b) (Lee et al. 2309.00267, 2.2).
-
-        -p log sigmoid(d) - (1 - p) log sigmoid(-d),  d = r_a - r_b
-
-    `p_a` is (N,), the probability that a is better. Where it is certain (0 or 1) the better reward must lead by
-    `margin` (Touvron et al. 2307.09288, equation 2).
-    """
-    difference = reward_a - reward_b
-    if margin:
-        certain = (p_a == 1.0).to(difference.dtype) - (p_a == 0.0).to(difference.dtype)
-        difference = difference - margin * certain
-    return -p_a * torch.nn.functional.logsigmoid(difference) - (1.0 - p_a) * torch.nn.functional.logsigmoid(-difference)

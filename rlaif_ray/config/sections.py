@@ -204,9 +204,18 @@ class MixtureFeedback(Config):
     """The reward is a weighted sum of several scores, each logged under its name."""
 
     type: Literal["mixture"]
-    scorers: Annotated[dict[str, WeightedScorer], Field(min_length=1)]
+    scorers: dict[str, WeightedScorer]
     """By name; a completion is scored when all of them could score it."""
     min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> MixtureFeedback:
+        if not self.scorers:
+            raise ValueError(
+                "feedback.scorers must name at least one scorer (got none): there would be no reward. Add one, such as "
+                "{helpful: {scorer: {type: judge}}}."
+            )
+        return self
 
 
 FeedbackConfig = Annotated[JudgeFeedback | RewardModelFeedback | MixtureFeedback, Field(discriminator="type")]

@@ -310,26 +310,26 @@ def _sheet_rows(rows: Any, path: Path) -> Iterator[tuple[str, tuple[float | None
 # ---- Review in Argilla -----------------------------------------------------------------------------------------------
 
 _QUESTION = "preference"
-_FIELDS = ("prompt", "response_a", "response_b")
+_TEXTS = {"response_a", "response_b"}
 
 
 def to_argilla(records: Iterable[PreferenceRecord]) -> Iterator[dict[str, Any]]:
-    """Each record as `argilla.Record.from_dict` takes it (Argilla 2.2 and on), the AI label as a suggestion.
+    """Each record as `argilla.Record.from_dict` of Argilla 2 takes it, the AI label as a suggestion.
 
-    What Argilla has no place for goes along as JSON in the metadatum `record`.
+    What Argilla has no place for goes along as JSON in the metadatum `record`. The prompt is shown as text: the
+    server's own field for conversations takes no message above 20,000 characters.
     """
     for record in records:
-        shown = record.model_dump(include=set(_FIELDS))
         row: dict[str, Any] = {
             "id": record.id,
-            "fields": {**shown, "prompt": list(shown["prompt"])},
-            "metadata": {"record": record.model_dump_json(exclude={"id", *_FIELDS})},
+            "fields": {"prompt": comparison_text(record), **record.model_dump(include=_TEXTS)},
+            "metadata": {"record": record.model_dump_json(exclude={"id", *_TEXTS})},
             "suggestions": {},
             "responses": {},
         }
         if record.prefers is not None:
-            judge = (record.judge["model"] or record.judge["type"]) if record.judge else "people"
-            agent = re.sub(r"[^a-zA-Z0-9_:./ -]", "_", judge)[:200]  # all that the server takes
+            judge = (record.judge["model"] or record.judge["type"] or "judge") if record.judge else "people"
+            agent = re.sub(r"[^a-zA-Z0-9_:./ -]", "_", judge)[:200]  # the server takes no others
             score = record.confidence
             row["suggestions"] = {_QUESTION: {"value": record.prefers, "score": score, "agent": agent}}
             row["metadata"]["confidence"] = score
@@ -344,8 +344,8 @@ def from_argilla(rows: Iterable[Mapping[str, Any]]) -> Iterator[PreferenceRecord
     """
     for row in rows:
         try:
-            fields = {name: row["fields"][name] for name in _FIELDS}
-            record = PreferenceRecord(id=row["id"], **fields, **json.loads(row["metadata"]["record"]))
+            texts = {name: row["fields"][name] for name in _TEXTS}
+            record = PreferenceRecord(id=row["id"], **texts, **json.loads(row["metadata"]["record"]))
             said = [response["value"] for response in row["responses"].get(_QUESTION, ())]
             answers = [_VERDICTS[value] for value in said]
         except (KeyError, TypeError, ValueError) as error:
@@ -416,7 +416,7 @@ def _argilla() -> Any:
 def _argilla_settings(rg: Any) -> Any:
     return rg.Settings(
         guidelines="Read the conversation and both responses. Which response is better? Say tie when neither is.",
-        fields=[rg.ChatField(name="prompt"), rg.TextField(name="response_a"), rg.TextField(name="response_b")],
+        fields=[rg.TextField(name=name) for name in ("prompt", "response_a", "response_b")],
         questions=[rg.LabelQuestion(name=_QUESTION, title="Which is better?", labels=list(_VERDICTS))],
         metadata=[rg.FloatMetadataProperty(name="confidence", min=0.5, max=1.0)],
         allow_extra_metadata=True,

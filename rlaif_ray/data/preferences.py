@@ -217,7 +217,8 @@ def _parquet_rows(file: Path) -> Iterator[_Row]:
 
     number = itertools.count(1)
     try:
-        with pq.ParquetFile(file, buffer_size=2**20) as source:  # buffered: never a whole column of a row group
+        # By default every row group that will be read is fetched at once: all of the file.
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16) as source:
             for batch in source.iter_batches(batch_size=_ROWS_AT_A_TIME):
                 for cells in batch.to_pylist():
                     n = next(number)

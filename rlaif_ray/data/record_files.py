@@ -180,7 +180,7 @@ def _unroll(path: Path, lines: Path) -> None:
         raise InputError(_not_ours(path))
     beside = lines.with_name(f".{lines.name}.{os.getpid()}.new")
     try:
-        with beside.open("wb") as file, pq.ParquetFile(path) as source:
+        with beside.open("wb") as file, pq.ParquetFile(path, pre_buffer=False) as source:
             for batch in source.iter_batches(_ROWS_AT_A_TIME):
                 records = (PreferenceRecord.model_validate(row) for row in batch.to_pylist())
                 file.writelines(record.model_dump_json().encode() + b"\n" for record in records)

@@ -64,7 +64,7 @@ def brier(p: Sequence[float], label: Sequence[float]) -> float | None:
 def expected_calibration_error(p: Sequence[float], label: Sequence[float], bins: int = 10) -> Calibration:
     """sum over bins of n_bin / n |mean p - mean label|, in bins of equal width (Guo et al. 1706.04599, equation 3)."""
     predicted, said = _arrays(p, label)
-    places = np.minimum((predicted * bins).astype(int), bins - 1)
+    places = np.searchsorted(np.arange(1, bins) / bins, predicted, side="right")
     curve, error = [], 0.0
     for k in range(bins):
         inside = places == k

@@ -27,6 +27,12 @@ def check_reward_model(cfg: RewardModelFeedback) -> None:
             f"feedback.model={cfg.model} must be a sequence classifier with one label (got {', '.join(kinds) or '?'} "
             f"with {config.num_labels}). Train one with rlaif reward-model, or use feedback.type=judge."
         )
+    has = context_length(config)
+    if cfg.max_context is not None and has is not None and cfg.max_context > has:
+        raise InputError(
+            f"feedback.max_context must not exceed the {has} tokens that {cfg.model} can read "
+            f"(got {cfg.max_context}). Lower it."
+        )
 
 
 class RewardModelScorer:
@@ -57,7 +63,8 @@ class RewardModelScorer:
         config: Any = model.config
         # A classifier from elsewhere says nothing of either: its rewards count as they are, after the usual EOS.
         self._mean = float((getattr(config, "reward_center", None) or {}).get("mean", 0.0))
-        self._ends = (self._tokenizer.eos_token_id,) if getattr(config, "reward_ends_with_eos", True) else ()
+        eos = self._tokenizer.eos_token_id
+        self._ends = (eos,) if eos is not None and getattr(config, "reward_ends_with_eos", True) else ()
         self._room = cfg.max_context or context_length(config) or 2**31
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
@@ -125,7 +132,7 @@ class LengthPenalty:
         return [self._score(len(completion.tokens)) for completion in completions]
 
     def _score(self, tokens: int) -> Score:
-        return Score(-min(1.0, max(0.0, (tokens - self._target) / self._target)), None, {"tokens": tokens})
+        return Score(max(-1.0, min(0.0, (self._target - tokens) / self._target)), None, {"tokens": tokens})
 
 
 class MixtureScorer:

@@ -26,6 +26,7 @@ from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler
 from rlaif_ray.feedback.principles import Constitution, eligible, load_constitution
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
+from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import judge_context
@@ -176,6 +177,8 @@ def read_guide(job: LabelJob) -> Guide:
     constitution = load_constitution(cfg.constitution) if cfg.constitution else None
     if constitution is not None:
         check_principles(constitution, template, cfg.principles)
+    if isinstance(judge, OpenAIJudge):
+        OpenAIAsker(judge).close()  # a key that is not set shows now
     if not isinstance(judge, JudgeConfig):
         return Guide(template, exemplars, constitution, None, 0)
     tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
@@ -201,7 +204,6 @@ def _writer_of_prompts(job: LabelJob, guide: Guide) -> Any:
     """A judge without an engine: it shows what it would be asked."""
     if isinstance(job.judge, JudgeConfig):
         return LocalAsker(None, guide.tokenizer, guide.context, job.judge.model)
-    from rlaif_ray.feedback.remote import SPECIAL
 
     class Shown:
         name, identity, special = "", "", SPECIAL
@@ -234,8 +236,6 @@ def open_labeler(
         stack.callback(memory.close)
         asker: Any
         if isinstance(judge, OpenAIJudge):
-            from rlaif_ray.feedback.remote import OpenAIAsker
-
             asker = OpenAIAsker(judge, spent=memory.spent())
             stack.callback(asker.close)
             at_once = 2 + 2 * math.ceil(judge.concurrency / (2 * CHUNK))  # some wait for their slowest answer

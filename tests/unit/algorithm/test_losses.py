@@ -13,6 +13,7 @@ from rlaif_ray.algorithm.losses import (
     explained_variance,
     normalise_sum,
     ppo_policy_loss,
+    preference_loss,
     reinforce_policy_loss,
     truncated_importance_weight,
     value_loss,
@@ -28,6 +29,7 @@ LOSSES: dict[str, Loss] = {
     "reinforce": lambda x, old, target: reinforce_policy_loss(x, target),
     "value": lambda x, old, target: value_loss(x, old, target, None)[0],
     "value_clipped": lambda x, old, target: value_loss(x, old, target, 0.2)[0],
+    "preference": lambda x, old, target: preference_loss(x, old, target),
 }
 
 
@@ -232,3 +234,51 @@ def test_row_order_does_not_matter(name: str) -> None:
 def test_a_nan_on_a_real_token_shows(name: str) -> None:
     loss = LOSSES[name](torch.tensor([NAN, -1.0]), torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0]))
     assert math.isnan(loss[0].item()) and math.isfinite(loss[1].item())
+
+
+def test_preference_loss_by_hand() -> None:
+    # -p log s(d) - (1 - p) log s(-d), where log s(0) = -.693147, log s(2) = -.126928, log s(-2) = -2.126928
+    #   d 0 (any p): .693147;  d 2: p 1 .126928, p 0 2.126928, p .75 .75 * .126928 + .25 * 2.126928 = .626928
+    # gradient of r_a: s(d) - p, where s(0) = .5 and s(2) = .880797; of r_b its opposite
+    reward_a = torch.tensor([1.5, 1.5, 3.0, 3.0, 3.0], requires_grad=True)
+    reward_b = torch.tensor([1.5, 1.5, 1.0, 1.0, 1.0], requires_grad=True)
+    loss = preference_loss(reward_a, reward_b, torch.tensor([0.5, 1.0, 1.0, 0.0, 0.75]))
+    expected = torch.tensor([0.693147, 0.693147, 0.126928, 2.126928, 0.626928])
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    loss.sum().backward()
+    gradient = torch.tensor([0.0, -0.5, -0.119203, 0.880797, 0.130797])
+    torch.testing.assert_close(reward_a.grad, gradient, atol=1e-6, rtol=0)
+    torch.testing.assert_close(reward_b.grad, -gradient, atol=1e-6, rtol=0)
+
+
+def test_preference_loss_with_margin_by_hand() -> None:
+    # the better one must lead by 1:  d 2, p 1 -> -log s(1) = .313262;  d 2, p 0 -> -log s(-3) = 3.048587;
+    # p .75 is not certain, and stays .626928
+    loss = preference_loss(torch.full((3,), 2.0), torch.zeros(3), torch.tensor([1.0, 0.0, 0.75]), margin=1.0)
+    torch.testing.assert_close(loss, torch.tensor([0.313262, 3.048587, 0.626928]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_preference_loss_of_the_mirrored_pair_is_the_same(margin: float) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    p = torch.cat([torch.rand(40), torch.zeros(5), torch.ones(5)]).double()
+    torch.testing.assert_close(preference_loss(b, a, 1 - p, margin), preference_loss(a, b, p, margin))
+    torch.testing.assert_close(preference_loss(a + 9, b + 9, p, margin), preference_loss(a, b, p, margin))
+
+
+def test_preference_loss_is_least_where_the_preference_is_the_label() -> None:
+    p = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    at = torch.logit(p).requires_grad_()
+    loss = preference_loss(at, torch.zeros(3), p)
+    torch.testing.assert_close(loss, -p * p.log() - (1 - p) * (1 - p).log())  # the entropy of the label
+    loss.sum().backward()
+    torch.testing.assert_close(at.grad, torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_preference_loss_of_far_rewards_stays_finite() -> None:
+    reward_a = torch.tensor([1e4, 1e4, -1e4], requires_grad=True)
+    loss = preference_loss(reward_a, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]))
+    assert loss.tolist() == [0.0, 1e4, 1e4]
+    loss.sum().backward()
+    assert reward_a.grad is not None and reward_a.grad.tolist() == [0.0, 1.0, -1.0]
