@@ -204,7 +204,7 @@ class MixtureFeedback(Config):
     """The reward is a weighted sum of several scores, each logged under its name."""
 
     type: Literal["mixture"]
-    scorers: dict[str, WeightedScorer]
+    scorers: dict[str, WeightedScorer] = Field(default_factory=dict)
     """By name; a completion is scored when all of them could score it."""
     min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
 

@@ -153,7 +153,7 @@ def sample_for_review(path: Path, n: int, seed: int, out: Path) -> int:
     Raises:
         InputError: there are no AI labels, or `out` holds something else, such as answers.
     """
-    _must_be_free(out)
+    must_be_free(out)
     draw = random.Random(f"{seed}/review")
     strata: list[list[PreferenceRecord]] = [[] for _ in range(len(_CONFIDENCE_EDGES) + 1)]
     seen = [0] * len(strata)
@@ -223,7 +223,7 @@ def merge_review(path: Path, review: Path, out: Path) -> Review:
     return Review(len(sheet), checked, decided.total(), agreed.total(), share)
 
 
-def _must_be_free(out: Path) -> None:
+def must_be_free(out: Path) -> None:
     """Raises InputError when writing a sheet to `out` would cost something."""
     if not out.exists():
         return

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from rlaif_ray.config.sections import OpenAIJudge
 
+FIRST_WAIT_S, MOST_WAIT_S = 0.5, 8.0  # before a retry, doubling each time; as the client has it
 LONGEST_WAIT_S = 120.0  # that the client waits because a Retry-After asks for it
 DUMMY_KEY = "none"
 
@@ -95,7 +96,7 @@ class Endpoint:
                 if not lost() or left <= 0:
                     raise NoReplyError(f"bad_reply: {self._masked(str(bad))}") from None
             left -= 1
-            await asyncio.sleep(min(0.5 * 2 ** (retries - left - 1), 8.0) * random.uniform(0.75, 1.0))
+            await asyncio.sleep(min(FIRST_WAIT_S * 2 ** (retries - left - 1), MOST_WAIT_S) * random.uniform(0.75, 1.0))
 
     async def _post(self, content: bytes, body: dict[str, Any], retries: int) -> Any:
         """The endpoint's response, status 200.

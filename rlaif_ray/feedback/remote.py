@@ -41,6 +41,7 @@ SPECIAL = (
 
 ANSWER_TOKENS = 4  # written for log-probabilities: white space or a quote may come before the answer
 TEXT_TOKENS = 16  # written where the text is the answer
+UNLISTED_SHARE = 0.05  # of what was found, that an answer which is not among the candidates may have to count as 0
 EVENTS_A_TURN = 4
 
 Result = TypeVar("Result", Answer, Explanation)
@@ -209,9 +210,10 @@ class OpenAIAsker:
     def _answer_body(self, question: Question) -> dict[str, Any]:
         if self._cfg.answers == "text":
             return self._body(question, max_completion_tokens=TEXT_TOKENS, temperature=0.0)
-        # Some servers give log-probabilities after temperature and truncation: at 1 and 1 they are the model's own.
+        # Greedy: a sampled token would take a likelier one's place in the list, and lead behind a space by chance.
+        # The log-probabilities are the model's own all the same (vLLM, SGLang, OpenAI); `sharpened` finds others.
         return self._body(
-            question, max_completion_tokens=ANSWER_TOKENS, temperature=1.0, top_p=1.0, logprobs=True, top_logprobs=20
+            question, max_completion_tokens=ANSWER_TOKENS, temperature=0.0, logprobs=True, top_logprobs=20
         )
 
     def _explain_body(self, question: Question, settings: GenerationSettings, have: int, wanted: int) -> dict[str, Any]:
@@ -240,13 +242,21 @@ class OpenAIAsker:
                 f"judge.answers=text, whose labels are hard, or an endpoint that has them."
             )
         try:
-            probabilities = read_probabilities(reply.positions or (), question.answers)
+            reading = read_probabilities(reply.positions or (), question.answers)
         except BadReplyError as bad:
             return replace(told, failure=f"bad_reply: {bad}")
-        total = math.fsum(probabilities)
-        if total <= 0.0:
+        if reading.sharpened:
+            raise InputError(
+                f"judge.answers=logprobs needs the model's own log-probabilities (the endpoint {self._endpoint.url} "
+                f"gave those of a single certain token, as if after temperature 0): they would make every label 0 or "
+                f"1. Set judge.extra_body.temperature=1, or judge.answers=text, whose labels are marked as hard."
+            )
+        total = math.fsum(reading.probabilities)
+        if total <= 0.0 or reading.unlisted > UNLISTED_SHARE * total:
             return replace(told, failure="no_probability")
-        return replace(told, probabilities=tuple(p / total for p in probabilities), outside=max(0.0, 1.0 - total))
+        return replace(
+            told, probabilities=tuple(p / total for p in reading.probabilities), outside=max(0.0, 1.0 - total)
+        )
 
     def _in_words(self, question: Question, reply: Reply, told: Answer) -> Answer:
         said = parse_answer(reply.texts[0], question.answers, question.answer_prefix)
@@ -324,7 +334,7 @@ class _Budget:
         self._changed = asyncio.Event()
 
     def fits(self, more: float = 0.0) -> bool:
-        return self._cap is None or self.spent + self._reserved + more <= self._cap
+        return self._cap is None or self.spent + self._reserved + more <= self._cap * (1 + 1e-9)  # sums are rounded
 
     async def reserve(self, most: float) -> bool:
         """Waits for requests in flight, which mostly cost less than was reserved; False when that does not help."""

@@ -16,7 +16,7 @@ _AROUND = string.whitespace + "\u2581\u0120\u010a" + "\"'`“”‘’«»()[]{}
 _NOUN = r"(?:answer|response|choice|option|summary|reply|number)"
 _LEAD = rf"(?:the|my|final|{_NOUN}|is)\b"
 _NAMING = re.compile(rf"{_NOUN}[^\w:=]*$", re.IGNORECASE)  # "Response 1", not "Response: 1"
-_JOINED = r"(?:(?:or|and|vs|versus|to|nor|not)\b[\W_]*)?"
+_JOINED = r"(?:(?:or|and|vs|versus|to)\b[\W_]*)?"
 _CLOSING = r"[*_`'\"”’)\]}]*"
 _VERB = r"(?:is|isn|was|does|doesn|has|seems|would)\b"
 
@@ -71,43 +71,56 @@ def _positions(choice: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
     return tuple(content) if any(position.get("top_logprobs") for position in content) else None
 
 
-def read_probabilities(positions: Sequence[dict[str, Any]], answers: Sequence[str]) -> list[float]:
-    """Probability that each answer is the next token but for white space, quotes and brackets; not renormalised.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What log-probabilities say of a question's answers."""
+
+    probabilities: tuple[float, ...]  # one per answer, not renormalised; 0 for one that is not listed
+    unlisted: float  # probability that an answer has at most which is not listed; 0 where all are
+    sharpened: bool  # a distribution without a second candidate: no model's own
+
+
+def read_probabilities(positions: Sequence[dict[str, Any]], answers: Sequence[str]) -> Reading:
+    """Probability that each answer is the next token but for white space, quotes and brackets.
 
     It is read where the reply gets to the point: at the first token that is more than those, or where an answer is
-    likelier than they are, whatever was sampled. Tokens such as "1" and " 1" are one answer. An answer that is not
-    among a position's candidates counts 0: it is less likely than all that are. Answers of several tokens are not
-    found.
+    likelier than they are, whatever was sampled. Tokens such as "1" and " 1" are one answer. Answers of several
+    tokens are not found.
 
     Raises:
         BadReplyError: the log-probabilities are none.
     """
     assert len(set(answers)) == len(answers) > 0
-    found = [0.0] * len(answers)
+    found, candidates = [0.0] * len(answers), [("", 1.0)]
     for position in positions:
         candidates = _candidates(position)
         found = [math.fsum(p for text, p in candidates if text == answer) for answer in answers]
         nothing = math.fsum(p for text, p in candidates if not text)
         if str(position.get("token", "")).strip(_AROUND) or math.fsum(found) >= nothing:
             break
-    return found
+    listed = sorted((p for _, p in candidates), reverse=True)
+    return Reading(
+        tuple(found),
+        unlisted=0.0 if all(found) else max(0.0, min(listed[-1], 1.0 - math.fsum(listed))),
+        sharpened=bool(positions) and listed[0] >= 1.0 - 1e-9 and not any(listed[1:]),
+    )
 
 
 def _candidates(position: dict[str, Any]) -> list[tuple[str, float]]:
-    """Bare text and probability of every token that a position lists, the sampled one included."""
-    listed = list(position.get("top_logprobs") or ())
-    if position.get("token") not in [candidate.get("token") for candidate in listed]:
-        listed.append(position)
+    """Bare text and probability of the likeliest tokens at a position."""
     candidates = []
-    for candidate in listed:
+    for candidate in position.get("top_logprobs") or ():
         token, logprob = candidate.get("token"), candidate.get("logprob")
         if not isinstance(token, str) or not isinstance(logprob, int | float) or math.isnan(logprob):
             raise BadReplyError("a log-probability that is no number")
-        candidates.append((token.strip(_AROUND), math.exp(min(logprob, 1.0))))
-    total = math.fsum(p for _, p in candidates)
-    if total > 1.01:
-        raise BadReplyError(f"log-probabilities of {total:.3g} in all")
-    return candidates
+        candidates.append((token, math.exp(min(logprob, 1.0))))
+    if math.fsum(p for _, p in candidates) > 1.01:
+        raise BadReplyError("log-probabilities of more than 1 in all")
+    sampled = [p for token, p in candidates if token == position.get("token")]
+    others = [(token, p) for token, p in candidates if token != position.get("token")]
+    if others and sampled and sampled[0] < min(p for _, p in others):
+        candidates = others  # it is listed for being sampled: that is chance, and others were as likely
+    return [(token.strip(_AROUND), p) for token, p in candidates]
 
 
 def parse_answer(text: str, answers: Sequence[str], prefix: str = "") -> str | None:

@@ -176,11 +176,11 @@ def _sample(job: PairsJob, source: Source, cluster: Cluster, path: Path, stoppin
 def _write_pairs(job: PairsJob, sources: Sequence[Source], state: Path, output: Path) -> Made:
     """Joins the policies' responses prompt by prompt, and writes the pairs."""
     made = Made()
-    output.unlink(missing_ok=True)
     wanted = job.sampling.pairs_per_prompt
     by_id = [{p.id: p for p in source.prompts} for source in sources]
     rows = [{r["prompt_id"]: r for r in read_rows_streaming(_responses_file(state, s))} for s in sources]
     with RecordWriter(output) as writer:
+        writer.keep(0)
         for ids in chunks(by_id[0], 1000):
             records = []
             for prompt_id in ids:

@@ -113,6 +113,11 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
     if job.push_to_hub is not None:
         check_hub(job.push_to_hub)
     output = Path(job.output).expanduser() if job.output else run_dir / "labels.jsonl"
+    if output.absolute() == Path(job.data.path).expanduser().absolute():
+        raise InputError(
+            f"output must be another file than data.path (got {output} for both): the pairs would be taken for finished "
+            f"labels. Name another output."
+        )
     state = state_folder(run_dir, output, job.output)
     make_folder(run_dir)
     make_folder(state)

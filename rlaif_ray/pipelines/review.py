@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlaif_ray.data.exports import (
     merge_review,
+    must_be_free,
     pull_from_argilla,
     push_to_argilla,
     sample_for_review,
@@ -34,6 +35,8 @@ class Review:
             raise InputError(f"--format must be one of {', '.join(FORMATS)} (got {self.format!r}). Correct it.")
         if self.reviewed is not None and not self.reviewed.is_file():
             raise InputError(f"--reviewed must be a file (got {self.reviewed}, which is none). Correct the path.")
+        if self.sample is not None:
+            must_be_free(self.out)
 
     def after(self, labels: Path, seed: int) -> None:
         """Does what the options ask for with the finished labels, and says where it is."""

@@ -216,6 +216,11 @@ def measured(learner: RewardGroup, examples: Sequence[PairExample]) -> dict[str,
     }
 
 
+def _figure(value: float | None) -> str:
+    """Three digits; a dash where every label is a tie."""
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _sign(number: int) -> int:
     return (number > 0) - (number < 0)
 
@@ -234,8 +239,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, title in (("held_out", "held-out pairs"), ("human", "against people")):
         found = summary["reward_model"].get(name)
         if found:
-            against = f"{found['compared']} (the longer: {found['longer_accuracy']:.3f})"
+            against = f"{found['compared']} (the longer: {_figure(found['longer_accuracy'])})"
             errors = f"Brier {found['brier']:.3f}, ECE {found['ece']:.3f}"
-            yield title, f"accuracy {found['accuracy']:.3f} of {against}, {errors}"
+            yield title, f"accuracy {_figure(found['accuracy'])} of {against}, {errors}"
     yield "peak memory", f"{summary['peak_rss_gb']:.1f} GB"
     yield "model", str(Path("reward_model"))

@@ -48,7 +48,8 @@ def measure(args: Any) -> dict[str, Any]:
     endpoint = context.Process(target=_serve, args=(there, args.latency_s), daemon=True)
     endpoint.start()
     try:
-        askers = {level: _asker(f"http://127.0.0.1:{end.recv()}/v1", level) for level in levels}
+        url = f"http://127.0.0.1:{end.recv()}/v1"
+        askers = {level: _asker(url, level) for level in levels}
         cpu = dict.fromkeys(levels, 0.0)
 
         def ask(level: int, k: int) -> float:

@@ -78,7 +78,9 @@ CONFIG_LEVEL = [
     Wrong("no algorithm", "", ("algorithm.type=null",), ("algorithm.type", "ppo, reinforce, rloo, grpo", "Set it to")),
     Wrong("algorithm by name only", "algorithm: grpo", says=("algorithm must be a mapping", "{type: grpo}")),
     Wrong(
-        "unknown feedback", "feedback: {type: oracle}", says=("feedback.type must be judge", '"oracle"', "Set it to")
+        "unknown feedback",
+        "feedback: {type: oracle}",
+        says=("feedback.type must be one of judge, reward_model, mixture", '"oracle"', "Set it to"),
     ),
     Wrong("list for a template", "feedback: {template: [a]}", says=("feedback.template must be text", "Set it to")),
     Wrong("number for a template", "", ("feedback.template=3",), ("feedback.template must be text", "quotes")),

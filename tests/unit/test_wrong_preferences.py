@@ -116,6 +116,11 @@ CASES = [
     ),
     label("judge that is not there", "judge: {model: ./no}", ("model './no'", "does not exist")),
     label("context too small", "judge: {max_context: 100}", ("the context of judge", "Raise judge.max_context")),
+    label(
+        "output that is the input",
+        "output: pairs.jsonl",
+        ("output must be another file than data.path", "Name another"),
+    ),
     label("output of no known kind", "output: labels.csv", ("labels.csv", ".jsonl or .parquet")),
     label(
         "key that is not set",
