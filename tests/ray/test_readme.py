@@ -17,12 +17,18 @@ TINY = (
     "sampling.max_new_tokens=4 cluster.address=local"
 )
 
+PREFERENCES = "cluster.address=local output={run_dir}/pairs.jsonl run_dir={run_dir}"
+
 # Command in the README -> what a test adds so that it ends soon; None: run elsewhere, as said.
 ADDED: dict[str, str | None] = {
     "make demo": f"ARGS='{TINY} run_dir={{run_dir}}'",
     "make test": None,  # this very run
     ".venv/bin/rlaif train configs/demo/train.yaml --dry-run": "",
     ".venv/bin/rlaif train configs/demo/train.yaml steps=2 run_dir=runs/short": f"{TINY} run_dir={{run_dir}}",
+    ".venv/bin/rlaif pairs configs/demo/pairs.yaml": f"data.limit=3 sampling.max_new_tokens=4 {PREFERENCES}",
+    ".venv/bin/rlaif label configs/demo/label.yaml": None,  # the four in a row: tests/ray/test_preferences.py
+    ".venv/bin/rlaif reward-model configs/demo/reward_model.yaml": None,
+    ".venv/bin/rlaif train configs/demo/train_rm.yaml": None,
     ".venv/bin/python launch/submit.py --address http://HEAD:8265 train configs/demo/train.yaml "
     "run_dir=/shared/runs/first": None,  # tests/ray/test_cluster.py, against a real head
 }
@@ -56,6 +62,8 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         assert "rollout" in done.stdout
         assert "learner:" in done.stdout
         assert not (tmp_path / "run").exists()
+    elif "rlaif pairs" in command:
+        assert (tmp_path / "run/pairs.jsonl").exists()
     else:
         assert "held-out gain" in done.stdout
         assert (tmp_path / "run/policy/model.safetensors").exists()
