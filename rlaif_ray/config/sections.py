@@ -108,6 +108,10 @@ class JudgeConfig(EngineConfig):
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
+    price_in: Annotated[float, Field(ge=0)] = 0.0
+    """What reading a million tokens costs you here, to compare with a price per human label."""
+    price_out: Annotated[float, Field(ge=0)] = 0.0
+    """What writing a million tokens costs you here."""
 
 
 class OpenAIJudge(Config):

@@ -91,7 +91,8 @@ class RememberingAsker:
         self.name, self.identity, self.special = asker.name, asker.identity, asker.special
         self.asked = 0  # questions that went to the judge
         self.recalled = 0  # questions answered from memory, or by another thread's asking
-        self._asker, self._memory = asker, memory
+        self.memory = memory
+        self._asker = asker
         self._lock = threading.Lock()
         self._pending: dict[bytes, threading.Event] = {}
 
@@ -130,7 +131,7 @@ class RememberingAsker:
         others: list[bytes] = []  # another thread is asking these
         for key in places:
             with self._lock:
-                stored = self._memory.get(key)
+                stored = self.memory.get(key)
                 if stored is None:
                     (others if key in self._pending else own).append(key)
                     self._pending.setdefault(key, threading.Event())
@@ -139,10 +140,9 @@ class RememberingAsker:
         try:
             for k, reply in ask([questions[places[key][0]] for key in own]) if own else ():
                 if reply.failure is None:
-                    self._memory.put(own[k], reply)
+                    self.memory.put(own[k], reply)
                 self._done(own[k])
-                self.asked += 1
-                yield from self._same(places[own[k]], reply, counted=1)
+                yield from self._same(places[own[k]], reply, asked=1)
         finally:
             for key in own:
                 self._done(key)
@@ -175,6 +175,8 @@ class RememberingAsker:
         if event is not None:
             event.set()
 
-    def _same(self, indices: Sequence[int], reply: Reply, *, counted: int = 0) -> Iterator[tuple[int, Reply]]:
-        self.recalled += len(indices) - counted
+    def _same(self, indices: Sequence[int], reply: Reply, *, asked: int = 0) -> Iterator[tuple[int, Reply]]:
+        with self._lock:
+            self.asked += asked
+            self.recalled += len(indices) - asked
         yield from ((i, reply) for i in indices)

@@ -83,13 +83,11 @@ class Tally:
     cut: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    cost: float = 0.0
 
     def add(self, record: PreferenceRecord) -> None:
         self.records += 1
         self.tokens_in += record.tokens_in
         self.tokens_out += record.tokens_out
-        self.cost += record.cost
         self.cut += record.cut > 0
         if record.p_a is None:
             self.failures[(record.failed or "unlabelled").split(":")[0]] += 1
@@ -115,8 +113,8 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
     output = Path(job.output).expanduser() if job.output else run_dir / "labels.jsonl"
     if output.absolute() == Path(job.data.path).expanduser().absolute():
         raise InputError(
-            f"output must be another file than data.path (got {output} for both): the pairs would be taken for finished "
-            f"labels. Name another output."
+            f"output must be another file than data.path (got {output} for both): the pairs would be taken for "
+            f"finished labels. Name another output."
         )
     state = state_folder(run_dir, output, job.output)
     make_folder(run_dir)
@@ -126,7 +124,7 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
     with stop_when_asked() as stopping, ExitStack() as stack:
         writer = stack.enter_context(RecordWriter(output))
         writer.keep(writer.count // CHUNK * CHUNK)  # whole chunks: the same calls as without an interruption
-        progress = stack.enter_context(ItemProgress("labels", job.data.limit, "pairs"))
+        progress = stack.enter_context(ItemProgress("labels", _total(job), "pairs"))
         labeler, at_once, asker = stack.enter_context(open_labeler(job, guide, state, progress))
         progress.resume(writer.count)
 
@@ -142,8 +140,9 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
         if stopping():
             raise KeyboardInterrupt
         rate = progress.per_s
+        spent = asker.memory.spent() if asker else 0.0  # what was asked once is paid once
         writer.finish()
-    summary = _summary(job, output, rate, asker)
+    summary = _summary(job, output, rate, asker, spent)
     write_json(run_dir / "summary.json", summary)
     print_table("labels", list(_lines(summary)), run_dir)
     if job.push_to_hub is not None:
@@ -249,7 +248,14 @@ def open_labeler(
             cluster = stack.enter_context(open_cluster(job))
             engines = cluster.start_judges(judge, context=guide.context)
             cluster.wait()
-            asker = LocalAsker(engines, guide.tokenizer, guide.context, judge.model, identity=_judge_identity(job))
+            asker = LocalAsker(
+                engines,
+                guide.tokenizer,
+                guide.context,
+                judge.model,
+                identity=_judge_identity(job),
+                prices=(judge.price_in, judge.price_out),
+            )
             at_once = 1 + judge.replicas  # the next chunk is ready when an engine is
         remembering = RememberingAsker(asker, memory)
         yield make_labeler(job, guide, remembering), at_once, remembering
@@ -272,6 +278,16 @@ def _identity(job: LabelJob, guide: Guide) -> dict[str, Any]:
         "template_hash": guide.hash(job),
         "seed": job.seed,
     }
+
+
+def _total(job: LabelJob) -> int | None:
+    """How many pairs there are, where that is quickly known."""
+    path = Path(job.data.path).expanduser()
+    if path.suffix != ".jsonl" or not path.is_file():
+        return job.data.limit
+    with path.open("rb") as file:
+        lines = sum(1 for line in file if line.strip())
+    return min(lines, job.data.limit or lines)
 
 
 def _skip(records: Iterator[PreferenceRecord], count: int) -> Iterator[PreferenceRecord]:
@@ -311,7 +327,7 @@ def labelled(record: PreferenceRecord, label: Label, job: LabelJob, guide: Guide
     )
 
 
-def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker | None) -> dict[str, Any]:
+def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker | None, spent: float) -> dict[str, Any]:
     """Over all of the output, whichever process labelled it."""
     tally = Tally()
     for record in read_preferences(str(output)):
@@ -334,7 +350,7 @@ def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker |
         "labels_per_s": rate,
         "questions_asked": asker.asked if asker else 0,
         "questions_recalled": asker.recalled if asker else 0,
-        "cost": tally.cost,
+        "cost": spent,
         "human_cost": None if job.label.human_price is None else tally.labels * job.label.human_price,
     }
 
