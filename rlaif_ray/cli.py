@@ -140,6 +140,26 @@ def label(
     _run("label", arguments, plan if dry_run else None, start)
 
 
+@app.command()
+def revise(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Responses, critiques and revisions by a constitution, as records to fine-tune on.
+
+    Goes on where it was ended, when started again with the same output or run_dir.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.constitution import plan_revise
+
+        return plan_revise(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines import constitution
+
+        constitution.revise(loaded)
+
+    _run("revise", arguments, plan if dry_run else None, start)
+
+
 @app.command("reward-model")
 def reward_model(arguments: Arguments, dry_run: DryRun = False) -> None:
     """Trains a reward model on preference records, with soft or hard labels.

@@ -7,6 +7,14 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from rlaif_ray.config.data_sections import (
+    HelpfulConfig,
+    LabelConfig,
+    PairSamplingConfig,
+    PreferenceDataConfig,
+    RevisionConfig,
+    RewardConfig,
+)
 from rlaif_ray.config.sections import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -18,14 +26,10 @@ from rlaif_ray.config.sections import (
     FeedbackConfig,
     JudgeConfig,
     JudgeFeedback,
-    LabelConfig,
     LearnerConfig,
-    PairSamplingConfig,
     PolicyConfig,
     PpoConfig,
-    PreferenceDataConfig,
     PreferenceJudge,
-    RewardConfig,
     SamplingConfig,
     TrackingConfig,
     WeightSyncConfig,
@@ -130,6 +134,23 @@ class PairsJob(Config):
         return self
 
 
+class ReviseJob(Config):
+    """`rlaif revise`: responses, critiques and revisions by a constitution, as records to fine-tune on."""
+
+    policy: PolicyConfig = PolicyConfig()
+    data: DataConfig = DataConfig(shuffle=False)
+    revision: RevisionConfig = RevisionConfig()
+    helpful: HelpfulConfig = HelpfulConfig()
+    rollout: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of samples and of the draw of principles."""
+    run_dir: str | None = None
+    """This run's own folder; default runs/<config>-<time>."""
+    output: str | None = None
+    """The file of records, .jsonl; default revisions.jsonl in run_dir."""
+
+
 class LabelJob(Config):
     """`rlaif label`: AI preference labels for pairs of responses."""
 
@@ -166,6 +187,7 @@ class RewardModelJob(Config):
 JOBS: dict[str, type[Config]] = {
     "train": TrainJob,
     "pairs": PairsJob,
+    "revise": ReviseJob,
     "label": LabelJob,
     "reward-model": RewardModelJob,
 }

@@ -18,7 +18,7 @@ from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Answer, Comparison, Explanation, Label, Message, Question
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.sections import LabelConfig
+    from rlaif_ray.config.data_sections import LabelConfig
     from rlaif_ray.feedback.principles import Constitution, Principle
     from rlaif_ray.feedback.templates import Exemplar, Template
     from rlaif_ray.interfaces import Asker

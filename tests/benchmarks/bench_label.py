@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(args: Any) -> dict[str, Any]:
-    from rlaif_ray.config.sections import LabelConfig
+    from rlaif_ray.config.data_sections import LabelConfig
     from rlaif_ray.feedback.local import LocalAsker
     from rlaif_ray.feedback.preference import PreferenceLabeler
     from rlaif_ray.feedback.templates import load_exemplars, load_template

@@ -132,7 +132,7 @@ def test_labels_are_the_probabilities_of_transformers(labels_file: Path) -> None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlaif_ray.config.sections import LabelConfig
+    from rlaif_ray.config.data_sections import LabelConfig
     from rlaif_ray.feedback.local import LocalAsker
     from rlaif_ray.feedback.preference import PreferenceLabeler
     from rlaif_ray.feedback.templates import load_template

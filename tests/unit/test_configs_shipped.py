@@ -14,7 +14,13 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.y*ml"))
 
 # The first pattern that fits a file's name tells its job. A file that none fits fails: add its pattern.
-JOB_OF_NAME = {"train*": "train", "pairs*": "pairs", "label*": "label", "reward_model*": "reward-model"}
+JOB_OF_NAME = {
+    "train*": "train",
+    "pairs*": "pairs",
+    "label*": "label",
+    "revise*": "revise",
+    "reward_model*": "reward-model",
+}
 
 
 def job_of(file: Path) -> str:

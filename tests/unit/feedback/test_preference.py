@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif_ray.config.sections import LabelConfig, ReasoningConfig
+from rlaif_ray.config.data_sections import LabelConfig, ReasoningConfig
 from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler, averaged, cut_middle
 from rlaif_ray.feedback.principles import load_constitution

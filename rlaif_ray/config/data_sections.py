@@ -1,0 +1,145 @@
+"""Sections of the jobs that make data and of those that learn from it: pairs, labels, revisions, reward models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlaif_ray.config.sections import Config, DataConfig
+
+
+class PairSamplingConfig(Config):
+    """How responses to compare are sampled."""
+
+    responses_per_prompt: Annotated[int, Field(ge=1)] = 2
+    """From each policy."""
+    pairs_per_prompt: Annotated[int, Field(ge=1)] | None = 1
+    """Drawn from all pairs of a prompt's distinct responses; null: all of them."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class PreferenceDataConfig(Config):
+    """Preference records: ours, prompt/response_a/response_b/label rows, or TRL's prompt/chosen/rejected."""
+
+    path: str
+    """A .jsonl or .parquet file, or a hub id."""
+    split: str = "train"
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first this many rows."""
+
+
+class ReasoningConfig(Config):
+    """Chain of thought: the judge first writes a rationale, then answers after reading it."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Rationales per order; their answers are averaged (self-consistency)."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> ReasoningConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"label.reasoning.samples > 1 needs label.reasoning.temperature > 0 (got {self.samples} samples at 0): "
+                f"greedy rationales are all the same. Set a temperature such as 0.5, or samples=1."
+            )
+        return self
+
+
+class LabelConfig(Config):
+    """How two responses are compared."""
+
+    template: str = "helpful"
+    """helpful, harmless, summary, constitution (for principles), or a YAML file of your own."""
+    exemplars: str | None = None
+    """helpful, harmless, summary, constitution, or a YAML file of your own: worked examples before every question."""
+    constitution: str | None = None
+    """default, short, or a YAML file: a principle of it is drawn for every comparison and stands in the question."""
+    principles: tuple[str, ...] | None = None
+    """Only these of the constitution, by id."""
+    reasoning: ReasoningConfig | None = None
+    clamp: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] | None = None
+    """Probabilities are moved into this interval, such as [0.4, 0.6] with a chain of thought (Bai et al.)."""
+    too_long: Literal["fail", "cut_middle"] = "fail"
+    """A question that is too long for the judge is a counted failure, or loses the middle of its prompt (never of a
+    response); a record says how many characters."""
+    human_price: Annotated[float, Field(gt=0)] | None = None
+    """Price of a human label, to compare the cost with."""
+    min_labeled_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The command ends with an error when a smaller share could be labelled; what was labelled is kept."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LabelConfig:
+        problems = []
+        if self.clamp is not None and (self.clamp[0] > 0.5 or abs(self.clamp[0] + self.clamp[1] - 1) > 1e-9):
+            problems.append(
+                f"label.clamp must be [low, high] around one half, such as [0.4, 0.6] (got {list(self.clamp)}): a "
+                f"pair and its mirror image must get labels that add up to 1. Set low to 1 - high."
+            )
+        if self.principles is not None and self.constitution is None:
+            problems.append(
+                "label.principles needs label.constitution (got none): principles are named within a constitution. "
+                "Set label.constitution=default or a file."
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class RevisionConfig(Config):
+    """Critique and revision by a constitution (Bai et al.)."""
+
+    constitution: str = "default"
+    """default, short, or a YAML file."""
+    principles: tuple[str, ...] | None = None
+    """Only these of the constitution, by id."""
+    examples: str | None = "default"
+    """default, or a YAML file of worked critiques and revisions; null: none."""
+    steps: Annotated[int, Field(ge=1)] = 4
+    """Critiques and revisions of each response."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """Of a response, a critique and a revision."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    keep: Literal["last", "all"] = "last"
+    """Which revisions become records to train on."""
+    min_revised_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The command ends with an error when a smaller share of the prompts got a revision; what there is is kept."""
+
+
+class HelpfulConfig(Config):
+    """Answers to harmless prompts, mixed in so that the model stays helpful (Bai et al.)."""
+
+    data: DataConfig | None = None
+    """Prompts to answer without revision; null: none."""
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Of all records, as far as the prompts suffice."""
+
+
+class SupervisedConfig(Config):
+    """Epochs over labelled examples."""
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Examples per optimizer step, over all ranks."""
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Longer examples are left out and counted; default: what the model can read."""
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of the prompts: no prompt is on both sides."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between evaluations on the held-out part; 0: only at the end."""
+
+
+class RewardConfig(SupervisedConfig):
+    """How a reward model learns from preference labels."""
+
+    labels: Literal["soft", "hard"] = "soft"
+    """hard: a label above one half counts as 1, below as 0; ties stay."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """Subtracted from the difference of rewards where the label is certain (0 or 1) (Llama 2, equation 2)."""
+    center: bool = True
+    """Rewards get mean 0 on the preferred responses of the training part; the constants are saved in the model."""
+    human_path: str | None = None
+    """Preference records labelled by people, to measure accuracy against."""

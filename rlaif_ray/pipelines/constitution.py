@@ -1,0 +1,269 @@
+"""`rlaif revise`: responses criticised and revised by a constitution, as records to fine-tune on (Bai et al.)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.data.prompts import load_prompts
+from rlaif_ray.errors import FeedbackError, InputError
+from rlaif_ray.feedback.local import LocalAsker
+from rlaif_ray.feedback.principles import Constitution, eligible, load_constitution
+from rlaif_ray.feedback.remembered import Memory, RememberingAsker
+from rlaif_ray.feedback.revision import Example, Revised, Reviser, Step, load_examples
+from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.models import load_tokenizer
+from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, readable_context
+from rlaif_ray.pipelines.run_folder import (
+    fingerprint,
+    make_folder,
+    must_be_same_run,
+    state_folder,
+    stop_when_asked,
+    write_resolved,
+)
+from rlaif_ray.pipelines.streaming import chunks, in_order
+from rlaif_ray.runtime.cluster import open_cluster
+from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
+from rlaif_ray.tracking.progress import ItemProgress, print_table
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import ReviseJob
+    from rlaif_ray.config.load import Loaded
+    from rlaif_ray.config.sections import DataConfig
+    from rlaif_ray.interfaces import Asker
+    from rlaif_ray.types import Prompt
+
+CHUNK = 64  # prompts that go through all steps side by side
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads before anything starts."""
+
+    prompts: list[Prompt]
+    helpful: list[Prompt]
+    constitution: Constitution
+    examples: tuple[Example, ...]
+    tokenizer: Any
+    context: int  # tokens of an engine
+
+
+def revise(loaded: Loaded) -> dict[str, Any]:
+    """Revises what is not revised yet, and writes the records."""
+    job, run_dir = loaded.config, loaded.run_dir
+    inputs = read_inputs(job)
+    output = Path(job.output).expanduser() if job.output else run_dir / "revisions.jsonl"
+    state = state_folder(run_dir, output, job.output)
+    make_folder(run_dir)
+    make_folder(state)
+    must_be_same_run(state, "revise", _identity(job, inputs))
+    write_resolved(loaded)
+    steps_file, helpful_file = state / "steps.jsonl", state / "helpful.jsonl"
+    with stop_when_asked() as stopping, ExitStack() as stack:
+        memory = Memory(state / "answers.sqlite")
+        stack.callback(memory.close)
+        progress = stack.enter_context(ItemProgress("revisions", len(inputs.prompts) + len(inputs.helpful), "prompts"))
+        progress.note(f"starting engines for {job.policy.model}")
+        cluster = stack.enter_context(open_cluster(job))
+        engines = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context, receives_weights=False)
+        cluster.wait()
+        asker = RememberingAsker(LocalAsker(engines, inputs.tokenizer, inputs.context, job.policy.model), memory)
+        progress.resume(0)
+        at_once = 1 + job.rollout.replicas  # the next prompts are ready when an engine is
+        for path, prompts, steps in (
+            (steps_file, inputs.prompts, job.revision.steps),
+            (helpful_file, inputs.helpful, 0),
+        ):
+            reviser = make_reviser(job, inputs, asker, steps)
+            done = sum(1 for _ in read_rows_streaming(path)) // CHUNK * CHUNK
+            cut_rows(path, done)
+            progress.advance(done)
+            work = in_order(_revised_by(reviser), chunks(prompts[done:], CHUNK), at_once=at_once, stopping=stopping)
+            for chunk, revised in work:
+                append_rows(path, [_row(p, r) for p, r in zip(chunk, revised, strict=True)])
+                progress.advance(len(chunk))
+        if stopping():
+            raise KeyboardInterrupt
+    summary = write_records(job, steps_file, helpful_file, output)
+    write_json(run_dir / "summary.json", summary)
+    print_table("revisions", list(_lines(summary)), run_dir)
+    _enough(summary, job.revision.min_revised_fraction)
+    return summary
+
+
+def _revised_by(reviser: Reviser) -> Callable[[list[Prompt]], list[Revised]]:
+    return lambda prompts: reviser.revise([(prompt.id, prompt.messages) for prompt in prompts])
+
+
+def plan_revise(loaded: Loaded) -> str:
+    """What `--dry-run` shows: actors, and what the model reads at the first step of the first prompt."""
+    job = loaded.config
+    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
+    inputs = read_inputs(job)
+    shown = _Shown(LocalAsker(None, inputs.tokenizer, inputs.context, job.policy.model))
+    make_reviser(job, inputs, shown, steps=1).revise([(inputs.prompts[0].id, inputs.prompts[0].messages)])
+    parts = [placement_table(job, device)]
+    for name, question in zip(("response", "critique", "revision"), shown.questions, strict=False):
+        turns = "\n\n".join(f"<{turn.role}>\n{turn.content}" for turn in question.turns)
+        parts.append(f"asked for a {name} to the first prompt:\n\n{turns}")
+    return "\n\n".join(parts)
+
+
+class _Shown:
+    """An Asker that keeps what it is asked and answers with stand-ins."""
+
+    def __init__(self, asker: LocalAsker) -> None:
+        self.name, self.identity, self.special = asker.name, asker.identity, asker.special
+        self.questions: list[Any] = []
+
+    def fits(self, question: Any) -> bool:
+        return True
+
+    def answer(self, questions: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        raise NotImplementedError
+
+    def explain(self, questions: Sequence[Any], settings: GenerationSettings) -> Iterator[tuple[int, Any]]:
+        from rlaif_ray.types import Explanation
+
+        for i, question in enumerate(questions):
+            self.questions.append(question)
+            yield i, Explanation((f"(what the model writes as number {len(self.questions)})",))
+
+
+def read_inputs(job: ReviseJob) -> Inputs:
+    """Prompts, constitution and examples.
+
+    Raises:
+        InputError: any of them is wrong, or they don't fit together.
+    """
+    cfg, policy = job.revision, job.policy
+    constitution = load_constitution(cfg.constitution, "revision.constitution")
+    eligible(constitution, ("critique_request", "revision_request"), cfg.principles)
+    examples = load_examples(cfg.examples) if cfg.examples else ()
+    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    room = readable_context(policy, job.rollout.max_context, "rollout.max_context")
+    context = job.rollout.max_context or min(JUDGE_CONTEXT, room)
+    shown = sum(len(tokenizer(turn.content)["input_ids"]) for example in examples for turn in example.turns)
+    left = context - shown - 4 * cfg.max_new_tokens  # response, critique, revision, and the requests
+    if left < 64:
+        raise InputError(
+            f"revision.max_new_tokens must leave room for a prompt in {context} tokens of context, of which the "
+            f"examples take {shown} (got {cfg.max_new_tokens}). Lower it, raise rollout.max_context, or set "
+            f"revision.examples=null."
+        )
+    prompts = _prompts(job.data, tokenizer, left)
+    helpful = _prompts(job.helpful.data, tokenizer, left) if job.helpful.data is not None else []
+    wanted = round(len(prompts) * job.helpful.share / (1 - job.helpful.share))
+    return Inputs(prompts, helpful[:wanted], constitution, examples, tokenizer, context)
+
+
+def _prompts(data: DataConfig, tokenizer: Any, longest: int) -> list[Prompt]:
+    return load_prompts(
+        data.path,
+        split=data.split,
+        column=data.column,
+        limit=data.limit,
+        system=data.system,
+        tokenizer=tokenizer,
+        max_prompt_tokens=min(longest, data.max_prompt_tokens or longest),
+        too_long=data.too_long,
+    ).prompts
+
+
+def make_reviser(job: ReviseJob, inputs: Inputs, asker: Asker, steps: int) -> Reviser:
+    cfg = job.revision
+    settings = GenerationSettings(1, cfg.max_new_tokens, cfg.temperature, job.seed)
+    return Reviser(
+        asker,
+        inputs.constitution,
+        steps=steps,
+        response=settings,
+        revision=settings,
+        examples=inputs.examples,
+        only=cfg.principles,
+        seed=job.seed,
+    )
+
+
+def _identity(job: ReviseJob, inputs: Inputs) -> dict[str, Any]:
+    """What a run can't change between its processes."""
+    kept = job.model_dump(mode="json", include={"policy", "data", "helpful", "seed"})
+    revision = job.revision.model_dump(mode="json", exclude={"keep", "min_revised_fraction"})
+    prompts = fingerprint(job.data.path)
+    return {**kept, "revision": revision, "constitution": inputs.constitution.hash, "prompts": prompts}
+
+
+def _row(prompt: Prompt, revised: Revised) -> dict[str, Any]:
+    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    return {**asdict(revised), "prompt": messages}
+
+
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+
+def write_records(job: ReviseJob, steps_file: Path, helpful_file: Path, output: Path) -> dict[str, Any]:
+    """Writes rows of `messages` to fine-tune on, revisions and helpful answers in a drawn order; the summary."""
+    tally: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    principles: Counter[str] = Counter()
+    rows = []
+    for row in read_rows_streaming(steps_file):
+        steps = [Step(**step) for step in row["steps"]]
+        tally["prompts"] += 1
+        tally["revised"] += bool(steps)
+        tally["steps"] += len(steps)
+        principles.update(step.principle for step in steps)
+        if row["failure"]:
+            failures[row["failure"].split(":")[0]] += 1
+        chosen = list(enumerate(steps, start=1))[-1 if job.revision.keep == "last" else 0 :]
+        for number, step in chosen:
+            source = f"revision-{number}"
+            rows.append(_record(f"{row['id']}/{number}", row["prompt"], step.revision, source, step.principle))
+    share = job.helpful.share
+    room = round(len(rows) * share / (1 - share))
+    for row in read_rows_streaming(helpful_file):
+        if row["response"] and not row["failure"] and tally["helpful"] < room:
+            tally["helpful"] += 1
+            rows.append(_record(row["id"], row["prompt"], row["response"], "helpful", None))
+    random.Random(job.seed).shuffle(rows)
+    cut_rows(output, 0)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    append_rows(output, rows)
+    return {
+        "job": "revise",
+        "output": str(output),
+        "records": len(rows),
+        **{name: tally[name] for name in ("prompts", "revised", "steps", "helpful")},
+        "failures": dict(failures),
+        "principles": dict(principles),
+    }
+
+
+def _record(name: str, prompt: list[dict[str, str]], response: str, source: str, principle: str | None) -> Any:
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    return {"id": name, "messages": messages, "source": source, "principle": principle}
+
+
+def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "prompts", f"{summary['prompts']}, {summary['revised']} of them revised"
+    yield "steps", f"{summary['steps']} critiques with revisions, by {len(summary['principles'])} principles"
+    yield "ended early", ", ".join(f"{n} {reason}" for reason, n in summary["failures"].items())
+    yield "helpful", f"{summary['helpful']} answers mixed in" if summary["helpful"] else ""
+    yield "records", str(summary["records"])
+    yield "output", summary["output"]
+
+
+def _enough(summary: dict[str, Any], least: float) -> None:
+    if summary["revised"] < least * summary["prompts"]:
+        raise FeedbackError(
+            f"revision.min_revised_fraction={least:g} of the prompts must get a revision (got {summary['revised']} of "
+            f"{summary['prompts']}; ended early: {summary['failures']}): what there is stays in {summary['output']}. "
+            f"Use a stronger policy.model, examples of your own, or lower the fraction."
+        )
