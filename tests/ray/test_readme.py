@@ -26,6 +26,7 @@ ADDED: dict[str, str | None] = {
     ".venv/bin/rlaif train configs/demo/train.yaml --dry-run": "",
     ".venv/bin/rlaif train configs/demo/train.yaml steps=2 run_dir=runs/short": f"{TINY} run_dir={{run_dir}}",
     ".venv/bin/rlaif pairs configs/demo/pairs.yaml": f"data.limit=3 sampling.max_new_tokens=4 {PREFERENCES}",
+    ".venv/bin/rlaif revise configs/demo/revise.yaml": f"data.limit=2 revision.max_new_tokens=4 {PREFERENCES}",
     ".venv/bin/rlaif label configs/demo/label.yaml": None,  # the four in a row: tests/ray/test_preferences.py
     ".venv/bin/rlaif reward-model configs/demo/reward_model.yaml": None,
     ".venv/bin/rlaif train configs/demo/train_rm.yaml": None,
@@ -62,7 +63,7 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         assert "rollout" in done.stdout
         assert "learner:" in done.stdout
         assert not (tmp_path / "run").exists()
-    elif "rlaif pairs" in command:
+    elif "rlaif pairs" in command or "rlaif revise" in command:
         assert (tmp_path / "run/pairs.jsonl").exists()
     else:
         assert "held-out gain" in done.stdout
