@@ -47,7 +47,14 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
     inputs = read_reward_inputs(job)
     steps = total_steps(job, len(inputs.train))
     resumed = checkpoint.newest(run_dir, job.checkpoint)
-    state = checkpoint.read_state(resumed, job, steps) if resumed else checkpoint.RunState()
+    state = (
+        checkpoint.read_state(resumed, job, steps) if resumed else checkpoint.RunState(prompts={"data": inputs.data})
+    )
+    if state.prompts["data"] != inputs.data:
+        raise InputError(
+            f"{job.data.path} has changed since the checkpoint in run_dir {run_dir}: its batches would be "
+            f"other ones. Restore the file, use another run_dir, or checkpoint.resume=never to start over."
+        )
     make_folder(run_dir)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
     with (
