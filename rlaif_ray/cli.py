@@ -160,6 +160,26 @@ def revise(arguments: Arguments, dry_run: DryRun = False) -> None:
     _run("revise", arguments, plan if dry_run else None, start)
 
 
+@app.command()
+def sft(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Supervised fine-tuning on conversations: the loss is on the assistant's tokens only.
+
+    A run goes on from its newest checkpoint when its run_dir has one.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.supervised import plan_sft
+
+        return plan_sft(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines.supervised import fine_tune
+
+        fine_tune(loaded)
+
+    _run("sft", arguments, plan if dry_run else None, start)
+
+
 @app.command("reward-model")
 def reward_model(arguments: Arguments, dry_run: DryRun = False) -> None:
     """Trains a reward model on preference records, with soft or hard labels.

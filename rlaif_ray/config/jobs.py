@@ -14,6 +14,7 @@ from rlaif_ray.config.data_sections import (
     PreferenceDataConfig,
     RevisionConfig,
     RewardConfig,
+    SupervisedConfig,
 )
 from rlaif_ray.config.sections import (
     AlgorithmConfig,
@@ -168,6 +169,22 @@ class LabelJob(Config):
     """A data set on the hub to push the records to, owner/name."""
 
 
+class SftJob(Config):
+    """`rlaif sft`: supervised fine-tuning on conversations."""
+
+    policy: PolicyConfig = PolicyConfig()
+    data: PreferenceDataConfig
+    """Rows of `messages`, or of prompt and response."""
+    sft: SupervisedConfig = SupervisedConfig()
+    learner: LearnerConfig = LearnerConfig(lr=1e-5)
+    cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    run_dir: str | None = None
+    """This run's own folder, the model in its policy/; default runs/<config>-<time>."""
+
+
 class RewardModelJob(Config):
     """`rlaif reward-model`: a reward model from preference records."""
 
@@ -189,5 +206,6 @@ JOBS: dict[str, type[Config]] = {
     "pairs": PairsJob,
     "revise": ReviseJob,
     "label": LabelJob,
+    "sft": SftJob,
     "reward-model": RewardModelJob,
 }

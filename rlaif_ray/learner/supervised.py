@@ -1,7 +1,7 @@
 """Learner ranks that train on given examples: reward models now, and whatever else has a loss per example.
 
-As in RL, what a rank computes is decided outside, and every loss is divided by the number of examples of the whole
-minibatch: neither micro-batching, order, ranks nor ZeRO stage change a gradient.
+As in RL, what a rank computes is decided outside, and every loss is divided by the number of examples (or tokens) of
+the whole minibatch: neither micro-batching, order, ranks nor ZeRO stage change a gradient.
 
 Letters: E examples of a micro-batch, S sequences (two for each pair).
 """
@@ -83,6 +83,10 @@ class SupervisedRank(ABC, Generic[Example]):
     def _losses(self, examples: Sequence[Example]) -> tuple[Tensor, Sums]:
         """(E,) losses, which carry the gradient, and sums of what else is to be logged."""
 
+    def _size(self, examples: Sequence[Example]) -> int:
+        """What the sum of a minibatch's losses is divided by."""
+        return len(examples)
+
     def train(self, examples: Sequence[Example], plan: RankPlan) -> Sums:
         """One optimizer step over all `examples`, of which `plan` says what this rank computes.
 
@@ -93,7 +97,7 @@ class SupervisedRank(ABC, Generic[Example]):
             # A place-holder takes part in the collectives, no more.
             losses, logged = self._losses([examples[i] for i in micro or (0,)])
             # DeepSpeed averages over ranks; our denominator is global already.
-            scale = self._spec.world_size / len(examples) if micro else 0.0
+            scale = self._spec.world_size / self._size(examples) if micro else 0.0
             deepspeed_door.backward(self._engine, losses.sum() * scale, last=k == len(plan) - 1)
             share = 1.0 if micro else 0.0
             logged |= {"examples": float(len(losses)), "loss": float(losses.detach().double().sum())}

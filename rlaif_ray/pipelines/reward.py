@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import brier, expected_calibration_error, pairwise_accuracy
 from rlaif_ray.learner.supervised import PairExample, ends_with
 from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.contexts import readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.supervised import SupervisedRun, start_state, total_steps
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
@@ -45,16 +44,8 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_reward_inputs(job)
-    steps = total_steps(job, len(inputs.train))
-    resumed = checkpoint.newest(run_dir, job.checkpoint)
-    state = (
-        checkpoint.read_state(resumed, job, steps) if resumed else checkpoint.RunState(prompts={"data": inputs.data})
-    )
-    if state.prompts["data"] != inputs.data:
-        raise InputError(
-            f"{job.data.path} has changed since the checkpoint in run_dir {run_dir}: its batches would be "
-            f"other ones. Restore the file, use another run_dir, or checkpoint.resume=never to start over."
-        )
+    steps = total_steps(job.reward, len(inputs.train))
+    state, resumed = start_state(job, run_dir, steps, inputs.data)
     make_folder(run_dir)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
     with (
@@ -67,24 +58,8 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
         learner = cluster.start_reward_learner(steps)
         cluster.wait()
         track.watch_processes(cluster.pids)
-        if resumed:
-            learner.load_checkpoint(str(resumed))
-            track.note(f"resumed from {resumed}")
-        while state.step < steps and not stopping():
-            step = state.step + 1
-            with track.step(step) as metrics:
-                with metrics.phase("update"):
-                    metrics.add(learner.train(batch_of(job, inputs.train, step)))
-                state.step = step
-                if checkpoint.due(step, job.reward.evaluate_every) and step < steps:
-                    with metrics.phase("evaluation"):
-                        track.evaluation(step, {"held_out": measured(learner, inputs.held_out)})
-            if checkpoint.due(step, job.checkpoint.every, last=steps):
-                with track.phase("checkpoint"):
-                    checkpoint.save(run_dir, job, learner, state)
-        if state.step < steps:
-            checkpoint.save(run_dir, job, learner, state)
-            raise KeyboardInterrupt
+        run = SupervisedRun(job, job.reward, run_dir, track, learner, state, resumed, steps)
+        run.train(inputs.train, lambda: {"held_out": measured(learner, inputs.held_out)}, stopping)
         with track.phase("evaluation"):
             results = {"held_out": measured(learner, inputs.held_out), "human": measured(learner, inputs.human)}
             track.evaluation(steps, results)
@@ -109,21 +84,6 @@ def plan_reward_model(loaded: Loaded) -> str:
     job = loaded.config
     device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
     return placement_table(job, device)
-
-
-def total_steps(job: RewardModelJob, examples: int) -> int:
-    """Optimizer steps of the whole run; the last batch of an epoch may be smaller."""
-    return job.reward.epochs * math.ceil(examples / job.reward.batch_size)
-
-
-def batch_of(job: RewardModelJob, examples: Sequence[PairExample], step: int) -> list[PairExample]:
-    """The examples of a step (from 1): every one once an epoch, in a seeded order, another each epoch."""
-    size = job.reward.batch_size
-    per_epoch = math.ceil(len(examples) / size)
-    epoch, place = divmod(step - 1, per_epoch)
-    order = list(range(len(examples)))
-    random.Random(f"{job.seed}/{epoch}").shuffle(order)
-    return [examples[i] for i in order[place * size : (place + 1) * size]]
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------

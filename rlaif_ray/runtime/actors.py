@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlaif_ray.config.jobs import SftJob, TrainJob
 from rlaif_ray.models import resolve_model
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rlaif_ray.data.batching import RankPlan
     from rlaif_ray.interfaces import GenerationSettings
     from rlaif_ray.learner.engine import RankSpec
+    from rlaif_ray.learner.finetune import SftExample
     from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.rollout.vllm_engine import EngineSpec
     from rlaif_ray.types import Completion, Experience, Prompt, Score, TokenAnswer, TokenQuery
@@ -102,14 +104,17 @@ class LearnerActor(Actor):
         """Loads what the job (one of config/jobs.py) trains; `total_steps` where they follow from the data."""
         timeout_s = job.cluster.start_timeout_s
         self._learner: Any
-        if total_steps is None:
+        if isinstance(job, TrainJob):
             from rlaif_ray.learner.ppo import RlRank
 
             self._learner = RlRank(job, spec, precision, start_timeout_s=timeout_s)
         else:
+            from rlaif_ray.learner.finetune import SftRank
             from rlaif_ray.learner.supervised import RewardRank
 
-            self._learner = RewardRank(job, spec, precision, total_steps=total_steps, start_timeout_s=timeout_s)
+            assert total_steps is not None
+            rank = SftRank if isinstance(job, SftJob) else RewardRank
+            self._learner = rank(job, spec, precision, total_steps=total_steps, start_timeout_s=timeout_s)
         self._sends = spec.rank == 0
         self._senders: list[Any] = []
 
@@ -129,13 +134,17 @@ class LearnerActor(Actor):
     def save_policy(self, folder: str) -> None:
         self._learner.save_policy(folder)
 
-    def train(self, examples: Sequence[PairExample], plan: RankPlan) -> dict[str, float]:
+    def train(self, examples: Sequence[Any], plan: RankPlan) -> dict[str, float]:
         sums: dict[str, float] = self._learner.train(examples, plan)
         return sums
 
     def rewards(self, examples: Sequence[PairExample], plan: RankPlan) -> dict[int, tuple[float, float]]:
         rewards: dict[int, tuple[float, float]] = self._learner.rewards(examples, plan)
         return rewards
+
+    def losses(self, examples: Sequence[SftExample], plan: RankPlan) -> dict[int, float]:
+        losses: dict[int, float] = self._learner.losses(examples, plan)
+        return losses
 
     def save_model(self, folder: str, center: dict[str, float] | None) -> None:
         self._learner.save_model(folder, center)

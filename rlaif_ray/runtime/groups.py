@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 import torch
@@ -18,10 +18,14 @@ from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.types import Experience, Score, TokenAnswer
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import RewardModelJob, TrainJob
+    from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.interfaces import GenerationSettings
+    from rlaif_ray.learner.finetune import SftExample
     from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.types import Completion, Prompt, Sample, TokenQuery
+
+
+Example = TypeVar("Example", bound=Sized)
 
 
 class EngineGroup:
@@ -151,46 +155,38 @@ class LearnerGroup:
         gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
 
 
-class RewardGroup:
-    """A reward model in training over ranks."""
+class SupervisedGroup(Generic[Example]):
+    """A model in supervised training over ranks."""
 
-    def __init__(self, actors: list[Any], job: RewardModelJob) -> None:
+    def __init__(self, actors: list[Any], job: Any) -> None:
         self.actors = actors
         self._job, self._timeout_s = job, job.cluster.call_timeout_s
 
-    def train(self, examples: Sequence[PairExample]) -> dict[str, float]:
+    def train(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer step; returns metrics by name."""
-        shared = ray.put(list(examples))
-        refs = [actor.train.remote(shared, plan) for actor, plan in zip(self.actors, self._plan(examples), strict=True)]
-        parts = gather(refs, who="learner ranks (update)", timeout_s=self._timeout_s)
+        parts = self._planned("train", examples)
+        sums = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
+        # Of all ranks the same, so no sums.
+        return self._metrics(sums | {name: float(parts[0][name]) for name in ("grad_norm", "lr")})
 
-        def total(name: str) -> float:
-            return float(sum(part[name] for part in parts))
+    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        raise NotImplementedError
 
-        count = total("examples")
-        return {
-            "reward_model/loss": total("loss") / count,
-            "reward_model/accuracy": total("correct") / max(1.0, total("decided")),
-            "reward_model/margin": total("margin") / count,
-            "reward_model/grad_norm": parts[0]["grad_norm"],
-            "reward_model/lr": parts[0]["lr"],
-        }
-
-    def rewards(self, examples: Sequence[PairExample]) -> list[tuple[float, float]]:
-        """Rewards of a and b of each example."""
-        shared = ray.put(list(examples))
-        refs = [
-            actor.rewards.remote(shared, plan) for actor, plan in zip(self.actors, self._plan(examples), strict=True)
-        ]
-        found: dict[int, tuple[float, float]] = {}
-        for part in gather(refs, who="learner ranks (rewards)", timeout_s=self._timeout_s):
-            found |= part
-        return [found[i] for i in range(len(examples))]
-
-    def _plan(self, examples: Sequence[PairExample]) -> list[Any]:
+    def _planned(self, verb: str, examples: Sequence[Example]) -> list[Any]:
+        """What each rank says of its share."""
         learner = self._job.learner
         lengths = [len(example) for example in examples]
-        return plan_ranks(range(len(examples)), lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
+        plans = plan_ranks(range(len(examples)), lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
+        shared = ray.put(list(examples))
+        refs = [getattr(actor, verb).remote(shared, plan) for actor, plan in zip(self.actors, plans, strict=True)]
+        return gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
+
+    def _of_each(self, verb: str, examples: Sequence[Example]) -> list[Any]:
+        """What the ranks say of each example, in order."""
+        found: dict[int, Any] = {}
+        for part in self._planned(verb, examples):
+            found |= part
+        return [found[i] for i in range(len(examples))]
 
     def save_checkpoint(self, folder: str) -> None:
         self._all("save_checkpoint", folder)
@@ -198,12 +194,46 @@ class RewardGroup:
     def load_checkpoint(self, folder: str) -> None:
         self._all("load_checkpoint", folder)
 
-    def save_model(self, folder: str, center: dict[str, float] | None) -> None:
+    def save_model(self, folder: str, center: dict[str, float] | None = None) -> None:
         self._all("save_model", folder, center)
 
     def _all(self, verb: str, *arguments: Any) -> None:
         refs = [getattr(actor, verb).remote(*arguments) for actor in self.actors]
         gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
+
+
+class RewardGroup(SupervisedGroup["PairExample"]):
+    """A reward model in training."""
+
+    def rewards(self, examples: Sequence[PairExample]) -> list[tuple[float, float]]:
+        """Rewards of a and b of each example."""
+        return self._of_each("rewards", examples)
+
+    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {
+            "reward_model/loss": sums["loss"] / sums["examples"],
+            "reward_model/accuracy": sums["correct"] / max(1.0, sums["decided"]),
+            "reward_model/margin": sums["margin"] / sums["examples"],
+            "reward_model/grad_norm": sums["grad_norm"],
+            "reward_model/lr": sums["lr"],
+        }
+
+
+class SftGroup(SupervisedGroup["SftExample"]):
+    """A language model in fine-tuning."""
+
+    def losses(self, examples: Sequence[SftExample]) -> list[float]:
+        """Sum of -log p over the trained tokens of each example."""
+        return self._of_each("losses", examples)
+
+    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {
+            "sft/loss": sums["loss"] / sums["tokens"],
+            "sft/entropy": sums["entropy"] / sums["tokens"],
+            "sft/tokens": sums["tokens"],
+            "sft/grad_norm": sums["grad_norm"],
+            "sft/lr": sums["lr"],
+        }
 
 
 def _experience(samples: Sequence[Sample], found: dict[int, dict[str, torch.Tensor]]) -> Experience:

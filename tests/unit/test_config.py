@@ -212,7 +212,15 @@ def test_a_key_at_the_wrong_level_says_where_it_lives(write: Write) -> None:
 
 
 # What has no default: the user's own data.
-REQUIRED = {"label": ["data.path=pairs.jsonl"], "reward-model": ["data.path=labels.jsonl"]}
+REQUIRED = {
+    "sft": ["data.path=revisions.jsonl"],
+    "label": ["data.path=pairs.jsonl"],
+    "reward-model": ["data.path=labels.jsonl"],
+}
+    "sft": ["data.path=revisions.jsonl"],
+    "label": ["data.path=pairs.jsonl"],
+    "reward-model": ["data.path=labels.jsonl"],
+}
 
 
 def test_every_default_config_is_valid() -> None:

@@ -19,6 +19,7 @@ JOB_OF_NAME = {
     "pairs*": "pairs",
     "label*": "label",
     "revise*": "revise",
+    "sft*": "sft",
     "reward_model*": "reward-model",
 }
 

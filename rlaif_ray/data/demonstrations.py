@@ -1,0 +1,82 @@
+"""Conversations to learn from: rows of `messages`, or of a prompt and a response. Read as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rlaif_ray.data.preferences import _rows_of
+from rlaif_ray.data.prompts import _got, _message, _nearest, _Row
+from rlaif_ray.errors import InputError
+from rlaif_ray.types import Message
+
+_FORMS = (("messages",), ("prompt", "response"))
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """One conversation; the assistant's turns are what is learned."""
+
+    place: str  # "file.jsonl, line 3", for messages
+    messages: tuple[Message, ...]  # with at least one turn of the assistant, after one of the user
+
+
+def read_demonstrations(path: str, *, split: str = "train", limit: int | None = None) -> Iterator[Demonstration]:
+    """The conversations of a .jsonl or .parquet file or a hub data set, in order.
+
+    `messages` are what `rlaif revise` writes and TRL reads; other columns are left alone.
+
+    Raises:
+        InputError: at the first wrong row, naming file and line; those before it have been given out by then.
+    """
+    count = 0
+    for row in _rows_of(path, split)():
+        if limit is not None and count >= limit:
+            return
+        count += 1
+        yield _demonstration(row)
+    if not count:
+        raise InputError(f"the conversations {path} have no rows (got an empty data set). Give a file with some.")
+
+
+def _demonstration(row: _Row) -> Demonstration:
+    form = next((form for form in _FORMS if all(name in row.cells for name in form)), None)
+    if form is None:
+        hint = _nearest("messages", row.cells)
+        raise InputError(
+            f"{row.place}: a row must have messages, or prompt and response (its columns: "
+            f"{', '.join(row.cells) or 'none'}).{hint} Rename a column."
+        )
+    if form == ("messages",):
+        value = row.cells["messages"]
+        if not isinstance(value, list):
+            raise InputError(
+                f"{row.place}: messages must be a list of {{role, content}} (got {_got(value)}). Correct it."
+            )
+        messages = tuple(_message(entry, index, row.place, "messages") for index, entry in enumerate(value))
+    else:
+        messages = (*_prompt(row), Message("assistant", _text(row, "response")))
+    for before, turn in zip((None, *messages), messages, strict=False):
+        if turn.role == "assistant" and (before is None or before.role != "user"):
+            raise InputError(f"{row.place}: a turn of the assistant must follow one of the user. Correct the turns.")
+        if turn.role == "assistant" and not turn.content.strip():
+            raise InputError(
+                f"{row.place}: a turn of the assistant is empty: there is nothing to learn. Remove the row."
+            )
+    if not any(turn.role == "assistant" for turn in messages):
+        raise InputError(f"{row.place}: there is no turn of the assistant to learn from. Add one or remove the row.")
+    return Demonstration(row.place, messages)
+
+
+def _prompt(row: _Row) -> tuple[Message, ...]:
+    value = row.cells["prompt"]
+    if isinstance(value, list):
+        return tuple(_message(entry, index, row.place, "prompt") for index, entry in enumerate(value))
+    return (Message("user", _text(row, "prompt")),)
+
+
+def _text(row: _Row, column: str) -> str:
+    value = row.cells[column]
+    if not isinstance(value, str):
+        raise InputError(f"{row.place}: {column} must be text (got {_got(value)}). Correct it.")
+    return value

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning of a language model: cross-entropy on the assistant's tokens, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+from rlaif_ray.learner.engine import CausalPolicy
+from rlaif_ray.learner.packing import build_input
+from rlaif_ray.learner.supervised import Sums, SupervisedRank
+from rlaif_ray.models import load_causal_lm
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import SftJob
+    from rlaif_ray.data.batching import RankPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SftExample:
+    """One turn of the assistant in tokens, and all that stands before it."""
+
+    prompt: tuple[int, ...]  # never empty
+    response: tuple[int, ...]  # with what ends a turn; never empty
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+class SftRank(SupervisedRank[SftExample]):
+    """One rank that fine-tunes a language model."""
+
+    _job: SftJob
+
+    def _load(self, name: str, **how: Any) -> Any:
+        return load_causal_lm(name, **how)
+
+    def _module(self, model: Any) -> torch.nn.Module:
+        return CausalPolicy(model)
+
+    def _size(self, examples: Sequence[SftExample]) -> int:
+        """Tokens that are trained on: every one weighs the same, whatever the length of its turn."""
+        return sum(len(example.response) for example in examples)
+
+    def _losses(self, examples: Sequence[SftExample]) -> tuple[Tensor, Sums]:
+        batch = build_input(
+            [e.prompt for e in examples], [e.response for e in examples], packed=self._packed, device=self.device
+        )
+        logprobs, entropy = token_logprobs_and_entropy(self._engine(batch), batch.targets, 1.0)
+        parts = logprobs.split([len(e.response) for e in examples])
+        tokens = float(self._size(examples))
+        return -torch.stack([part.sum() for part in parts]), {"tokens": tokens, "entropy": float(entropy.sum())}
+
+    @torch.no_grad()
+    def losses(self, examples: Sequence[SftExample], plan: RankPlan) -> dict[int, float]:
+        """Sum of -log p over the tokens of each turn in this rank's plan, by index."""
+        found = {}
+        for micro in plan:
+            values, _ = self._losses([examples[i] for i in micro or (0,)])
+            found.update({i: float(values[k]) for k, i in enumerate(micro)})
+        return found
+
+    def save_model(self, folder: str, center: object = None) -> None:
+        """A Hugging Face folder for AutoModelForCausalLM; under ZeRO-3 all ranks help gather."""
+        self._save_folder(folder, lambda config, tokenizer: None)

@@ -1,0 +1,218 @@
+"""`rlaif sft`: supervised fine-tuning; and the loop that every supervised job shares."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from rlaif_ray.data.chat import ChatRenderer
+from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
+from rlaif_ray.errors import InputError
+from rlaif_ray.learner.finetune import SftExample
+from rlaif_ray.models import load_tokenizer
+from rlaif_ray.pipelines import checkpoint
+from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
+from rlaif_ray.runtime.cluster import open_cluster
+from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking import open_tracker
+from rlaif_ray.tracking.progress import print_table
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.data_sections import SupervisedConfig
+    from rlaif_ray.config.jobs import SftJob
+    from rlaif_ray.config.load import Loaded
+    from rlaif_ray.runtime.groups import SftGroup
+    from rlaif_ray.tracking import Tracker
+
+Example = TypeVar("Example")
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+
+def total_steps(cfg: SupervisedConfig, examples: int) -> int:
+    """Optimizer steps of the whole run; the last batch of an epoch may be smaller."""
+    return cfg.epochs * math.ceil(examples / cfg.batch_size)
+
+
+def batch_of(cfg: SupervisedConfig, examples: Sequence[Example], step: int, seed: int) -> list[Example]:
+    """The examples of a step (from 1): every one once an epoch, in a seeded order, another each epoch."""
+    per_epoch = math.ceil(len(examples) / cfg.batch_size)
+    epoch, place = divmod(step - 1, per_epoch)
+    order = list(range(len(examples)))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return [examples[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
+
+
+def start_state(job: Any, run_dir: Path, steps: int, data: str) -> tuple[checkpoint.RunState, Path | None]:
+    """Where a run begins, and the checkpoint that it goes on from; `data` is the data's fingerprint.
+
+    Raises:
+        InputError: there is a checkpoint of another run, or of other data.
+    """
+    resumed = checkpoint.newest(run_dir, job.checkpoint)
+    if resumed is None:
+        return checkpoint.RunState(prompts={"data": data}), None
+    state = checkpoint.read_state(resumed, job, steps)
+    if state.prompts["data"] != data:
+        raise InputError(
+            f"{job.data.path} has changed since the checkpoint in run_dir {run_dir}: its batches would be other ones. "
+            f"Restore the file, use another run_dir, or checkpoint.resume=never to start over."
+        )
+    return state, resumed
+
+
+@dataclass(slots=True)
+class SupervisedRun:
+    """Epochs of a supervised job, from where it begins to its last step."""
+
+    job: Any  # one of config/jobs.py with checkpoint and seed
+    cfg: SupervisedConfig
+    run_dir: Path
+    track: Tracker
+    learner: Any  # a SupervisedGroup
+    state: checkpoint.RunState
+    resumed: Path | None
+    steps: int
+
+    def train(
+        self, examples: Sequence[Any], evaluate: Callable[[], dict[str, Any]], stopping: Callable[[], bool]
+    ) -> None:
+        """Takes all steps that are left; evaluates and writes checkpoints when they are due.
+
+        Raises:
+            KeyboardInterrupt: it was asked to stop; a checkpoint is written.
+        """
+        job, state = self.job, self.state
+        if self.resumed is not None:
+            self.learner.load_checkpoint(str(self.resumed))
+            self.track.note(f"resumed from {self.resumed}")
+        while state.step < self.steps and not stopping():
+            step = state.step + 1
+            with self.track.step(step) as metrics:
+                with metrics.phase("update"):
+                    metrics.add(self.learner.train(batch_of(self.cfg, examples, step, job.seed)))
+                state.step = step
+                if checkpoint.due(step, self.cfg.evaluate_every) and step < self.steps:
+                    with metrics.phase("evaluation"):
+                        self.track.evaluation(step, evaluate())
+            if checkpoint.due(step, job.checkpoint.every, last=self.steps):
+                with self.track.phase("checkpoint"):
+                    checkpoint.save(self.run_dir, job, self.learner, state)
+        if state.step < self.steps:
+            checkpoint.save(self.run_dir, job, self.learner, state)
+            raise KeyboardInterrupt
+
+
+# ---- Fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SftInputs:
+    """Examples, read and checked before anything starts."""
+
+    train: list[SftExample]
+    held_out: list[SftExample]
+    too_long: int  # turns left out
+    data: str  # fingerprint
+
+
+def fine_tune(loaded: Loaded) -> dict[str, Any]:
+    """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
+    job, run_dir = loaded.config, loaded.run_dir
+    inputs = read_sft_inputs(job)
+    steps = total_steps(job.sft, len(inputs.train))
+    state, resumed = start_state(job, run_dir, steps, inputs.data)
+    make_folder(run_dir)
+    tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
+    with (
+        open_cluster(job) as cluster,
+        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
+        stop_when_asked() as stopping,
+    ):
+        write_resolved(loaded)
+        track.note(f"{len(inputs.train)} turns to learn, {len(inputs.held_out)} held out; starting the learner")
+        learner = cluster.start_sft_learner(steps)
+        cluster.wait()
+        track.watch_processes(cluster.pids)
+        run = SupervisedRun(job, job.sft, run_dir, track, learner, state, resumed, steps)
+        run.train(inputs.train, lambda: {"held_out": held_out_loss(learner, inputs.held_out)}, stopping)
+        with track.phase("evaluation"):
+            results = held_out_loss(learner, inputs.held_out)
+            track.evaluation(steps, {"held_out": results})
+        with track.phase("saving the policy"):
+            learner.save_model(str((run_dir / "policy").absolute()))
+        found = {"job": "sft", "turns": len(inputs.train), "too_long": inputs.too_long, "sft": {"held_out": results}}
+        summary = track.summary(found)
+    print_table(run_dir.name, list(_lines(summary)), run_dir)
+    return summary
+
+
+def plan_sft(loaded: Loaded) -> str:
+    """What `--dry-run` shows beside the resolved config."""
+    device: Literal["cpu", "cuda"] = "cuda" if loaded.config.cluster.device == "gpu" else "cpu"
+    return placement_table(loaded.config, device)
+
+
+def read_sft_inputs(job: SftJob) -> SftInputs:
+    """Every turn of the assistant as an example, split by conversation.
+
+    Raises:
+        InputError: the data or the model is wrong, or nothing is left to learn.
+    """
+    policy, cfg = job.policy, job.sft
+    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
+    render = ChatRenderer(tokenizer)
+    train: list[SftExample] = []
+    held_out: list[SftExample] = []
+    too_long = 0
+    for row in read_demonstrations(job.data.path, split=job.data.split, limit=job.data.limit):
+        turns = list(_examples(row, render, tokenizer))
+        short = [turn for turn in turns if len(turn) <= room]
+        too_long += len(turns) - len(short)
+        (held_out if is_held_out(row, cfg.held_out_fraction, job.seed) else train).extend(short)
+    if not train:
+        raise InputError(
+            f"{job.data.path} has no turn to learn (got {len(held_out)} held out, {too_long} too long for {room} "
+            f"tokens). Raise sft.max_tokens, or lower sft.held_out_fraction."
+        )
+    return SftInputs(train, held_out, too_long, fingerprint(job.data.path))
+
+
+def _examples(row: Demonstration, render: ChatRenderer, tokenizer: Any) -> Iterator[SftExample]:
+    """What stands before a turn is rendered as it is when the model is asked, so that it learns what it will see."""
+    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    for i, turn in enumerate(row.messages):
+        if turn.role == "assistant":
+            text = tokenizer(turn.content, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            yield SftExample(render.tokens(row.messages[:i], row.place), (*text["input_ids"], *end))
+
+
+def is_held_out(row: Demonstration, fraction: float, seed: int) -> bool:
+    """By the first request's text alone: no conversation about it is on both sides."""
+    text = next(turn.content for turn in row.messages if turn.role == "user")
+    digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64 < fraction
+
+
+def held_out_loss(learner: SftGroup, examples: Sequence[SftExample]) -> dict[str, Any] | None:
+    """Mean -log p of a token, in nats, over held-out turns; None without any."""
+    if not examples:
+        return None
+    tokens = sum(len(example.response) for example in examples)
+    return {"loss": math.fsum(learner.losses(examples)) / tokens, "tokens": tokens, "turns": len(examples)}
+
+
+def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "steps", f"{summary['steps']} of {summary['total_steps']}, {summary['turns']} turns"
+    yield "left out", f"{summary['too_long']} turns, too long" if summary["too_long"] else ""
+    found = summary["sft"].get("held_out")
+    yield "held-out loss", f"{found['loss']:.4f} nats a token, {found['turns']} turns" if found else ""
+    yield "peak memory", f"{summary['peak_rss_gb']:.1f} GB"
+    yield "model", str(Path("policy"))
