@@ -217,10 +217,6 @@ REQUIRED = {
     "label": ["data.path=pairs.jsonl"],
     "reward-model": ["data.path=labels.jsonl"],
 }
-    "sft": ["data.path=revisions.jsonl"],
-    "label": ["data.path=pairs.jsonl"],
-    "reward-model": ["data.path=labels.jsonl"],
-}
 
 
 def test_every_default_config_is_valid() -> None:
