@@ -55,6 +55,12 @@ class _Server:
         await site.start()
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        assert self._runner.server is not None
+        return len(self._runner.server.connections)
+
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         raise NotImplementedError
 

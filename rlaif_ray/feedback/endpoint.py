@@ -147,10 +147,11 @@ class Endpoint:
         if status == 413 or (status in (400, 422) and _TOO_LONG.search(f"{error.code} {said}")):
             return NoReplyError("too_long")
         if status in (400, 422):
-            about = error.param if error.param in body else None
-            if body.get("n", 1) > 1 and (about == "n" or re.search(r"\bn\b", said)):
+            if body.get("n", 1) > 1 and (error.param == "n" or re.search(r"\bn\b", said)):
                 return OneAtATimeError()
-            if about is not None and about not in ("messages", "model"):
+            ours = [key for key in body if key not in ("model", "messages", "n")]
+            about = next((key for key in ours if key == error.param or re.search(rf"\b{key}\b", said)), None)
+            if about is not None:
                 return InputError(
                     f"the endpoint {self.url} does not take {about}={body[about]!r} {got}. Set it to what "
                     f"judge.model={self._cfg.model} takes through judge.extra_body; where it has no log-probabilities, "
@@ -162,15 +163,16 @@ class Endpoint:
     def _said(self, error: APIError) -> str:
         body = error.body
         text = str(body.get("message") or body) if isinstance(body, dict) else str(body or error.message)
-        return self._masked(" ".join(text.split())[:300])
+        return self._masked(text)
 
     def _masked(self, text: str) -> str:
-        """`text` without the key: some endpoints say it back."""
-        return text if self._key == DUMMY_KEY else text.replace(self._key, "***")
+        """`text` on one line and not too long, without the key: some endpoints say it back."""
+        text = text if self._key == DUMMY_KEY else text.replace(self._key, "***")
+        return " ".join(text.split())[:300]
 
 
 def shown_url(url: str) -> str:
-    """The address without what may be secret in it. Raises InputError when it is none."""
+    """The address as messages and records have it. Raises InputError when it is none, or holds a secret."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -181,7 +183,13 @@ def shown_url(url: str) -> str:
             "judge.base_url (or OPENAI_BASE_URL) must be an address such as http://localhost:8000/v1 "
             f"(got {url.rpartition('@')[2]!r}): nothing can be reached there. Write it with http:// or https://."
         )
-    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+    if parts.username is not None:
+        raise InputError(
+            f"judge.base_url (or OPENAI_BASE_URL) must not hold a user or password (got one before @{host}): it is "
+            f"written into logs and records. Put the key into the environment variable that judge.api_key_env names."
+        )
+    shown_host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{shown_host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 
 
 def read_key(cfg: OpenAIJudge, url: str, *, needed: bool) -> str:

@@ -172,11 +172,10 @@ class OpenAIAsker:
                 yield item
             last = item
         finally:
-            # The caller wants no more. (A forgotten generator is collected by any thread: the loop's must not wait.)
-            if last is None:
+            if last is None and not self._loop.is_closed():  # the caller wants no more
                 self._loop.call_soon_threadsafe(lambda: calls[0].cancel())
-            if last is None and threading.current_thread() is not self._thread:
-                while not isinstance(results.get(), asyncio.Task):
+                # A forgotten generator is collected by any thread, and the loop's must not wait for itself.
+                while threading.current_thread() is not self._thread and not isinstance(results.get(), asyncio.Task):
                     pass
         _raise_cause(last)
 

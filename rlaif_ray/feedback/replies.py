@@ -46,7 +46,7 @@ def read_reply(content: bytes) -> Reply:
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices:
         problem = body.get("error") if isinstance(body, dict) else None
-        raise BadReplyError(f"no choices{f' ({problem})' if problem else ''}"[:300])
+        raise BadReplyError(f"no choices ({problem})" if problem else "no choices")
     if not all(isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices):
         raise BadReplyError("a choice without a message")
     said = [choice["message"].get("content") for choice in choices]
@@ -91,23 +91,25 @@ def read_probabilities(positions: Sequence[dict[str, Any]], answers: Sequence[st
         BadReplyError: the log-probabilities are none.
     """
     assert len(set(answers)) == len(answers) > 0
-    found, candidates = [0.0] * len(answers), [("", 1.0)]
+    found, candidates, sampled = [0.0] * len(answers), list[tuple[str, float]](), ""
     for position in positions:
-        candidates = _candidates(position)
-        found = [math.fsum(p for text, p in candidates if text == answer) for answer in answers]
-        nothing = math.fsum(p for text, p in candidates if not text)
-        if str(position.get("token", "")).strip(_AROUND) or math.fsum(found) >= nothing:
+        candidates, sampled = _candidates(position), str(position.get("token", ""))
+        found = [math.fsum(p for token, p in candidates if _bare(token) == answer) for answer in answers]
+        nothing = math.fsum(p for token, p in candidates if not _bare(token))
+        if _bare(sampled) or math.fsum(found) >= nothing:
             break
-    listed = sorted((p for _, p in candidates), reverse=True)
+    listed = sorted((p for _, p in candidates), reverse=True) or [0.0]
+    # The sampled token may be in the list for that alone: others as likely as it need not be.
+    least = min((p for token, p in candidates if token != sampled), default=listed[0])
     return Reading(
         tuple(found),
-        unlisted=0.0 if all(found) else max(0.0, min(listed[-1], 1.0 - math.fsum(listed))),
-        sharpened=bool(positions) and listed[0] >= 1.0 - 1e-9 and not any(listed[1:]),
+        unlisted=0.0 if all(found) else max(0.0, min(least, 1.0 - math.fsum(listed))),
+        sharpened=listed[0] >= 1.0 - 1e-9 and not any(listed[1:]),
     )
 
 
 def _candidates(position: dict[str, Any]) -> list[tuple[str, float]]:
-    """Bare text and probability of the likeliest tokens at a position."""
+    """Text and probability of the likeliest tokens at a position."""
     candidates = []
     for candidate in position.get("top_logprobs") or ():
         token, logprob = candidate.get("token"), candidate.get("logprob")
@@ -116,11 +118,13 @@ def _candidates(position: dict[str, Any]) -> list[tuple[str, float]]:
         candidates.append((token, math.exp(min(logprob, 1.0))))
     if math.fsum(p for _, p in candidates) > 1.01:
         raise BadReplyError("log-probabilities of more than 1 in all")
-    sampled = [p for token, p in candidates if token == position.get("token")]
-    others = [(token, p) for token, p in candidates if token != position.get("token")]
-    if others and sampled and sampled[0] < min(p for _, p in others):
-        candidates = others  # it is listed for being sampled: that is chance, and others were as likely
-    return [(token.strip(_AROUND), p) for token, p in candidates]
+    return candidates
+
+
+def _bare(token: str) -> str:
+    """What a token says; "" when that is nothing."""
+    # No text at all is half a character or the reply's end, not white space.
+    return token.strip(_AROUND) if token else "\ufffd"
 
 
 def parse_answer(text: str, answers: Sequence[str], prefix: str = "") -> str | None:

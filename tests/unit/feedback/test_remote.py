@@ -88,6 +88,7 @@ READINGS = {
     "ten is not one": ([("10", {"10": 0.5, "1": 0.25, "2": 0.25})], (0.5, 0.5), 0.5),
     "one answer unlisted": ([("2", {"2": 0.9, "x": 0.07, "y": 0.02})], (0.0, 1.0), 0.1),
     "sampled by chance": ([("z", {"1": 0.5, "2": 0.25, "x": 0.1, "z": 0.01})], (2 / 3, 1 / 3), 0.25),
+    "an end, or half a character": ([("", {"": 0.5, "1": 0.3, "2": 0.1}), ("1", {"1": 0.5})], (0.75, 0.25), 0.6),
     "nothing but an end": ([("", {"": 0.5, "1": 0.3, "2": 0.2})], (0.6, 0.4), 0.5),
     "a certain answer": ([("1", {"1": 1 - 2**-20, "2": 2**-20})], (1 - 2**-20, 2**-20), 0.0),
 }
@@ -134,10 +135,12 @@ def test_chance_does_not_judge(ask: Ask) -> None:
         ({"1": 0.5, "x": 0.3, "y": 0.1}, False),  # "2" may have 0.1
         ({"1": 0.5, "x": 0.29, "y": 0.2}, True),  # at most the 0.01 that is left
         ({"x": 0.9, "1": 0.06, "y": 0.02}, False),
+        ({"1": 0.5, "x": 0.2, "y": 0.1, "sampled": 0.001}, False),  # "2" may have 0.1 all the same
     ],
 )
 def test_an_answer_that_is_not_listed_must_be_unlikely(ask: Ask, listed: dict[str, float], judged: bool) -> None:
-    with FakeEndpoint(lambda _: Said([(max(listed, key=lambda token: listed[token]), listed)])) as endpoint:
+    token = "sampled" if "sampled" in listed else max(listed, key=lambda token: listed[token])
+    with FakeEndpoint(lambda _: Said([(token, listed)])) as endpoint:
         answer = only(ask(endpoint.url))
     assert answer.probabilities == ((1.0, 0.0) if judged else ())
     assert answer.failure == (None if judged else "no_probability")
@@ -195,6 +198,11 @@ def test_an_endpoint_without_log_probabilities_is_an_input_error(ask: Ask, said:
         only(ask(endpoint.url))
     for part in ("judge.answers=logprobs", endpoint.url, "judge-1", "can't be read", "judge.answers=text"):
         assert part in str(caught.value)
+
+
+def test_a_token_without_alternatives_among_others(ask: Ask) -> None:
+    with FakeEndpoint(lambda _: Said([("The", {}), ("1", {"1": 0.5, "2": 0.5})])) as endpoint:
+        assert only(ask(endpoint.url)).failure == "no_probability"
 
 
 def test_a_reply_that_ends_at_once_is_no_judgement(ask: Ask) -> None:
@@ -337,6 +345,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "402": ({}, FeedbackError, ("empty", "What was answered is kept")),
     "429": ({"more": {"code": "insufficient_quota"}}, FeedbackError, ("empty", "What was answered is kept")),
     "400": ({"more": {"param": "top_logprobs"}}, InputError, ("top_logprobs=20", "judge.extra_body", "answers=text")),
+    "422": ({"message": "logprobs is unknown to this model"}, InputError, ("logprobs=True", "judge.answers=text")),
 }
 
 
@@ -359,6 +368,18 @@ def test_a_wrong_key_is_said_without_the_key(ask: Ask) -> None:
     with FakeEndpoint(key="another") as endpoint, pytest.raises(InputError) as caught:
         only(ask(endpoint.url))  # this endpoint says the key back
     assert "Incorrect API key provided: Bearer ***" in str(caught.value) and KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", range(280, 301, 4))
+def test_no_part_of_a_key_that_is_cut_shows(ask: Ask, before: int) -> None:
+    message = "x" * before + KEY + "y" * 300
+    with FakeEndpoint() as endpoint, FaultProxy(endpoint.url) as proxy:
+        asker = ask(proxy.url, max_retries=0)
+        proxy.inject("400", message=message)
+        proxy.inject("body", text=json.dumps({"error": message}))
+        for _ in range(2):
+            failure = only(asker).failure
+            assert failure is not None and KEY[:4] not in failure and 280 < len(failure) < 350
 
 
 LONG = {
@@ -485,6 +506,22 @@ def test_closing_ends_what_is_being_asked(ask: Ask) -> None:
             with pytest.raises(FeedbackError, match="closed"):
                 waiting.result(5)
         asker.close()  # again
+        for _ in range(100):
+            if not endpoint.connections:
+                break
+            time.sleep(0.02)
+        assert endpoint.connections == 0
+
+
+def test_a_caller_that_leaves_a_closed_judge(ask: Ask) -> None:
+    with FakeEndpoint(delay_s=lambda body: float(body["messages"][0]["content"])) as endpoint:
+        asker = ask(endpoint.url)
+        leaving, staying = (asker.answer([question("0"), question("30")]) for _ in range(2))
+        assert next(leaving)[0] == next(staying)[0] == 0
+        asker.close()
+        leaving.close()  # type: ignore[attr-defined]
+        with pytest.raises(FeedbackError, match="closed"):
+            next(staying)
 
 
 # ---- Money -----------------------------------------------------------------------------------------------------------
@@ -680,10 +717,15 @@ def test_an_address_must_be_one(url: str) -> None:
     assert "http://localhost:8000/v1" in str(caught.value)
 
 
+def test_an_address_must_not_hold_a_password() -> None:
+    with pytest.raises(InputError, match=r"judge\.api_key_env") as caught:
+        OpenAIAsker(judge("http://user:secret@localhost:1/v1"))
+    assert "secret" not in str(caught.value)
+
+
 def test_identity_is_what_answers_depend_on(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     url = "http://localhost:1/v1"
     same = [ask(url), ask(url + "/"), ask(url, concurrency=3, max_retries=1, timeout_s=1, price_in=1.0, max_cost=2.0)]
-    same.append(ask("http://user:secret@localhost:1/v1"))
     monkeypatch.setenv(ENV, "another")
     same.append(ask(url))
     assert len({asker.identity for asker in same}) == 1
@@ -691,7 +733,7 @@ def test_identity_is_what_answers_depend_on(ask: Ask, monkeypatch: pytest.Monkey
     others.append(ask(url, extra_body={"top_k": 5}))
     assert len({asker.identity for asker in [same[0], *others]}) == 5
     assert same[0].name == "judge-1" and others[1].name == "judge-2"
-    assert not any(word in asker.identity for asker in same for word in (KEY, "secret", "another"))
+    assert not any(word in asker.identity for asker in same for word in (KEY, "another"))
 
 
 def test_the_key_is_nowhere(ask: Ask, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
