@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.test_preferences import CLUSTER, done, lines, model
+from tests.ray.test_preference_jobs import CLUSTER, done, lines, model
 from tests.runs import ROOT, Program, start
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -28,7 +28,7 @@ ADDED: dict[str, str | None] = {
     ".venv/bin/rlaif pairs configs/demo/pairs.yaml": f"data.limit=3 sampling.max_new_tokens=4 {PREFERENCES}",
     ".venv/bin/rlaif revise configs/demo/revise.yaml": f"data.limit=2 revision.max_new_tokens=4 {PREFERENCES}",
     ".venv/bin/rlaif sft configs/demo/sft.yaml": None,  # after revise, in tests/ray/test_constitution.py
-    ".venv/bin/rlaif label configs/demo/label.yaml": None,  # the four in a row: tests/ray/test_preferences.py
+    ".venv/bin/rlaif label configs/demo/label.yaml": None,  # the four in a row: tests/ray/test_preference_jobs.py
     ".venv/bin/rlaif reward-model configs/demo/reward_model.yaml": None,
     ".venv/bin/rlaif train configs/demo/train_rm.yaml": None,
     ".venv/bin/python launch/submit.py --address http://HEAD:8265 train configs/demo/train.yaml "
