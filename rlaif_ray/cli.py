@@ -200,6 +200,26 @@ def reward_model(arguments: Arguments, dry_run: DryRun = False) -> None:
     _run("reward-model", arguments, plan if dry_run else None, start)
 
 
+@app.command()
+def dpo(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Direct preference optimisation: a policy from preference records, without a reward model.
+
+    A run goes on from its newest checkpoint when its run_dir has one.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.dpo import plan_dpo
+
+        return plan_dpo(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines.dpo import train_dpo
+
+        train_dpo(loaded)
+
+    _run("dpo", arguments, plan if dry_run else None, start)
+
+
 def _run(
     job: str, arguments: Sequence[str], plan: Callable[[Loaded], str] | None, start: Callable[[Loaded], None]
 ) -> None:

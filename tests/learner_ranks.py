@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.learner.engine import RankSpec
+from rlaif_ray.learner.lora import merged_state
 from rlaif_ray.types import Experience
 
 
@@ -140,7 +141,9 @@ def make_experience(
 
 
 def full_weights(rank: Any) -> dict[str, Tensor]:
-    """The policy's weights by name, whole; every rank calls it."""
+    """The weights by name, whole, adapters merged in; every rank calls it."""
+    if not hasattr(rank, "weights"):  # no sender of weights: a supervised rank
+        return merged_state(rank._model, keep=True)
     found = {}
     for name, _, shape in rank.weights.metadata():
         with rank.weights.gathered([name]) as (tensor,):

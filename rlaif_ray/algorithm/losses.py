@@ -112,6 +112,19 @@ def preference_loss(reward_a: Tensor, reward_b: Tensor, p_a: Tensor, margin: flo
     return _nan_unless(finite, -p_a * log_sigmoid(difference) - (1.0 - p_a) * log_sigmoid(-difference))
 
 
+def ipo_loss(log_ratio: Tensor, p_a: Tensor, beta: float) -> Tensor:
+    """(N,) squared distance of the log-ratio to the margin 1 / (2 beta) (Azar et al. 2310.12036, equation 17), weighed
+    by the label.
+
+        p (h - 1 / (2 beta))^2 + (1 - p) (h + 1 / (2 beta))^2
+
+    `log_ratio` is (N,) h = log pi(a) / ref(a) - log pi(b) / ref(b); `p_a` is (N,), the probability that a is better.
+    """
+    finite = log_ratio.isfinite() & p_a.isfinite()
+    h, margin = _zero_unless(finite, log_ratio), 1.0 / (2.0 * beta)
+    return _nan_unless(finite, p_a * (h - margin).square() + (1.0 - p_a) * (h + margin).square())
+
+
 def normalise_sum(per_token: Tensor, mask: Tensor, denominator: float) -> Tensor:
     """Scalar: sum of per_token over the mask, divided by the global token count. One shape, any."""
     return masked_sum(per_token, mask) / denominator

@@ -118,6 +118,18 @@ class HelpfulConfig(Config):
     """Of all records, as far as the prompts suffice."""
 
 
+class LoraConfig(Config):
+    """Low-rank adapters in place of full weights (Hu et al. 2106.09685), by peft. The model that is saved has them
+    merged in."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[str, ...] | None = None
+    """Linear layers by the end of their names, such as q_proj; default: every one but the output head."""
+
+
 class SupervisedConfig(Config):
     """Epochs over labelled examples."""
 
@@ -130,6 +142,8 @@ class SupervisedConfig(Config):
     """Of the prompts: no prompt is on both sides."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between evaluations on the held-out part; 0: only at the end."""
+    lora: LoraConfig | None = None
+    """Train adapters only; null: all weights. Adapters want a learning rate about ten times as high."""
 
 
 class RewardConfig(SupervisedConfig):
@@ -143,3 +157,14 @@ class RewardConfig(SupervisedConfig):
     """Rewards get mean 0 on the preferred responses of the training part; the constants are saved in the model."""
     human_path: str | None = None
     """Preference records labelled by people, to measure accuracy against."""
+
+
+class DpoConfig(SupervisedConfig):
+    """Direct preference optimisation (Rafailov et al. 2305.18290)."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the policy is held to what it was at the start."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: cross-entropy, DPO's own; ipo: the squared distance to a margin of 1 / (2 beta) (Azar et al.)."""
+    labels: Literal["soft", "hard"] = "soft"
+    """hard: a label above one half counts as 1, below as 0; ties stay."""

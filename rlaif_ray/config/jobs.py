@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from rlaif_ray.config.data_sections import (
+    DpoConfig,
     HelpfulConfig,
     LabelConfig,
     PairSamplingConfig,
@@ -169,36 +170,66 @@ class LabelJob(Config):
     """A data set on the hub to push the records to, owner/name."""
 
 
-class SftJob(Config):
-    """`rlaif sft`: supervised fine-tuning on conversations."""
+class SupervisedJob(Config):
+    """What jobs have in common that go through labelled examples."""
 
-    policy: PolicyConfig = PolicyConfig()
-    data: PreferenceDataConfig
-    """Rows of `messages`, or of prompt and response."""
-    sft: SupervisedConfig = SupervisedConfig()
-    learner: LearnerConfig = LearnerConfig(lr=1e-5)
-    cluster: ClusterConfig = ClusterConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    run_dir: str | None = None
-    """This run's own folder, the model in its policy/; default runs/<config>-<time>."""
-
-
-class RewardModelJob(Config):
-    """`rlaif reward-model`: a reward model from preference records."""
-
+    section: ClassVar[str]
+    """Name of the section that says how it learns."""
     policy: PolicyConfig = PolicyConfig()
     """The language model it starts from."""
     data: PreferenceDataConfig
-    reward: RewardConfig = RewardConfig()
     learner: LearnerConfig = LearnerConfig(lr=1e-5)
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     run_dir: str | None = None
-    """This run's own folder, the model in its reward_model/; default runs/<config>-<time>."""
+    """This run's own folder; default runs/<config>-<time>."""
+
+    @property
+    def training(self) -> SupervisedConfig:
+        """The section that says how it learns."""
+        raise NotImplementedError
+
+
+class SftJob(SupervisedJob):
+    """`rlaif sft`: supervised fine-tuning on conversations, rows of `messages`, or of prompt and response.
+
+    The model is in run_dir's policy/.
+    """
+
+    section = "sft"
+    sft: SupervisedConfig = SupervisedConfig()
+
+    @property
+    def training(self) -> SupervisedConfig:
+        """The section that says how it learns."""
+        return self.sft
+
+
+class RewardModelJob(SupervisedJob):
+    """`rlaif reward-model`: a reward model from preference records. The model is in run_dir's reward_model/."""
+
+    section = "reward"
+    reward: RewardConfig = RewardConfig()
+
+    @property
+    def training(self) -> RewardConfig:
+        """The section that says how it learns."""
+        return self.reward
+
+
+class DpoJob(SupervisedJob):
+    """`rlaif dpo`: direct preference optimisation on preference records. The model is in run_dir's policy/."""
+
+    section = "dpo"
+    dpo: DpoConfig = DpoConfig()
+    learner: LearnerConfig = LearnerConfig(lr=1e-6)
+
+    @property
+    def training(self) -> DpoConfig:
+        """The section that says how it learns."""
+        return self.dpo
 
 
 JOBS: dict[str, type[Config]] = {
@@ -208,4 +239,5 @@ JOBS: dict[str, type[Config]] = {
     "label": LabelJob,
     "sft": SftJob,
     "reward-model": RewardModelJob,
+    "dpo": DpoJob,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,16 +31,27 @@ class SftExample:
         return len(self.prompt) + len(self.response)
 
 
-class SftRank(SupervisedRank[SftExample]):
-    """One rank that fine-tunes a language model."""
+Example = TypeVar("Example")
 
-    _job: SftJob
+
+class CausalRank(SupervisedRank[Example]):
+    """One rank that trains a language model."""
 
     def _load(self, name: str, **how: Any) -> Any:
         return load_causal_lm(name, **how)
 
     def _module(self, model: Any) -> torch.nn.Module:
         return CausalPolicy(model)
+
+    def save_model(self, folder: str, center: object = None) -> None:
+        """A Hugging Face folder for AutoModelForCausalLM; under ZeRO-3 all ranks help gather."""
+        self._save_folder(folder, lambda config, tokenizer: None)
+
+
+class SftRank(CausalRank[SftExample]):
+    """One rank that fine-tunes a language model."""
+
+    _job: SftJob
 
     def _size(self, examples: Sequence[SftExample]) -> int:
         """Tokens that are trained on: every one weighs the same, whatever the length of its turn."""
@@ -63,7 +74,3 @@ class SftRank(SupervisedRank[SftExample]):
             values, _ = self._losses([examples[i] for i in micro or (0,)])
             found.update({i: float(values[k]) for k, i in enumerate(micro)})
         return found
-
-    def save_model(self, folder: str, center: object = None) -> None:
-        """A Hugging Face folder for AutoModelForCausalLM; under ZeRO-3 all ranks help gather."""
-        self._save_folder(folder, lambda config, tokenizer: None)

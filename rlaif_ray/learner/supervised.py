@@ -20,12 +20,13 @@ from torch import Tensor
 
 from rlaif_ray.algorithm.losses import preference_loss
 from rlaif_ray.learner import engine as deepspeed_door
-from rlaif_ray.learner.engine import RankSpec, WeightGroups, full_weights, save_model_folder
+from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder
+from rlaif_ray.learner.lora import add_adapters, merged_state
 from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
 from rlaif_ray.models import load_config, load_sequence_classifier, load_tokenizer
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.jobs import RewardModelJob
+    from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob
     from rlaif_ray.data.batching import RankPlan
 
 Sums = dict[str, float]
@@ -38,7 +39,7 @@ class SupervisedRank(ABC, Generic[Example]):
 
     def __init__(
         self,
-        job: Any,
+        job: SupervisedJob,
         spec: RankSpec,
         precision: Literal["fp32", "bf16"],
         *,
@@ -47,10 +48,11 @@ class SupervisedRank(ABC, Generic[Example]):
     ) -> None:
         """Joins its peers and loads the model; all ranks do so together.
 
-        `job` is one of config/jobs.py with policy, learner and seed; `total_steps` is for the learning-rate schedule.
+        `total_steps` is for the learning-rate schedule.
         """
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
-        self._spec, self._job = spec, job
+        self._spec = spec
+        self._job: Any = job
         torch.manual_seed(job.seed)
         random.seed(job.seed)
         register_packed_attention()
@@ -64,12 +66,13 @@ class SupervisedRank(ABC, Generic[Example]):
         self._packed = deepspeed_door.uses_packing(self._model)
         if job.learner.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if job.training.lora is not None:
+            add_adapters(self._model, job.training.lora, job.seed)
         module = self._module(self._model)
         module.train()  # dropout is zero; checkpointing works in training mode only
         self._engine = deepspeed_door.trainable_engine(
             module, job.learner, lr=job.learner.lr, total_steps=total_steps, precision=precision
         )
-        self.weights = WeightGroups(self._model)
 
     @abstractmethod
     def _load(self, name: str, **how: Any) -> Any:
@@ -116,7 +119,7 @@ class SupervisedRank(ABC, Generic[Example]):
 
     def _save_folder(self, folder: str, prepare: Callable[[Any, Any], None]) -> None:
         """Rank 0 writes a Hugging Face folder, config and tokenizer as `prepare` leaves them; all ranks help gather."""
-        state = self.weights.full_state(keep=self._spec.rank == 0)
+        state = merged_state(self._model, keep=self._spec.rank == 0)
         if self._spec.rank != 0:
             return
         tokenizer = load_tokenizer(self._job.policy.model, **self._code)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rlaif_ray.config.jobs import RewardModelJob, SftJob, TrainJob
+from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.errors import CheckpointError, InputError
 from rlaif_ray.folders import publish_folder
 
@@ -39,15 +39,14 @@ def due(step: int, every: int, last: int | None = None) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def must_match(job: TrainJob | RewardModelJob | SftJob) -> dict[str, Any]:
+def must_match(job: TrainJob | SupervisedJob) -> dict[str, Any]:
     """Settings that a checkpoint can't be resumed under if they differ."""
-    if not isinstance(job, TrainJob):
-        settings = job.sft if isinstance(job, SftJob) else job.reward
+    if isinstance(job, SupervisedJob):
         return {
             "policy.model": job.policy.model,
             "data.path": job.data.path,
             "data.limit": job.data.limit,
-            "training": settings.model_dump(mode="json", exclude={"evaluate_every", "human_path"}),
+            "training": job.training.model_dump(mode="json", exclude={"evaluate_every", "human_path"}),
             "learner.ranks": job.learner.ranks,
             "learner.zero_stage": job.learner.zero_stage,
             "seed": job.seed,
@@ -79,7 +78,7 @@ def _complete(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def read_state(folder: Path, job: TrainJob | RewardModelJob | SftJob, steps: int) -> RunState:
+def read_state(folder: Path, job: TrainJob | SupervisedJob, steps: int) -> RunState:
     """The loop's state in a checkpoint of a run of so many steps.
 
     Raises:
@@ -111,7 +110,7 @@ def read_state(folder: Path, job: TrainJob | RewardModelJob | SftJob, steps: int
     return state
 
 
-def save(run_dir: Path, job: TrainJob | RewardModelJob | SftJob, learner: Checkpointed, state: RunState) -> Path:
+def save(run_dir: Path, job: TrainJob | SupervisedJob, learner: Checkpointed, state: RunState) -> Path:
     """Writes `checkpoints/step-N`: into a folder of another name, flushed, then renamed; then old ones go.
 
     Raises:

@@ -25,7 +25,7 @@ from rlaif_ray.tracking.progress import print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.config.data_sections import SupervisedConfig
-    from rlaif_ray.config.jobs import SftJob
+    from rlaif_ray.config.jobs import SftJob, SupervisedJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.runtime.groups import SftGroup
     from rlaif_ray.tracking import Tracker
@@ -49,7 +49,7 @@ def batch_of(cfg: SupervisedConfig, examples: Sequence[Example], step: int, seed
     return [examples[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
 
 
-def start_state(job: Any, run_dir: Path, steps: int, data: str) -> tuple[checkpoint.RunState, Path | None]:
+def start_state(job: SupervisedJob, run_dir: Path, steps: int, data: str) -> tuple[checkpoint.RunState, Path | None]:
     """Where a run begins, and the checkpoint that it goes on from; `data` is the data's fingerprint.
 
     Raises:
@@ -71,8 +71,7 @@ def start_state(job: Any, run_dir: Path, steps: int, data: str) -> tuple[checkpo
 class SupervisedRun:
     """Epochs of a supervised job, from where it begins to its last step."""
 
-    job: Any  # one of config/jobs.py with checkpoint and seed
-    cfg: SupervisedConfig
+    job: SupervisedJob
     run_dir: Path
     track: Tracker
     learner: Any  # a SupervisedGroup
@@ -96,9 +95,9 @@ class SupervisedRun:
             step = state.step + 1
             with self.track.step(step) as metrics:
                 with metrics.phase("update"):
-                    metrics.add(self.learner.train(batch_of(self.cfg, examples, step, job.seed)))
+                    metrics.add(self.learner.train(batch_of(job.training, examples, step, job.seed)))
                 state.step = step
-                if checkpoint.due(step, self.cfg.evaluate_every) and step < self.steps:
+                if checkpoint.due(step, job.training.evaluate_every) and step < self.steps:
                     with metrics.phase("evaluation"):
                         self.track.evaluation(step, evaluate())
             if checkpoint.due(step, job.checkpoint.every, last=self.steps):
@@ -140,7 +139,7 @@ def fine_tune(loaded: Loaded) -> dict[str, Any]:
         learner = cluster.start_sft_learner(steps)
         cluster.wait()
         track.watch_processes(cluster.pids)
-        run = SupervisedRun(job, job.sft, run_dir, track, learner, state, resumed, steps)
+        run = SupervisedRun(job, run_dir, track, learner, state, resumed, steps)
         run.train(inputs.train, lambda: {"held_out": held_out_loss(learner, inputs.held_out)}, stopping)
         with track.phase("evaluation"):
             results = held_out_loss(learner, inputs.held_out)
@@ -187,11 +186,15 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
 
 def _examples(row: Demonstration, render: ChatRenderer, tokenizer: Any) -> Iterator[SftExample]:
     """What stands before a turn is rendered as it is when the model is asked, so that it learns what it will see."""
-    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     for i, turn in enumerate(row.messages):
         if turn.role == "assistant":
             text = tokenizer(turn.content, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            yield SftExample(render.tokens(row.messages[:i], row.place), (*text["input_ids"], *end))
+            yield SftExample(render.tokens(row.messages[:i], row.place), (*text["input_ids"], *turn_end(tokenizer)))
+
+
+def turn_end(tokenizer: Any) -> tuple[int, ...]:
+    """What ends a turn of the assistant, in tokens."""
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
 def is_held_out(row: Demonstration, fraction: float, seed: int) -> bool:

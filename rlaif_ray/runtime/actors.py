@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.config.jobs import SftJob, TrainJob
+from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
 from rlaif_ray.models import resolve_model
 
 if TYPE_CHECKING:
@@ -109,12 +109,13 @@ class LearnerActor(Actor):
 
             self._learner = RlRank(job, spec, precision, start_timeout_s=timeout_s)
         else:
+            from rlaif_ray.learner.dpo import DpoRank
             from rlaif_ray.learner.finetune import SftRank
             from rlaif_ray.learner.supervised import RewardRank
 
             assert total_steps is not None
-            rank = SftRank if isinstance(job, SftJob) else RewardRank
-            self._learner = rank(job, spec, precision, total_steps=total_steps, start_timeout_s=timeout_s)
+            ranks: dict[type, Any] = {SftJob: SftRank, RewardModelJob: RewardRank, DpoJob: DpoRank}
+            self._learner = ranks[type(job)](job, spec, precision, total_steps=total_steps, start_timeout_s=timeout_s)
         self._sends = spec.rank == 0
         self._senders: list[Any] = []
 
@@ -141,6 +142,10 @@ class LearnerActor(Actor):
     def rewards(self, examples: Sequence[PairExample], plan: RankPlan) -> dict[int, tuple[float, float]]:
         rewards: dict[int, tuple[float, float]] = self._learner.rewards(examples, plan)
         return rewards
+
+    def logprobs(self, pairs: Sequence[PairExample], plan: RankPlan) -> dict[int, tuple[float, float]]:
+        logprobs: dict[int, tuple[float, float]] = self._learner.logprobs(pairs, plan)
+        return logprobs
 
     def losses(self, examples: Sequence[SftExample], plan: RankPlan) -> dict[int, float]:
         losses: dict[int, float] = self._learner.losses(examples, plan)

@@ -21,7 +21,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
-from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
+from rlaif_ray.runtime.groups import DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
 from rlaif_ray.runtime.placement import Slot, actor_slots, reserve, totals
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
@@ -203,6 +203,10 @@ class Cluster:
     def start_sft_learner(self, total_steps: int) -> SftGroup:
         """Ranks that fine-tune a language model. `wait` waits for them."""
         return SftGroup(*self._start_ranks(total_steps)[:2])
+
+    def start_dpo_learner(self, total_steps: int) -> DpoGroup:
+        """Ranks that train a policy on preference labels. `wait` waits for them."""
+        return DpoGroup(*self._start_ranks(total_steps)[:2])
 
     def _start_ranks(self, total_steps: int | None = None) -> tuple[list[Any], Any, Literal["fp32", "bf16"]]:
         """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""

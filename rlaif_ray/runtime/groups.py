@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlaif_ray.algorithm.losses import explained_variance
 from rlaif_ray.data.batching import balanced_shares, minibatches, plan_ranks
 from rlaif_ray.errors import RunError
+from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.types import Experience, Score, TokenAnswer
 
@@ -172,7 +173,7 @@ class SupervisedGroup(Generic[Example]):
     def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
         raise NotImplementedError
 
-    def _planned(self, verb: str, examples: Sequence[Example]) -> list[Any]:
+    def _planned(self, verb: str, examples: Sequence[Sized]) -> list[Any]:
         """What each rank says of its share."""
         learner = self._job.learner
         lengths = [len(example) for example in examples]
@@ -181,7 +182,7 @@ class SupervisedGroup(Generic[Example]):
         refs = [getattr(actor, verb).remote(shared, plan) for actor, plan in zip(self.actors, plans, strict=True)]
         return gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
 
-    def _of_each(self, verb: str, examples: Sequence[Example]) -> list[Any]:
+    def _of_each(self, verb: str, examples: Sequence[Sized]) -> list[Any]:
         """What the ranks say of each example, in order."""
         found: dict[int, Any] = {}
         for part in self._planned(verb, examples):
@@ -216,6 +217,26 @@ class RewardGroup(SupervisedGroup["PairExample"]):
             "reward_model/margin": sums["margin"] / sums["examples"],
             "reward_model/grad_norm": sums["grad_norm"],
             "reward_model/lr": sums["lr"],
+        }
+
+
+class DpoGroup(SupervisedGroup[DpoExample]):
+    """A policy in training on preference labels."""
+
+    def logprobs(self, pairs: Sequence[PairExample]) -> list[tuple[float, float]]:
+        """Log-probabilities of a and b of each pair, under the policy as it is now."""
+        return self._of_each("logprobs", pairs)
+
+    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        decided = max(1.0, sums["decided"])
+        return {
+            "dpo/loss": sums["loss"] / sums["examples"],
+            "dpo/accuracy": sums["correct"] / decided,
+            "dpo/margin": sums["margin"] / sums["examples"],
+            "dpo/reward_better": sums["better"] / decided,
+            "dpo/reward_worse": sums["worse"] / decided,
+            "dpo/grad_norm": sums["grad_norm"],
+            "dpo/lr": sums["lr"],
         }
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.config.jobs import LabelJob, PairsJob, ReviseJob, RewardModelJob, SftJob, TrainJob
+from rlaif_ray.config.jobs import LabelJob, PairsJob, ReviseJob, SupervisedJob, TrainJob
 from rlaif_ray.config.sections import JudgeConfig, JudgeFeedback, MixtureFeedback, RewardModelFeedback
 from rlaif_ray.errors import PlacementError
 
@@ -46,7 +46,7 @@ def job_needs(job: Any) -> list[Need]:
         needs += _feedback_needs(job.feedback)
     if isinstance(job, LabelJob) and isinstance(job.judge, JudgeConfig):
         needs.append(_judge_need("judge", job.judge))
-    if isinstance(job, TrainJob | RewardModelJob | SftJob):
+    if isinstance(job, TrainJob | SupervisedJob):
         needs.append(Need("learner", job.learner.ranks, 1, job.policy.model))
     return needs
 

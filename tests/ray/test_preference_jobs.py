@@ -183,7 +183,7 @@ def test_the_reward_model_loads_and_has_its_figures(straight_model: Path, labels
     assert sum(one["n"] for one in held_out["curve"]) == held_out["n"]
     # Centred: preferred responses of the training part have mean 0 over transformers' own forward passes.
     from rlaif_ray.data.chat import ChatRenderer
-    from rlaif_ray.pipelines.reward import is_held_out
+    from rlaif_ray.pipelines.pair_examples import is_held_out
 
     render, rewards = ChatRenderer(tokenizer), []
     for record in records(labels_file):

@@ -1,0 +1,85 @@
+"""`rlaif dpo`: direct preference optimisation on preference records: no reward model and no sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.learner.dpo import DpoExample
+from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
+from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.supervised import SupervisedRun, start_state, total_steps, turn_end
+from rlaif_ray.runtime.cluster import open_cluster
+from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking import open_tracker
+from rlaif_ray.tracking.progress import print_table
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.load import Loaded
+    from rlaif_ray.learner.supervised import PairExample
+    from rlaif_ray.runtime.groups import DpoGroup
+
+
+def train_dpo(loaded: Loaded) -> dict[str, Any]:
+    """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
+    job, run_dir = loaded.config, loaded.run_dir
+    inputs, _ = read_pairs(job, turn_end)
+    steps = total_steps(job.dpo, len(inputs.train))
+    state, resumed = start_state(job, run_dir, steps, inputs.data)
+    make_folder(run_dir)
+    tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
+    with (
+        open_cluster(job) as cluster,
+        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
+        stop_when_asked() as stopping,
+    ):
+        write_resolved(loaded)
+        track.note(f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out; starting the learner")
+        learner = cluster.start_dpo_learner(steps)
+        cluster.wait()
+        track.watch_processes(cluster.pids)
+        with track.phase("reference"):  # before a checkpoint is loaded: the policy is still what it started from
+            train, held_out = _refer(learner, inputs.train), _refer(learner, inputs.held_out)
+        run = SupervisedRun(job, run_dir, track, learner, state, resumed, steps)
+        run.train(train, lambda: {"held_out": _measured(learner, held_out, job.dpo.beta)}, stopping)
+        with track.phase("evaluation"):
+            results = {"held_out": _measured(learner, held_out, job.dpo.beta)}
+            track.evaluation(steps, results)
+        with track.phase("saving the policy"):
+            learner.save_model(str((run_dir / "policy").absolute()))
+        summary = track.summary({"job": "dpo", "pairs": len(inputs.train), "left_out": inputs.left_out, "dpo": results})
+    print_table(run_dir.name, list(_lines(summary)), run_dir)
+    return summary
+
+
+def plan_dpo(loaded: Loaded) -> str:
+    """What `--dry-run` shows beside the resolved config."""
+    device: Literal["cpu", "cuda"] = "cuda" if loaded.config.cluster.device == "gpu" else "cpu"
+    return placement_table(loaded.config, device)
+
+
+def _refer(learner: DpoGroup, pairs: Sequence[PairExample]) -> list[DpoExample]:
+    logprobs = learner.logprobs(pairs) if pairs else []
+    return [DpoExample(pair, *said) for pair, said in zip(pairs, logprobs, strict=True)]
+
+
+def _measured(learner: DpoGroup, examples: Sequence[DpoExample], beta: float) -> dict[str, Any] | None:
+    """How well the preferences fit that the policy implies: rewards are beta log(policy / reference)."""
+    if not examples:
+        return None
+    pairs = [example.pair for example in examples]
+    rewards = [
+        (beta * (a - example.reference_a), beta * (b - example.reference_b))
+        for example, (a, b) in zip(examples, learner.logprobs(pairs), strict=True)
+    ]
+    return measured(rewards, pairs)
+
+
+def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "steps", f"{summary['steps']} of {summary['total_steps']}, {summary['pairs']} pairs"
+    yield "left out", ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items())
+    found = summary["dpo"].get("held_out")
+    yield "held-out pairs", measured_lines(found) if found else ""
+    yield "peak memory", f"{summary['peak_rss_gb']:.1f} GB"
+    yield "model", str(Path("policy"))

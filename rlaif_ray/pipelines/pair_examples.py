@@ -1,0 +1,151 @@
+"""Preference records as token examples to train on, and how well a model's preferences fit their labels."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlaif_ray.data.chat import ChatRenderer
+from rlaif_ray.data.preferences import PreferenceRecord, human_label, read_preferences
+from rlaif_ray.errors import InputError
+from rlaif_ray.evaluation.calibration import brier, expected_calibration_error, pairwise_accuracy
+from rlaif_ray.learner.supervised import PairExample
+from rlaif_ray.models import load_tokenizer
+from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.run_folder import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rlaif_ray.config.jobs import DpoJob, RewardModelJob
+
+
+@dataclass(frozen=True, slots=True)
+class PairInputs:
+    """Examples, read and checked before anything starts."""
+
+    train: list[PairExample]
+    held_out: list[PairExample]
+    left_out: dict[str, int]  # records by why they can't be trained on
+    data: str  # fingerprint of the records
+
+
+def read_pairs(
+    job: RewardModelJob | DpoJob, ending: Callable[[Any], tuple[int, ...]], human_path: str | None = None
+) -> tuple[PairInputs, list[PairExample]]:
+    """Records as token examples, split by prompt; and those of `human_path` with people's labels.
+
+    `ending` says of a tokenizer what ends a response.
+
+    Raises:
+        InputError: the data or the model is wrong, or nothing is left to train on.
+    """
+    policy, cfg = job.policy, job.training
+    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    room = readable_context(policy, cfg.max_tokens, f"{job.section}.max_tokens")
+    left_out: dict[str, int] = {}
+    train: list[PairExample] = []
+    held_out: list[PairExample] = []
+    write = _ExampleWriter(tokenizer, room, cfg.labels, ending(tokenizer), left_out)
+    for record in read_preferences(job.data.path, split=job.data.split, limit=job.data.limit):
+        example = write(record)
+        if example is not None:
+            part = held_out if is_held_out(record, cfg.held_out_fraction, job.seed) else train
+            part.append(example)
+    if len(train) < 1:
+        raise InputError(
+            f"{job.data.path} has no pair to train on (got {len(held_out)} held out; left out: {left_out}). "
+            f"Label the pairs first (rlaif label), or lower {job.section}.held_out_fraction."
+        )
+    human = []
+    if human_path is not None:
+        by_people = _ExampleWriter(tokenizer, room, cfg.labels, ending(tokenizer), {}, human=True)
+        human = [e for r in read_preferences(human_path) if (e := by_people(r)) is not None]
+    return PairInputs(train, held_out, left_out, fingerprint(job.data.path)), human
+
+
+class _ExampleWriter:
+    """Records to token examples; counts by reason what can't be one."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        room: int,
+        labels: str,
+        end: tuple[int, ...],
+        left_out: dict[str, int],
+        *,
+        human: bool = False,
+    ):
+        self._render = ChatRenderer(tokenizer)
+        self._tokenizer, self._room, self._labels = tokenizer, room, labels
+        self._end, self._left_out, self._human = end, left_out, human
+
+    def __call__(self, record: PreferenceRecord) -> PairExample | None:
+        label = record.p_a
+        if self._human:
+            label = human_label(record)
+        if label is None:
+            self._count("failed" if record.failed else "unlabelled")
+            return None
+        if self._labels == "hard":
+            label = 0.5 if label == 0.5 else float(label > 0.5)
+        prompt = self._render.tokens(record.prompt, f"record {record.id}")
+        a, b = (self._tokens(text) for text in (record.response_a, record.response_b))
+        if len(prompt) + max(len(a), len(b)) > self._room:
+            self._count("too_long")
+            return None
+        return PairExample(prompt, a, b, label)
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return (*encoded["input_ids"], *self._end)
+
+    def _count(self, reason: str) -> None:
+        self._left_out[reason] = self._left_out.get(reason, 0) + 1
+
+
+def is_held_out(record: PreferenceRecord, fraction: float, seed: int) -> bool:
+    """By the prompt's text alone, so that no prompt is on both sides, whatever else the data holds."""
+    text = "\x00".join(f"{m.role}\x01{m.content}" for m in record.prompt)
+    digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64 < fraction
+
+
+def measured(rewards: Sequence[tuple[float, float]], examples: Sequence[PairExample]) -> dict[str, Any] | None:
+    """Accuracy, Brier score and calibration of the preference sigmoid(r_a - r_b) by rewards of a and of b of each
+    example; None without examples."""
+    if not examples:
+        return None
+    p = [1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, a - b)))) for a, b in rewards]
+    labels = [example.p_a for example in examples]
+    accuracy = pairwise_accuracy(p, labels)
+    calibration = expected_calibration_error(p, labels)
+    longer = [0.5 + 0.5 * _sign(len(e.response_a) - len(e.response_b)) for e in examples]
+    return {
+        "n": len(examples),
+        "accuracy": accuracy.value,
+        "compared": accuracy.n,
+        "longer_accuracy": pairwise_accuracy(longer, labels).value,  # of always choosing the longer, in tokens
+        "brier": brier(p, labels),
+        "ece": calibration.value,
+        "curve": calibration.rows(),
+    }
+
+
+def measured_lines(found: dict[str, Any]) -> str:
+    """What `measured` found, in a line."""
+    against = f"{found['compared']} (the longer: {_figure(found['longer_accuracy'])})"
+    return f"accuracy {_figure(found['accuracy'])} of {against}, Brier {found['brier']:.3f}, ECE {found['ece']:.3f}"
+
+
+def _figure(value: float | None) -> str:
+    """Three digits; a dash where every label is a tie."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)

@@ -1,0 +1,164 @@
+"""Adapters on real DeepSpeed: only they are trained, what is saved has them merged in, and a checkpoint has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlaif_ray.config.jobs import RewardModelJob, SftJob
+from rlaif_ray.data.batching import plan_ranks
+from rlaif_ray.errors import InputError
+from rlaif_ray.learner.engine import RankSpec
+from rlaif_ray.learner.finetune import SftExample
+from rlaif_ray.learner.supervised import PairExample
+from tests.learner_ranks import RankProcesses, full_weights, plain_logprobs
+from tests.tiny import cached_tiny_model
+
+pytestmark = pytest.mark.slow
+
+ADAM = {"lr": 1e-2, "eps": 1e-8, "tokens_per_micro_batch": 80}
+TURNS = [SftExample(tuple(range(5 + i, 12 + i)), tuple(range(100 + 3 * i, 109 + 3 * i))) for i in range(6)]
+PAIRS = [
+    PairExample(t.prompt, t.response, tuple(reversed(t.response)), p)
+    for t, p in zip(TURNS, (1.0, 0.0, 0.7, 0.2, 0.9, 0.4), strict=True)
+]
+
+
+def sft_job(**lora: Any) -> SftJob:
+    learner = ADAM | lora.pop("learner", {})
+    policy = {"model": str(cached_tiny_model(tied=True, spread=0.04))}
+    return SftJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner, "sft": {"lora": lora}})
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[RankProcesses]:
+    ranks = RankProcesses(1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankProcesses]:
+    ranks = RankProcesses(2)
+    yield ranks
+    ranks.close()
+
+
+def plan_of(spec: RankSpec, job: Any, examples: Any) -> Any:
+    lengths = [len(e) for e in examples]
+    budget = job.learner.tokens_per_micro_batch
+    return plan_ranks(range(len(examples)), lengths, ranks=spec.world_size, budget=budget)[spec.rank]
+
+
+def tuned(spec: RankSpec, job: SftJob, steps: int, folder: str | None = None) -> dict[str, Any]:
+    from rlaif_ray.learner.finetune import SftRank
+
+    rank = SftRank(job, spec, "fp32", total_steps=steps)
+    trainable = {n for n, p in rank._model.named_parameters() if p.requires_grad}
+    before = full_weights(rank)
+    losses = [rank.train(TURNS, plan_of(spec, job, TURNS))["loss"] for _ in range(steps)]
+    said = rank.losses(TURNS, plan_of(spec, job, TURNS))
+    if folder is not None:
+        rank.save_model(folder)
+    return {"trainable": trainable, "before": before, "losses": losses, "said": said, "weights": full_weights(rank)}
+
+
+def test_only_adapters_learn_and_the_saved_model_has_them(one_rank: RankProcesses, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    [found] = one_rank.run(tuned, sft_job(rank=4), 8, str(tmp_path))
+    base = AutoModelForCausalLM.from_pretrained(cached_tiny_model(tied=True, spread=0.04), dtype=torch.float32)
+    names = {name for name, _ in base.named_parameters()}
+    assert found["trainable"] and all(".lora_A." in n or ".lora_B." in n for n in found["trainable"])
+    assert found["weights"].keys() == names  # as without adapters
+    for name, weight in base.named_parameters():
+        assert torch.equal(found["before"][name], weight)  # B starts at zero
+        linear = name.endswith("proj.weight")
+        assert torch.equal(found["weights"][name], weight) != linear, name
+        if linear:  # a change of rank 4
+            change = (found["weights"][name] - weight).detach().double()
+            assert torch.linalg.matrix_rank(change, rtol=1e-4) == 4
+    assert found["losses"][-1] < 0.9 * found["losses"][0]
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    rows = plain_logprobs(model, [t.prompt for t in TURNS], [t.response for t in TURNS])
+    for i, row in enumerate(rows):
+        assert -row.sum().item() == pytest.approx(found["said"][i], abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_and_shards_change_nothing(one_rank: RankProcesses, two_ranks: RankProcesses, stage: int) -> None:
+    sgd = {"lr": 20.0, "eps": 1e3, "betas": (0.0, 0.0), "grad_clip": 1e9}
+    [base] = one_rank.run(tuned, sft_job(learner=sgd), 3)
+    parts = two_ranks.run(tuned, sft_job(learner=sgd | {"ranks": 2, "zero_stage": stage}), 3)
+    changed = 0
+    for name, weights in base["weights"].items():
+        torch.testing.assert_close(parts[0]["weights"][name], weights, atol=1e-5, rtol=1e-5)
+        changed += not torch.equal(weights, base["before"][name])
+    assert changed
+
+
+def resumed(spec: RankSpec, job: SftJob, folder: str) -> bool:
+    """Whether six steps straight and three, a checkpoint, three more end in the same bits."""
+    from rlaif_ray.learner.finetune import SftRank
+
+    def take(rank: Any, steps: int) -> None:
+        for _ in range(steps):
+            rank.train(TURNS, plan_of(spec, job, TURNS))
+
+    straight = SftRank(job, spec, "fp32", total_steps=6)
+    take(straight, 3)
+    straight.save_checkpoint(folder)
+    take(straight, 3)
+    again = SftRank(job, spec, "fp32", total_steps=6)
+    again.load_checkpoint(folder)
+    take(again, 3)
+    one, other = full_weights(straight), full_weights(again)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resume_is_exact(one_rank: RankProcesses, tmp_path: Path) -> None:
+    assert one_rank.run(resumed, sft_job(targets=("q_proj", "v_proj")), str(tmp_path)) == [True]
+
+
+def rewarded(spec: RankSpec, job: RewardModelJob, folder: str) -> dict[str, Any]:
+    from rlaif_ray.learner.supervised import RewardRank
+
+    rank = RewardRank(job, spec, "fp32", total_steps=10)
+    losses = [rank.train(PAIRS, plan_of(spec, job, PAIRS))["loss"] for _ in range(10)]
+    rank.save_model(folder, None)
+    trainable = {n for n, p in rank._model.named_parameters() if p.requires_grad}
+    return {"trainable": trainable, "losses": losses, "rewards": rank.rewards(PAIRS, plan_of(spec, job, PAIRS))}
+
+
+def test_a_reward_model_trains_its_head_beside_adapters(one_rank: RankProcesses, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    policy = {"model": str(cached_tiny_model(tied=True, spread=0.04))}
+    job = RewardModelJob.model_validate(
+        {"policy": policy, "data": {"path": "x"}, "learner": ADAM, "reward": {"lora": {"rank": 4}}}
+    )
+    [found] = one_rank.run(rewarded, job, str(tmp_path))
+    assert "score.weight" in found["trainable"]
+    assert all(n == "score.weight" or ".lora_" in n for n in found["trainable"])
+    assert found["losses"][-1] < found["losses"][0]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    for i, pair in enumerate(PAIRS):
+        for response, reward in zip((pair.response_a, pair.response_b), found["rewards"][i], strict=True):
+            said = model(input_ids=torch.tensor([[*pair.prompt, *response]])).logits[0, 0].item()
+            assert said == pytest.approx(reward, abs=1e-3)
+
+
+def test_an_unknown_layer_is_told() -> None:
+    from transformers import AutoModelForCausalLM
+
+    from rlaif_ray.config.data_sections import LoraConfig
+    from rlaif_ray.learner.lora import add_adapters
+
+    model = AutoModelForCausalLM.from_pretrained(cached_tiny_model(tied=True))
+    with pytest.raises(InputError, match=r"lora.targets .*qproj.*q_proj"):
+        add_adapters(model, LoraConfig(targets=("qproj",)), 0)
