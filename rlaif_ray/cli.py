@@ -141,6 +141,26 @@ def label(
 
 
 @app.command()
+def sample(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """A policy's responses, or the best of several by a judge, as records to fine-tune on.
+
+    Goes on where it was ended, when started again with the same output or run_dir.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.sampling import plan_sample
+
+        return plan_sample(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines.sampling import sample_responses
+
+        sample_responses(loaded)
+
+    _run("sample", arguments, plan if dry_run else None, start)
+
+
+@app.command()
 def revise(arguments: Arguments, dry_run: DryRun = False) -> None:
     """Responses, critiques and revisions by a constitution, as records to fine-tune on.
 

@@ -20,6 +20,15 @@ class PairSamplingConfig(Config):
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
+class ResponseSamplingConfig(Config):
+    """How responses are sampled."""
+
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0: greedy."""
+
+
 class PreferenceDataConfig(Config):
     """Preference records: ours, prompt/response_a/response_b/label rows, or TRL's prompt/chosen/rejected."""
 

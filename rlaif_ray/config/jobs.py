@@ -13,6 +13,7 @@ from rlaif_ray.config.data_sections import (
     LabelConfig,
     PairSamplingConfig,
     PreferenceDataConfig,
+    ResponseSamplingConfig,
     RevisionConfig,
     RewardConfig,
     SupervisedConfig,
@@ -136,6 +137,33 @@ class PairsJob(Config):
         return self
 
 
+class SampleJob(Config):
+    """`rlaif sample`: a policy's responses, or the best of several by a judge, as records to fine-tune on."""
+
+    policy: PolicyConfig = PolicyConfig()
+    data: DataConfig = DataConfig(shuffle=False)
+    sampling: ResponseSamplingConfig = ResponseSamplingConfig()
+    feedback: FeedbackConfig | None = None
+    """Scores every response, and the best to each prompt is kept (best-of-n); null: all are kept, without scores."""
+    rollout: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    run_dir: str | None = None
+    """This run's own folder; default runs/<config>-<time>."""
+    output: str | None = None
+    """The file of records, .jsonl; default responses.jsonl in run_dir."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> SampleJob:
+        if self.sampling.samples_per_prompt > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"sampling.samples_per_prompt > 1 needs sampling.temperature > 0 (got "
+                f"{self.sampling.samples_per_prompt} samples at 0): greedy responses are all the same. Set a "
+                f"temperature, or samples_per_prompt=1."
+            )
+        return self
+
+
 class ReviseJob(Config):
     """`rlaif revise`: responses, critiques and revisions by a constitution, as records to fine-tune on."""
 
@@ -235,6 +263,7 @@ class DpoJob(SupervisedJob):
 JOBS: dict[str, type[Config]] = {
     "train": TrainJob,
     "pairs": PairsJob,
+    "sample": SampleJob,
     "revise": ReviseJob,
     "label": LabelJob,
     "sft": SftJob,

@@ -1,11 +1,16 @@
-"""How many tokens of context engines get."""
+"""How many tokens of context engines get, and the prompts that fit in them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import InputError
-from rlaif_ray.models import context_length, load_config
+from rlaif_ray.models import context_length, load_config, load_tokenizer
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.sections import DataConfig, PolicyConfig
+    from rlaif_ray.types import Prompt
 
 JUDGE_CONTEXT = 4096  # tokens; more only on request: the key-value cache must hold one such prompt
 
@@ -36,3 +41,33 @@ def judge_context(judge: Any, key: str) -> int:
 def engine_context(needed: int, room: int) -> int:
     """`needed` tokens rounded up to whole blocks of 32, at most the `room` that the model has."""
     return min(room, -(-needed // 32) * 32)
+
+
+def policy_prompts(
+    policy: PolicyConfig, data: DataConfig, max_context: int | None, max_new_tokens: int
+) -> tuple[list[Prompt], int]:
+    """A policy's prompts, and the context its engines need for them and an answer each.
+
+    Raises:
+        InputError: the data, the model or the context is wrong.
+    """
+    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    room = readable_context(policy, max_context, "rollout.max_context")
+    longest = room - max_new_tokens
+    if longest < 1:
+        raise InputError(
+            f"sampling.max_new_tokens must leave room for a prompt in the {room} tokens of context of "
+            f"{policy.model} (got {max_new_tokens}). Lower it."
+        )
+    prompts = load_prompts(
+        data.path,
+        split=data.split,
+        column=data.column,
+        limit=data.limit,
+        system=data.system,
+        tokenizer=tokenizer,
+        max_prompt_tokens=min(longest, data.max_prompt_tokens or longest),
+        too_long=data.too_long,
+    ).prompts
+    needed = max(len(p.tokens) for p in prompts) + max_new_tokens
+    return prompts, max_context or engine_context(needed, room)

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.data.preferences import PreferenceRecord
-from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.data.record_files import RecordWriter
-from rlaif_ray.errors import InputError
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import engine_context, readable_context
+from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.run_folder import (
     fingerprint,
     make_folder,
@@ -106,26 +103,8 @@ def read_sources(job: PairsJob) -> list[Source]:
     """
     sources = []
     for name, policy in {"policy": job.policy, **job.other_policies}.items():
-        tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
-        room = readable_context(policy, job.rollout.max_context, "rollout.max_context")
-        longest = room - job.sampling.max_new_tokens
-        if longest < 1:
-            raise InputError(
-                f"sampling.max_new_tokens must leave room for a prompt in the {room} tokens of context of "
-                f"{policy.model} (got {job.sampling.max_new_tokens}). Lower it."
-            )
-        prompts = load_prompts(
-            job.data.path,
-            split=job.data.split,
-            column=job.data.column,
-            limit=job.data.limit,
-            system=job.data.system,
-            tokenizer=tokenizer,
-            max_prompt_tokens=min(longest, job.data.max_prompt_tokens or longest),
-            too_long=job.data.too_long,
-        ).prompts
-        needed = max(len(p.tokens) for p in prompts) + job.sampling.max_new_tokens
-        sources.append(Source(name, policy, prompts, job.rollout.max_context or engine_context(needed, room)))
+        prompts, context = policy_prompts(policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens)
+        sources.append(Source(name, policy, prompts, context))
     return sources
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.config.jobs import LabelJob, PairsJob, ReviseJob, SupervisedJob, TrainJob
+from rlaif_ray.config.jobs import LabelJob, PairsJob, ReviseJob, SampleJob, SupervisedJob, TrainJob
 from rlaif_ray.config.sections import JudgeConfig, JudgeFeedback, MixtureFeedback, RewardModelFeedback
 from rlaif_ray.errors import PlacementError
 
@@ -40,9 +40,9 @@ class Slot:
 def job_needs(job: Any) -> list[Need]:
     """What a job asks for: rollout engines first, then what gives feedback, then learner ranks."""
     needs: list[Need] = []
-    if isinstance(job, TrainJob | PairsJob | ReviseJob):
+    if isinstance(job, TrainJob | PairsJob | ReviseJob | SampleJob):
         needs.append(Need("rollout", job.rollout.replicas, job.rollout.tensor_parallel, job.policy.model))
-    if isinstance(job, TrainJob):
+    if isinstance(job, TrainJob | SampleJob) and job.feedback is not None:
         needs += _feedback_needs(job.feedback)
     if isinstance(job, LabelJob) and isinstance(job.judge, JudgeConfig):
         needs.append(_judge_need("judge", job.judge))

@@ -1,0 +1,199 @@
+"""`rlaif sample`: a policy's responses, or the best of n by a judge, as records to fine-tune on or to compare.
+
+Two baselines of RLAIF are made of it: fine-tuning on the judge's own responses (the policy here is the judge's model),
+and best-of-n against the judge, from which RL must show a gain (Sharma et al. 2402.12366).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.errors import FeedbackError
+from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.pipelines.contexts import policy_prompts
+from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.run_folder import (
+    fingerprint,
+    make_folder,
+    must_be_same_run,
+    state_folder,
+    stop_when_asked,
+    write_resolved,
+)
+from rlaif_ray.pipelines.streaming import chunks
+from rlaif_ray.runtime.cluster import open_cluster
+from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
+from rlaif_ray.tracking.progress import ItemProgress, print_table
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import SampleJob
+    from rlaif_ray.config.load import Loaded
+    from rlaif_ray.types import Completion, Prompt, Score
+
+CHUNK = 64  # prompts of one call to the engines; results are on disk after each
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads before anything starts."""
+
+    prompts: list[Prompt]
+    context: int  # tokens of a rollout engine
+    feedback: FeedbackInputs | None
+
+
+def sample_responses(loaded: Loaded) -> dict[str, Any]:
+    """Samples, scores and writes what is not there yet; goes on where an earlier run in the folder was ended."""
+    job, run_dir = loaded.config, loaded.run_dir
+    inputs = read_inputs(job)
+    output = Path(job.output).expanduser() if job.output else run_dir / "responses.jsonl"
+    state = state_folder(run_dir, output, job.output)
+    make_folder(run_dir)
+    make_folder(state)
+    must_be_same_run(state, "sample", _identity(job))
+    write_resolved(loaded)
+    rows_file = state / "sampled.jsonl"
+    with stop_when_asked() as stopping:
+        if _rows(rows_file) < len(inputs.prompts):
+            _sample(job, inputs, rows_file, stopping)
+    if stopping():
+        raise KeyboardInterrupt
+    summary = _write_records(job, rows_file, output)
+    write_json(run_dir / "summary.json", summary)
+    print_table("responses", list(_lines(summary)), run_dir)
+    if not summary["records"]:
+        raise FeedbackError(
+            f"no prompt got a response to keep (left out: {summary['left_out']}): there is nothing to go on with. "
+            f"Look at {rows_file}."
+        )
+    return summary
+
+
+def plan_sample(loaded: Loaded) -> str:
+    """What `--dry-run` shows beside the resolved config."""
+    job = loaded.config
+    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
+    lines = feedback_lines(job.feedback) if job.feedback is not None else []
+    return "\n\n".join([placement_table(job, device), *lines])
+
+
+def read_inputs(job: SampleJob) -> Inputs:
+    """Prompts and what feedback needs.
+
+    Raises:
+        InputError: any of them is wrong.
+    """
+    prompts, context = policy_prompts(job.policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens)
+    return Inputs(prompts, context, read_feedback(job.feedback) if job.feedback is not None else None)
+
+
+def _identity(job: SampleJob) -> dict[str, Any]:
+    """What a run can't change between its processes."""
+    kept = job.model_dump(mode="json", include={"policy", "data", "sampling", "feedback", "seed"})
+    return {**kept, "prompts": fingerprint(job.data.path)}
+
+
+def _rows(path: Path) -> int:
+    return sum(1 for _ in read_rows_streaming(path))
+
+
+def _sample(job: SampleJob, inputs: Inputs, path: Path, stopping: Any) -> None:
+    """Appends a row per prompt, chunk by chunk."""
+    done = _rows(path) // CHUNK * CHUNK  # whole chunks: the same calls as without an interruption
+    cut_rows(path, done)
+    sampling = job.sampling
+    settings = GenerationSettings(
+        samples_per_prompt=sampling.samples_per_prompt,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        seed=job.seed,
+    )
+    with open_cluster(job) as cluster, ItemProgress("responses", len(inputs.prompts), "prompts") as progress:
+        progress.note(f"starting engines for {job.policy.model}")
+        engines = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context, receives_weights=False)
+        scorer = start_feedback(inputs.feedback, cluster) if inputs.feedback is not None else None
+        cluster.wait()
+        progress.resume(done)
+        for prompts in chunks(inputs.prompts[done:], CHUNK):
+            if stopping():
+                break
+            completions = engines.generate(prompts, settings)
+            scores = scorer.score(completions) if scorer is not None else [None] * len(completions)
+            own = (chunks(of_all, sampling.samples_per_prompt) for of_all in (completions, scores))
+            append_rows(path, [_row(*group) for group in zip(prompts, *own, strict=True)])
+            progress.advance(len(prompts))
+
+
+def _row(prompt: Prompt, completions: Sequence[Completion], scores: Sequence[Score | None]) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.id,
+        "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+        "responses": [c.text.strip() for c in completions],
+        "tokens": [len(c.tokens) for c in completions],
+        "scores": [None if s is None else s.value for s in scores],
+        "failures": [None if s is None else s.failure for s in scores],
+    }
+
+
+def _write_records(job: SampleJob, rows_file: Path, output: Path) -> dict[str, Any]:
+    """The records of all rows, and what they came to."""
+    left_out: Counter[str] = Counter()
+    found = {"prompts": 0, "records": 0, "tokens": 0}
+    best: list[float] = []
+    mean: list[float] = []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    cut_rows(output, 0)
+    for rows in chunks(read_rows_streaming(rows_file), 1000):
+        records = []
+        for row in rows:
+            found["prompts"] += 1
+            found["tokens"] += sum(row["tokens"])
+            kept = list(_kept(row, left_out, scored=job.feedback is not None))
+            records += kept
+            values = [s for s in row["scores"] if s is not None]
+            if kept and values:
+                best.append(kept[0]["score"])
+                mean.append(sum(values) / len(values))
+        append_rows(output, records)
+        found["records"] += len(records)
+    scores = {"best": sum(best) / len(best), "mean": sum(mean) / len(mean)} if best else None
+    return {
+        "job": "sample",
+        "output": str(output),
+        "policy": job.policy.model,
+        "samples_per_prompt": job.sampling.samples_per_prompt,
+        **found,
+        "left_out": dict(left_out),
+        "score": scores,
+    }
+
+
+def _kept(row: dict[str, Any], left_out: Counter[str], *, scored: bool) -> Iterator[dict[str, Any]]:
+    """All responses to a prompt, or the first of those with the highest score: failure to judge is not a judgement."""
+    usable = []
+    for response, score, failure in zip(row["responses"], row["scores"], row["failures"], strict=True):
+        if not response:
+            left_out["empty"] += 1
+        elif scored and score is None:
+            left_out[failure or "unscored"] += 1
+        else:
+            usable.append((response, score))
+    if scored and usable:
+        usable = [max(usable, key=lambda pair: pair[1])]
+    for number, (response, score) in enumerate(usable):
+        yield {"id": f"{row['prompt_id']}/{number}", "prompt": row["prompt"], "response": response, "score": score}
+
+
+def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    sampled = summary["prompts"] * summary["samples_per_prompt"]
+    yield "responses", f"{sampled} to {summary['prompts']} prompts ({summary['tokens']} tokens)"
+    yield "left out", ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items())
+    if summary["score"]:
+        yield "score", f"{summary['score']['best']:.3f} the best, {summary['score']['mean']:.3f} on average"
+    yield "records", str(summary["records"])
+    yield "output", summary["output"]
