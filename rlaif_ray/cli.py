@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -240,8 +240,44 @@ def dpo(arguments: Arguments, dry_run: DryRun = False) -> None:
     _run("dpo", arguments, plan if dry_run else None, start)
 
 
+@app.command()
+def pipeline(
+    arguments: Arguments,
+    dry_run: DryRun = False,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Do this stage and all that build on it once more.", metavar="STAGE")
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Do no other stage than this.", metavar="STAGE")] = None,
+) -> None:
+    """Several jobs that build on each other, as stages of one.
+
+    Does what isn't done yet or has changed; goes on where it was ended, when started again.
+    """
+
+    def load(files: Sequence[Path], overrides: Sequence[str]) -> Any:
+        from rlaif_ray.config.pipeline import load_pipeline
+
+        return load_pipeline(files, overrides)
+
+    def plan(loaded: Any) -> str:
+        from rlaif_ray.pipelines.pipeline import plan_pipeline
+
+        return plan_pipeline(loaded)
+
+    def run(loaded: Any) -> None:
+        from rlaif_ray.pipelines.pipeline import run_pipeline
+
+        run_pipeline(loaded, start=start, only=only)
+
+    _run("pipeline", arguments, plan if dry_run else None, run, load=load)
+
+
 def _run(
-    job: str, arguments: Sequence[str], plan: Callable[[Loaded], str] | None, start: Callable[[Loaded], None]
+    job: str,
+    arguments: Sequence[str],
+    plan: Callable[[Loaded], str] | None,
+    start: Callable[[Loaded], None],
+    load: Callable[[Sequence[Path], Sequence[str]], Any] | None = None,
 ) -> None:
     """Loads the config, then plans (a dry run) or starts; ends the process with the exit code that fits."""
     loaded: Loaded | None = None
@@ -249,7 +285,7 @@ def _run(
         from rlaif_ray.config.load import load_job
 
         files, overrides = _split(arguments)
-        loaded = load_job(job, files, overrides)
+        loaded = load(files, overrides) if load is not None else load_job(job, files, overrides)
         if plan is not None:
             typer.echo(_resolved(loaded))
             typer.echo(plan(loaded))

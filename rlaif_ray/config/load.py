@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlaif_ray.config.jobs import JOBS
 from rlaif_ray.config.layers import default_values, merge, read_file, read_overrides
@@ -40,7 +40,7 @@ def load_job(job: str, files: Sequence[Path], overrides: Sequence[str] = ()) -> 
     config, wrong = validate(model, values, origins, cross_checks=not problems)
     problems += wrong
     if problems or config is None:
-        raise InputError(_message(problems))
+        complain(problems)
 
     given = getattr(config, "run_dir", None)
     stem = Path(files[0]).stem if files else job
@@ -55,7 +55,10 @@ def load_job(job: str, files: Sequence[Path], overrides: Sequence[str] = ()) -> 
     )
 
 
-def _message(problems: Sequence[str]) -> str:
+def complain(problems: Sequence[str]) -> NoReturn:
+    """Raises one InputError with every problem."""
     if len(problems) == 1:
-        return problems[0]
-    return "\n".join([f"the config has {len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
+        raise InputError(problems[0])
+    raise InputError(
+        "\n".join([f"the config has {len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
+    )

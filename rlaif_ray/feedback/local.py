@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _TEMPLATE_WORD = re.compile(r"<<?/?[^\s<>'\"{}]{1,40}>>?|\[/?[A-Z_]{2,}\]")
 
 
+_HEAD = re.compile(r"(?m)^[ \t#*]*([^\W\d_][\w ]{0,30}:)")  # "Human:", "### Instruction:" without what decorates it
+
+
 class ChatPrompts:
     """Writes conversations the way a model reads them, in text and in tokens. Needs no engine."""
 
@@ -32,7 +35,10 @@ class ChatPrompts:
     def text(self, turns: Sequence[Message], answer_prefix: str = "") -> str:
         """What the model reads, up to where it writes."""
         if self._tokenizer.chat_template is None:
-            return "\n\n".join([*(turn.content for turn in turns), answer_prefix])
+            if len(turns) == 1:
+                return f"{turns[0].content}\n\n{answer_prefix}"
+            labelled = [f"{turn.role.capitalize()}: {turn.content}" for turn in turns]
+            return "\n\n".join([*labelled, f"Assistant: {answer_prefix}".rstrip()])
         chat = self._tokenizer.apply_chat_template(
             [{"role": turn.role, "content": turn.content} for turn in turns],
             tokenize=False,
@@ -191,6 +197,21 @@ def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     source = template if isinstance(template, str) else "\n".join(template.values())
     added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return tuple(sorted({*added, *_TEMPLATE_WORD.findall(source)}))
+
+
+def role_heads(tokenizer: Any) -> tuple[str, ...]:
+    """Plain words by which the model tells whose turn it is, such as "Human:": () where special tokens do.
+
+    They are read off a conversation as the chat template writes it, between the contents.
+    """
+    if tokenizer.chat_template is None:
+        return ("System:", "User:", "Assistant:")
+    marks = [f"\ue000{k}\ue000" for k in range(3)]  # for private use: no template writes them
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    chat = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    between = "\n".join(re.split("|".join(marks), chat)[1:])
+    return tuple(sorted({head.strip() for head in _HEAD.findall(between)}))
 
 
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -60,7 +60,7 @@ class Memory:
 
     def put(self, key: bytes, reply: Answer | Explanation) -> None:
         """Raises RunError when the disk does not take it."""
-        text = json.dumps(asdict(reply), ensure_ascii=False)
+        text = json.dumps(asdict(reply))  # ASCII: models emit lone surrogates, which SQLite can't hold
         try:
             with self._lock:
                 self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, text, reply.cost))

@@ -6,7 +6,7 @@ conversation begins anew with the revised response in its place.
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,11 +104,15 @@ class Reviser:
         examples: Sequence[Example] = (),
         only: tuple[str, ...] | None = None,
         seed: int = 0,
+        heads: Sequence[str] = (),
     ) -> None:
-        """`response` is how the first response is sampled, `revision` how critiques and revisions are."""
+        """`response` is how the first response is sampled, `revision` how critiques and revisions are; `heads` are
+        plain words by which the model tells whose turn it is: in texts they are broken, as special tokens are."""
         self._asker, self._constitution, self._steps = asker, constitution, steps
         self._response, self._revision = response, revision
-        self._examples, self._only, self._seed = tuple(examples), only, seed
+        self._special = (*asker.special, *heads)
+        self._examples = tuple(turn for example in examples for turn in self._turns(example))
+        self._only, self._seed = only, seed
 
     def revise(self, prompts: Sequence[tuple[str, tuple[Message, ...]]]) -> list[Revised]:
         """One for each (id, conversation that ends with the user), in order."""
@@ -127,7 +131,11 @@ class Reviser:
         return [d.revised for d in drafts]
 
     def _plain(self, text: str) -> str:
-        return neutralise(text, (), self._asker.special)
+        return neutralise(text, (), self._special)
+
+    def _turns(self, example: Example) -> Iterator[Message]:
+        """An example's turns: a user may have written it."""
+        return (replace(turn, content=self._plain(turn.content)) for turn in example.turns)
 
     def _ask(
         self,
@@ -175,9 +183,8 @@ class Reviser:
 
     def _shown(self, draft: _Draft) -> tuple[Message, ...]:
         """The examples and the conversation; a system message stays the first."""
-        examples = tuple(turn for example in self._examples for turn in example.turns)
         first = draft.messages[:1] if draft.messages[0].role == "system" else ()
-        return (*first, *examples, *draft.messages[len(first) :])
+        return (*first, *self._examples, *draft.messages[len(first) :])
 
     # Replies
 
@@ -209,7 +216,9 @@ def same_words(one: str, other: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    # Letters, marks, numbers and symbols, emoji among them.
+    shown = (c if unicodedata.category(c)[0] in "LMNS" else " " for c in text.casefold())
+    return "".join(shown).split()
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import FeedbackError, InputError
-from rlaif_ray.feedback.local import LocalAsker
+from rlaif_ray.feedback.local import LocalAsker, role_heads
 from rlaif_ray.feedback.principles import Constitution, eligible, load_constitution
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.feedback.revision import Example, Revised, Reviser, Step, load_examples
@@ -189,6 +189,7 @@ def make_reviser(job: ReviseJob, inputs: Inputs, asker: Asker, steps: int) -> Re
         examples=inputs.examples,
         only=cfg.principles,
         seed=job.seed,
+        heads=role_heads(inputs.tokenizer),
     )
 
 

@@ -108,7 +108,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         held_out.measure(state.step, state.held_out_before)
         with track.phase("saving the policy"):
             learner.save_policy(str((run_dir / "policy").absolute()))
-        summary = track.summary(held_out.summary())
+        summary = track.summary({"job": "train", **held_out.summary()})
     print_summary(summary, run_dir)
     return summary
 

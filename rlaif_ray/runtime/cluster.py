@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,14 @@ from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.sections import EngineConfig, JudgeConfig, PolicyConfig, Precision, RewardModelFeedback
+    from rlaif_ray.config.sections import (
+        ClusterConfig,
+        EngineConfig,
+        JudgeConfig,
+        PolicyConfig,
+        Precision,
+        RewardModelFeedback,
+    )
 
 CONNECT_TIMEOUT_S = 5.0
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -39,7 +46,7 @@ def open_cluster(job: Any) -> Iterator[Cluster]:
 
     A Ray that was started here ends here; actors end in any case.
     """
-    started_here = _connect(job)
+    started_here = _connect(job.cluster, [job])
     group = None
     cluster = None
     try:
@@ -60,11 +67,25 @@ def open_cluster(job: Any) -> Iterator[Cluster]:
             ray.shutdown()
 
 
-def _connect(job: Any) -> bool:
-    """Joins the configured or surrounding cluster, else starts a local Ray; returns whether it started one."""
+@contextmanager
+def open_ray(cfg: ClusterConfig, jobs: Sequence[Any]) -> Iterator[None]:
+    """Ray for jobs that run one after the other in this process: within it each `open_cluster` uses this one.
+
+    A Ray that was started here ends here.
+    """
+    started_here = _connect(cfg, jobs)
+    try:
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
+    """Joins the configured or surrounding cluster, else starts a local Ray with room for each of the jobs; returns
+    whether it started one."""
     if ray.is_initialized():
         return False
-    cfg = job.cluster
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cfg.address or os.environ.get("RAY_ADDRESS") or read_ray_address(None)
@@ -72,10 +93,11 @@ def _connect(job: Any) -> bool:
     if address is not None and address != "local" and (named or _answers(address)):
         _join(cfg.address, address, quiet)
         return False
-    need = totals(actor_slots(job, "cpu" if cfg.device != "gpu" else "cuda"))
+    device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
+    cpus = max(totals(actor_slots(job, device))["CPU"] for job in jobs)
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(need["CPU"])),
+        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
         include_dashboard=False,
         object_store_memory=int(cfg.object_store_gb * 2**30),
         **quiet,

@@ -83,6 +83,20 @@ class ItemProgress:
         return "  ".join(parts)
 
 
+def print_columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table with a column per name."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
 def print_table(title: str, rows: Sequence[tuple[str, str]], folder: Path | None = None) -> None:
     """Prints what a job came to: a label and a text per line, empty texts left out."""
     from rich.console import Console

@@ -23,6 +23,8 @@ SMALL = {
     "bench_judge": "--completions 3 --answer-tokens 8 --max-prompt-tokens 500 --context 4096 --kv-cache-gb 0.2"
     " --rounds 1",
     "bench_label": "--pairs 3 --answer-tokens 8 --max-prompt-tokens 500 --context 8192 --kv-cache-gb 0.2 --rounds 1",
+    "bench_revise": "--prompts 3 --steps 1 --max-new-tokens 8 --max-prompt-tokens 500 --context 4096"
+    " --kv-cache-gb 0.2 --rounds 1",
     "bench_sync": "--rounds 1",
     "bench_sync zero-3": "--rounds 1 --zero-stage 3 --ranks 2 --threads 1",
     "bench_learner": "--prompts 2 --completion-tokens 8 --matmul 256 --rounds 1",

@@ -16,7 +16,7 @@ import pytest
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.types import Message, Question
+from rlaif_ray.types import Explanation, Message, Question
 from tests.asker import FakeAsker
 
 GREEDY = GenerationSettings(samples_per_prompt=2, max_new_tokens=8, temperature=0.0, seed=0)
@@ -131,3 +131,11 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_text("this is no database, it is a text that is long enough to be taken for one " * 20)
     with pytest.raises(InputError, match=r"m\.sqlite can't be opened"):
         Memory(path)
+
+
+def test_half_a_character_is_kept(tmp_path: Path) -> None:
+    """Models emit lone surrogates, which no UTF-8 database takes as they are."""
+    memory = Memory(tmp_path / "answers.sqlite")
+    memory.put(b"1" * 16, Explanation(("smile \ud83d",)))
+    assert memory.get(b"1" * 16)["texts"] == ["smile \ud83d"]
+    memory.close()
