@@ -216,6 +216,7 @@ REQUIRED = {
     "sft": ["data.path=revisions.jsonl"],
     "label": ["data.path=pairs.jsonl"],
     "reward-model": ["data.path=labels.jsonl"],
+    "dpo": ["data.path=labels.jsonl"],
 }
 
 

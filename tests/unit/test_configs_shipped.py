@@ -9,6 +9,9 @@ import pytest
 
 from rlaif_ray.config.jobs import JOBS
 from rlaif_ray.config.load import load_job
+from rlaif_ray.config.pipeline import load_pipeline
+from rlaif_ray.pipelines.pipeline import plan_pipeline
+from rlaif_ray.runtime.placement import actor_slots, totals
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.y*ml"))
@@ -21,7 +24,13 @@ JOB_OF_NAME = {
     "revise*": "revise",
     "sft*": "sft",
     "reward_model*": "reward-model",
+    "dpo*": "dpo",
+    "best_of_n*": "sample",
 }
+OF_STAGES = sorted(
+    path for path in FILES if path.parts[0] == "pipelines" or path.stem.startswith("pipeline")
+)  # several jobs a file
+OVER = {Path("pipelines/nodes.yaml"): [Path("pipelines/8gpu.yaml")]}  # what a file is merged over
 
 
 def job_of(file: Path) -> str:
@@ -35,10 +44,40 @@ def test_every_pattern_names_a_job() -> None:
     assert set(JOB_OF_NAME.values()) <= set(JOBS)
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
+@pytest.mark.parametrize("file", [file for file in FILES if file not in OF_STAGES], ids=str)
 def test_shipped_config_loads(file: Path) -> None:
     assert load_job(job_of(file), [CONFIGS / file]).config
 
 
+@pytest.mark.parametrize("file", OF_STAGES, ids=str)
+def test_shipped_pipeline_loads_and_is_planned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)  # stages name shipped files
+    files = [CONFIGS / one for one in (*OVER.get(file, []), file)]
+    pipeline = load_pipeline(files)
+    plan = plan_pipeline(pipeline)
+    assert all(f"{stage.name}: {stage.job}" in plan for stage in pipeline.stages)
+    # All that a stage asks for at a time, of one node with 8 GPUs and of four.
+    gpus = {"8gpu": 8, "nodes": 32}.get(file.stem, 0)
+    device = "cuda" if gpus else "cpu"
+    asked = [totals(actor_slots(stage.config, device))["GPU"] for stage in pipeline.stages]  # type: ignore[arg-type]
+    assert max(asked) == gpus and (not gpus or min(asked) > gpus / 2)
+
+
+@pytest.mark.parametrize("file", OF_STAGES, ids=str)
+def test_shipped_pipelines_have_the_arms_of_an_honest_comparison(file: Path) -> None:
+    """DPO on the same labels, best-of-n against the judge; on clusters also the judge's own answers (Sharma et al.)."""
+    pipeline = load_pipeline([CONFIGS / one for one in (*OVER.get(file, []), file)])
+    jobs = {stage.name: stage for stage in pipeline.stages}
+    labels = {jobs[name].config.data.path for name in ("dpo", "reward-model")}
+    assert labels == {"stage:label"}
+    best = next(stage for name, stage in jobs.items() if name.startswith("best-of") and stage.job == "sample")
+    assert best.config.sampling.samples_per_prompt > 1 and best.config.feedback.type == "judge"
+    if file.parts[0] == "pipelines":
+        teacher = jobs["teacher"].config
+        assert teacher.policy.model == jobs["label"].config.judge.model
+        assert teacher.data.path == jobs["revise"].config.data.path
+        assert jobs["teacher-sft"].config.data.path == "stage:teacher"
+
+
 def test_the_demo_is_shipped() -> None:
-    assert any(file.parent == Path("demo") and job_of(file) == "train" for file in FILES)
+    assert any(file.parent == Path("demo") and job_of(file) == "train" for file in FILES if file not in OF_STAGES)

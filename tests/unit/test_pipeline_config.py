@@ -1,0 +1,272 @@
+"""Pipelines without engines: what a config may say, the order of stages, and what a stage's address follows from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlaif_ray.config.pipeline import Pipeline, load_pipeline
+from rlaif_ray.errors import InputError
+from rlaif_ray.pipelines.pipeline import DONE, Placed, choose, headline, place, plan_pipeline
+
+CONSTITUTION = """\
+id: mine
+version: 1
+principles:
+  - id: plain
+    critique_request: Say where the answer is hard to understand.
+    revision_request: Rewrite the answer in plain words.
+    comparison_question: Which answer is easier to understand?
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello?"}\n')
+    (tmp_path / "mine.yaml").write_text(CONSTITUTION)
+    return tmp_path
+
+
+def values(folder: Path) -> dict[str, Any]:
+    prompts = {"path": str(folder / "prompts.jsonl")}
+    return {
+        "run_dir": str(folder / "run"),
+        "shared": {"rollout": {"kv_cache_gb": 0.5}},
+        "stages": {
+            "rm": {"job": "reward-model", "data": {"path": "stage:label"}},
+            "revise": {"job": "revise", "data": prompts, "revision": {"constitution": str(folder / "mine.yaml")}},
+            "sft": {"job": "sft", "data": {"path": "stage:revise"}},
+            "pairs": {"job": "pairs", "data": prompts, "policy": {"model": "stage:sft"}},
+            "label": {
+                "job": "label",
+                "data": {"path": "stage:pairs"},
+                "label": {"template": "constitution", "constitution": str(folder / "mine.yaml")},
+            },
+            "rlaif": {
+                "job": "train",
+                "data": prompts,
+                "policy": {"model": "stage:sft"},
+                "feedback": {"type": "reward_model", "model": "stage:rm"},
+            },
+            "dpo": {"job": "dpo", "data": {"path": "stage:label"}},
+        },
+    }
+
+
+def load(folder: Path, what: dict[str, Any] | None = None, *overrides: str) -> Pipeline:
+    file = folder / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(what or values(folder), sort_keys=False))
+    return load_pipeline([file], overrides)
+
+
+def complaint(folder: Path, change: Callable[[dict[str, Any]], Any]) -> str:
+    what = values(folder)
+    change(what)
+    with pytest.raises(InputError) as caught:
+        load(folder, what)
+    return str(caught.value)
+
+
+# ---- Config ----------------------------------------------------------------------------------------------------------
+
+
+def test_stages_stand_after_what_they_build_on_else_as_written(folder: Path) -> None:
+    pipeline = load(folder)
+    assert [stage.name for stage in pipeline.stages] == ["revise", "sft", "pairs", "label", "rm", "rlaif", "dpo"]
+    assert {stage.name: set(stage.needs) for stage in pipeline.stages} == {
+        "revise": set(),
+        "sft": {"revise"},
+        "pairs": {"sft"},
+        "label": {"pairs"},
+        "rm": {"label"},
+        "rlaif": {"sft", "rm"},
+        "dpo": {"label"},
+    }
+    assert pipeline.after("label") == {"label", "rm", "rlaif", "dpo"}
+
+
+def test_what_stands_over_what(folder: Path) -> None:
+    """Defaults < a stage's files < the pipeline's cluster < shared < the stage's own; overrides above their level."""
+    (folder / "base.yaml").write_text("learner: {lr: 1.0, eps: 2.0, warmup_steps: 3}\ncluster: {call_timeout_s: 5}\n")
+    what = values(folder)
+    what["cluster"] = {"device": "cpu", "call_timeout_s": 6}
+    what["shared"]["learner"] = {"eps": 4.0, "warmup_steps": 5}
+    what["stages"]["sft"] |= {"config": str(folder / "base.yaml"), "learner": {"warmup_steps": 6}}
+    pipeline = load(folder, what, "shared.learner.weight_decay=0.5", "stages.sft.learner.grad_clip=7")
+    by_name = {stage.name: stage.config for stage in pipeline.stages}
+    learner = by_name["sft"].learner
+    found = (learner.lr, learner.eps, learner.warmup_steps, learner.weight_decay, learner.grad_clip)
+    assert found == (1.0, 4.0, 6, 0.5, 7.0)
+    assert (by_name["sft"].cluster.device, by_name["sft"].cluster.call_timeout_s) == ("cpu", 6.0)
+    assert by_name["rm"].learner.lr == 1e-5 and by_name["rm"].learner.eps == 4.0
+    assert by_name["pairs"].rollout.kv_cache_gb == 0.5
+
+
+def test_a_value_of_another_type_drops_the_former_ones_keys(folder: Path) -> None:
+    what = values(folder)
+    what["shared"]["feedback"] = {"type": "judge", "template": "harmless"}
+    [rlaif] = [stage.config for stage in load(folder, what).stages if stage.name == "rlaif"]
+    assert rlaif.feedback.type == "reward_model" and rlaif.feedback.model == "stage:rm"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w["stages"]["sft"].update(job="stf"), r"stages.sft.job must be a job .*did you mean 'sft'"),
+        (lambda w: w["stages"]["sft"].pop("job"), r"stages.sft.job must be a job \(got None\)"),
+        (lambda w: w["stages"]["sft"].update(lerner={}), r"stage sft: .*lerner.*learner"),
+        (lambda w: w["stages"]["sft"].update(learner={"lr": -1}), r"stage sft: learner.lr .*pipeline.yaml, line \d+"),
+        (lambda w: w["stages"]["sft"].update(data={"path": "stage:revis"}), r"names no stage: did you mean 'revise'"),
+        (lambda w: w["stages"]["sft"].update(data={"path": "stage:pairs"}), r"takes demonstrations \(got stage:pairs"),
+        (lambda w: w["stages"]["rm"].update(data={"path": "stage:pairs"}), r"takes labels .*Use stage:label"),
+        (lambda w: w["stages"]["sft"].update(policy={"model": "stage:rm"}), r"takes policy \(got stage:rm, which make"),
+        (lambda w: w["stages"]["rlaif"]["feedback"].update(model="stage:sft"), r"takes reward model"),
+        (lambda w: w["stages"]["pairs"].update(data={"path": "stage:revise"}), r"can't be what a stage made"),
+        (lambda w: w["stages"]["sft"].update(policy={"precision": "stage:rm"}), r"stage sft: policy.precision"),
+        (lambda w: w["stages"]["revise"].update(policy={"model": "stage:sft"}), r"builds on revise itself"),
+        (lambda w: w["stages"]["sft"].update(run_dir="here"), r"stage sft: run_dir is not for a stage to say"),
+        (lambda w: w["stages"]["pairs"].update(output="x.jsonl"), r"stage pairs: output is not for a stage to say"),
+        (lambda w: w["shared"].update(reword={}), r"shared.reword is a section of no stage's job .*did you mean 'rew"),
+        (lambda w: w.update(stages={}), r"at least one stage"),
+        (lambda w: w.update(stage={}), r"stage.*stages"),
+        (lambda w: w["stages"].update({"a/b": {"job": "pairs"}}), r"'a/b' must be named by letters"),
+        (lambda w: w["stages"].update({"..": {"job": "pairs"}}), r"'..' must be named by letters"),
+        (lambda w: w["stages"]["sft"].update(config=3), r"stages.sft.config must be YAML files"),
+        (lambda w: w["stages"]["sft"].update(config="no.yaml"), r"stage sft: .*no.yaml"),
+    ],
+)
+def test_what_is_wrong_is_told(folder: Path, change: Callable[[dict[str, Any]], Any], told: str) -> None:
+    import re
+
+    message = complaint(folder, change)
+    assert re.search(told, message), message
+
+
+def test_all_problems_are_told_at_once(folder: Path) -> None:
+    def change(what: dict[str, Any]) -> None:
+        what["stages"]["sft"]["learner"] = {"lr": -1}
+        what["stages"]["pairs"]["sampling"] = {"temperature": 0}
+        what["stages"]["dpo"]["job"] = "pdo"
+
+    message = complaint(folder, change)
+    assert "3 problems" in message
+    assert all(part in message for part in ("stage sft: learner.lr", "stage pairs: sampling.temp", "stages.dpo.job"))
+
+
+# ---- Addresses -------------------------------------------------------------------------------------------------------
+
+
+def hashes(folder: Path, what: dict[str, Any] | None = None, *overrides: str) -> dict[str, str]:
+    return {name: one.hash for name, one in place(load(folder, what, *overrides)).items()}
+
+
+def changed(folder: Path, *overrides: str) -> set[str]:
+    before, after = hashes(folder), hashes(folder, None, *overrides)
+    return {name for name in before if before[name] != after[name]}
+
+
+EVERYTHING = {"revise", "sft", "pairs", "label", "rm", "rlaif", "dpo"}
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("stages.rlaif.steps=7", {"rlaif"}),
+        ("stages.label.label.template=helpful", {"label", "rm", "rlaif", "dpo"}),
+        ("stages.sft.learner.lr=1e-3", EVERYTHING - {"revise"}),
+        ("stages.revise.seed=3", EVERYTHING),
+        ("shared.learner.weight_decay=0.1", EVERYTHING - {"revise"}),
+        # How it is computed is no reason to do it again:
+        ("shared.rollout.replicas=3", set()),
+        ("shared.learner.tokens_per_micro_batch=99", set()),
+        ("cluster.call_timeout_s=9", set()),
+        ("stages.rlaif.checkpoint.every=1", set()),
+        ("stages.label.label.human_price=2.0", set()),
+    ],
+)
+def test_what_a_change_redoes(folder: Path, override: str, stages: set[str]) -> None:
+    assert changed(folder, override) == stages
+
+
+def test_contents_count_and_not_names_or_comments(folder: Path) -> None:
+    before = hashes(folder)
+    (folder / "mine.yaml").write_text(f"# mine\n{CONSTITUTION}")
+    assert hashes(folder) == before
+    (folder / "mine.yaml").write_text(CONSTITUTION.replace("easier to understand", "shorter"))
+    assert {n for n, h in hashes(folder).items() if h != before[n]} == EVERYTHING  # the draw may be another one
+    (folder / "mine.yaml").write_text(CONSTITUTION)
+    (folder / "prompts.jsonl").write_text('{"prompt": "Goodbye?"}\n')
+    assert {n for n, h in hashes(folder).items() if h != before[n]} == EVERYTHING
+    (folder / "prompts.jsonl").write_text('{"prompt": "Hello?"}\n')
+    assert hashes(folder) == before
+
+
+def test_a_broken_constitution_is_told_before_the_first_stage(folder: Path) -> None:
+    (folder / "mine.yaml").write_text(CONSTITUTION.replace("version: 1", "version: one"))
+    with pytest.raises(InputError, match=r"stage revise: .*mine.yaml.*\n.*line 2"):
+        place(load(folder))
+
+
+# ---- What runs -------------------------------------------------------------------------------------------------------
+
+
+def finish(one: Placed) -> None:
+    """As if the stage had run."""
+    one.artefact.parent.mkdir(parents=True, exist_ok=True)
+    one.artefact.touch()
+    (one.folder / DONE).write_text(json.dumps({"hash": one.hash, "seconds": 1.0, "result": "fine"}))
+
+
+def chosen(pipeline: Pipeline, **options: str | None) -> list[str]:
+    return choose(pipeline, place(pipeline), options.get("start"), options.get("only"))
+
+
+def test_what_is_done_is_not_done_again(folder: Path) -> None:
+    pipeline = load(folder)
+    placed = place(pipeline)
+    assert chosen(pipeline) == list(placed)
+    for name in ("revise", "sft", "pairs", "label"):
+        finish(placed[name])
+    assert chosen(pipeline) == ["rm", "rlaif", "dpo"]
+    assert chosen(pipeline, only="dpo") == ["dpo"]
+    assert chosen(pipeline, only="label") == []
+    assert chosen(pipeline, start="pairs") == ["pairs", "label", "rm", "rlaif", "dpo"]
+    plan = plan_pipeline(pipeline)
+    assert plan.count("[done]") == 4 and plan.count("[to do]") == 3
+    placed["sft"].artefact.unlink()  # somebody tidied up: what is not there is not done
+    assert chosen(pipeline)[0] == "sft"
+
+
+def test_options_that_do_not_fit(folder: Path) -> None:
+    pipeline = load(folder)
+    with pytest.raises(InputError, match=r"--only must name a stage .*did you mean 'label'"):
+        chosen(pipeline, only="lable")
+    with pytest.raises(InputError, match="exclude each other"):
+        chosen(pipeline, only="label", start="pairs")
+    with pytest.raises(InputError, match="the stage rm builds on label, which isn't done"):
+        chosen(pipeline, only="rm")
+    with pytest.raises(InputError, match="the stage pairs builds on sft, which isn't done"):
+        chosen(pipeline, start="pairs")
+
+
+@pytest.mark.parametrize(
+    ("summary", "told"),
+    [
+        ({"job": "pairs", "pairs": 3}, "3 pairs"),
+        ({"job": "sample", "records": 4, "score": {"best": 0.5}}, "4 records, score 0.500"),
+        ({"job": "sft", "turns": 9, "sft": {"held_out": None}}, "9 turns"),
+        ({"job": "dpo", "pairs": 9, "dpo": {"held_out": {"accuracy": None}}}, "9 pairs"),
+        ({"job": "train", "steps": 5}, "5 steps"),
+        (
+            {"job": "train", "held_out": {"gain": {"mean": 0.5, "ci95_low": -0.25, "ci95_high": 1.0}}},
+            "gain +0.5000 [-0.2500, +1.0000]",
+        ),
+    ],
+)
+def test_the_figure_that_is_asked_for_first(summary: dict[str, Any], told: str) -> None:
+    assert headline(summary) == told
