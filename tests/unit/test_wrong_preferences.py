@@ -62,6 +62,26 @@ CASES = [
     ),
     label("unknown way with long ones", "label: {too_long: cut}", ("label.too_long must be one of fail, cut_middle",)),
     reward("whole part held out", "reward: {held_out_fraction: 1}", ("reward.held_out_fraction", "less than 1")),
+    Wrong("hard labels by another name", "dpo: {labels: firm}", (DATA,), ("dpo.labels must be one of",), job="dpo"),
+    Wrong("beta of nothing", "dpo: {beta: 0}", (DATA,), ("dpo.beta", "greater than 0"), job="dpo"),
+    Wrong("adapters of no rank", "sft: {lora: {rank: 0}}", (DATA,), ("sft.lora.rank",), job="sft"),
+    Wrong(
+        "adapters on layers of no model",
+        "dpo: {lora: {target: [q_proj]}}",
+        (DATA,),
+        ("dpo.lora.target", "targets"),
+        job="dpo",
+    ),
+    Wrong(
+        "unlabelled pairs", "", (DATA,), ("has no pair to train on", "rlaif label"), pairs(row(label=None)), job="dpo"
+    ),
+    Wrong(
+        "greedy samples to choose from",
+        "sampling: {samples_per_prompt: 4, temperature: 0}",
+        (),
+        ("samples_per_prompt > 1", "are all the same"),
+        job="sample",
+    ),
     Wrong("reward model without a model", "feedback: {type: reward_model}", (), ("feedback.model must be set",)),
     Wrong(
         "unknown key in a mixture",
