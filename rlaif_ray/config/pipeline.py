@@ -29,6 +29,7 @@ MAKES = {
     "dpo": "policy",
     "train": "policy",
     "reward-model": "reward model",
+    "evaluate": "evaluation",
 }
 _DATA = {"label": "pairs", "reward-model": "labels", "dpo": "labels", "sft": "demonstrations"}
 
@@ -247,6 +248,8 @@ def _takes(stage: Stage, key: Key) -> str | None:
     """What a setting takes from another stage, None for nothing."""
     if key == ("data", "path"):
         return _DATA.get(stage.job)
+    if stage.job == "evaluate" and key[0] == "arms" and key[-1] == "path":
+        return "demonstrations"
     if key[-1] != "model":
         return None
     section = stage.config

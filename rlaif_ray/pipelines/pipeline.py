@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import rlaif_ray
-from rlaif_ray.config.jobs import LabelJob, ReviseJob, SampleJob, TrainJob
+from rlaif_ray.config.jobs import EvaluateJob, LabelJob, ReviseJob, SampleJob, TrainJob
 from rlaif_ray.config.load import Loaded
 from rlaif_ray.config.pipeline import STAGE, Pipeline, Stage, put
 from rlaif_ray.config.sections import JudgeFeedback
@@ -26,6 +26,7 @@ from rlaif_ray.feedback.revision import load_examples
 from rlaif_ray.feedback.templates import load_exemplars, load_template
 from rlaif_ray.pipelines import constitution, feedback
 from rlaif_ray.pipelines.dpo import train_dpo
+from rlaif_ray.pipelines.evaluate import evaluate
 from rlaif_ray.pipelines.pairs import make_pairs
 from rlaif_ray.pipelines.preferences import make_labels
 from rlaif_ray.pipelines.reward import train_reward_model
@@ -65,6 +66,7 @@ WORK = {
     "reward-model": Work(train_reward_model, "reward_model"),
     "dpo": Work(train_dpo, "policy"),
     "train": Work(train_rl, "policy"),
+    "evaluate": Work(evaluate, "summary.json"),
 }
 
 
@@ -238,7 +240,7 @@ def _content(name: str) -> str:
 
 def _texts(job: Any) -> Iterator[Any]:
     """What templates, exemplars and constitutions say: comments in their files and their place don't matter."""
-    if isinstance(job, LabelJob):
+    if isinstance(job, LabelJob | EvaluateJob):
         template = load_template(job.label.template, kind="preference")
         yield template
         yield load_exemplars(job.label.exemplars, template) if job.label.exemplars else None
@@ -307,9 +309,17 @@ def headline(summary: Mapping[str, Any]) -> str:
             found = summary["reward_model" if summary["job"] == "reward-model" else "dpo"]["held_out"]
             known = found is not None and found["accuracy"] is not None
             return f"held-out accuracy {found['accuracy']:.3f}" if known else f"{summary['pairs']} pairs"
+        case "evaluate":
+            rates = [f"{one['a']} {_share(one['win_rate']['rate'])} of {one['b']}" for one in summary["win_rates"]]
+            aligned = summary["alignment"]
+            return "; ".join(rates or [f"alignment {_share(aligned['accuracy'])}"])
         case _:
             gain = (summary.get("held_out") or {}).get("gain")
             if not gain or gain["mean"] is None:
                 return f"{summary['steps']} steps"
             low, high = gain["ci95_low"], gain["ci95_high"]
             return f"gain {gain['mean']:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -217,6 +217,7 @@ REQUIRED = {
     "label": ["data.path=pairs.jsonl"],
     "reward-model": ["data.path=labels.jsonl"],
     "dpo": ["data.path=labels.jsonl"],
+    "evaluate": ["data.path=labelled.jsonl"],
 }
 
 

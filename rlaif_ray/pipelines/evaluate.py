@@ -1,0 +1,383 @@
+"""`rlaif evaluate`: how far the judge agrees with people, and how often one arm beats another (Lee et al., section 3).
+
+Made of two jobs that stand by themselves: arms answer the prompts (`rlaif sample`), and the judge compares in both
+orders (`rlaif label`). Both go on where they were ended, and so does this.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.config.data_sections import PreferenceDataConfig
+from rlaif_ray.config.jobs import LabelJob, SampleJob
+from rlaif_ray.config.load import Loaded
+from rlaif_ray.config.sections import PolicyConfig
+from rlaif_ray.data.demonstrations import read_demonstrations
+from rlaif_ray.data.preferences import (
+    PreferenceRecord,
+    check_readable,
+    comparison_text,
+    human_label,
+    read_preferences,
+)
+from rlaif_ray.data.record_files import RecordWriter
+from rlaif_ray.errors import InputError
+from rlaif_ray.evaluation.calibration import brier, cohen_kappa, expected_calibration_error, pairwise_accuracy
+from rlaif_ray.evaluation.win_rate import PositionBias, alignment, length_controlled, outcome, position_bias, win_rate
+from rlaif_ray.pipelines.preferences import make_labels
+from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_same_run, write_resolved
+from rlaif_ray.pipelines.sampling import sample_responses
+from rlaif_ray.runtime.cluster import open_ray
+from rlaif_ray.runtime.placement import job_needs, placement_table
+from rlaif_ray.tracking.files import read_rows_streaming, write_json
+from rlaif_ray.tracking.progress import print_columns, print_table
+from rlaif_ray.types import Message
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import EvaluateJob
+
+Answers = dict[tuple[Message, ...], list[str]]  # of an arm: by prompt, in order
+PEOPLE = "people"  # first part of the id of a pair that people labelled
+
+
+@dataclass(slots=True)
+class Meeting:
+    """Two arms' answers to the same prompts. One outcome per pair of answers: that a is better."""
+
+    a: str
+    b: str
+    prompts: list[int] = field(default_factory=list)  # of each pair
+    lengths_a: list[int] = field(default_factory=list)  # characters
+    lengths_b: list[int] = field(default_factory=list)
+    records: dict[int, PreferenceRecord] = field(default_factory=dict)  # by pair, of what the judge is asked
+    outcomes: dict[int, float] = field(default_factory=dict)  # of pairs that need no judge
+
+
+def evaluate(loaded: Loaded) -> dict[str, Any]:
+    """Samples, judges and measures; returns what summary.json says."""
+    job, run_dir = loaded.config, loaded.run_dir
+    if job.data is not None:
+        check_readable(job.data.path, split=job.data.split)
+    given = {name: read_answers(arm.path) for name, arm in job.arms.items() if arm.path is not None}
+    make_folder(run_dir)
+    must_be_same_run(run_dir, "evaluate", _identity(job))
+    write_resolved(loaded)
+    sampled = {name: _sample_job(job, name, run_dir) for name, arm in job.arms.items() if arm.model is not None}
+    judged = _label_job(job, run_dir)
+    actors = [one for one in (*sampled.values(), judged) if job_needs(one)]
+    with open_ray(job.cluster, actors) if actors else nullcontext():
+        found = {name: _sampled(one, loaded) for name, one in sampled.items()}
+        arms = {name: given.get(name) or found[name] for name in job.arms}
+        meetings = [meet(number, a, b, arms) for number, (a, b) in enumerate(compared(job))]
+        write_pairs(job, meetings, Path(judged.data.path))
+        labels = make_labels(_as_loaded(judged, "label", loaded))
+    records = {record.id: record for record in read_preferences(labels["output"])}
+    summary = {
+        "job": "evaluate",
+        "alignment": measured_alignment(job, [r for name, r in records.items() if name.startswith(PEOPLE)]),
+        "win_rates": [measured_meeting(job, meeting, records) for meeting in meetings],
+        "answers": {name: sum(map(len, answers.values())) for name, answers in arms.items()},
+        "judge": labels["judge"],
+        "tokens_in": labels["tokens_in"],
+        "tokens_out": labels["tokens_out"],
+        "cost": labels["cost"],
+    }
+    write_json(run_dir / "summary.json", summary)
+    show(summary, run_dir)
+    return summary
+
+
+def plan_evaluation(loaded: Loaded) -> str:
+    """What `--dry-run` shows beside the resolved config."""
+    job = loaded.config
+    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
+    meetings = [f"{a} against {b}" for a, b in compared(job)]
+    told = ["the judge's agreement with people"] if job.data is not None else []
+    return f"{placement_table(job, device)}\n\nmeasured: {', '.join([*told, *meetings])}"
+
+
+# ---- Jobs it is made of ----------------------------------------------------------------------------------------------
+
+
+def _sample_job(job: EvaluateJob, name: str, run_dir: Path) -> SampleJob:
+    arm = job.arms[name]
+    assert arm.model is not None
+    return SampleJob(
+        policy=PolicyConfig(
+            model=arm.model, revision=arm.revision, trust_remote_code=arm.trust_remote_code, precision=arm.precision
+        ),
+        data=job.prompts,
+        sampling=job.sampling,
+        rollout=job.rollout,
+        cluster=job.cluster,
+        seed=job.seed,
+        run_dir=str(run_dir / "arms" / name),
+    )
+
+
+def _label_job(job: EvaluateJob, run_dir: Path) -> LabelJob:
+    return LabelJob(
+        data=PreferenceDataConfig(path=str(run_dir / "pairs.jsonl")),
+        judge=job.judge,
+        label=job.label,
+        cluster=job.cluster,
+        seed=job.seed,
+        run_dir=str(run_dir / "judging"),
+    )
+
+
+def _as_loaded(job: Any, name: str, loaded: Loaded) -> Loaded:
+    return Loaded(name, job, Path(job.run_dir), True, loaded.files, loaded.overrides)
+
+
+def _sampled(job: SampleJob, loaded: Loaded) -> Answers:
+    """A model's answers; empty ones too, since they are answers."""
+    sample_responses(_as_loaded(job, "sample", loaded))
+    answers: Answers = {}
+    assert job.run_dir is not None
+    for row in read_rows_streaming(Path(job.run_dir) / "sampled.jsonl"):
+        answers[tuple(Message(**turn) for turn in row["prompt"])] = row["responses"]
+    return answers
+
+
+def _identity(job: EvaluateJob) -> dict[str, Any]:
+    """What a run can't change between its processes."""
+    kept = job.model_dump(mode="json", include={"data", "arms", "prompts", "sampling", "win_rate", "seed"})
+    files = [job.data.path if job.data else "", *(arm.path or "" for arm in job.arms.values())]
+    return {**kept, "files": [fingerprint(path) for path in files if path]}
+
+
+# ---- What is judged --------------------------------------------------------------------------------------------------
+
+
+def compared(job: EvaluateJob) -> list[tuple[str, str]]:
+    """Pairs of arms: each with the reference, or each with each."""
+    reference = job.win_rate.reference
+    if reference is not None:
+        return [(name, reference) for name in job.arms if name != reference]
+    return list(itertools.combinations(job.arms, 2))
+
+
+def read_answers(path: str) -> Answers:
+    """An arm's answers from a file, by prompt.
+
+    Raises:
+        InputError: the file can't be read, or a row doesn't end with an answer.
+    """
+    answers: Answers = {}
+    for row in read_demonstrations(path):
+        if row.messages[-1].role != "assistant":
+            raise InputError(
+                f"{row.place}: an arm's row must end with its answer (got a turn of the {row.messages[-1].role}). "
+                f"Remove the turns after it."
+            )
+        answers.setdefault(row.messages[:-1], []).append(row.messages[-1].content.strip())
+    return answers
+
+
+def meet(number: int, a: str, b: str, arms: Mapping[str, Answers]) -> Meeting:
+    """Answers of two arms side by side, first with first, second with second.
+
+    An empty answer loses to one that isn't, and two equal ones are a tie: no judge is needed for that.
+
+    Raises:
+        InputError: they have no prompt in common.
+    """
+    meeting = Meeting(a, b)
+    both = [prompt for prompt in arms[a] if prompt in arms[b]]
+    if not both:
+        raise InputError(
+            f"arms.{a} and arms.{b} have no prompt in common (got {len(arms[a])} and {len(arms[b])} prompts): they "
+            f"can't be compared. Let both answer the same ones."
+        )
+    for place, prompt in enumerate(both):
+        for text_a, text_b in zip(arms[a][prompt], arms[b][prompt], strict=False):
+            pair = len(meeting.prompts)
+            meeting.prompts.append(place)
+            meeting.lengths_a.append(len(text_a))
+            meeting.lengths_b.append(len(text_b))
+            if text_a == text_b:
+                meeting.outcomes[pair] = 0.5
+            elif not text_a or not text_b:
+                meeting.outcomes[pair] = float(bool(text_a))
+            else:
+                meeting.records[pair] = PreferenceRecord(
+                    id=f"arms/{number}/{pair}",
+                    prompt=prompt,
+                    response_a=text_a,
+                    response_b=text_b,
+                    source_a=a,
+                    source_b=b,
+                )
+    return meeting
+
+
+def write_pairs(job: EvaluateJob, meetings: Sequence[Meeting], path: Path) -> None:
+    """Everything the judge is to compare, as records.
+
+    Raises:
+        InputError: people labelled nothing.
+    """
+    with RecordWriter(path) as writer:
+        writer.keep(0)
+        if job.data is not None:
+            rows = read_preferences(job.data.path, split=job.data.split, limit=job.data.limit)
+            known = [row for row in rows if human_label(row) is not None]
+            if not known:
+                raise InputError(
+                    f"{job.data.path} has no pair with a label that people gave: there is nothing to agree with. Give "
+                    f"rows of prompt, response_a, response_b and label."
+                )
+            writer.write([row.model_copy(update={"id": f"{PEOPLE}/{row.id}"}) for row in known])
+        for meeting in meetings:
+            writer.write(list(meeting.records.values()))
+        writer.finish()
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+
+def measured_alignment(job: EvaluateJob, records: Sequence[PreferenceRecord]) -> dict[str, Any] | None:
+    """AI labels against people's; None without data.
+
+    A label's majority counts, those of one half are no side's; a judge's exact one half is half right.
+    """
+    if job.data is None:
+        return None
+    judged = [record for record in records if record.p_a is not None]
+    said = [human_label(record) or 0.0 for record in judged]
+    p = [record.p_a for record in judged if record.p_a is not None]
+    prompts = [comparison_text(record) for record in judged]
+    found = alignment(p, said, prompts, resamples=job.win_rate.resamples, seed=job.seed)
+    longer = [0.5 + 0.5 * _sign(len(r.response_a) - len(r.response_b)) for r in records]
+    by_people = [human_label(record) or 0.0 for record in records]
+    calibration = expected_calibration_error(p, said)
+    return {
+        "accuracy": found.rate,
+        "ci95_low": found.ci95_low,
+        "ci95_high": found.ci95_high,
+        "n": found.n,
+        "ties": found.ties,
+        "failed": len(records) - len(judged),
+        "kappa": cohen_kappa(p, said),
+        "brier": brier(p, said),
+        "ece": calibration.value,
+        "curve": calibration.rows(),
+        "position_bias": asdict(_position_bias(records)),
+        "longer": {"accuracy": pairwise_accuracy(longer, by_people).value},
+        "people": _agreement_of_people(by_people),
+    }
+
+
+def _agreement_of_people(labels: Sequence[float]) -> float | None:
+    """How often one annotator says what most say, where labels are shares of annotators; else None."""
+    decided = [label for label in labels if label != 0.5]
+    if all(label in (0.0, 1.0) for label in decided):
+        return None
+    return sum(max(label, 1.0 - label) for label in decided) / len(decided)
+
+
+def measured_meeting(job: EvaluateJob, meeting: Meeting, records: Mapping[str, PreferenceRecord]) -> dict[str, Any]:
+    """Win rate of a against b, plain and at equal length, with what the judge may have been led by."""
+    cfg = job.win_rate
+    judged = {pair: records[record.id] for pair, record in meeting.records.items()}
+    outcomes = [
+        meeting.outcomes[pair]
+        if pair in meeting.outcomes
+        else _outcome(judged[pair], use_probabilities=cfg.use_probabilities)
+        for pair in range(len(meeting.prompts))
+    ]
+    sampling: dict[str, Any] = {"resamples": cfg.resamples, "seed": job.seed}
+    controlled = length_controlled(
+        outcomes, meeting.lengths_a, meeting.lengths_b, meeting.prompts, scale=cfg.length_scale
+    )
+    count = len(meeting.prompts)
+    return {
+        "a": meeting.a,
+        "b": meeting.b,
+        "win_rate": asdict(win_rate(outcomes, meeting.prompts, **sampling)),
+        "length_controlled": asdict(controlled),
+        "mean_length": {"a": sum(meeting.lengths_a) / count, "b": sum(meeting.lengths_b) / count},
+        "longer_wins": win_rate(
+            [0.5 + 0.5 * _sign(a - b) for a, b in zip(meeting.lengths_a, meeting.lengths_b, strict=True)],
+            meeting.prompts,
+            **sampling,
+        ).rate,
+        "position_bias": asdict(_position_bias(list(judged.values()))),
+    }
+
+
+def _outcome(record: PreferenceRecord, *, use_probabilities: bool) -> float | None:
+    if record.p_a is not None and record.p_a_forward is None:  # read once: there is no order to disagree
+        return record.p_a if use_probabilities else 0.5 + 0.5 * _sign(record.p_a - 0.5)
+    return outcome(record.p_a_forward, record.p_a_reversed, use_probabilities=use_probabilities)
+
+
+def _position_bias(records: Sequence[PreferenceRecord]) -> PositionBias:
+    return position_bias([r.p_a_forward for r in records], [r.p_a_reversed for r in records])
+
+
+def _sign(number: float) -> int:
+    return (number > 0) - (number < 0)
+
+
+# ---- Telling ---------------------------------------------------------------------------------------------------------
+
+
+def show(summary: dict[str, Any], run_dir: Path) -> None:
+    """Prints what was found."""
+    if summary["win_rates"]:
+        names = ("arm", "against", "win rate", "95% interval", "at equal length", "lengths", "n")
+        print_columns("win rates", names, [_row(one) for one in summary["win_rates"]])
+    print_table(run_dir.name, list(_lines(summary)), run_dir)
+
+
+def _row(found: dict[str, Any]) -> tuple[str, ...]:
+    rate, controlled, length = found["win_rate"], found["length_controlled"], found["mean_length"]
+    return (
+        found["a"],
+        found["b"],
+        _figure(rate["rate"]),
+        _interval(rate),
+        f"{_figure(controlled['rate'])} {_interval(controlled)}",
+        f"{length['a']:.0f}, {length['b']:.0f}",
+        str(rate["n"]),
+    )
+
+
+def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "judge", summary["judge"]
+    found = summary["alignment"]
+    if found:
+        yield "agrees with people", f"{_figure(found['accuracy'])} {_interval(found)} of {found['n']} pairs"
+        yield "the longer does", _figure(found["longer"]["accuracy"])
+        yield "people do", "" if found["people"] is None else f"{found['people']:.3f} (one annotator with most)"
+        yield "kappa", _figure(found["kappa"])
+        yield "calibration", f"Brier {_figure(found['brier'])}, ECE {_figure(found['ece'])}"
+        yield "position bias", _bias(found["position_bias"])
+        yield "failed", str(found["failed"]) if found["failed"] else ""
+    for one in summary["win_rates"]:
+        yield f"{one['a']} against {one['b']}", f"position bias {_bias(one['position_bias'])}"
+    yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
+    yield "cost", f"{summary['cost']:.4g}" if summary["cost"] else ""
+
+
+def _bias(found: dict[str, Any]) -> str:
+    if found["rate"] is None:
+        return "-"
+    first = found["prefers_first"]
+    return f"{found['rate']:.1%}" + ("" if first is None else f", of these {first:.0%} the first")
+
+
+def _interval(found: dict[str, Any]) -> str:
+    low, high = found["ci95_low"], found["ci95_high"]
+    return "" if low is None else f"[{low:.3f}, {high:.3f}]"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,165 @@
+"""`rlaif evaluate` on files of answers and a judge without a model: everything but the engines."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif_ray.config.jobs import EvaluateJob
+from rlaif_ray.config.load import load_job
+from rlaif_ray.data.preferences import PreferenceRecord
+from rlaif_ray.errors import InputError
+from rlaif_ray.pipelines.evaluate import compared, evaluate, measured_alignment
+from rlaif_ray.types import Message
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+DATA = Path(__file__).parents[4] / "shared" / "data"
+
+
+def run(folder: Path, *settings: str) -> dict[str, Any]:
+    loaded = load_job("evaluate", [CONFIGS / "demo" / "alignment.yaml"], ["judge.type=longer", *settings])
+    summary = evaluate(loaded)
+    assert json.loads((loaded.run_dir / "summary.json").read_text()) == summary
+    return summary
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arm(folder: Path, name: str, answers: list[str], prompts: list[str] | None = None) -> str:
+    rows = [{"prompt": (prompts or PROMPTS)[i % 3], "response": text} for i, text in enumerate(answers)]
+    return f"arms.{name}.path={write(folder / f'{name}.jsonl', rows)}"
+
+
+PROMPTS = ["one?", "two?", "three?"]
+
+
+# ---- Alignment -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not DATA.exists(), reason="../shared/data is absent")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("instruct_llmbar", 0.272),
+        ("helpful_pandalm", 0.656),
+        ("helpful_qa_feedback", 0.507),
+        ("harmless_hh_pairs", 0.431),
+    ],
+)
+def test_the_longer_baseline_is_the_one_stated_with_the_data(tmp_path: Path, name: str, expected: float) -> None:
+    summary = run(tmp_path, f"data.path={DATA / name}.jsonl", f"run_dir={tmp_path / 'run'}")
+    found = summary["alignment"]
+    assert round(found["accuracy"], 3) == expected == round(found["longer"]["accuracy"], 3)
+    assert found["ci95_low"] < found["accuracy"] < found["ci95_high"] and found["failed"] == 0
+    assert found["position_bias"]["rate"] == 0.0
+    if name == "helpful_pandalm":
+        assert found["n"] == 381 + 426 and found["ties"] == 64  # ties are left out and counted
+        assert 0.85 < found["people"] < 0.97  # one of three annotators with most of them
+    else:
+        assert found["people"] is None
+
+
+def records(judge: Any, count: int = 400) -> list[PreferenceRecord]:
+    """Pairs that people labelled, and `judge(label, draw)`'s probability."""
+    draw = random.Random(0)
+    made = []
+    for k in range(count):
+        label = float(draw.random() < 0.5)
+        p = judge(label, draw)
+        common = {"id": f"people/{k}", "prompt": (Message("user", f"q {k}"),), "response_a": "a", "response_b": "b"}
+        said = {"p_a": p, "p_a_forward": p, "p_a_reversed": p, "human": label}
+        made.append(PreferenceRecord.model_validate(common | said | {"judge": JUDGE}))
+    return made
+
+
+JUDGE = {"type": "vllm", "model": "m", "template": "t", "template_hash": "h"}
+JOB = EvaluateJob.model_validate({"data": {"path": "x"}})
+
+
+def test_a_perfect_judge_is_always_right_and_a_coin_half_the_time() -> None:
+    perfect = measured_alignment(JOB, records(lambda label, draw: 0.1 + 0.8 * label))
+    assert perfect and (perfect["accuracy"], perfect["ci95_low"], perfect["kappa"]) == (1.0, 1.0, 1.0)
+    assert perfect["brier"] == pytest.approx(0.01) and perfect["ece"] == pytest.approx(0.1)
+    coin = measured_alignment(JOB, records(lambda label, draw: draw.choice([0.3, 0.7])))
+    assert coin and coin["ci95_low"] < 0.5 < coin["ci95_high"] and abs(coin["kappa"]) < 0.15
+    no_data = EvaluateJob.model_validate({"arms": {"a": {"path": "a"}, "b": {"path": "b"}}})
+    assert measured_alignment(no_data, []) is None
+
+
+def test_what_failed_is_counted_and_not_scored() -> None:
+    made = records(lambda label, draw: 0.1 + 0.8 * label, count=10)
+    failed = made[0].model_copy(update={"p_a": None, "p_a_forward": None, "p_a_reversed": None, "failed": "too_long"})
+    found = measured_alignment(JOB, [failed, *made[1:]])
+    assert found and (found["n"], found["failed"], found["accuracy"]) == (9, 1, 1.0)
+
+
+def test_data_without_labels_is_no_data(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", [{"prompt": "q", "response_a": "a", "response_b": "bb"}])
+    with pytest.raises(InputError, match="no pair with a label that people gave"):
+        run(tmp_path, f"data.path={path}", f"run_dir={tmp_path / 'run'}")
+
+
+# ---- Win rates -------------------------------------------------------------------------------------------------------
+
+
+def test_arms_by_hand(tmp_path: Path) -> None:
+    """The longer answer wins: a 2 of 3 against b, all against c, which says nothing twice."""
+    summary = run(
+        tmp_path,
+        f"run_dir={tmp_path / 'run'}",
+        arm(tmp_path, "a", ["long answer", "longer answer", "x"]),
+        arm(tmp_path, "b", ["short", "short", "the longest answer"]),
+        arm(tmp_path, "d", ["long answer", "longer answer", "x"]),
+    )
+    by_pair = {(one["a"], one["b"]): one for one in summary["win_rates"]}
+    assert list(by_pair) == [("a", "b"), ("a", "d"), ("b", "d")]
+    assert by_pair["a", "b"]["win_rate"]["rate"] == pytest.approx(2 / 3)
+    assert by_pair["b", "d"]["win_rate"]["rate"] == pytest.approx(1 / 3)
+    assert by_pair["a", "b"]["mean_length"] == {"a": pytest.approx(25 / 3), "b": pytest.approx(28 / 3)}
+    same = by_pair["a", "d"]["win_rate"]  # an arm against its own answers
+    assert (same["rate"], same["ci95_low"], same["ci95_high"], same["ties"]) == (0.5, 0.5, 0.5, 3)
+    assert by_pair["a", "b"]["longer_wins"] == by_pair["a", "b"]["win_rate"]["rate"]  # this judge is that baseline
+
+
+def test_several_answers_to_a_prompt_are_one_cluster(tmp_path: Path) -> None:
+    summary = run(
+        tmp_path,
+        f"run_dir={tmp_path / 'run'}",
+        arm(tmp_path, "a", ["aa", "a", "aa", "aaaa", "a", "aa"]),
+        arm(tmp_path, "b", ["b", "bb", "b", "b", "bb", "b"]),
+    )
+    [found] = summary["win_rates"]
+    assert (found["win_rate"]["n"], found["win_rate"]["prompts"]) == (6, 3)
+    assert found["win_rate"]["rate"] == pytest.approx(4 / 6)
+
+
+def test_a_reference_meets_each_other_arm() -> None:
+    arms = {name: {"path": name} for name in ("base", "dpo", "rlaif")}
+    assert compared(EvaluateJob.model_validate({"arms": arms, "win_rate": {"reference": "dpo"}})) == [
+        ("base", "dpo"),
+        ("rlaif", "dpo"),
+    ]
+
+
+def test_arms_without_a_common_prompt_are_told(tmp_path: Path) -> None:
+    other = ["four?", "five?", "six?"]
+    settings = [arm(tmp_path, "a", ["x", "y", "z"]), arm(tmp_path, "b", ["x", "y", "z"], other)]
+    with pytest.raises(InputError, match="no prompt in common"):
+        run(tmp_path, f"run_dir={tmp_path / 'run'}", *settings)
+
+
+def test_a_run_of_other_arms_is_not_gone_on_with(tmp_path: Path) -> None:
+    settings = [arm(tmp_path, "a", ["x", "y", "z"]), arm(tmp_path, "b", ["xx", "y", "z"])]
+    first = run(tmp_path, f"run_dir={tmp_path / 'run'}", *settings)
+    assert run(tmp_path, f"run_dir={tmp_path / 'run'}", *settings)["win_rates"] == first["win_rates"]
+    arm(tmp_path, "b", ["x", "yy", "z"])
+    with pytest.raises(InputError, match="results of another run"):
+        run(tmp_path, f"run_dir={tmp_path / 'run'}", *settings)
