@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,10 +66,9 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     make_folder(run_dir)
     must_be_same_run(run_dir, "evaluate", _identity(job))
     write_resolved(loaded)
-    sampled = {name: _sample_job(job, name, run_dir) for name, arm in job.arms.items() if arm.model is not None}
-    judged = _label_job(job, run_dir)
-    actors = [one for one in (*sampled.values(), judged) if job_needs(one)]
-    with open_ray(job.cluster, actors) if actors else nullcontext():
+    *samples, judged = jobs_of(job, run_dir)
+    sampled = dict(zip([name for name, arm in job.arms.items() if arm.model is not None], samples, strict=True))
+    with open_ray(job.cluster, [*samples, judged]):
         found = {name: _sampled(one, loaded) for name, one in sampled.items()}
         arms = {name: given.get(name) or found[name] for name in job.arms}
         meetings = [meet(number, a, b, arms) for number, (a, b) in enumerate(compared(job))]
@@ -98,10 +96,19 @@ def plan_evaluation(loaded: Loaded) -> str:
     device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
     meetings = [f"{a} against {b}" for a, b in compared(job)]
     told = ["the judge's agreement with people"] if job.data is not None else []
-    return f"{placement_table(job, device)}\n\nmeasured: {', '.join([*told, *meetings])}"
+    tables = [placement_table(one, device) for one in jobs_of(job, loaded.run_dir) if job_needs(one)]
+    return "\n\n".join([*tables, f"measured: {', '.join([*told, *meetings])}"])
 
 
 # ---- Jobs it is made of ----------------------------------------------------------------------------------------------
+
+
+def jobs_of(job: EvaluateJob, run_dir: Path) -> list[Any]:
+    """One after the other: a SampleJob for each arm that is a model, and the LabelJob of the judge."""
+    return [
+        *(_sample_job(job, name, run_dir) for name, arm in job.arms.items() if arm.model is not None),
+        _label_job(job, run_dir),
+    ]
 
 
 def _sample_job(job: EvaluateJob, name: str, run_dir: Path) -> SampleJob:

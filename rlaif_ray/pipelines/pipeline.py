@@ -24,9 +24,8 @@ from rlaif_ray.errors import InputError, RlaifError, RunError
 from rlaif_ray.feedback.principles import load_constitution
 from rlaif_ray.feedback.revision import load_examples
 from rlaif_ray.feedback.templates import load_exemplars, load_template
-from rlaif_ray.pipelines import constitution, feedback
+from rlaif_ray.pipelines import constitution, evaluate, feedback
 from rlaif_ray.pipelines.dpo import train_dpo
-from rlaif_ray.pipelines.evaluate import evaluate
 from rlaif_ray.pipelines.pairs import make_pairs
 from rlaif_ray.pipelines.preferences import make_labels
 from rlaif_ray.pipelines.reward import train_reward_model
@@ -35,7 +34,7 @@ from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, write_resol
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.pipelines.supervised import fine_tune
 from rlaif_ray.runtime.cluster import open_ray
-from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.runtime.placement import job_needs, placement_table
 from rlaif_ray.tracking.display import clock
 from rlaif_ray.tracking.files import read_json, write_json
 from rlaif_ray.tracking.progress import print_columns
@@ -66,7 +65,7 @@ WORK = {
     "reward-model": Work(train_reward_model, "reward_model"),
     "dpo": Work(train_dpo, "policy"),
     "train": Work(train_rl, "policy"),
-    "evaluate": Work(evaluate, "summary.json"),
+    "evaluate": Work(evaluate.evaluate, "summary.json"),
 }
 
 
@@ -105,7 +104,8 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
             _put_aside(placed[name].folder)
     ran: dict[str, float] = {}
     if todo:
-        with open_ray(pipeline.config.cluster, [placed[name].stage.config for name in todo]):
+        jobs = [job for name in todo for job in jobs_of(placed[name])]
+        with open_ray(pipeline.config.cluster, jobs):
             for number, name in enumerate(todo, start=1):
                 print(f"\nstage {number} of {len(todo)}: {name} ({placed[name].stage.job})", flush=True)
                 ran[name] = run_stage(pipeline, placed, name)
@@ -125,8 +125,15 @@ def plan_pipeline(pipeline: Pipeline) -> str:
         state = "done" if one.done else "started" if one.folder.exists() else "to do"
         after = f", after {', '.join(one.stage.needs)}" if one.stage.needs else ""
         title = f"{one.stage.name}: {one.stage.job}{after} [{state}]\n{one.folder}"
-        parts.append(f"{title}\n{placement_table(one.stage.config, device)}")
+        tables = [placement_table(job, device) for job in jobs_of(one) if job_needs(job)]
+        parts.append("\n".join([title, *tables]))
     return "\n\n".join(parts)
+
+
+def jobs_of(one: Placed) -> list[Any]:
+    """The jobs that a stage runs, one after the other: itself, or what it is made of."""
+    config = one.stage.config
+    return evaluate.jobs_of(config, one.folder) if isinstance(config, EvaluateJob) else [config]
 
 
 def choose(pipeline: Pipeline, placed: Mapping[str, Placed], start: str | None, only: str | None) -> list[str]:

@@ -22,7 +22,7 @@ from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
-from rlaif_ray.runtime.placement import Slot, actor_slots, reserve, totals
+from rlaif_ray.runtime.placement import Slot, actor_slots, job_needs, reserve, totals
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 
@@ -71,9 +71,9 @@ def open_cluster(job: Any) -> Iterator[Cluster]:
 def open_ray(cfg: ClusterConfig, jobs: Sequence[Any]) -> Iterator[None]:
     """Ray for jobs that run one after the other in this process: within it each `open_cluster` uses this one.
 
-    A Ray that was started here ends here.
+    A Ray that was started here ends here. None is where no job has an actor.
     """
-    started_here = _connect(cfg, jobs)
+    started_here = any(job_needs(job) for job in jobs) and _connect(cfg, jobs)
     try:
         yield
     finally:

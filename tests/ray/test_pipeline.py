@@ -68,6 +68,15 @@ stages:
     data: {{path: 'package:train', limit: 130}}
     sampling: {{samples_per_prompt: 2, max_new_tokens: 6}}
     feedback: {{type: judge, template: helpful, judge: {{model: {model}, kv_cache_gb: 0.2}}}}
+  evaluate:
+    job: evaluate
+    arms:
+      base: {{model: {model}}}
+      dpo: {{model: 'stage:dpo'}}
+      best: {{path: 'stage:best-of-2'}}
+    prompts: {{path: 'package:train', limit: 70}}
+    sampling: {{max_new_tokens: 6}}
+    win_rate: {{reference: base}}
 """
 CONSTITUTION = """\
 id: mine
@@ -82,7 +91,7 @@ principles:
     revision_request: Rewrite the answer without what it doesn't need.
     comparison_question: "{comparison}"
 """
-ORDER = ["revise", "sft", "pairs", "label", "rm", "rlaif", "dpo", "best-of-2"]
+ORDER = ["revise", "sft", "pairs", "label", "rm", "rlaif", "dpo", "best-of-2", "evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +145,9 @@ def test_every_stage_ran_and_left_what_it_makes(folder: Path, straight: Path) ->
     for row, of in zip(best, map(json.loads, sampled.read_text().splitlines()), strict=True):
         usable = [(s, r) for s, r in zip(of["scores"], of["responses"], strict=True) if s is not None and r]
         assert row["score"] == max(s for s, _ in usable) and (row["score"], row["response"]) in usable
+    evaluation = json.loads(Path(found["evaluate"]["artefact"]).read_text())
+    assert [(one["a"], one["b"]) for one in evaluation["win_rates"]] == [("dpo", "base"), ("best", "base")]
+    assert evaluation["win_rates"][0]["win_rate"]["n"] == 70 and 60 <= evaluation["win_rates"][1]["win_rate"]["n"] <= 70
     resolved = Path(found["rm"]["artefact"]).with_name("resolved.yaml")
     assert f"model: {found['sft']['artefact']}" in resolved.read_text()
 
@@ -157,6 +169,7 @@ UNDER_WAY: dict[str, Callable[[Path], bool]] = {
     "rlaif": lambda folder: (folder / "checkpoints" / "step-1").exists(),
     "dpo": lambda folder: (folder / "checkpoints" / "step-2").exists(),
     "best-of-2": lambda folder: lines(folder / "sampled.jsonl") > 0,
+    "evaluate": lambda folder: lines(folder / "judging" / "labels.jsonl") > 0,
 }
 
 
@@ -192,7 +205,7 @@ def test_a_changed_constitution_redoes_what_depends_on_it(folder: Path, straight
     assert same == {"revise", "sft", "pairs", "best-of-2"}
     states = {name: stage["state"] for name, stage in after.items()}
     assert states == dict.fromkeys(same, "done before") | {"label": "ran"} | dict.fromkeys(
-        ("rm", "rlaif", "dpo"), "to do"
+        ("rm", "rlaif", "dpo", "evaluate"), "to do"
     )
 
 
@@ -201,7 +214,7 @@ def test_from_does_a_stage_and_what_builds_on_it_again(folder: Path, straight: P
     old = hashlib.sha256((straight / "latest" / "dpo" / "stage.json").read_bytes()).hexdigest()
     done(pipeline(folder, "straight", "--from", "dpo"))
     states = {name: stage["state"] for name, stage in stages(straight).items()}
-    assert states == dict.fromkeys(ORDER, "done before") | {"dpo": "ran"}
+    assert states == dict.fromkeys(ORDER, "done before") | dict.fromkeys(("dpo", "evaluate"), "ran")
     assert artefacts(straight) == before
     aside = next((straight / "stages").glob("dpo-*.1"))  # what was there is kept
     assert hashlib.sha256((aside / "stage.json").read_bytes()).hexdigest() == old

@@ -10,7 +10,7 @@ import pytest
 from rlaif_ray.config.jobs import JOBS
 from rlaif_ray.config.load import load_job
 from rlaif_ray.config.pipeline import load_pipeline
-from rlaif_ray.pipelines.pipeline import plan_pipeline
+from rlaif_ray.pipelines.pipeline import jobs_of, place, plan_pipeline
 from rlaif_ray.runtime.placement import actor_slots, totals
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,7 +62,8 @@ def test_shipped_pipeline_loads_and_is_planned(file: Path, monkeypatch: pytest.M
     # All that a stage asks for at a time, of one node with 8 GPUs and of four.
     gpus = {"8gpu": 8, "nodes": 32}.get(file.stem, 0)
     device = "cuda" if gpus else "cpu"
-    asked = [totals(actor_slots(stage.config, device))["GPU"] for stage in pipeline.stages]  # type: ignore[arg-type]
+    jobs = [job for one in place(pipeline).values() for job in jobs_of(one)]
+    asked = [totals(actor_slots(job, device))["GPU"] for job in jobs]  # type: ignore[arg-type]
     assert max(asked) == gpus and (not gpus or min(asked) > gpus / 2)
 
 
