@@ -112,7 +112,7 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
     told = [_told(one, ran) for one in placed.values()]
     summary = {"job": "pipeline", "stages": told}
     write_json(pipeline.run_dir / "summary.json", summary)
-    rows = [_row(one, pipeline.run_dir) for one in told]
+    rows = [_row(one) for one in told]
     print_columns(pipeline.run_dir.name, ("stage", "job", "state", "time", "result", "files"), rows)
     return summary
 
@@ -291,10 +291,10 @@ def _told(one: Placed, ran: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _row(told: dict[str, Any], run_dir: Path) -> tuple[str, ...]:
+def _row(told: dict[str, Any]) -> tuple[str, ...]:
     time_s = clock(told["seconds"]) if told["seconds"] is not None else "-"
-    artefact = str(Path(told["artefact"]).relative_to(run_dir)) if told["artefact"] else ""
-    return told["name"], told["job"], told["state"], time_s, told["result"], artefact
+    made = f"latest/{told['name']}/{Path(told['artefact']).name}" if told["artefact"] else ""
+    return told["name"], told["job"], told["state"], time_s, told["result"], made
 
 
 def headline(summary: Mapping[str, Any]) -> str:
