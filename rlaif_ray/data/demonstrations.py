@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rlaif_ray.data.preferences import _rows_of
-from rlaif_ray.data.prompts import _got, _message, _nearest, _Row
+from rlaif_ray.data.preferences import rows_of
+from rlaif_ray.data.prompts import Row, described, nearest_hint, read_message
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
@@ -30,7 +30,7 @@ def read_demonstrations(path: str, *, split: str = "train", limit: int | None = 
         InputError: at the first wrong row, naming file and line; those before it have been given out by then.
     """
     count = 0
-    for row in _rows_of(path, split)():
+    for row in rows_of(path, split)():
         if limit is not None and count >= limit:
             return
         count += 1
@@ -39,10 +39,10 @@ def read_demonstrations(path: str, *, split: str = "train", limit: int | None = 
         raise InputError(f"the conversations {path} have no rows (got an empty data set). Give a file with some.")
 
 
-def _demonstration(row: _Row) -> Demonstration:
+def _demonstration(row: Row) -> Demonstration:
     form = next((form for form in _FORMS if all(name in row.cells for name in form)), None)
     if form is None:
-        hint = _nearest("messages", row.cells)
+        hint = nearest_hint("messages", row.cells)
         raise InputError(
             f"{row.place}: a row must have messages, or prompt and response (its columns: "
             f"{', '.join(row.cells) or 'none'}).{hint} Rename a column."
@@ -51,9 +51,9 @@ def _demonstration(row: _Row) -> Demonstration:
         value = row.cells["messages"]
         if not isinstance(value, list):
             raise InputError(
-                f"{row.place}: messages must be a list of {{role, content}} (got {_got(value)}). Correct it."
+                f"{row.place}: messages must be a list of {{role, content}} (got {described(value)}). Correct it."
             )
-        messages = tuple(_message(entry, index, row.place, "messages") for index, entry in enumerate(value))
+        messages = tuple(read_message(entry, index, row.place, "messages") for index, entry in enumerate(value))
     else:
         messages = (*_prompt(row), Message("assistant", _text(row, "response")))
     for before, turn in zip((None, *messages), messages, strict=False):
@@ -68,15 +68,15 @@ def _demonstration(row: _Row) -> Demonstration:
     return Demonstration(row.place, messages)
 
 
-def _prompt(row: _Row) -> tuple[Message, ...]:
+def _prompt(row: Row) -> tuple[Message, ...]:
     value = row.cells["prompt"]
     if isinstance(value, list):
-        return tuple(_message(entry, index, row.place, "prompt") for index, entry in enumerate(value))
+        return tuple(read_message(entry, index, row.place, "prompt") for index, entry in enumerate(value))
     return (Message("user", _text(row, "prompt")),)
 
 
-def _text(row: _Row, column: str) -> str:
+def _text(row: Row, column: str) -> str:
     value = row.cells[column]
     if not isinstance(value, str):
-        raise InputError(f"{row.place}: {column} must be text (got {_got(value)}). Correct it.")
+        raise InputError(f"{row.place}: {column} must be text (got {described(value)}). Correct it.")
     return value

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.preferences import PreferenceRecord, comparison_text, read_preferences, records_of_rows
-from rlaif_ray.data.prompts import _nearest, _one_line
+from rlaif_ray.data.prompts import nearest_hint, one_line
 from rlaif_ray.data.record_files import arrow_schema, record_batches, write_records
 from rlaif_ray.errors import InputError
 
@@ -120,7 +120,7 @@ def push_to_hub(path: Path, repo: str) -> None:
         raise
     except Exception as error:  # the hub's and the network's errors have no common root
         raise InputError(
-            f"push_to_hub={repo} failed (got: {_one_line(error)}). The records stay in {path}. Check the name, the "
+            f"push_to_hub={repo} failed (got: {one_line(error)}). The records stay in {path}. Check the name, the "
             "token's rights and the network, then start the same command again."
         ) from error
 
@@ -285,7 +285,7 @@ def _sheet_rows(rows: Any, path: Path) -> Iterator[tuple[str, tuple[float | None
         if column not in header:
             raise InputError(
                 f"{path}, line 1: there is no column {column!r} (its columns: {', '.join(header) or 'none'})."
-                f"{_nearest(column, header)} Keep the first row as it was written."
+                f"{nearest_hint(column, header)} Keep the first row as it was written."
             )
     places: dict[str, str] = {}
     start = rows.line_num + 1
@@ -350,7 +350,7 @@ def from_argilla(rows: Iterable[Mapping[str, Any]]) -> Iterator[PreferenceRecord
             answers = [_VERDICTS[value] for value in said]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"the Argilla record {row.get('id')!r} is none that was pushed from here (got: {_one_line(error)}). "
+                f"the Argilla record {row.get('id')!r} is none that was pushed from here (got: {one_line(error)}). "
                 "Pull from the data set that the records were pushed to."
             ) from error
         yield _answered(record, sum(answers) / len(answers)) if answers else record
@@ -425,6 +425,6 @@ def _argilla_settings(rg: Any) -> Any:
 
 def _no_argilla(name: str, error: Exception) -> str:
     return (
-        f"Argilla can't be used for {name!r} (got: {_one_line(error)}). Set ARGILLA_API_URL and ARGILLA_API_KEY to a "
+        f"Argilla can't be used for {name!r} (got: {one_line(error)}). Set ARGILLA_API_URL and ARGILLA_API_KEY to a "
         "running server, and check the workspace."
     )

@@ -20,7 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import TypedDict
 
 from rlaif_ray.data.chat import conversation_text
-from rlaif_ray.data.prompts import _got, _message, _messages, _nearest, _one_line, _Row, _row_id, _shorten
+from rlaif_ray.data.prompts import (
+    Row,
+    described,
+    id_of_row,
+    nearest_hint,
+    one_line,
+    read_message,
+    read_messages,
+    shorten,
+)
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.types import Message
 
@@ -95,8 +104,8 @@ class PreferenceRecord(BaseModel):
     def _labelled_or_failed(self) -> PreferenceRecord:
         if self.failed is not None and self.p_a is not None:
             raise ValueError(
-                f"failed must be null where there is a p_a (got {_got(self.failed)} and {self.p_a:g}): what could not "
-                "be judged has no label. Remove one of them."
+                f"failed must be null where there is a p_a (got {described(self.failed)} and {self.p_a:g}): what could "
+                "not be judged has no label. Remove one of them."
             )
         return self
 
@@ -134,7 +143,7 @@ def read_preferences(path: str, *, split: str = "train", limit: int | None = Non
             and line (row of a parquet file). Also for no rows at all.
         RunError: the connection to the hub broke midway.
     """
-    return _records(_rows_of(path, split), path, limit)
+    return _records(rows_of(path, split), path, limit)
 
 
 def check_readable(path: str, *, split: str = "train") -> None:
@@ -145,16 +154,16 @@ def check_readable(path: str, *, split: str = "train") -> None:
 def records_of_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[PreferenceRecord]:
     """Records of rows that are already in Python, in any of the forms. `rows` can be iterated more than once."""
     return _records(
-        lambda: (_Row(f"{name}, row {n}", f"{name}-{n}", dict(cells)) for n, cells in enumerate(rows, 1)), name, None
+        lambda: (Row(f"{name}, row {n}", f"{name}-{n}", dict(cells)) for n, cells in enumerate(rows, 1)), name, None
     )
 
 
 # ---- Where rows come from --------------------------------------------------------------------------------------------
 
-_Rows = Callable[[], Iterator[_Row]]  # starts at the first row each time
+_Rows = Callable[[], Iterator[Row]]  # starts at the first row each time
 
 
-def _rows_of(path: str, split: str) -> _Rows:
+def rows_of(path: str, split: str) -> _Rows:
     local = Path(os.path.expanduser(path))
     if path and local.exists():
         if local.is_dir() or local.suffix not in ENDINGS:
@@ -172,13 +181,13 @@ def _rows_of(path: str, split: str) -> _Rows:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix in ENDINGS:
         near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
-            f"the preferences {path!r} do not exist (looked at {local.absolute()}).{_nearest(local.name, near)} "
+            f"the preferences {path!r} do not exist (looked at {local.absolute()}).{nearest_hint(local.name, near)} "
             "Correct the path."
         )
     return lambda: _hub_rows(path, split)
 
 
-def _lines(file: Path) -> Iterator[_Row]:
+def _lines(file: Path) -> Iterator[Row]:
     try:
         stream = file.open("rb")
     except OSError as error:
@@ -190,7 +199,7 @@ def _lines(file: Path) -> Iterator[_Row]:
             if line.strip():
                 rows += 1
                 place = f"{file}, line {number}"
-                yield _Row(place, f"{file.stem}-{rows}", _object(line, place))
+                yield Row(place, f"{file.stem}-{rows}", _object(line, place))
 
 
 def _object(line: bytes, place: str) -> dict[str, Any]:
@@ -203,7 +212,7 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
         cut = "" if line.endswith(b"\n") else "the line is cut off: the file ends within it; "
         reason = cut + str(error).partition(": line")[0]
     if reason:
-        shown = _shorten(line.decode("utf-8", "replace").strip())
+        shown = shorten(line.decode("utf-8", "replace").strip())
         raise InputError(
             f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as "
             '{"prompt": "...", "response_a": "...", "response_b": "..."}. Mend or remove the line.'
@@ -211,7 +220,7 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _parquet_rows(file: Path) -> Iterator[_Row]:
+def _parquet_rows(file: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -222,15 +231,15 @@ def _parquet_rows(file: Path) -> Iterator[_Row]:
             for batch in source.iter_batches(batch_size=_ROWS_AT_A_TIME):
                 for cells in batch.to_pylist():
                     n = next(number)
-                    yield _Row(f"{file}, row {n}", f"{file.stem}-{n}", cells)
+                    yield Row(f"{file}, row {n}", f"{file.stem}-{n}", cells)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"the preferences {file} cannot be read as .parquet from row {next(number)} on (got: {_one_line(error)}). "
+            f"the preferences {file} cannot be read as .parquet from row {next(number)} on (got: {one_line(error)}). "
             "Mend the file, or give it the ending of what it is."
         ) from error
 
 
-def _hub_rows(name: str, split: str) -> Iterator[_Row]:
+def _hub_rows(name: str, split: str) -> Iterator[Row]:
     import datasets
 
     try:  # offline a stream has no source, while what was downloaded before is on disk and mapped into memory
@@ -238,16 +247,16 @@ def _hub_rows(name: str, split: str) -> Iterator[_Row]:
     except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
         raise InputError(
             f"the preferences {name!r} are no file here, and no Hugging Face data set whose split {split!r} can be "
-            f"loaded (got: {_one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
+            f"loaded (got: {one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
             "the network, and a private one HF_TOKEN. Or give a local file."
         ) from error
     number = 0
     try:
         for number, cells in enumerate(data, 1):
-            yield _Row(f"{name} ({split}), row {number}", f"{name.rpartition('/')[2]}-{number}", dict(cells))
+            yield Row(f"{name} ({split}), row {number}", f"{name.rpartition('/')[2]}-{number}", dict(cells))
     except Exception as error:
         raise RunError(
-            f"the preferences {name!r} broke off after row {number} ({_one_line(error)}). Start the command again, or "
+            f"the preferences {name!r} broke off after row {number} ({one_line(error)}). Start the command again, or "
             "download the data and give the file."
         ) from error
 
@@ -272,7 +281,7 @@ _OUR_MARKS = {"p_a", "p_a_forward", "p_a_reversed", "source_a", "source_b", "hum
 _IF_FIRST = ("id", "prompt", "label")  # every row has these when the first row has
 
 
-def _form(row: _Row) -> _Form:
+def _form(row: Row) -> _Form:
     columns = row.cells.keys()
     pair, chosen = columns & {"response_a", "response_b"}, columns & {"chosen", "rejected"}
     ours = columns & _OUR_MARKS
@@ -286,14 +295,14 @@ def _form(row: _Row) -> _Form:
         return _TRL
     if pair:
         return _OURS if ours else _PAIR
-    likely = _nearest("response_a", columns) or _nearest("chosen", columns)
+    likely = nearest_hint("response_a", columns) or nearest_hint("chosen", columns)
     raise InputError(
         f"{row.place}: there are no responses to compare (its columns: {', '.join(map(str, columns)) or 'none'})."
         f"{likely} Give prompt, response_a and response_b, or prompt, chosen and rejected."
     )
 
 
-def _check_columns(row: _Row, form: _Form, first: _Row) -> None:
+def _check_columns(row: Row, form: _Form, first: Row) -> None:
     """That a row has the columns of the file's form."""
     columns = row.cells.keys()
     here = _form(row)
@@ -307,15 +316,15 @@ def _check_columns(row: _Row, form: _Form, first: _Row) -> None:
     if missing is not None:
         raise InputError(
             f"{row.place}: there is no column {missing!r} (its columns: {', '.join(columns)})."
-            f"{_nearest(missing, columns - {*wanted, *PreferenceRecord.model_fields})} Add it."
+            f"{nearest_hint(missing, columns - {*wanted, *PreferenceRecord.model_fields})} Add it."
         )
     if "id" in columns and "id" not in first.cells:
         raise InputError(
-            f"{row.place}: this row has an id and the first has none (got {_got(row.cells['id'])}). "
+            f"{row.place}: this row has an id and the first has none (got {described(row.cells['id'])}). "
             "Give every row an id, or none."
         )
     if form is _PAIR and "label" not in columns:
-        near = _nearest("label", columns - PreferenceRecord.model_fields.keys() - {"source"})
+        near = nearest_hint("label", columns - PreferenceRecord.model_fields.keys() - {"source"})
         if near:  # a misspelt label would make all rows unlabelled ones
             raise InputError(
                 f"{row.place}: there is no column 'label' (its columns: {', '.join(columns)}).{near} "
@@ -324,7 +333,7 @@ def _check_columns(row: _Row, form: _Form, first: _Row) -> None:
 
 
 def _records(rows: _Rows, name: str, limit: int | None) -> Iterator[PreferenceRecord]:
-    first: _Row | None = None
+    first: Row | None = None
     form = _OURS
     columns: tuple[str, ...] = ()  # of the row before
     seen: set[int] = set()  # hashes of ids
@@ -334,7 +343,7 @@ def _records(rows: _Rows, name: str, limit: int | None) -> Iterator[PreferenceRe
         if tuple(row.cells) != columns:
             _check_columns(row, form, first)
             columns = tuple(row.cells)
-        row_id = _row_id(row)
+        row_id = id_of_row(row)
         if "id" in first.cells:
             if hash(row_id) in seen:
                 _must_be_new(row_id, row, rows)
@@ -344,10 +353,10 @@ def _records(rows: _Rows, name: str, limit: int | None) -> Iterator[PreferenceRe
         raise InputError(f"the preferences {name!r} have no rows (got an empty data set). Give one with rows.")
 
 
-def _must_be_new(row_id: str, row: _Row, rows: _Rows) -> None:
+def _must_be_new(row_id: str, row: Row, rows: _Rows) -> None:
     """Reads up to `row` again: of the rows before, only hashes were kept, and those can be equal by chance."""
     before = itertools.takewhile(lambda other: other.place != row.place, rows())
-    twin = next((other for other in before if _row_id(other) == row_id), None)
+    twin = next((other for other in before if id_of_row(other) == row_id), None)
     if twin is not None:
         raise InputError(
             f"{row.place}: id must be unique (got {row_id!r}, which {twin.place} has too). "
@@ -369,13 +378,13 @@ _MUST_BE = {
 }
 
 
-def _record(row: _Row, row_id: str, form: _Form) -> PreferenceRecord:
+def _record(row: Row, row_id: str, form: _Form) -> PreferenceRecord:
     cells = row.cells
     if form is _TRL:
         prompt, chosen, rejected = _trl(row)
         values = {"response_a": chosen, "response_b": rejected, "p_a": 1.0}
     else:
-        prompt = _messages(row, "prompt", None)
+        prompt = read_messages(row, "prompt", None)
         if form is _OURS:
             values = cells
         else:
@@ -393,23 +402,23 @@ def _problem(place: str, error: ValidationError, form: _Form) -> str:
         return f"{place}: {first['msg'].removeprefix('Value error, ')}"
     field = str(first["loc"][0])
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        near = _nearest(field, PreferenceRecord.model_fields)
+        near = nearest_hint(field, PreferenceRecord.model_fields)
         return f"{place}: {field!r} is no column of {form.name}.{near} Correct or remove it."
     column = form.spelling.get(field, field)
     inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
-    got = "nothing" if first["type"] == "missing" else _got(first["input"])
+    got = "nothing" if first["type"] == "missing" else described(first["input"])
     return (
         f"{place}: {column} must be {_MUST_BE[field]} (got {got}{inner and f' at {column}{inner}'}). Correct the row."
     )
 
 
-def _trl(row: _Row) -> tuple[tuple[Message, ...], Any, Any]:
+def _trl(row: Row) -> tuple[tuple[Message, ...], Any, Any]:
     """Prompt, chosen and rejected response of a TRL row.
 
     The responses are texts, or messages that end with the assistant's. Messages before that one repeat the prompt;
     without a column for it they are the prompt (TRL's implicit form), as are the earlier turns of a transcript.
     """
-    explicit = _messages(row, "prompt", None) if row.cells.get("prompt") is not None else None
+    explicit = read_messages(row, "prompt", None) if row.cells.get("prompt") is not None else None
     before, responses = [], []
     for column in ("chosen", "rejected"):
         value = row.cells[column]
@@ -419,7 +428,7 @@ def _trl(row: _Row) -> tuple[tuple[Message, ...], Any, Any]:
             before.append(explicit)
             responses.append(value)
             continue
-        turns = tuple(_message(entry, index, row.place, column) for index, entry in enumerate(value))
+        turns = tuple(read_message(entry, index, row.place, column) for index, entry in enumerate(value))
         if not turns or turns[-1].role != "assistant":
             raise InputError(
                 f"{row.place}: {column} must end with the assistant's message (got "
@@ -436,17 +445,17 @@ def _trl(row: _Row) -> tuple[tuple[Message, ...], Any, Any]:
         )
     if explicit is None:  # the same checks as for a prompt in its column
         shared = [{"role": turn.role, "content": turn.content} for turn in prompt]
-        prompt = _messages(_Row(row.place, row.number, {"prompt": shared}), "prompt", None)
+        prompt = read_messages(Row(row.place, row.number, {"prompt": shared}), "prompt", None)
     return prompt, responses[0], responses[1]
 
 
-def _transcript(text: str, row: _Row, column: str) -> list[dict[str, str]]:
+def _transcript(text: str, row: Row, column: str) -> list[dict[str, str]]:
     """The turns of a conversation in one text, each after an empty line and "Human:" or "Assistant:"."""
     start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):[ ]?", text)
     if start.strip() or not parts:
         raise InputError(
             f"{row.place}: there is no prompt, and {column} is plain text in which its end can't be seen "
-            f"(got {_shorten(repr(text))}). Give the prompt in a column of its own."
+            f"(got {shorten(repr(text))}). Give the prompt in a column of its own."
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said} for who, said in zip(parts[::2], parts[1::2], strict=True)]

@@ -82,14 +82,14 @@ def load_prompts(
     place_of: dict[str, str] = {}
     skipped: list[int] = []  # their lengths
     for row in rows:
-        name = _row_id(row)
+        name = id_of_row(row)
         if name in place_of:
             raise InputError(
                 f"{row.place}: id must be unique (got {name!r}, which {place_of[name]} has too). "
                 "Give every row an id of its own, or remove the id column to have them numbered."
             )
         place_of[name] = row.place
-        messages = _messages(row, column, system)
+        messages = read_messages(row, column, system)
         tokens = renderer.tokens(messages, row.place)
         if len(tokens) <= max_prompt_tokens:
             prompts.append(Prompt(id=name, messages=messages, tokens=tokens, text=conversation_text(messages)))
@@ -113,7 +113,7 @@ def load_prompts(
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """One row of a data set, and how to speak of it."""
 
     place: str  # "prompts.jsonl, line 3"
@@ -121,13 +121,14 @@ class _Row:
     cells: dict[str, Any]
 
 
-def _read(path: str, split: str, column: str, limit: int | None) -> list[_Row]:
+def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
     """The rows of whatever `path` names, each with a cell for `column`."""
     if path.startswith("package:"):
         packaged = {f"package:{file.stem}": file for file in sorted(PACKAGED.glob("*.jsonl"))}
         if path not in packaged:
             raise InputError(
-                f"{path!r} is not among the packaged prompts.{_nearest(path, packaged)} Use {' or '.join(packaged)}."
+                f"{path!r} is not among the packaged prompts.{nearest_hint(path, packaged)} "
+                f"Use {' or '.join(packaged)}."
             )
         return _read_file(packaged[path], split, column, limit)
     local = Path(os.path.expanduser(path))
@@ -136,13 +137,13 @@ def _read(path: str, split: str, column: str, limit: int | None) -> list[_Row]:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix in _ENDINGS:
         near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
-            f"the prompts {path!r} do not exist (looked at {local.absolute()}).{_nearest(local.name, near)} "
+            f"the prompts {path!r} do not exist (looked at {local.absolute()}).{nearest_hint(local.name, near)} "
             "Correct the path."
         )
     return _read_hub(path, split, column, limit)
 
 
-def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> list[_Row]:
+def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> list[Row]:
     files = [file for file in sorted(folder.rglob("[!.]*")) if file.suffix in _ENDINGS and file.is_file()]
     if not files:
         raise InputError(
@@ -155,7 +156,7 @@ def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> li
             f"the folder {folder} has no split {split!r} (got {names}): a file belongs to the split that its name "
             "says, and to train when it says none. Set split to what is there, or name one file."
         )
-    rows: list[_Row] = []
+    rows: list[Row] = []
     for file in chosen:
         rows += _read_file(file, "train", column, limit, stem=str(file.relative_to(folder).with_suffix("")))
     return rows[:limit]
@@ -168,7 +169,7 @@ def _is_of_split(name: Path, split: str) -> bool:
     return split == "train" and not words & set().union(*_SPLIT_WORDS.values())
 
 
-def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: str | None = None) -> list[_Row]:
+def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: str | None = None) -> list[Row]:
     if file.suffix not in _ENDINGS:
         raise InputError(
             f"the prompts {file} are in a format that is not read (got {file.suffix or 'no file ending'}). "
@@ -187,7 +188,7 @@ def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: 
             numbers = [n for n, line in enumerate(lines, 1) if line.lstrip(_BOM + b" \t").startswith(b"{")]
         places[: len(numbers)] = [f"{file}, line {number}" for number in numbers[: len(records)]]
     names = (f"{stem or file.stem}-{number}" for number in itertools.count(1))
-    return [_Row(*row) for row in zip(places, names, records, strict=False)]
+    return [Row(*row) for row in zip(places, names, records, strict=False)]
 
 
 def _records(file: Path, column: str, limit: int | None) -> list[dict[str, Any]]:
@@ -207,11 +208,11 @@ def _records(file: Path, column: str, limit: int | None) -> list[dict[str, Any]]
         if broken:
             number, reason, line = broken
             raise InputError(
-                f"{file}, line {number}: not a JSON object ({reason}; got {_shorten(line)}). Every line must be one, "
+                f"{file}, line {number}: not a JSON object ({reason}; got {shorten(line)}). Every line must be one, "
                 'in UTF-8, such as {"prompt": "..."}. Mend the line.'
             ) from error
         raise InputError(
-            f"the prompts {file} cannot be read as {file.suffix} (got: {_one_line(error)}). "
+            f"the prompts {file} cannot be read as {file.suffix} (got: {one_line(error)}). "
             "Mend the file, or give it the ending of what it is."
         ) from error
 
@@ -245,7 +246,7 @@ def _broken_line(file: Path) -> tuple[int, str, str] | None:
     return None
 
 
-def _read_hub(name: str, split: str, column: str, limit: int | None) -> list[_Row]:
+def _read_hub(name: str, split: str, column: str, limit: int | None) -> list[Row]:
     import datasets
 
     try:
@@ -253,53 +254,53 @@ def _read_hub(name: str, split: str, column: str, limit: int | None) -> list[_Ro
     except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
         raise InputError(
             f"the prompts {name!r} are no file or folder here, and no Hugging Face data set whose split {split!r} can "
-            f"be loaded (got: {_one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
+            f"be loaded (got: {one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
             "the network, and a private one HF_TOKEN. Or give a local file."
         ) from error
     _need_column(column, data.column_names, name, data)
     kept = data.select_columns([key for key in (column, "id") if key in data.column_names])
     records = enumerate(itertools.islice(kept, limit), 1)
-    return [_Row(f"{name} ({split}), row {n}", f"{name.rpartition('/')[2]}-{n}", record) for n, record in records]
+    return [Row(f"{name} ({split}), row {n}", f"{name.rpartition('/')[2]}-{n}", record) for n, record in records]
 
 
 def _need_column(column: str, columns: list[str], where: str, records: Any) -> None:
     if len(records) and column not in columns:
         raise InputError(
             f"the prompts {where} have no column {column!r} (its columns: {', '.join(columns) or 'none'})."
-            f"{_nearest(column, columns)} Set column to the one that holds the prompts."
+            f"{nearest_hint(column, columns)} Set column to the one that holds the prompts."
         )
 
 
 # ---- One row ---------------------------------------------------------------------------------------------------------
 
 
-def _row_id(row: _Row) -> str:
+def id_of_row(row: Row) -> str:
     if "id" not in row.cells:
         return row.number
     value = row.cells["id"]
     # datasets reads JSON text that looks like a date as one
     if isinstance(value, bool) or not isinstance(value, (str, int, datetime)) or value == "":
         raise InputError(
-            f"{row.place}: id must be text (got {_got(value)}). "
+            f"{row.place}: id must be text (got {described(value)}). "
             "Give every row an id, or remove the id column to have them numbered."
         )
     return str(value)
 
 
-def _messages(row: _Row, column: str, system: str | None) -> tuple[Message, ...]:
+def read_messages(row: Row, column: str, system: str | None) -> tuple[Message, ...]:
     """The row's conversation, checked, with `system` before it where it has no system message."""
     value = row.cells.get(column)
     if isinstance(value, str):
         messages = [Message("user", value)]
     elif isinstance(value, list):
-        messages = [_message(entry, index, row.place, column) for index, entry in enumerate(value)]
+        messages = [read_message(entry, index, row.place, column) for index, entry in enumerate(value)]
     else:
         raise InputError(
-            f"{row.place}: {column} must be text or a list of messages (got {_got(value)}). "
+            f"{row.place}: {column} must be text or a list of messages (got {described(value)}). "
             "Give the text of the prompt, or [{role: user, content: ...}]."
         )
     if not messages or not messages[-1].content.strip():
-        raise InputError(f"{row.place}: {column} is empty (got {_shorten(repr(value))}). Fill it in or remove the row.")
+        raise InputError(f"{row.place}: {column} is empty (got {shorten(repr(value))}). Fill it in or remove the row.")
     if messages[-1].role != "user":
         raise InputError(
             f"{row.place}: the last message of {column} must be from the user (got {messages[-1].role}): the policy "
@@ -310,17 +311,19 @@ def _messages(row: _Row, column: str, system: str | None) -> tuple[Message, ...]
     return tuple(messages)
 
 
-def _message(entry: Any, index: int, place: str, column: str) -> Message:
+def read_message(entry: Any, index: int, place: str, column: str) -> Message:
     where = f"{place}: {column}[{index}]"
     if not isinstance(entry, dict):
-        raise InputError(f"{where} must be a message {{role, content}} (got {_got(entry)}). Write it as one.")
+        raise InputError(f"{where} must be a message {{role, content}} (got {described(entry)}). Write it as one.")
     role, content = entry.get("role"), entry.get("content")
     if role not in _ROLES:
-        raise InputError(f"{where}.role must be one of {', '.join(_ROLES)} (got {_got(role)}). Correct or remove it.")
+        raise InputError(
+            f"{where}.role must be one of {', '.join(_ROLES)} (got {described(role)}). Correct or remove it."
+        )
     if role == "system" and index:
         raise InputError(f"{where}: a system message must be the first (got it as number {index + 1}). Move it.")
     if not isinstance(content, str):
-        raise InputError(f"{where}.content must be text (got {_got(content)}). Only text prompts are read.")
+        raise InputError(f"{where}.content must be text (got {described(content)}). Only text prompts are read.")
     return Message(role, content)
 
 
@@ -398,18 +401,18 @@ class PromptSource:
         }
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest_hint(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def _got(value: Any) -> str:
-    return "nothing" if value is None else _shorten(f"{type(value).__name__} {value!r}")
+def described(value: Any) -> str:
+    return "nothing" if value is None else shorten(f"{type(value).__name__} {value!r}")
 
 
-def _shorten(text: str, limit: int = 60) -> str:
+def shorten(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit].rstrip() + "..."
 
 
-def _one_line(error: BaseException) -> str:
-    return _shorten(" ".join(str(error).split()) or type(error).__name__, 200).rstrip(".")
+def one_line(error: BaseException) -> str:
+    return shorten(" ".join(str(error).split()) or type(error).__name__, 200).rstrip(".")
