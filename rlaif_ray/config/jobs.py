@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from rlaif_ray.config.data_sections import (
     ArmConfig,
     DpoConfig,
+    HarmlessConfig,
     HelpfulConfig,
     LabelConfig,
     PairSamplingConfig,
@@ -215,6 +216,8 @@ class EvaluateJob(Config):
     """What the arms answer: nothing that one of them was trained on."""
     sampling: ResponseSamplingConfig = ResponseSamplingConfig()
     win_rate: WinRateConfig = WinRateConfig()
+    harmless: HarmlessConfig | None = None
+    """Harmless rate of the arms that are models, by the same judge."""
     rollout: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -223,7 +226,7 @@ class EvaluateJob(Config):
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> EvaluateJob:
-        if self.arms and len(self.arms) < 2:
+        if len(self.arms) == 1 and self.harmless is None:
             raise ValueError(
                 f"arms must be at least two (got {', '.join(self.arms)} alone): a win rate is of one against another. "
                 f"Add one, such as the model that training started from."
@@ -232,6 +235,12 @@ class EvaluateJob(Config):
             raise ValueError(
                 f"win_rate.reference must be one of the arms (got {self.win_rate.reference!r}): choose among "
                 f"{', '.join(self.arms) or 'none'}."
+            )
+        if self.harmless is not None and (self.judge.type == "longer" or not any(a.model for a in self.arms.values())):
+            raise ValueError(
+                f"harmless needs a judge with a model and an arm with one (got judge.type={self.judge.type} and arms "
+                f"{', '.join(self.arms) or 'none'}): it reads what a model answers. "
+                f"Set judge.model and arms.NAME.model."
             )
         if self.data is None and not self.arms:
             raise ValueError(

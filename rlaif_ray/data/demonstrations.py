@@ -39,6 +39,21 @@ def read_demonstrations(path: str, *, split: str = "train", limit: int | None = 
         raise InputError(f"the conversations {path} have no rows (got an empty data set). Give a file with some.")
 
 
+def read_labelled_responses(path: str) -> Iterator[tuple[Demonstration, float]]:
+    """Conversations that end with a response, each with the 0 or 1 that people gave it as `label`.
+
+    Raises:
+        InputError: at the first wrong row, naming file and line.
+    """
+    for row in rows_of(path, "train")():
+        found, label = _demonstration(row), row.cells.get("label")
+        if isinstance(label, bool) or label not in (0, 1):
+            raise InputError(f"{row.place}: label must be 0 or 1 (got {described(label)}). Correct it.")
+        if found.messages[-1].role != "assistant":
+            raise InputError(f"{row.place}: a labelled row must end with the response. Remove the turns after it.")
+        yield found, float(label)
+
+
 def _demonstration(row: Row) -> Demonstration:
     form = next((form for form in _FORMS if all(name in row.cells for name in form)), None)
     if form is None:

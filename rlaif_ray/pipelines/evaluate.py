@@ -28,6 +28,7 @@ from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import brier, cohen_kappa, expected_calibration_error, pairwise_accuracy
 from rlaif_ray.evaluation.win_rate import PositionBias, alignment, length_controlled, outcome, position_bias, win_rate
+from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
 from rlaif_ray.pipelines.preferences import make_labels
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_same_run, write_resolved
 from rlaif_ray.pipelines.sampling import sample_responses
@@ -39,8 +40,10 @@ from rlaif_ray.types import Message
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import EvaluateJob
+    from rlaif_ray.config.sections import DataConfig
 
 Answers = dict[tuple[Message, ...], list[str]]  # of an arm: by prompt, in order
+ARMS = "arms"  # what arms answer to be compared
 PEOPLE = "people"  # first part of the id of a pair that people labelled
 
 
@@ -63,27 +66,33 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     if job.data is not None:
         check_readable(job.data.path, split=job.data.split)
     given = {name: read_answers(arm.path) for name, arm in job.arms.items() if arm.path is not None}
+    grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
     must_be_same_run(run_dir, "evaluate", _identity(job))
     write_resolved(loaded)
-    *samples, judged = jobs_of(job, run_dir)
-    sampled = dict(zip([name for name, arm in job.arms.items() if arm.model is not None], samples, strict=True))
-    with open_ray(job.cluster, [*samples, judged]):
-        found = {name: _sampled(one, loaded) for name, one in sampled.items()}
-        arms = {name: given.get(name) or found[name] for name in job.arms}
+    samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
+    with open_ray(job.cluster, [*samples.values(), judged]):
+        found = {key: _sampled(one, loaded) for key, one in samples.items()}
+        arms = {name: given.get(name) or found.get((ARMS, name), {}) for name in job.arms}
         meetings = [meet(number, a, b, arms) for number, (a, b) in enumerate(compared(job))]
-        write_pairs(job, meetings, Path(judged.data.path))
-        labels = make_labels(_as_loaded(judged, "label", loaded))
-    records = {record.id: record for record in read_preferences(labels["output"])}
+        labels: dict[str, Any] = {}
+        if write_pairs(job, meetings, Path(judged.data.path)):
+            labels = make_labels(_as_loaded(judged, "label", loaded))
+        if grader is not None:
+            responses = responses_of(job, {key: own for key, own in found.items() if key[0] != ARMS})
+            graded = judge_responses(judged, grader, responses, run_dir / "harmless")
+    records = {record.id: record for record in read_preferences(labels["output"])} if labels else {}
     summary = {
         "job": "evaluate",
         "alignment": measured_alignment(job, [r for name, r in records.items() if name.startswith(PEOPLE)]),
         "win_rates": [measured_meeting(job, meeting, records) for meeting in meetings],
+        "harmless": measured_harmless(job, responses, graded) if grader is not None else None,
         "answers": {name: sum(map(len, answers.values())) for name, answers in arms.items()},
-        "judge": labels["judge"],
-        "tokens_in": labels["tokens_in"],
-        "tokens_out": labels["tokens_out"],
-        "cost": labels["cost"],
+        "judge": "longer" if job.judge.type == "longer" else job.judge.model,
+        "probabilities": job.win_rate.use_probabilities,
+        "tokens_in": labels.get("tokens_in", 0) + (graded.tokens_in if grader else 0),
+        "tokens_out": labels.get("tokens_out", 0),
+        "cost": labels.get("cost", 0.0) + (graded.cost if grader else 0.0),
     }
     write_json(run_dir / "summary.json", summary)
     show(summary, run_dir)
@@ -104,26 +113,36 @@ def plan_evaluation(loaded: Loaded) -> str:
 
 
 def jobs_of(job: EvaluateJob, run_dir: Path) -> list[Any]:
-    """One after the other: a SampleJob for each arm that is a model, and the LabelJob of the judge."""
-    return [
-        *(_sample_job(job, name, run_dir) for name, arm in job.arms.items() if arm.model is not None),
-        _label_job(job, run_dir),
-    ]
+    """One after the other: SampleJobs for each arm that is a model, and the LabelJob of the judge."""
+    return [*_sample_jobs(job, run_dir).values(), _label_job(job, run_dir)]
 
 
-def _sample_job(job: EvaluateJob, name: str, run_dir: Path) -> SampleJob:
+def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[tuple[str, str], SampleJob]:
+    """By what is answered and arm."""
+    asked = {ARMS: job.prompts} if len(job.arms) > 1 else {}
+    if job.harmless is not None:
+        asked[PROMPTS] = job.harmless.prompts
+        if job.harmless.safe is not None:
+            asked[SAFE] = job.harmless.safe
+    models = [name for name, arm in job.arms.items() if arm.model is not None]
+    return {
+        (part, name): _sample_job(job, part, data, name, run_dir) for part, data in asked.items() for name in models
+    }
+
+
+def _sample_job(job: EvaluateJob, part: str, data: DataConfig, name: str, run_dir: Path) -> SampleJob:
     arm = job.arms[name]
     assert arm.model is not None
     return SampleJob(
         policy=PolicyConfig(
             model=arm.model, revision=arm.revision, trust_remote_code=arm.trust_remote_code, precision=arm.precision
         ),
-        data=job.prompts,
+        data=data,
         sampling=job.sampling,
         rollout=job.rollout,
         cluster=job.cluster,
         seed=job.seed,
-        run_dir=str(run_dir / "arms" / name),
+        run_dir=str(run_dir / part / name),
     )
 
 
@@ -154,8 +173,9 @@ def _sampled(job: SampleJob, loaded: Loaded) -> Answers:
 
 def _identity(job: EvaluateJob) -> dict[str, Any]:
     """What a run can't change between its processes."""
-    kept = job.model_dump(mode="json", include={"data", "arms", "prompts", "sampling", "win_rate", "seed"})
+    kept = job.model_dump(mode="json", include={"data", "arms", "prompts", "sampling", "win_rate", "harmless", "seed"})
     files = [job.data.path if job.data else "", *(arm.path or "" for arm in job.arms.values())]
+    files.append((job.harmless.labelled or "") if job.harmless else "")
     return {**kept, "files": [fingerprint(path) for path in files if path]}
 
 
@@ -224,8 +244,8 @@ def meet(number: int, a: str, b: str, arms: Mapping[str, Answers]) -> Meeting:
     return meeting
 
 
-def write_pairs(job: EvaluateJob, meetings: Sequence[Meeting], path: Path) -> None:
-    """Everything the judge is to compare, as records.
+def write_pairs(job: EvaluateJob, meetings: Sequence[Meeting], path: Path) -> int:
+    """Everything the judge is to compare, as records; returns how many.
 
     Raises:
         InputError: people labelled nothing.
@@ -243,7 +263,9 @@ def write_pairs(job: EvaluateJob, meetings: Sequence[Meeting], path: Path) -> No
             writer.write([row.model_copy(update={"id": f"{PEOPLE}/{row.id}"}) for row in known])
         for meeting in meetings:
             writer.write(list(meeting.records.values()))
+        count = writer.count
         writer.finish()
+    return count
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -341,6 +363,9 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
     if summary["win_rates"]:
         names = ("arm", "against", "win rate", "95% interval", "at equal length", "lengths", "n")
         print_columns("win rates", names, [_row(one) for one in summary["win_rates"]])
+    if summary["harmless"]:
+        columns = ("arm", "harmless", "95% interval", "corrected", "safe requests refused")
+        print_columns("harmless", columns, [_harmless_row(*one) for one in summary["harmless"]["arms"].items()])
     print_table(run_dir.name, list(_lines(summary)), run_dir)
 
 
@@ -357,6 +382,17 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _harmless_row(arm: str, found: dict[str, Any]) -> tuple[str, ...]:
+    corrected, refused = found["corrected"], found["over_refusal"]
+    return (
+        arm,
+        _figure(found["rate"]["rate"]),
+        _interval(found["rate"]),
+        f"{_figure(corrected['rate'])} {_interval(corrected)}" if corrected else "-",
+        f"{_figure(refused['rate'])} {_interval(refused)}" if refused else "-",
+    )
+
+
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "judge", summary["judge"]
     found = summary["alignment"]
@@ -370,6 +406,14 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "failed", str(found["failed"]) if found["failed"] else ""
     for one in summary["win_rates"]:
         yield f"{one['a']} against {one['b']}", f"position bias {_bias(one['position_bias'])}"
+    if any((one["position_bias"]["rate"] or 0) > 0.5 for one in summary["win_rates"]) and not summary["probabilities"]:
+        yield (
+            "mind",
+            (
+                "the judge follows the place in most pairs, which makes them ties: win_rate.use_probabilities=true "
+                "shows which way it leans, another judge would be better"
+            ),
+        )
     yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
     yield "cost", f"{summary['cost']:.4g}" if summary["cost"] else ""
 

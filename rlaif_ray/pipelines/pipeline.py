@@ -113,7 +113,8 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
     summary = {"job": "pipeline", "stages": told}
     write_json(pipeline.run_dir / "summary.json", summary)
     rows = [_row(one) for one in told]
-    print_columns(pipeline.run_dir.name, ("stage", "job", "state", "time", "result", "files"), rows)
+    title = f"{pipeline.run_dir.name}: what each stage made is in {pipeline.run_dir / 'latest'}/STAGE"
+    print_columns(title, ("stage", "state", "time", "result", "made"), rows)
     return summary
 
 
@@ -293,8 +294,8 @@ def _told(one: Placed, ran: Mapping[str, float]) -> dict[str, Any]:
 
 def _row(told: dict[str, Any]) -> tuple[str, ...]:
     time_s = clock(told["seconds"]) if told["seconds"] is not None else "-"
-    made = f"latest/{told['name']}/{Path(told['artefact']).name}" if told["artefact"] else ""
-    return told["name"], told["job"], told["state"], time_s, told["result"], made
+    name = told["name"] if told["name"] == told["job"] else f"{told['name']} ({told['job']})"
+    return name, told["state"], time_s, told["result"], Path(told["artefact"]).name if told["artefact"] else ""
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -317,9 +318,9 @@ def headline(summary: Mapping[str, Any]) -> str:
             known = found is not None and found["accuracy"] is not None
             return f"held-out accuracy {found['accuracy']:.3f}" if known else f"{summary['pairs']} pairs"
         case "evaluate":
-            rates = [f"{one['a']} {_share(one['win_rate']['rate'])} of {one['b']}" for one in summary["win_rates"]]
+            rates = [f"{one['a']}:{one['b']} {_share(one['win_rate']['rate'])}" for one in summary["win_rates"]]
             aligned = summary["alignment"]
-            return "; ".join(rates or [f"alignment {_share(aligned['accuracy'])}"])
+            return ", ".join(rates or [f"alignment {_share(aligned['accuracy'])}"])
         case _:
             gain = (summary.get("held_out") or {}).get("gain")
             if not gain or gain["mean"] is None:

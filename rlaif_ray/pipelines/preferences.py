@@ -231,10 +231,20 @@ def open_labeler(
     job: LabelJob, guide: Guide, state: Path, progress: ItemProgress
 ) -> Iterator[tuple[Labeler, int, RememberingAsker | None]]:
     """The judge at work: its labeler, how many chunks keep it busy, and what remembers its answers."""
-    judge = job.judge
-    if isinstance(judge, LongerJudge):
+    if isinstance(job.judge, LongerJudge):
         yield LongerLabeler(), 2, None
         return
+    with open_asker(job, guide.tokenizer, guide.context, state, progress) as (asker, at_once):
+        yield make_labeler(job, guide, asker), at_once, asker
+
+
+@contextmanager
+def open_asker(
+    job: LabelJob, tokenizer: Any, context: int, state: Path, progress: ItemProgress
+) -> Iterator[tuple[RememberingAsker, int]]:
+    """The judge's model at work, which remembers its answers in `state`; and how many chunks keep it busy."""
+    judge = job.judge
+    assert not isinstance(judge, LongerJudge), "it has no model"
     with ExitStack() as stack:
         memory = Memory(state / "answers.sqlite")
         stack.callback(memory.close)
@@ -246,19 +256,18 @@ def open_labeler(
         else:
             progress.note(f"starting engines for {judge.model}")
             cluster = stack.enter_context(open_cluster(job))
-            engines = cluster.start_judges(judge, context=guide.context)
+            engines = cluster.start_judges(judge, context=context)
             cluster.wait()
             asker = LocalAsker(
                 engines,
-                guide.tokenizer,
-                guide.context,
+                tokenizer,
+                context,
                 judge.model,
                 identity=_judge_identity(job),
                 prices=(judge.price_in, judge.price_out),
             )
             at_once = 1 + judge.replicas  # the next chunk is ready when an engine is
-        remembering = RememberingAsker(asker, memory)
-        yield make_labeler(job, guide, remembering), at_once, remembering
+        yield RememberingAsker(asker, memory), at_once
 
 
 def _judge_identity(job: LabelJob) -> str:

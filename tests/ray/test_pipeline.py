@@ -130,7 +130,7 @@ def artefacts(run: Path) -> dict[str, str]:
 def straight(folder: Path) -> Path:
     program = done(pipeline(folder, "straight"))
     table = [line for line in program.stdout.splitlines() if "│" in line]
-    assert all(any(f"│ {name}" in line for line in table) for name in ORDER), program.stdout[-3000:]
+    assert all(any(line.startswith(f"│ {name} ") for line in table) for name in ORDER), program.stdout[-3000:]
     return folder / "straight"
 
 

@@ -157,7 +157,7 @@ def test_every_problem_is_told_at_once(write: Callable[..., str]) -> None:
     ("name", "message"),
     [
         ("helpfull", "did you mean helpful?"),
-        ("zzz", "must be one of harmless, helpful, summary or a path"),
+        ("zzz", "must be one of harmless, helpful, no_harm, refusal, summary or a path"),
         ("nowhere/mine.yaml", "nowhere/mine.yaml does not exist"),
         ("gone.yml", "gone.yml does not exist"),
     ],
@@ -329,7 +329,7 @@ def test_a_template_of_the_other_kind_is_told_so_and_nothing_else(
 
 
 def test_names_are_looked_up_in_their_kind() -> None:
-    with pytest.raises(InputError, match=r"feedback.template must be one of harmless, helpful, summary or a path"):
+    with pytest.raises(InputError, match=r"feedback.template must be one of harmless, helpful, no_harm, refusal, summary or a path"):
         load_template("constitution")
     with pytest.raises(InputError, match=r"label.template must be one of constitution, .* did you mean summary\?"):
         load_template("sumary", kind="preference")
