@@ -329,7 +329,9 @@ def test_a_template_of_the_other_kind_is_told_so_and_nothing_else(
 
 
 def test_names_are_looked_up_in_their_kind() -> None:
-    with pytest.raises(InputError, match=r"feedback.template must be one of harmless, helpful, no_harm, refusal, summary or a path"):
+    with pytest.raises(
+        InputError, match=r"feedback.template must be one of harmless, helpful, no_harm, refusal, summary or a path"
+    ):
         load_template("constitution")
     with pytest.raises(InputError, match=r"label.template must be one of constitution, .* did you mean summary\?"):
         load_template("sumary", kind="preference")

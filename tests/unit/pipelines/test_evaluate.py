@@ -14,6 +14,7 @@ from rlaif_ray.config.load import load_job
 from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines.evaluate import compared, evaluate, measured_alignment
+from rlaif_ray.pipelines.harmless import LABELLED, PROMPTS, SAFE, Graded, Response, measured_harmless, responses_of
 from rlaif_ray.types import Message
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -33,11 +34,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def arm(folder: Path, name: str, answers: list[str], prompts: list[str] | None = None) -> str:
-    rows = [{"prompt": (prompts or PROMPTS)[i % 3], "response": text} for i, text in enumerate(answers)]
+    rows = [{"prompt": (prompts or QUESTIONS)[i % 3], "response": text} for i, text in enumerate(answers)]
     return f"arms.{name}.path={write(folder / f'{name}.jsonl', rows)}"
 
 
-PROMPTS = ["one?", "two?", "three?"]
+QUESTIONS = ["one?", "two?", "three?"]
 
 
 # ---- Alignment -------------------------------------------------------------------------------------------------------
@@ -163,3 +164,67 @@ def test_a_run_of_other_arms_is_not_gone_on_with(tmp_path: Path) -> None:
     arm(tmp_path, "b", ["x", "yy", "z"])
     with pytest.raises(InputError, match="results of another run"):
         run(tmp_path, f"run_dir={tmp_path / 'run'}", *settings)
+
+
+# ---- Harmless rate ---------------------------------------------------------------------------------------------------
+
+
+def harmless_job(**more: Any) -> EvaluateJob:
+    harmless = {"prompts": {"path": "risky.jsonl"}, "safe": {"path": "safe.jsonl"}, **more}
+    return EvaluateJob.model_validate({"arms": {"m": {"model": "x"}}, "harmless": harmless})
+
+
+def answered(part: str, arm: str, count: int, label: float | None = None) -> list[Response]:
+    return [Response(part, arm, k // 2, (Message("user", f"{k // 2}?"),), f"answer {k}", label) for k in range(count)]
+
+
+def test_rates_by_hand() -> None:
+    """Two answers a prompt: 6 of 8 harmless, 1 of 4 safe requests refused; a judge that is right 8 and 6 of 10."""
+    responses = [*answered(PROMPTS, "m", 8), *answered(SAFE, "m", 4)]
+    responses += [*answered(LABELLED, "", 10, 1.0), *answered(LABELLED, "", 10, 0.0)]
+    scores = [0.9] * 6 + [-0.2, 0.0]  # exactly the threshold is not above it
+    scores += [0.1, -1.0, -1.0, -1.0]
+    scores += [1.0] * 8 + [-1.0] * 2 + [-1.0] * 6 + [1.0] * 4
+    found = measured_harmless(harmless_job(), responses, Graded(scores, 0, 0.0))
+    own = found["arms"]["m"]
+    assert (own["rate"]["rate"], own["rate"]["n"], own["rate"]["prompts"]) == (0.75, 8, 4)
+    assert own["over_refusal"]["rate"] == 0.25
+    assert (found["judge"]["sensitivity"], found["judge"]["specificity"]) == (0.8, 0.6)
+    assert own["corrected"]["rate"] == pytest.approx((0.75 + 0.6 - 1) / (0.8 + 0.6 - 1))  # Rogan and Gladen
+
+
+def test_failures_are_dropped_and_another_threshold_counts() -> None:
+    responses = answered(PROMPTS, "m", 4)
+    found = measured_harmless(harmless_job(threshold=0.5), responses, Graded([0.6, 0.4, None, 0.9], 0, 0.0))
+    own = found["arms"]["m"]
+    assert own["rate"]["rate"] == pytest.approx(2 / 3) and own["rate"]["dropped"] == 1
+    assert own["over_refusal"] is None and own["corrected"] is None and found["judge"] is None
+
+
+def test_labelled_rows_must_have_labels(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "known.jsonl",
+        [{"prompt": "q", "response": "r", "label": 1}, {"prompt": "q", "response": "r", "label": 0.5}],
+    )
+    with pytest.raises(InputError, match=r"known.jsonl, line 2: label must be 0 or 1 \(got float 0.5"):
+        responses_of(harmless_job(labelled=str(path)), {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["arms.a.path=x"], "arms must be at least two"),
+        (["arms.a.path=x", "arms.b.path=y", "harmless.prompts.path=p", "judge.type=longer"], "harmless needs a judge"),
+        (
+            ["arms.a.path=x", "arms.b.path=y", "harmless.prompts.path=p"],
+            "harmless needs a judge with a model and an arm",
+        ),
+        (["arms.a={path: x, model: y}", "arms.b.path=y"], r"an arm must have model or path \(got both\)"),
+        (["arms.a={}", "arms.b.path=y"], r"an arm must have model or path \(got neither\)"),
+        (["arms.a.path=x", "arms.b.path=y", "win_rate.reference=c"], "win_rate.reference must be one of the arms"),
+        ([], "an evaluation needs data or arms"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(settings: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        load_job("evaluate", [CONFIGS / "demo" / "alignment.yaml"], settings)

@@ -1,0 +1,86 @@
+"""`rlaif evaluate` on real engines: alignment, win rates and harmless rate in one run, killed half way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ray.test_preference_jobs import CLUSTER, done, lines, model
+from tests.runs import ROOT, Program, start
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    pairs = [
+        {"prompt": f"What is {k}?", "response_a": f"It is {k}.", "response_b": "No idea.", "label": (k % 3) / 2}
+        for k in range(90)
+    ]
+    (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    known = [{"prompt": f"Say {k}.", "response": f"{k}!", "label": k % 2} for k in range(20)]
+    (folder / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+    return folder
+
+
+def evaluate(folder: Path, name: str) -> Program:
+    words = [
+        *(ROOT / ".venv/bin/rlaif", "evaluate", ROOT / "configs/demo/alignment.yaml"),
+        f"data.path={folder / 'people.jsonl'}",
+        f"judge={{type: vllm, model: {model()}, kv_cache_gb: 0.2}}",
+        f"arms={{one: {{model: {model()}}}, twin: {{model: {model()}}}, other: {{model: {model(1)}}}}}",
+        "prompts={path: 'package:heldout', limit: 70, shuffle: false}",
+        "harmless={prompts: {path: 'package:train', limit: 40, shuffle: false}, "
+        f"safe: {{path: 'package:heldout', limit: 20, shuffle: false}}, labelled: {folder / 'known.jsonl'}}}",
+        "sampling.max_new_tokens=6",
+        "rollout.kv_cache_gb=0.1",
+        f"run_dir={folder / name}",
+        CLUSTER,
+    ]
+    number = len(list(folder.glob(f"{name}.*.out")))
+    return start(words, folder / f"{name}.{number}.out")
+
+
+def summary(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> dict[str, Any]:
+    program = done(evaluate(folder, "straight"))
+    assert "win rates" in program.stdout and "harmless" in program.stdout
+    return summary(folder, "straight")
+
+
+def test_everything_is_measured(straight: dict[str, Any]) -> None:
+    aligned = straight["alignment"]
+    assert (aligned["n"], aligned["ties"], aligned["failed"]) == (60, 30, 0)
+    assert aligned["longer"]["accuracy"] == pytest.approx(0.5, abs=0.35) and aligned["position_bias"]["n"] == 90
+    by_pair = {(one["a"], one["b"]): one["win_rate"] for one in straight["win_rates"]}
+    assert by_pair["one", "twin"]["rate"] == by_pair["one", "twin"]["ci95_low"] == 0.5  # the same answers
+    assert by_pair["one", "other"]["n"] == 70 and 0 <= by_pair["one", "other"]["rate"] <= 1
+    harmless = straight["harmless"]
+    assert set(harmless["arms"]) == {"one", "twin", "other"}
+    for arm in harmless["arms"].values():
+        assert arm["rate"]["n"] == 40 and arm["over_refusal"]["n"] == 20 and arm["corrected"] is not None
+    assert harmless["arms"]["one"] == harmless["arms"]["twin"]
+    assert harmless["judge"]["n_positive"] == harmless["judge"]["n_negative"] == 10
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_end(folder: Path, straight: dict[str, Any]) -> None:
+    for half_way in (
+        lambda run: lines(run / "arms" / "other" / "sampled.jsonl") > 0,
+        lambda run: lines(run / "judging" / "labels.jsonl") > 0,
+        lambda run: lines(run / "harmless" / "scored.jsonl") > 0,
+    ):
+        program = evaluate(folder, "killed")
+        program.wait_for(lambda seen=half_way: seen(folder / "killed"))  # type: ignore[misc]
+        program.kill()
+        assert not (folder / "killed" / "summary.json").exists()
+    done(evaluate(folder, "killed"))
+    assert summary(folder, "killed") == straight
