@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -34,6 +35,10 @@ ADDED: dict[str, str | None] = {
     "stages.revise.revision.max_new_tokens=4'",  # all stages: tests/ray/test_pipeline.py
     ".venv/bin/rlaif pipeline configs/demo/pipeline.yaml --dry-run": "run_dir={run_dir}",
     ".venv/bin/rlaif pipeline configs/demo/pipeline.yaml --from label": None,  # tests/ray/test_pipeline.py
+    ".venv/bin/rlaif evaluate configs/demo/alignment.yaml data.path=labelled.jsonl": (
+        "data.path={labelled} label.template=summary run_dir={run_dir}"
+    ),
+    ".venv/bin/rlaif evaluate configs/demo/evaluate.yaml": None,  # after a pipeline, in tests/ray/test_pipeline.py
     ".venv/bin/rlaif label configs/demo/label.yaml": None,  # the four in a row: tests/ray/test_preference_jobs.py
     ".venv/bin/rlaif reward-model configs/demo/reward_model.yaml": None,
     ".venv/bin/rlaif train configs/demo/train_rm.yaml": None,
@@ -56,7 +61,10 @@ def test_every_command_is_known() -> None:
 @pytest.mark.parametrize("command", [c for c, added in ADDED.items() if added is not None])
 def test_command_runs(command: str, tmp_path: Path) -> None:
     assert (ROOT / ".venv/bin/rlaif").exists(), "set up with make first"
-    added = (ADDED[command] or "").format(run_dir=tmp_path / "run")
+    labelled = tmp_path / "labelled.jsonl"
+    rows = ({"prompt": f"{k}?", "response_a": "Yes.", "response_b": "No.", "label": k} for k in (0, 1))
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    added = (ADDED[command] or "").format(run_dir=tmp_path / "run", labelled=labelled)
     done = subprocess.run(
         shlex.split(f"{command} {added}"),
         cwd=ROOT,
@@ -72,6 +80,8 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
     elif "pipeline" in command:
         assert "│ revise" in done.stdout and (tmp_path / "run/latest/revise/revisions.jsonl").exists()
+    elif "rlaif evaluate" in command:
+        assert json.loads((tmp_path / "run/summary.json").read_text())["alignment"]["n"] == 2
     elif "rlaif sample" in command:
         assert (tmp_path / "run/responses.jsonl").exists()
     elif "rlaif pairs" in command or "rlaif revise" in command:
