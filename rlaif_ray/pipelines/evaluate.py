@@ -29,6 +29,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import brier, cohen_kappa, expected_calibration_error, pairwise_accuracy
 from rlaif_ray.evaluation.win_rate import PositionBias, alignment, length_controlled, outcome, position_bias, win_rate
 from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
+from rlaif_ray.pipelines.lineage import training_judges
 from rlaif_ray.pipelines.preferences import make_labels
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_same_run, write_resolved
 from rlaif_ray.pipelines.sampling import sample_responses
@@ -89,6 +90,9 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
         "harmless": measured_harmless(job, responses, graded) if grader is not None else None,
         "answers": {name: sum(map(len, answers.values())) for name, answers in arms.items()},
         "judge": "longer" if job.judge.type == "longer" else job.judge.model,
+        "training_judges": {
+            name: sorted(training_judges(arm.model or arm.path or "")) for name, arm in job.arms.items()
+        },
         "probabilities": job.win_rate.use_probabilities,
         "tokens_in": labels.get("tokens_in", 0) + (graded.tokens_in if grader else 0),
         "tokens_out": labels.get("tokens_out", 0),
@@ -395,6 +399,9 @@ def _harmless_row(arm: str, found: dict[str, Any]) -> tuple[str, ...]:
 
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "judge", summary["judge"]
+    pupils = [name for name, judges in summary["training_judges"].items() if summary["judge"] in judges]
+    if pupils:
+        yield "mind", f"{', '.join(pupils)} learned from this same judge: it grades its own pupils"
     found = summary["alignment"]
     if found:
         yield "agrees with people", f"{_figure(found['accuracy'])} {_interval(found)} of {found['n']} pairs"

@@ -148,6 +148,8 @@ def test_every_stage_ran_and_left_what_it_makes(folder: Path, straight: Path) ->
     evaluation = json.loads(Path(found["evaluate"]["artefact"]).read_text())
     assert [(one["a"], one["b"]) for one in evaluation["win_rates"]] == [("dpo", "base"), ("best", "base")]
     assert evaluation["win_rates"][0]["win_rate"]["n"] == 70 and 60 <= evaluation["win_rates"][1]["win_rate"]["n"] <= 70
+    judges = evaluation["training_judges"]  # by DPO's labels, by best-of-n's scores; the base model has none
+    assert judges == {"base": [], "dpo": [evaluation["judge"]], "best": [evaluation["judge"]]}
     resolved = Path(found["rm"]["artefact"]).with_name("resolved.yaml")
     assert f"model: {found['sft']['artefact']}" in resolved.read_text()
 
