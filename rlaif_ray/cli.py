@@ -12,8 +12,9 @@ import shlex
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -57,44 +58,75 @@ def _root(
     """RLAIF: each command is a job with a config of its own."""
 
 
-@app.command()
-def train(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """RL from AI feedback: trains a policy against a judge.
+class _Job(NamedTuple):
+    """A job whose command has no options of its own; functions are named by module in pipelines/."""
 
-    A run goes on from its newest checkpoint when its run_dir has one.
-    """
-
-    def plan(loaded: Loaded) -> str:
-        from rlaif_ray.pipelines.rl import plan_rl
-
-        return plan_rl(loaded)
-
-    def start(loaded: Loaded) -> None:
-        from rlaif_ray.pipelines.rl import train_rl
-
-        train_rl(loaded)
-
-    _run("train", arguments, plan if dry_run else None, start)
+    start: str
+    plan: str
+    help: str
 
 
-@app.command()
-def pairs(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """Samples responses to compare: two or more per prompt, from one or more policies.
+_RESUMES = "A run goes on from its newest checkpoint when its run_dir has one."
+_GOES_ON = "Goes on where it was ended, when started again with the same output or run_dir."
+_JOBS = {
+    "train": _Job(
+        "rl.train_rl",
+        "rl.plan_rl",
+        f"RL from AI feedback: trains a policy against a judge or a reward model.\n\n{_RESUMES}",
+    ),
+    "pairs": _Job(
+        "pairs.make_pairs",
+        "pairs.plan_pairs",
+        f"Samples responses to compare: two or more per prompt, from one or more policies.\n\n{_GOES_ON}",
+    ),
+    "sample": _Job(
+        "sampling.sample_responses",
+        "sampling.plan_sample",
+        f"A policy's responses, or the best of several by a judge, as records to fine-tune on.\n\n{_GOES_ON}",
+    ),
+    "revise": _Job(
+        "constitution.revise",
+        "constitution.plan_revise",
+        f"Responses, critiques and revisions by a constitution, as records to fine-tune on.\n\n{_GOES_ON}",
+    ),
+    "sft": _Job(
+        "supervised.fine_tune",
+        "supervised.plan_supervised",
+        f"Supervised fine-tuning on conversations: the loss is on the assistant's tokens only.\n\n{_RESUMES}",
+    ),
+    "reward-model": _Job(
+        "reward.train_reward_model",
+        "supervised.plan_supervised",
+        f"Trains a reward model on preference records, with soft or hard labels.\n\n{_RESUMES}",
+    ),
+    "dpo": _Job(
+        "dpo.train_dpo",
+        "supervised.plan_supervised",
+        f"Direct preference optimisation: a policy from preference records, without a reward model.\n\n{_RESUMES}",
+    ),
+    "evaluate": _Job(
+        "evaluate.evaluate",
+        "evaluate.plan_evaluation",
+        "AI labeler alignment against people's labels, win rates of models against each other, harmless rates.\n\n"
+        "Goes on where it was ended, when started again with the same run_dir.",
+    ),
+}
 
-    Goes on where it was ended, when started again with the same output or run_dir.
-    """
 
-    def plan(loaded: Loaded) -> str:
-        from rlaif_ray.pipelines.pairs import plan_pairs
+def _add_command(name: str, job: _Job) -> None:
+    def command(arguments: Arguments, dry_run: DryRun = False) -> None:
+        def of(function: str) -> Callable[[Loaded], str]:
+            # Once it runs, and not before: a pipeline imports torch, Ray and more.
+            module, _, name = function.partition(".")
+            return lambda loaded: getattr(import_module(f"rlaif_ray.pipelines.{module}"), name)(loaded)
 
-        return plan_pairs(loaded)
+        _run(name, arguments, of(job.plan) if dry_run else None, of(job.start))
 
-    def start(loaded: Loaded) -> None:
-        from rlaif_ray.pipelines.pairs import make_pairs
+    app.command(name, help=job.help)(command)
 
-        make_pairs(loaded)
 
-    _run("pairs", arguments, plan if dry_run else None, start)
+for _name, _described in _JOBS.items():
+    _add_command(_name, _described)
 
 
 @app.command()
@@ -141,126 +173,6 @@ def label(
 
 
 @app.command()
-def sample(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """A policy's responses, or the best of several by a judge, as records to fine-tune on.
-
-    Goes on where it was ended, when started again with the same output or run_dir.
-    """
-
-    def plan(loaded: Loaded) -> str:
-        from rlaif_ray.pipelines.sampling import plan_sample
-
-        return plan_sample(loaded)
-
-    def start(loaded: Loaded) -> None:
-        from rlaif_ray.pipelines.sampling import sample_responses
-
-        sample_responses(loaded)
-
-    _run("sample", arguments, plan if dry_run else None, start)
-
-
-@app.command()
-def revise(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """Responses, critiques and revisions by a constitution, as records to fine-tune on.
-
-    Goes on where it was ended, when started again with the same output or run_dir.
-    """
-
-    def plan(loaded: Loaded) -> str:
-        from rlaif_ray.pipelines.constitution import plan_revise
-
-        return plan_revise(loaded)
-
-    def start(loaded: Loaded) -> None:
-        from rlaif_ray.pipelines import constitution
-
-        constitution.revise(loaded)
-
-    _run("revise", arguments, plan if dry_run else None, start)
-
-
-@app.command()
-def sft(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """Supervised fine-tuning on conversations: the loss is on the assistant's tokens only.
-
-    A run goes on from its newest checkpoint when its run_dir has one.
-    """
-
-    def plan(loaded: Loaded) -> str:
-        from rlaif_ray.pipelines.supervised import plan_sft
-
-        return plan_sft(loaded)
-
-    def start(loaded: Loaded) -> None:
-        from rlaif_ray.pipelines.supervised import fine_tune
-
-        fine_tune(loaded)
-
-    _run("sft", arguments, plan if dry_run else None, start)
-
-
-@app.command("reward-model")
-def reward_model(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """Trains a reward model on preference records, with soft or hard labels.
-
-    A run goes on from its newest checkpoint when its run_dir has one.
-    """
-
-    def plan(loaded: Loaded) -> str:
-        from rlaif_ray.pipelines.reward import plan_reward_model
-
-        return plan_reward_model(loaded)
-
-    def start(loaded: Loaded) -> None:
-        from rlaif_ray.pipelines.reward import train_reward_model
-
-        train_reward_model(loaded)
-
-    _run("reward-model", arguments, plan if dry_run else None, start)
-
-
-@app.command()
-def dpo(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """Direct preference optimisation: a policy from preference records, without a reward model.
-
-    A run goes on from its newest checkpoint when its run_dir has one.
-    """
-
-    def plan(loaded: Loaded) -> str:
-        from rlaif_ray.pipelines.dpo import plan_dpo
-
-        return plan_dpo(loaded)
-
-    def start(loaded: Loaded) -> None:
-        from rlaif_ray.pipelines.dpo import train_dpo
-
-        train_dpo(loaded)
-
-    _run("dpo", arguments, plan if dry_run else None, start)
-
-
-@app.command()
-def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """AI labeler alignment against people's labels, and win rates of models against each other.
-
-    Goes on where it was ended, when started again with the same run_dir.
-    """
-
-    def plan(loaded: Loaded) -> str:
-        from rlaif_ray.pipelines.evaluate import plan_evaluation
-
-        return plan_evaluation(loaded)
-
-    def start(loaded: Loaded) -> None:
-        from rlaif_ray.pipelines import evaluate
-
-        evaluate.evaluate(loaded)
-
-    _run("evaluate", arguments, plan if dry_run else None, start)
-
-
-@app.command()
 def pipeline(
     arguments: Arguments,
     dry_run: DryRun = False,
@@ -296,7 +208,7 @@ def _run(
     job: str,
     arguments: Sequence[str],
     plan: Callable[[Loaded], str] | None,
-    start: Callable[[Loaded], None],
+    start: Callable[[Loaded], object],
     load: Callable[[Sequence[Path], Sequence[str]], Any] | None = None,
 ) -> None:
     """Loads the config, then plans (a dry run) or starts; ends the process with the exit code that fits."""

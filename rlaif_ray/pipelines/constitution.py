@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import FeedbackError, InputError
@@ -105,11 +105,10 @@ def _revised_by(reviser: Reviser) -> Callable[[list[Prompt]], list[Revised]]:
 def plan_revise(loaded: Loaded) -> str:
     """What `--dry-run` shows: actors, and what the model reads at the first step of the first prompt."""
     job = loaded.config
-    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
     inputs = read_inputs(job)
     shown = _Shown(LocalAsker(None, inputs.tokenizer, inputs.context, job.policy.model))
     make_reviser(job, inputs, shown, steps=1).revise([(inputs.prompts[0].id, inputs.prompts[0].messages)])
-    parts = [placement_table(job, device)]
+    parts = [placement_table(job)]
     for name, question in zip(("response", "critique", "revision"), shown.questions, strict=False):
         turns = "\n\n".join(f"<{turn.role}>\n{turn.content}" for turn in question.turns)
         parts.append(f"asked for a {name} to the first prompt:\n\n{turns}")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
-from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
-from rlaif_ray.pipelines.supervised import SupervisedRun, start_state, total_steps, turn_end
-from rlaif_ray.runtime.cluster import open_cluster
-from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking import open_tracker
+from rlaif_ray.pipelines.supervised import open_run, turn_end
+from rlaif_ray.runtime.cluster import Cluster
 from rlaif_ray.tracking.progress import print_table
 
 if TYPE_CHECKING:
@@ -25,38 +22,22 @@ def train_dpo(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
     job, run_dir = loaded.config, loaded.run_dir
     inputs, _ = read_pairs(job, turn_end)
-    steps = total_steps(job.dpo, len(inputs.train))
-    state, resumed = start_state(job, run_dir, steps, inputs.data)
-    make_folder(run_dir)
-    tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
-    with (
-        open_cluster(job) as cluster,
-        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
-        stop_when_asked() as stopping,
-    ):
-        write_resolved(loaded)
-        track.note(f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out; starting the learner")
-        learner = cluster.start_dpo_learner(steps)
-        cluster.wait()
-        track.watch_processes(cluster.pids)
-        with track.phase("reference"):  # before a checkpoint is loaded: the policy is still what it started from
+    note = f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out"
+    with open_run(loaded, len(inputs.train), inputs.data, note, Cluster.start_dpo_learner) as run:
+        learner: DpoGroup = run.learner
+        with run.track.phase("reference"):  # before a checkpoint is loaded: the policy is still what it started from
             train, held_out = _refer(learner, inputs.train), _refer(learner, inputs.held_out)
-        run = SupervisedRun(job, run_dir, track, learner, state, resumed, steps)
-        run.train(train, lambda: {"held_out": _measured(learner, held_out, job.dpo.beta)}, stopping)
-        with track.phase("evaluation"):
+        run.train(train, lambda: {"held_out": _measured(learner, held_out, job.dpo.beta)})
+        with run.track.phase("evaluation"):
             results = {"held_out": _measured(learner, held_out, job.dpo.beta)}
-            track.evaluation(steps, results)
-        with track.phase("saving the policy"):
+            run.track.evaluation(run.steps, results)
+        with run.track.phase("saving the policy"):
             learner.save_model(str((run_dir / "policy").absolute()))
-        summary = track.summary({"job": "dpo", "pairs": len(inputs.train), "left_out": inputs.left_out, "dpo": results})
+        summary = run.track.summary(
+            {"job": "dpo", "pairs": len(inputs.train), "left_out": inputs.left_out, "dpo": results}
+        )
     print_table(run_dir.name, list(_lines(summary)), run_dir)
     return summary
-
-
-def plan_dpo(loaded: Loaded) -> str:
-    """What `--dry-run` shows beside the resolved config."""
-    device: Literal["cpu", "cuda"] = "cuda" if loaded.config.cluster.device == "gpu" else "cpu"
-    return placement_table(loaded.config, device)
 
 
 def _refer(learner: DpoGroup, pairs: Sequence[PairExample]) -> list[DpoExample]:

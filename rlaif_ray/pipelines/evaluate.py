@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.data_sections import PreferenceDataConfig
 from rlaif_ray.config.jobs import LabelJob, SampleJob
@@ -106,10 +106,9 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
 def plan_evaluation(loaded: Loaded) -> str:
     """What `--dry-run` shows beside the resolved config."""
     job = loaded.config
-    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
     meetings = [f"{a} against {b}" for a, b in compared(job)]
     told = ["the judge's agreement with people"] if job.data is not None else []
-    tables = [placement_table(one, device) for one in jobs_of(job, loaded.run_dir) if job_needs(one)]
+    tables = [placement_table(one) for one in jobs_of(job, loaded.run_dir) if job_needs(one)]
     return "\n\n".join([*tables, f"measured: {', '.join([*told, *meetings])}"])
 
 

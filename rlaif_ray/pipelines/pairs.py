@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.data.record_files import RecordWriter
@@ -90,9 +90,8 @@ def make_pairs(loaded: Loaded) -> dict[str, Any]:
 def plan_pairs(loaded: Loaded) -> str:
     """What `--dry-run` shows beside the resolved config."""
     job = loaded.config
-    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
     names = ["policy", *job.other_policies]
-    return f"{placement_table(job, device)}\n\npolicies, one after the other: {', '.join(names)}"
+    return f"{placement_table(job)}\n\npolicies, one after the other: {', '.join(names)}"
 
 
 def read_sources(job: PairsJob) -> list[Source]:

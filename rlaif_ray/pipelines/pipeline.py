@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import rlaif_ray
 from rlaif_ray.config.jobs import EvaluateJob, LabelJob, ReviseJob, SampleJob, TrainJob
@@ -120,13 +120,12 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
 
 def plan_pipeline(pipeline: Pipeline) -> str:
     """What `--dry-run` shows: the stages in order, which of them are done, and what each asks of the cluster."""
-    device: Literal["cpu", "cuda"] = "cuda" if pipeline.config.cluster.device == "gpu" else "cpu"
     parts = []
     for one in place(pipeline).values():
         state = "done" if one.done else "started" if one.folder.exists() else "to do"
         after = f", after {', '.join(one.stage.needs)}" if one.stage.needs else ""
         title = f"{one.stage.name}: {one.stage.job}{after} [{state}]\n{one.folder}"
-        tables = [placement_table(job, device) for job in jobs_of(one) if job_needs(job)]
+        tables = [placement_table(job) for job in jobs_of(one) if job_needs(job)]
         parts.append("\n".join([title, *tables]))
     return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.sections import JudgeConfig, LongerJudge, OpenAIJudge
 from rlaif_ray.data.exports import check_hub, push_to_hub
@@ -154,8 +154,7 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
 def plan_labels(loaded: Loaded) -> str:
     """What `--dry-run` shows: actors, and what the judge will read about the first pair."""
     job = loaded.config
-    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
-    parts = [placement_table(job, device)] if isinstance(job.judge, JudgeConfig) else []
+    parts = [placement_table(job)] if isinstance(job.judge, JudgeConfig) else []
     guide = read_guide(job)
     first = next(iter(read_preferences(job.data.path, split=job.data.split, limit=1)))
     if isinstance(job.judge, LongerJudge):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.learner.supervised import PairExample, ends_with
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
-from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
-from rlaif_ray.pipelines.supervised import SupervisedRun, start_state, total_steps
-from rlaif_ray.runtime.cluster import open_cluster
-from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking import open_tracker
+from rlaif_ray.pipelines.supervised import open_run
+from rlaif_ray.runtime.cluster import Cluster
 from rlaif_ray.tracking.progress import print_table
 
 if TYPE_CHECKING:
@@ -28,29 +25,17 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
     job, run_dir = loaded.config, loaded.run_dir
     inputs, human = read_pairs(job, ends_with, job.reward.human_path)
-    steps = total_steps(job.reward, len(inputs.train))
-    state, resumed = start_state(job, run_dir, steps, inputs.data)
-    make_folder(run_dir)
-    tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
-    with (
-        open_cluster(job) as cluster,
-        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
-        stop_when_asked() as stopping,
-    ):
-        write_resolved(loaded)
-        track.note(f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out; starting the learner")
-        learner = cluster.start_reward_learner(steps)
-        cluster.wait()
-        track.watch_processes(cluster.pids)
-        run = SupervisedRun(job, run_dir, track, learner, state, resumed, steps)
-        run.train(inputs.train, lambda: {"held_out": _measured(learner, inputs.held_out)}, stopping)
-        with track.phase("evaluation"):
+    note = f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out"
+    with open_run(loaded, len(inputs.train), inputs.data, note, Cluster.start_reward_learner) as run:
+        learner: RewardGroup = run.learner
+        run.train(inputs.train, lambda: {"held_out": _measured(learner, inputs.held_out)})
+        with run.track.phase("evaluation"):
             results = {"held_out": _measured(learner, inputs.held_out), "human": _measured(learner, human)}
-            track.evaluation(steps, results)
-        with track.phase("saving the model"):
+            run.track.evaluation(run.steps, results)
+        with run.track.phase("saving the model"):
             center = _center(learner, inputs.train) if job.reward.center else None
             learner.save_model(str((run_dir / "reward_model").absolute()), center)
-        summary = track.summary(
+        summary = run.track.summary(
             {
                 "job": "reward-model",
                 "pairs": len(inputs.train),
@@ -61,13 +46,6 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
         )
     print_table(run_dir.name, list(_lines(summary)), run_dir)
     return summary
-
-
-def plan_reward_model(loaded: Loaded) -> str:
-    """What `--dry-run` shows beside the resolved config."""
-    job = loaded.config
-    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
-    return placement_table(job, device)
 
 
 def _measured(learner: RewardGroup, examples: Sequence[PairExample]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.prompts import PromptSource, load_prompts
 from rlaif_ray.errors import InputError
@@ -116,8 +116,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
 def plan_rl(loaded: Loaded) -> str:
     """What `--dry-run` shows beside the resolved config: actors, resources, and what the judge will read."""
     job = loaded.config
-    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
-    return "\n\n".join([placement_table(job, device), *feedback_lines(job.feedback)])
+    return "\n\n".join([placement_table(job), *feedback_lines(job.feedback)])
 
 
 class HeldOut:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import FeedbackError
 from rlaif_ray.interfaces import GenerationSettings
@@ -77,9 +77,8 @@ def sample_responses(loaded: Loaded) -> dict[str, Any]:
 def plan_sample(loaded: Loaded) -> str:
     """What `--dry-run` shows beside the resolved config."""
     job = loaded.config
-    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
     lines = feedback_lines(job.feedback) if job.feedback is not None else []
-    return "\n\n".join([placement_table(job, device), *lines])
+    return "\n\n".join([placement_table(job), *lines])
 
 
 def read_inputs(job: SampleJob) -> Inputs:

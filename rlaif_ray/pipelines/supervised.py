@@ -6,9 +6,10 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
@@ -18,7 +19,7 @@ from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.contexts import readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
-from rlaif_ray.runtime.cluster import open_cluster
+from rlaif_ray.runtime.cluster import Cluster, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
 from rlaif_ray.tracking.progress import print_table
@@ -78,10 +79,9 @@ class SupervisedRun:
     state: checkpoint.RunState
     resumed: Path | None
     steps: int
+    stopping: Callable[[], bool]
 
-    def train(
-        self, examples: Sequence[Any], evaluate: Callable[[], dict[str, Any]], stopping: Callable[[], bool]
-    ) -> None:
+    def train(self, examples: Sequence[Any], evaluate: Callable[[], dict[str, Any]]) -> None:
         """Takes all steps that are left; evaluates and writes checkpoints when they are due.
 
         Raises:
@@ -91,7 +91,7 @@ class SupervisedRun:
         if self.resumed is not None:
             self.learner.load_checkpoint(str(self.resumed))
             self.track.note(f"resumed from {self.resumed}")
-        while state.step < self.steps and not stopping():
+        while state.step < self.steps and not self.stopping():
             step = state.step + 1
             with self.track.step(step) as metrics:
                 with metrics.phase("update"):
@@ -106,6 +106,41 @@ class SupervisedRun:
         if state.step < self.steps:
             checkpoint.save(self.run_dir, job, self.learner, state)
             raise KeyboardInterrupt
+
+
+@contextmanager
+def open_run(
+    loaded: Loaded, examples: int, data: str, note: str, start: Callable[[Cluster, int], Any]
+) -> Iterator[SupervisedRun]:
+    """A run that is ready to train: cluster, tracker and learner are up.
+
+    Args:
+        examples: how many there are to learn from.
+        data: their fingerprint.
+        note: what is told first.
+        start: the method of Cluster that starts the learner, given the run's steps.
+    """
+    job, run_dir = loaded.config, loaded.run_dir
+    steps = total_steps(job.training, examples)
+    state, resumed = start_state(job, run_dir, steps, data)
+    make_folder(run_dir)
+    tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
+    with (
+        open_cluster(job) as cluster,
+        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
+        stop_when_asked() as stopping,
+    ):
+        write_resolved(loaded)
+        track.note(f"{note}; starting the learner")
+        learner = start(cluster, steps)
+        cluster.wait()
+        track.watch_processes(cluster.pids)
+        yield SupervisedRun(job, run_dir, track, learner, state, resumed, steps, stopping)
+
+
+def plan_supervised(loaded: Loaded) -> str:
+    """What `--dry-run` shows beside the resolved config."""
+    return placement_table(loaded.config)
 
 
 # ---- Fine-tuning -----------------------------------------------------------------------------------------------------
@@ -123,39 +158,20 @@ class SftInputs:
 
 def fine_tune(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
-    job, run_dir = loaded.config, loaded.run_dir
-    inputs = read_sft_inputs(job)
-    steps = total_steps(job.sft, len(inputs.train))
-    state, resumed = start_state(job, run_dir, steps, inputs.data)
-    make_folder(run_dir)
-    tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
-    with (
-        open_cluster(job) as cluster,
-        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
-        stop_when_asked() as stopping,
-    ):
-        write_resolved(loaded)
-        track.note(f"{len(inputs.train)} turns to learn, {len(inputs.held_out)} held out; starting the learner")
-        learner = cluster.start_sft_learner(steps)
-        cluster.wait()
-        track.watch_processes(cluster.pids)
-        run = SupervisedRun(job, run_dir, track, learner, state, resumed, steps)
-        run.train(inputs.train, lambda: {"held_out": held_out_loss(learner, inputs.held_out)}, stopping)
-        with track.phase("evaluation"):
-            results = held_out_loss(learner, inputs.held_out)
-            track.evaluation(steps, {"held_out": results})
-        with track.phase("saving the policy"):
-            learner.save_model(str((run_dir / "policy").absolute()))
+    run_dir = loaded.run_dir
+    inputs = read_sft_inputs(loaded.config)
+    note = f"{len(inputs.train)} turns to learn, {len(inputs.held_out)} held out"
+    with open_run(loaded, len(inputs.train), inputs.data, note, Cluster.start_sft_learner) as run:
+        run.train(inputs.train, lambda: {"held_out": held_out_loss(run.learner, inputs.held_out)})
+        with run.track.phase("evaluation"):
+            results = held_out_loss(run.learner, inputs.held_out)
+            run.track.evaluation(run.steps, {"held_out": results})
+        with run.track.phase("saving the policy"):
+            run.learner.save_model(str((run_dir / "policy").absolute()))
         found = {"job": "sft", "turns": len(inputs.train), "too_long": inputs.too_long, "sft": {"held_out": results}}
-        summary = track.summary(found)
+        summary = run.track.summary(found)
     print_table(run_dir.name, list(_lines(summary)), run_dir)
     return summary
-
-
-def plan_sft(loaded: Loaded) -> str:
-    """What `--dry-run` shows beside the resolved config."""
-    device: Literal["cpu", "cuda"] = "cuda" if loaded.config.cluster.device == "gpu" else "cpu"
-    return placement_table(loaded.config, device)
 
 
 def read_sft_inputs(job: SftJob) -> SftInputs:

@@ -93,8 +93,9 @@ def totals(slots: list[Slot]) -> dict[str, float]:
     return {"CPU": sum(s.cpus for s in slots), "GPU": sum(s.gpus for s in slots)}
 
 
-def placement_table(job: Any, device: Literal["cpu", "cuda"]) -> str:
-    """What `--dry-run` shows: one line per role, and what the cluster must have."""
+def placement_table(job: Any) -> str:
+    """What `--dry-run` shows: one line per role, and what the cluster must have. On CPUs unless GPUs are asked for."""
+    device: Literal["cpu", "cuda"] = "cuda" if job.cluster.device == "gpu" else "cpu"
     slots, needs = actor_slots(job, device), job_needs(job)
     width = max([9, *(len(need.role) + 1 for need in needs)])
     lines = [f"{'role':<{width}}{'actors':>7}{'CPU each':>10}{'GPU each':>10}  model"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from rlaif_ray import cli
 from rlaif_ray.cli import app
+from rlaif_ray.config.jobs import JOBS
 from rlaif_ray.config.load import Loaded, load_job
 from rlaif_ray.errors import InputError, StaleWeightsError
 
@@ -192,3 +195,14 @@ def test_help_comes_at_once() -> None:
         fastest = min(fastest, time.perf_counter() - begin)
         assert done.returncode == 0 and "train" in done.stdout
     assert fastest < 1.0
+
+
+@pytest.mark.parametrize("job", cli._JOBS.values(), ids=list(cli._JOBS))
+def test_a_job_names_functions_that_are_there(job: cli._Job) -> None:
+    for function in (job.start, job.plan):
+        module, _, name = function.partition(".")
+        assert callable(getattr(import_module(f"rlaif_ray.pipelines.{module}"), name))
+
+
+def test_every_job_has_a_command() -> None:
+    assert {*cli._JOBS, "label"} == set(JOBS)

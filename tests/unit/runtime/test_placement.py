@@ -115,9 +115,9 @@ def test_placement_table() -> None:
         rollout={"tensor_parallel": 2},
         feedback=judge(replicas=2),
         learner={"ranks": 4},
-        cluster={"gpus_per_actor": 0.5},
+        cluster={"gpus_per_actor": 0.5, "device": "gpu"},
     )
-    rows = [line.split() for line in placement_table(config, "cuda").splitlines()]
+    rows = [line.split() for line in placement_table(config).splitlines()]
     assert rows == [
         ["role", "actors", "CPU", "each", "GPU", "each", "model"],
         ["rollout", "1", "1", "2", "org/policy"],
