@@ -217,7 +217,7 @@ class EvaluateJob(Config):
     sampling: ResponseSamplingConfig = ResponseSamplingConfig()
     win_rate: WinRateConfig = WinRateConfig()
     harmless: HarmlessConfig | None = None
-    """Harmless rate of the arms that are models, by the same judge."""
+    """Harmless rate of the arms, by the same judge."""
     rollout: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -236,11 +236,10 @@ class EvaluateJob(Config):
                 f"win_rate.reference must be one of the arms (got {self.win_rate.reference!r}): choose among "
                 f"{', '.join(self.arms) or 'none'}."
             )
-        if self.harmless is not None and (self.judge.type == "longer" or not any(a.model for a in self.arms.values())):
+        if self.harmless is not None and (self.judge.type == "longer" or not self.arms):
             raise ValueError(
-                f"harmless needs a judge with a model and an arm with one (got judge.type={self.judge.type} and arms "
-                f"{', '.join(self.arms) or 'none'}): it reads what a model answers. "
-                f"Set judge.model and arms.NAME.model."
+                f"harmless needs a judge with a model, and an arm (got judge.type={self.judge.type} and arms "
+                f"{', '.join(self.arms) or 'none'}): responses are read one by one. Set judge.model and arms."
             )
         if self.data is None and not self.arms:
             raise ValueError(

@@ -54,6 +54,16 @@ class LoadedPrompts:
     skipped: int  # left out for being longer than max_prompt_tokens
 
 
+def read_conversations(
+    path: str, *, split: str = "train", column: str = "prompt", limit: int | None = None, system: str | None = None
+) -> list[tuple[Message, ...]]:
+    """The prompts of `path` as `load_prompts` reads them, before a model's tokens come into it.
+
+    Raises InputError for the first wrong row.
+    """
+    return [read_messages(row, column, system) for row in _read(path, split, column, limit)]
+
+
 def load_prompts(
     path: str,
     *,

@@ -66,14 +66,20 @@ def score_question(template: Template, prompt_text: str, response_text: str, spe
     return Question((Message("user", content),), template.answer_prefix, SCORES)
 
 
-def check_context(tokenizer: PreTrainedTokenizerBase, template: Template, max_context: int, model_name: str) -> None:
+def check_context(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_context: int,
+    model_name: str,
+    key: str = "feedback.judge.max_context",
+) -> None:
     """Raises InputError when a local judge of these can't work: before engines start, which takes longer.
 
     That is when the template leaves no room for texts in the context, the tokenizer can't tell the answers apart, or
-    the chat template changes what it is given.
+    the chat template changes what it is given. `key` is the setting of its context.
     """
     asker = LocalAsker(None, tokenizer, max_context, model_name)
-    check_question(asker, score_question(template, "", "", asker.special), template, "feedback.judge.max_context")
+    check_question(asker, score_question(template, "", "", asker.special), template, key)
 
 
 def check_question(asker: LocalAsker, empty: Question, template: Any, key: str) -> None:

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 Tokens = tuple[int, ...]
 
 
-def check_reward_model(cfg: RewardModelFeedback) -> None:
-    """Raises InputError when there is no reward model under that name: before actors start."""
+def check_reward_model(cfg: RewardModelFeedback, key: str = "feedback") -> None:
+    """Raises InputError when there is no reward model under that name: before actors start. `key` is its section."""
     config = load_config(cfg.model, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
     kinds = config.architectures or []
     if not any("SequenceClassification" in kind for kind in kinds) or config.num_labels != 1:
         raise InputError(
-            f"feedback.model={cfg.model} must be a sequence classifier with one label (got {', '.join(kinds) or '?'} "
+            f"{key}.model={cfg.model} must be a sequence classifier with one label (got {', '.join(kinds) or '?'} "
             f"with {config.num_labels}). Train one with rlaif reward-model, or use feedback.type=judge."
         )
     has = context_length(config)
     if cfg.max_context is not None and has is not None and cfg.max_context > has:
         raise InputError(
-            f"feedback.max_context must not exceed the {has} tokens that {cfg.model} can read "
+            f"{key}.max_context must not exceed the {has} tokens that {cfg.model} can read "
             f"(got {cfg.max_context}). Lower it."
         )
 

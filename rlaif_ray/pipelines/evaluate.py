@@ -24,6 +24,7 @@ from rlaif_ray.data.preferences import (
     human_label,
     read_preferences,
 )
+from rlaif_ray.data.prompts import read_conversations
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import brier, cohen_kappa, expected_calibration_error, pairwise_accuracy
@@ -35,13 +36,12 @@ from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_sam
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.runtime.cluster import open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
-from rlaif_ray.tracking.files import read_rows_streaming, write_json
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import print_columns, print_table
 from rlaif_ray.types import Message
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import EvaluateJob
-    from rlaif_ray.config.sections import DataConfig
 
 Answers = dict[tuple[Message, ...], list[str]]  # of an arm: by prompt, in order
 ARMS = "arms"  # what arms answer to be compared
@@ -72,15 +72,17 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     must_be_same_run(run_dir, "evaluate", _identity(job))
     write_resolved(loaded)
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
+    asked = write_prompts(job, run_dir / "prompts.jsonl")
     with open_ray(job.cluster, [*samples.values(), judged]):
-        found = {key: _sampled(one, loaded) for key, one in samples.items()}
-        arms = {name: given.get(name) or found.get((ARMS, name), {}) for name in job.arms}
+        answers = {name: given[name] if name in given else _sampled(samples[name], loaded) for name in job.arms}
+        arms = {name: own if name in given else _to(asked.get(ARMS, []), own) for name, own in answers.items()}
         meetings = [meet(number, a, b, arms) for number, (a, b) in enumerate(compared(job))]
         labels: dict[str, Any] = {}
         if write_pairs(job, meetings, Path(judged.data.path)):
             labels = make_labels(_as_loaded(judged, "label", loaded))
         if grader is not None:
-            responses = responses_of(job, {key: own for key, own in found.items() if key[0] != ARMS})
+            parts = [part for part in asked if part != ARMS]
+            responses = responses_of(job, {(p, name): _to(asked[p], answers[name]) for p in parts for name in answers})
             graded = judge_responses(judged, grader, responses, run_dir / "harmless")
     records = {record.id: record for record in read_preferences(labels["output"])} if labels else {}
     summary = {
@@ -88,7 +90,7 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
         "alignment": measured_alignment(job, [r for name, r in records.items() if name.startswith(PEOPLE)]),
         "win_rates": [measured_meeting(job, meeting, records) for meeting in meetings],
         "harmless": measured_harmless(job, responses, graded) if grader is not None else None,
-        "answers": {name: sum(map(len, answers.values())) for name, answers in arms.items()},
+        "answers": {name: sum(map(len, own.values())) for name, own in answers.items()},
         "judge": "longer" if job.judge.type == "longer" else job.judge.model,
         "training_judges": {
             name: sorted(training_judges(arm.model or arm.path or "")) for name, arm in job.arms.items()
@@ -116,37 +118,57 @@ def plan_evaluation(loaded: Loaded) -> str:
 
 
 def jobs_of(job: EvaluateJob, run_dir: Path) -> list[Any]:
-    """One after the other: SampleJobs for each arm that is a model, and the LabelJob of the judge."""
+    """One after the other: a SampleJob for each arm that is a model, and the LabelJob of the judge."""
     return [*_sample_jobs(job, run_dir).values(), _label_job(job, run_dir)]
 
 
-def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[tuple[str, str], SampleJob]:
-    """By what is answered and arm."""
-    asked = {ARMS: job.prompts} if len(job.arms) > 1 else {}
-    if job.harmless is not None:
-        asked[PROMPTS] = job.harmless.prompts
-        if job.harmless.safe is not None:
-            asked[SAFE] = job.harmless.safe
-    models = [name for name, arm in job.arms.items() if arm.model is not None]
+def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[str, SampleJob]:
+    """Of each arm that is a model: it answers all prompts, of whatever part, in one go."""
+    data = job.prompts.model_copy(
+        update={"path": str(run_dir / "prompts.jsonl"), "split": "train", "column": "prompt", "limit": None}
+    )
     return {
-        (part, name): _sample_job(job, part, data, name, run_dir) for part, data in asked.items() for name in models
+        name: SampleJob(
+            policy=PolicyConfig(
+                model=arm.model, revision=arm.revision, trust_remote_code=arm.trust_remote_code, precision=arm.precision
+            ),
+            data=data,
+            sampling=job.sampling,
+            rollout=job.rollout,
+            cluster=job.cluster,
+            seed=job.seed,
+            run_dir=str(run_dir / "arms" / name),
+        )
+        for name, arm in job.arms.items()
+        if arm.model is not None
     }
 
 
-def _sample_job(job: EvaluateJob, part: str, data: DataConfig, name: str, run_dir: Path) -> SampleJob:
-    arm = job.arms[name]
-    assert arm.model is not None
-    return SampleJob(
-        policy=PolicyConfig(
-            model=arm.model, revision=arm.revision, trust_remote_code=arm.trust_remote_code, precision=arm.precision
-        ),
-        data=data,
-        sampling=job.sampling,
-        rollout=job.rollout,
-        cluster=job.cluster,
-        seed=job.seed,
-        run_dir=str(run_dir / part / name),
-    )
+def write_prompts(job: EvaluateJob, path: Path) -> dict[str, list[tuple[Message, ...]]]:
+    """Everything that arms are to answer, as a file of prompts; returns it by part.
+
+    Raises:
+        InputError: the data is wrong.
+    """
+    wanted = {ARMS: job.prompts} if len(job.arms) > 1 and any(arm.model for arm in job.arms.values()) else {}
+    if job.harmless is not None:
+        wanted[PROMPTS] = job.harmless.prompts
+        if job.harmless.safe is not None:
+            wanted[SAFE] = job.harmless.safe
+    asked = {
+        part: read_conversations(data.path, split=data.split, column=data.column, limit=data.limit, system=data.system)
+        for part, data in wanted.items()
+    }
+    # A prompt of two parts is answered once. Numbered, and so sampled, in this order.
+    each = dict.fromkeys(prompt for prompts in asked.values() for prompt in prompts)
+    cut_rows(path, 0)
+    append_rows(path, [{"prompt": [asdict(turn) for turn in prompt]} for prompt in each])
+    return asked
+
+
+def _to(prompts: Sequence[tuple[Message, ...]], answers: Answers) -> Answers:
+    """The answers to these prompts."""
+    return {prompt: answers[prompt] for prompt in prompts if prompt in answers}
 
 
 def _label_job(job: EvaluateJob, run_dir: Path) -> LabelJob:

@@ -57,15 +57,16 @@ def read_feedback(cfg: FeedbackConfig) -> FeedbackInputs:
     """
     judges = {}
     for role, scorer in parts(cfg):
+        key = f"feedback.scorers.{role}.scorer" if isinstance(cfg, MixtureFeedback) else "feedback"
         if isinstance(scorer, JudgeFeedback):
             judge = scorer.judge
             template = load_template(scorer.template)
             tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
-            context = judge_context(judge, "feedback.judge.max_context")
-            check_context(tokenizer, template, context, judge.model)
+            context = judge_context(judge, f"{key}.judge.max_context")
+            check_context(tokenizer, template, context, judge.model, f"{key}.judge.max_context")
             judges[role] = JudgeInputs(scorer, template, tokenizer, context)
         elif isinstance(scorer, RewardModelFeedback):
-            check_reward_model(scorer)
+            check_reward_model(scorer, key)
     return FeedbackInputs(cfg, judges)
 
 

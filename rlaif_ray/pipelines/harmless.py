@@ -78,7 +78,7 @@ def read_grader(job: EvaluateJob) -> Grader:
     tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
     context = judge_context(judge, "judge.max_context")
     for template in (harm, refusal):
-        check_context(tokenizer, template, context, judge.model)
+        check_context(tokenizer, template, context, judge.model, "judge.max_context")
     return Grader(harm, refusal, tokenizer, context)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlaif_ray.data.prompts import PACKAGED
 from tests.ray.test_preference_jobs import CLUSTER, done, lines, model
 from tests.runs import ROOT, Program, start
 
@@ -24,6 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     known = [{"prompt": f"Say {k}.", "response": f"{k}!", "label": k % 2} for k in range(20)]
     (folder / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+    prompts = [json.loads(line) for line in (PACKAGED / "heldout.jsonl").read_text().splitlines()[:30]]
+    rows = [{"prompt": row["prompt"], "response": f"About {k}."} for k, row in enumerate(prompts)]
+    (folder / "file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -32,7 +36,7 @@ def evaluate(folder: Path, name: str) -> Program:
         *(ROOT / ".venv/bin/rlaif", "evaluate", ROOT / "configs/demo/alignment.yaml"),
         f"data.path={folder / 'people.jsonl'}",
         f"judge={{type: vllm, model: {model()}, kv_cache_gb: 0.2}}",
-        f"arms={{one: {{model: {model()}}}, twin: {{model: {model()}}}, other: {{model: {model(1)}}}}}",
+        f"arms={{one: {{model: {model()}}}, other: {{model: {model(1)}}}, file: {{path: {folder / 'file.jsonl'}}}}}",
         "prompts={path: 'package:heldout', limit: 70, shuffle: false}",
         "harmless={prompts: {path: 'package:train', limit: 40, shuffle: false}, "
         f"safe: {{path: 'package:heldout', limit: 20, shuffle: false}}, labelled: {folder / 'known.jsonl'}}}",
@@ -62,13 +66,14 @@ def test_everything_is_measured(straight: dict[str, Any]) -> None:
     assert (aligned["n"], aligned["ties"], aligned["failed"]) == (60, 30, 0)
     assert aligned["longer"]["accuracy"] == pytest.approx(0.5, abs=0.35) and aligned["position_bias"]["n"] == 90
     by_pair = {(one["a"], one["b"]): one["win_rate"] for one in straight["win_rates"]}
-    assert by_pair["one", "twin"]["rate"] == by_pair["one", "twin"]["ci95_low"] == 0.5  # the same answers
     assert by_pair["one", "other"]["n"] == 70 and 0 <= by_pair["one", "other"]["rate"] <= 1
+    assert by_pair["one", "file"]["n"] == by_pair["other", "file"]["n"] == 30  # what both answered
     harmless = straight["harmless"]
-    assert set(harmless["arms"]) == {"one", "twin", "other"}
-    for arm in harmless["arms"].values():
-        assert arm["rate"]["n"] == 40 and arm["over_refusal"]["n"] == 20 and arm["corrected"] is not None
-    assert harmless["arms"]["one"] == harmless["arms"]["twin"]
+    assert set(harmless["arms"]) >= {"one", "other"}
+    for name in ("one", "other"):
+        arm = harmless["arms"][name]
+        assert (arm["rate"]["n"], arm["over_refusal"]["n"]) == (40, 20) and arm["corrected"] is not None
+    assert straight["answers"] == {"one": 110, "other": 110, "file": 30}  # the safe ones stand among the 70
     assert harmless["judge"]["n_positive"] == harmless["judge"]["n_negative"] == 10
 
 

@@ -216,8 +216,8 @@ def test_labelled_rows_must_have_labels(tmp_path: Path) -> None:
         (["arms.a.path=x"], "arms must be at least two"),
         (["arms.a.path=x", "arms.b.path=y", "harmless.prompts.path=p", "judge.type=longer"], "harmless needs a judge"),
         (
-            ["arms.a.path=x", "arms.b.path=y", "harmless.prompts.path=p"],
-            "harmless needs a judge with a model and an arm",
+            ["harmless.prompts.path=p", "data.path=d"],
+            r"harmless needs a judge with a model, and an arm \(got judge.type=vllm and arms none\)",
         ),
         (["arms.a={path: x, model: y}", "arms.b.path=y"], r"an arm must have model or path \(got both\)"),
         (["arms.a={}", "arms.b.path=y"], r"an arm must have model or path \(got neither\)"),
