@@ -45,7 +45,13 @@ DONE = "stage.json"  # in a stage's folder, written last
 HOW = {"cluster", "tracking", "checkpoint", "weight_sync", "run_dir", "output", "push_to_hub", "human_price"}
 HOW |= {"replicas", "tensor_parallel", "gpu_memory_utilization", "kv_cache_gb", "concurrency"}
 HOW |= {"ranks", "zero_stage", "tokens_per_micro_batch", "gradient_checkpointing"}
-NAMES_OF_TEXTS = {"template", "exemplars", "constitution", "examples"}  # what they say counts, not where it is
+NAMES_OF_TEXTS = {
+    "template",
+    "refusal_template",
+    "exemplars",
+    "constitution",
+    "examples",
+}  # what they say counts, not where it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +186,11 @@ def run_stage(pipeline: Pipeline, placed: Mapping[str, Placed], name: str) -> fl
     began = time.perf_counter()
     try:
         summary = WORK[stage.job].run(loaded)
-    except RlaifError as error:
-        raise type(error)(f"stage {name}: {error}") from error
     except Exception as error:
-        cause = getattr(error, "cause", None) or error  # Ray's wrapping of an actor's error
-        kind = InputError if isinstance(cause, InputError) else RunError
-        raise kind(f"stage {name}: {type(cause).__name__}: {cause}") from error
+        cause = getattr(error, "cause", None) or error  # Ray wraps what an actor raised
+        if isinstance(cause, RlaifError):
+            raise type(cause)(f"stage {name}: {cause}") from error
+        raise RunError(f"stage {name}: {type(cause).__name__}: {cause}") from error
     seconds = time.perf_counter() - began
     noted = {"name": name, "job": stage.job, "hash": one.hash, "seconds": seconds, "result": headline(summary)}
     write_json(one.folder / DONE, noted | {"artefact": str(one.artefact)})
@@ -230,7 +235,7 @@ def _contents(values: Any, key: str = "") -> Any:
     """`values` with what data and models hold in place of their names."""
     if isinstance(values, dict):
         return {name: _contents(value, name) for name, value in values.items()}
-    named = isinstance(values, str) and (key in ("path", "model") or key.endswith("_path"))
+    named = isinstance(values, str) and (key in ("path", "model", "labelled") or key.endswith("_path"))
     return _content(values) if named else values
 
 
@@ -252,6 +257,9 @@ def _texts(job: Any) -> Iterator[Any]:
         yield template
         yield load_exemplars(job.label.exemplars, template) if job.label.exemplars else None
         yield load_constitution(job.label.constitution).hash if job.label.constitution else None
+    if isinstance(job, EvaluateJob) and job.harmless is not None:
+        yield load_template(job.harmless.template)
+        yield load_template(job.harmless.refusal_template)
     if isinstance(job, ReviseJob):
         yield load_constitution(job.revision.constitution, "revision.constitution").hash
         yield load_examples(job.revision.examples) if job.revision.examples else None

@@ -11,8 +11,18 @@ import pytest
 import yaml
 
 from rlaif_ray.config.pipeline import Pipeline, load_pipeline
-from rlaif_ray.errors import InputError
-from rlaif_ray.pipelines.pipeline import DONE, Placed, choose, headline, place, plan_pipeline
+from rlaif_ray.errors import FeedbackError, InputError, RunError
+from rlaif_ray.pipelines.pipeline import (
+    DONE,
+    WORK,
+    Placed,
+    Work,
+    choose,
+    headline,
+    place,
+    plan_pipeline,
+    run_stage,
+)
 
 CONSTITUTION = """\
 id: mine
@@ -274,3 +284,27 @@ def test_options_that_do_not_fit(folder: Path) -> None:
 )
 def test_the_figure_that_is_asked_for_first(summary: dict[str, Any], told: str) -> None:
     assert headline(summary) == told
+
+
+def test_a_stage_that_fails_is_named_and_keeps_its_kind_of_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfAnActor(Exception):  # as Ray wraps it
+        def __init__(self, cause: Exception) -> None:
+            self.cause = cause
+
+    pipeline = load(folder)
+    placed = place(pipeline)
+    for raised, kind, says in (
+        (InputError("data.path is empty"), InputError, "stage revise: data.path is empty"),
+        (OfAnActor(InputError("no such model")), InputError, "stage revise: no such model"),
+        (OfAnActor(KeyError("x")), RunError, "stage revise: KeyError: 'x'"),
+        (FeedbackError("too few"), FeedbackError, "stage revise: too few"),
+    ):
+
+        def fail(loaded: Any, raised: Exception = raised) -> Any:
+            raise raised
+
+        monkeypatch.setitem(WORK, "revise", Work(fail, "revisions.jsonl"))
+        with pytest.raises(kind) as caught:
+            run_stage(pipeline, placed, "revise")
+        assert type(caught.value) is kind and str(caught.value) == says
+    assert not (placed["revise"].folder / DONE).exists()
