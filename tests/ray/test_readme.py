@@ -39,6 +39,7 @@ ADDED: dict[str, str | None] = {
         "data.path={labelled} label.template=summary run_dir={run_dir}"
     ),
     ".venv/bin/rlaif evaluate configs/demo/evaluate.yaml": None,  # after a pipeline, in tests/ray/test_pipeline.py
+    ".venv/bin/rlaif report runs/pipeline": None,  # tests/unit/evaluation/test_report.py
     ".venv/bin/rlaif label configs/demo/label.yaml": None,  # the four in a row: tests/ray/test_preference_jobs.py
     ".venv/bin/rlaif reward-model configs/demo/reward_model.yaml": None,
     ".venv/bin/rlaif train configs/demo/train_rm.yaml": None,

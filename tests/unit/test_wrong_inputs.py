@@ -314,7 +314,11 @@ INPUT_LEVEL = [
     Wrong(
         "unknown template name",
         "feedback: {template: helpfull}",
-        says=("feedback.template must be one of harmless, helpful, no_harm, refusal, summary", "'helpfull'", "did you mean helpful?"),
+        says=(
+            "feedback.template must be one of harmless, helpful, no_harm, refusal, summary",
+            "'helpfull'",
+            "did you mean helpful?",
+        ),
     ),
     Wrong(
         "template with an unknown placeholder",
