@@ -1,4 +1,4 @@
-"""Conversations to learn from: rows of `messages`, or of a prompt and a response. Read as a stream."""
+"""Conversations to learn from: rows of `messages`, or of a prompt and a response (or completion). Read as a stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlaif_ray.data.prompts import Row, described, nearest_hint, read_message
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
-_FORMS = (("messages",), ("prompt", "response"))
+_FORMS = (("messages",), ("prompt", "response"), ("prompt", "completion"))  # the last is TRL's
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def _demonstration(row: Row) -> Demonstration:
             )
         messages = tuple(read_message(entry, index, row.place, "messages") for index, entry in enumerate(value))
     else:
-        messages = (*_prompt(row), Message("assistant", _text(row, "response")))
+        messages = (*_prompt(row), *_answer(row, form[1]))
     for before, turn in zip((None, *messages), messages, strict=False):
         if turn.role == "assistant" and (before is None or before.role != "user"):
             raise InputError(f"{row.place}: a turn of the assistant must follow one of the user. Correct the turns.")
@@ -88,6 +88,13 @@ def _prompt(row: Row) -> tuple[Message, ...]:
     if isinstance(value, list):
         return tuple(read_message(entry, index, row.place, "prompt") for index, entry in enumerate(value))
     return (Message("user", _text(row, "prompt")),)
+
+
+def _answer(row: Row, column: str) -> tuple[Message, ...]:
+    value = row.cells[column]
+    if isinstance(value, list):  # TRL's conversational form
+        return tuple(read_message(entry, index, row.place, column) for index, entry in enumerate(value))
+    return (Message("assistant", _text(row, column)),)
 
 
 def _text(row: Row, column: str) -> str:

@@ -101,3 +101,14 @@ def test_no_rows(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").touch()
     with pytest.raises(InputError, match="empty"):
         list(read_demonstrations(str(tmp_path / "d.jsonl")))
+
+
+def test_trls_prompts_and_completions_are_read(tmp_path: Path) -> None:
+    talk = {"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:2]}
+    path = written(tmp_path / "d.jsonl", talk, {"prompt": "Hi", "completion": "Hello"})
+    first, second = read_demonstrations(str(path))
+    assert first.messages == second.messages and first.messages[-1].content == "Hello"
+    with pytest.raises(InputError, match=r"line 1: completion\[0\] must be a message"):
+        list(read_demonstrations(str(written(tmp_path / "d.jsonl", {"prompt": "Hi", "completion": ["Hello"]}))))
+    with pytest.raises(InputError, match="a turn of the assistant must follow one of the user"):
+        list(read_demonstrations(str(written(tmp_path / "d.jsonl", {**talk, "completion": TWO_TURNS[1:2] * 2}))))
