@@ -10,7 +10,11 @@ from rlaif_ray.data.prompts import Row, described, nearest_hint, read_message
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
-_FORMS = (("messages",), ("prompt", "response"), ("prompt", "completion"))  # the last is TRL's
+_FORMS: tuple[tuple[str, ...], ...] = (
+    ("messages",),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+)  # the last is TRL's
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ def _demonstration(row: Row) -> Demonstration:
             )
         messages = tuple(read_message(entry, index, row.place, "messages") for index, entry in enumerate(value))
     else:
-        messages = (*_prompt(row), *_answer(row, form[1]))
+        messages = (*_prompt(row), *_answer(row, form[-1]))
     for before, turn in zip((None, *messages), messages, strict=False):
         if turn.role == "assistant" and (before is None or before.role != "user"):
             raise InputError(f"{row.place}: a turn of the assistant must follow one of the user. Correct the turns.")
