@@ -36,6 +36,7 @@ from rlaif_ray.config.sections import (
     PolicyConfig,
     PpoConfig,
     PreferenceJudge,
+    RewardModelFeedback,
     SamplingConfig,
     TrackingConfig,
     WeightSyncConfig,
@@ -206,6 +207,10 @@ class EvaluateJob(Config):
 
     data: PreferenceDataConfig | None = None
     """Pairs that people labelled: how far the judge agrees with them."""
+    subset: str | None = None
+    """A column of `data` that names subsets, each measured apart; a trailing /number is left out of it."""
+    reward_models: dict[str, RewardModelFeedback] = Field(default_factory=dict)
+    """By name: each measured against people's labels too."""
     judge: PreferenceJudge = JudgeConfig()
     """The evaluator: best another model than the one that gave feedback in training."""
     label: LabelConfig = LabelConfig()
@@ -226,6 +231,10 @@ class EvaluateJob(Config):
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> EvaluateJob:
+        if self.data is None and (self.reward_models or self.subset):
+            raise ValueError(
+                "reward_models and subset need data (got none): it is pairs that people labelled. Set data.path."
+            )
         if len(self.arms) == 1 and self.harmless is None:
             raise ValueError(
                 f"arms must be at least two (got {', '.join(self.arms)} alone): a win rate is of one against another. "

@@ -175,7 +175,7 @@ class JudgeFeedback(Config):
 class RewardModelFeedback(Config):
     """Canonical RLAIF: the reward is a reward model's, distilled from preference labels."""
 
-    type: Literal["reward_model"]
+    type: Literal["reward_model"] = "reward_model"
     model: str
     """A folder that `rlaif reward-model` wrote, or any sequence classifier with one label."""
     revision: str | None = None

@@ -26,9 +26,18 @@ def held_out_samples(
 
 
 def held_out_summary(before: HeldOutScores, after: HeldOutScores) -> dict[str, dict[str, float | int | None]]:
-    """Means before and after and the gain paired by prompt, each with its 95% interval."""
+    """Means before and after, the gain paired by prompt, and the share of prompts that score higher than before (a tie
+    counts half), each with its 95% interval."""
     return {
         "before": mean_interval(before).as_dict(),
         "after": mean_interval(after).as_dict(),
         "gain": paired_gain(before, after).as_dict(),
+        "win_rate": mean_interval(_wins(before, after)).as_dict(),
     }
+
+
+def _wins(before: HeldOutScores, after: HeldOutScores) -> list[float | None]:
+    return [
+        None if old is None or new is None else 0.5 + 0.5 * ((new > old) - (new < old))
+        for old, new in zip(before, after, strict=True)
+    ]

@@ -19,22 +19,20 @@ from rlaif_ray.config.sections import PolicyConfig
 from rlaif_ray.data.demonstrations import read_demonstrations
 from rlaif_ray.data.preferences import (
     PreferenceRecord,
-    check_readable,
-    comparison_text,
-    human_label,
     read_preferences,
 )
 from rlaif_ray.data.prompts import read_conversations
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import InputError
-from rlaif_ray.evaluation.calibration import brier, cohen_kappa, expected_calibration_error, pairwise_accuracy
-from rlaif_ray.evaluation.win_rate import PositionBias, alignment, length_controlled, outcome, position_bias, win_rate
+from rlaif_ray.evaluation.win_rate import PositionBias, length_controlled, outcome, position_bias, win_rate
+from rlaif_ray.feedback.reward_model import check_reward_model
+from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_alignment, measured_reward_model
 from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
 from rlaif_ray.pipelines.lineage import training_judges
 from rlaif_ray.pipelines.preferences import make_labels
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_same_run, write_resolved
 from rlaif_ray.pipelines.sampling import sample_responses
-from rlaif_ray.runtime.cluster import open_ray
+from rlaif_ray.runtime.cluster import open_cluster, open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
 from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import print_columns, print_table
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 
 Answers = dict[tuple[Message, ...], list[str]]  # of an arm: by prompt, in order
 ARMS = "arms"  # what arms answer to be compared
-PEOPLE = "people"  # first part of the id of a pair that people labelled
 
 
 @dataclass(slots=True)
@@ -64,8 +61,9 @@ class Meeting:
 def evaluate(loaded: Loaded) -> dict[str, Any]:
     """Samples, judges and measures; returns what summary.json says."""
     job, run_dir = loaded.config, loaded.run_dir
-    if job.data is not None:
-        check_readable(job.data.path, split=job.data.split)
+    people, subsets = labelled_by_people(job)
+    for name, cfg in job.reward_models.items():
+        check_reward_model(cfg, f"reward_models.{name}")
     given = {name: read_answers(arm.path) for name, arm in job.arms.items() if arm.path is not None}
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
@@ -73,21 +71,23 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     write_resolved(loaded)
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
-    with open_ray(job.cluster, [*samples.values(), judged]):
+    with open_ray(job.cluster, jobs_of(job, run_dir)):
         answers = {name: given[name] if name in given else _sampled(samples[name], loaded) for name in job.arms}
         arms = {name: own if name in given else _to(asked.get(ARMS, []), own) for name, own in answers.items()}
         meetings = [meet(number, a, b, arms) for number, (a, b) in enumerate(compared(job))]
         labels: dict[str, Any] = {}
-        if write_pairs(job, meetings, Path(judged.data.path)):
+        if write_pairs(people, meetings, Path(judged.data.path)):
             labels = make_labels(_as_loaded(judged, "label", loaded))
         if grader is not None:
             parts = [part for part in asked if part != ARMS]
             responses = responses_of(job, {(p, name): _to(asked[p], answers[name]) for p in parts for name in answers})
             graded = judge_responses(judged, grader, responses, run_dir / "harmless")
+        reward_models = _reward_models(job, people)
     records = {record.id: record for record in read_preferences(labels["output"])} if labels else {}
     summary = {
         "job": "evaluate",
-        "alignment": measured_alignment(job, [r for name, r in records.items() if name.startswith(PEOPLE)]),
+        "alignment": measured_alignment(job, [r for n, r in records.items() if n.startswith(f"{PEOPLE}/")], subsets),
+        "reward_models": reward_models,
         "win_rates": [measured_meeting(job, meeting, records) for meeting in meetings],
         "harmless": measured_harmless(job, responses, graded) if grader is not None else None,
         "answers": {name: sum(map(len, own.values())) for name, own in answers.items()},
@@ -118,8 +118,9 @@ def plan_evaluation(loaded: Loaded) -> str:
 
 
 def jobs_of(job: EvaluateJob, run_dir: Path) -> list[Any]:
-    """One after the other: a SampleJob for each arm that is a model, and the LabelJob of the judge."""
-    return [*_sample_jobs(job, run_dir).values(), _label_job(job, run_dir)]
+    """One after the other: a SampleJob for each arm that is a model, the LabelJob of the judge, and this job itself,
+    whose own actors are its reward models."""
+    return [*_sample_jobs(job, run_dir).values(), _label_job(job, run_dir), job]
 
 
 def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[str, SampleJob]:
@@ -198,10 +199,20 @@ def _sampled(job: SampleJob, loaded: Loaded) -> Answers:
 
 def _identity(job: EvaluateJob) -> dict[str, Any]:
     """What a run can't change between its processes."""
-    kept = job.model_dump(mode="json", include={"data", "arms", "prompts", "sampling", "win_rate", "harmless", "seed"})
+    kept = job.model_dump(mode="json", exclude={"judge", "label", "rollout", "cluster", "run_dir"})
     files = [job.data.path if job.data else "", *(arm.path or "" for arm in job.arms.values())]
     files.append((job.harmless.labelled or "") if job.harmless else "")
     return {**kept, "files": [fingerprint(path) for path in files if path]}
+
+
+def _reward_models(job: EvaluateJob, people: Sequence[PreferenceRecord]) -> dict[str, Any]:
+    """Each reward model against people's labels."""
+    if not job.reward_models:
+        return {}
+    with open_cluster(job) as cluster:
+        scorers = {name: cluster.start_reward_models(cfg, role=name) for name, cfg in job.reward_models.items()}
+        cluster.wait()
+        return {name: measured_reward_model(job, scorer, people) for name, scorer in scorers.items()}
 
 
 # ---- What is judged --------------------------------------------------------------------------------------------------
@@ -269,23 +280,11 @@ def meet(number: int, a: str, b: str, arms: Mapping[str, Answers]) -> Meeting:
     return meeting
 
 
-def write_pairs(job: EvaluateJob, meetings: Sequence[Meeting], path: Path) -> int:
-    """Everything the judge is to compare, as records; returns how many.
-
-    Raises:
-        InputError: people labelled nothing.
-    """
+def write_pairs(records: Sequence[PreferenceRecord], meetings: Sequence[Meeting], path: Path) -> int:
+    """Everything the judge is to compare, as records; returns how many."""
     with RecordWriter(path) as writer:
         writer.keep(0)
-        if job.data is not None:
-            rows = read_preferences(job.data.path, split=job.data.split, limit=job.data.limit)
-            known = [row for row in rows if human_label(row) is not None]
-            if not known:
-                raise InputError(
-                    f"{job.data.path} has no pair with a label that people gave: there is nothing to agree with. Give "
-                    f"rows of prompt, response_a, response_b and label."
-                )
-            writer.write([row.model_copy(update={"id": f"{PEOPLE}/{row.id}"}) for row in known])
+        writer.write(list(records))
         for meeting in meetings:
             writer.write(list(meeting.records.values()))
         count = writer.count
@@ -294,46 +293,6 @@ def write_pairs(job: EvaluateJob, meetings: Sequence[Meeting], path: Path) -> in
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
-
-
-def measured_alignment(job: EvaluateJob, records: Sequence[PreferenceRecord]) -> dict[str, Any] | None:
-    """AI labels against people's; None without data.
-
-    A label's majority counts, those of one half are no side's; a judge's exact one half is half right.
-    """
-    if job.data is None:
-        return None
-    judged = [record for record in records if record.p_a is not None]
-    said = [human_label(record) or 0.0 for record in judged]
-    p = [record.p_a for record in judged if record.p_a is not None]
-    prompts = [comparison_text(record) for record in judged]
-    found = alignment(p, said, prompts, resamples=job.win_rate.resamples, seed=job.seed)
-    longer = [0.5 + 0.5 * _sign(len(r.response_a) - len(r.response_b)) for r in records]
-    by_people = [human_label(record) or 0.0 for record in records]
-    calibration = expected_calibration_error(p, said)
-    return {
-        "accuracy": found.rate,
-        "ci95_low": found.ci95_low,
-        "ci95_high": found.ci95_high,
-        "n": found.n,
-        "ties": found.ties,
-        "failed": len(records) - len(judged),
-        "kappa": cohen_kappa(p, said),
-        "brier": brier(p, said),
-        "ece": calibration.value,
-        "curve": calibration.rows(),
-        "position_bias": asdict(_position_bias(records)),
-        "longer": {"accuracy": pairwise_accuracy(longer, by_people).value},
-        "people": _agreement_of_people(by_people),
-    }
-
-
-def _agreement_of_people(labels: Sequence[float]) -> float | None:
-    """How often one annotator says what most say, where labels are shares of annotators; else None."""
-    decided = [label for label in labels if label != 0.5]
-    if all(label in (0.0, 1.0) for label in decided):
-        return None
-    return sum(max(label, 1.0 - label) for label in decided) / len(decided)
 
 
 def measured_meeting(job: EvaluateJob, meeting: Meeting, records: Mapping[str, PreferenceRecord]) -> dict[str, Any]:
@@ -432,6 +391,16 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "calibration", f"Brier {_figure(found['brier'])}, ECE {_figure(found['ece'])}"
         yield "position bias", _bias(found["position_bias"])
         yield "failed", str(found["failed"]) if found["failed"] else ""
+        for part, own in found.get("subsets", {}).items():
+            yield part, f"{_figure(own['accuracy'])} {_interval(own)} of {own['n']}"
+    for name, own in summary["reward_models"].items():
+        yield (
+            f"{name} agrees",
+            (
+                f"{_figure(own['accuracy'])} {_interval(own)} of {own['n']} pairs, Brier {_figure(own['brier'])}, "
+                f"ECE {_figure(own['ece'])}"
+            ),
+        )
     for one in summary["win_rates"]:
         yield f"{one['a']} against {one['b']}", f"position bias {_bias(one['position_bias'])}"
     if any((one["position_bias"]["rate"] or 0) > 0.5 for one in summary["win_rates"]) and not summary["probabilities"]:

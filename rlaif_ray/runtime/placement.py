@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.config.jobs import LabelJob, PairsJob, ReviseJob, SampleJob, SupervisedJob, TrainJob
+from rlaif_ray.config.jobs import EvaluateJob, LabelJob, PairsJob, ReviseJob, SampleJob, SupervisedJob, TrainJob
 from rlaif_ray.config.sections import JudgeConfig, JudgeFeedback, MixtureFeedback, RewardModelFeedback
 from rlaif_ray.errors import PlacementError
 
@@ -44,6 +44,8 @@ def job_needs(job: Any) -> list[Need]:
         needs.append(Need("rollout", job.rollout.replicas, job.rollout.tensor_parallel, job.policy.model))
     if isinstance(job, TrainJob | SampleJob) and job.feedback is not None:
         needs += _feedback_needs(job.feedback)
+    if isinstance(job, EvaluateJob):  # engines belong to the jobs it is made of
+        needs += [Need(name, cfg.replicas, 1, cfg.model) for name, cfg in job.reward_models.items()]
     if isinstance(job, LabelJob) and isinstance(job.judge, JudgeConfig):
         needs.append(_judge_need("judge", job.judge))
     if isinstance(job, TrainJob | SupervisedJob):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlaif_ray.data.prompts import PACKAGED
 from tests.ray.test_preference_jobs import CLUSTER, done, lines, model
@@ -28,6 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [json.loads(line) for line in (PACKAGED / "heldout.jsonl").read_text().splitlines()[:30]]
     rows = [{"prompt": row["prompt"], "response": f"About {k}."} for k, row in enumerate(prompts)]
     (folder / "file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    classifier = AutoModelForSequenceClassification.from_pretrained(model(), num_labels=1, dtype=torch.float32)
+    classifier.save_pretrained(folder / "reward_model")
+    AutoTokenizer.from_pretrained(model()).save_pretrained(folder / "reward_model")
     return folder
 
 
@@ -40,6 +46,7 @@ def evaluate(folder: Path, name: str) -> Program:
         "prompts={path: 'package:heldout', limit: 70, shuffle: false}",
         "harmless={prompts: {path: 'package:train', limit: 40, shuffle: false}, "
         f"safe: {{path: 'package:heldout', limit: 20, shuffle: false}}, labelled: {folder / 'known.jsonl'}}}",
+        f"reward_models.rm.model={folder / 'reward_model'}",
         "sampling.max_new_tokens=6",
         "rollout.kv_cache_gb=0.1",
         f"run_dir={folder / name}",
@@ -65,6 +72,8 @@ def test_everything_is_measured(straight: dict[str, Any]) -> None:
     aligned = straight["alignment"]
     assert (aligned["n"], aligned["ties"], aligned["failed"]) == (60, 30, 0)
     assert aligned["longer"]["accuracy"] == pytest.approx(0.5, abs=0.35) and aligned["position_bias"]["n"] == 90
+    rewarded = straight["reward_models"]["rm"]
+    assert (rewarded["n"], rewarded["ties"], rewarded["failed"]) == (60, 30, 0) and 0 <= rewarded["accuracy"] <= 1
     by_pair = {(one["a"], one["b"]): one["win_rate"] for one in straight["win_rates"]}
     assert by_pair["one", "other"]["n"] == 70 and 0 <= by_pair["one", "other"]["rate"] <= 1
     assert by_pair["one", "file"]["n"] == by_pair["other", "file"]["n"] == 30  # what both answered

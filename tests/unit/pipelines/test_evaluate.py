@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from rlaif_ray.config.jobs import EvaluateJob
 from rlaif_ray.config.load import load_job
 from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.errors import InputError
-from rlaif_ray.pipelines.evaluate import compared, evaluate, measured_alignment
+from rlaif_ray.pipelines.alignment import labelled_by_people, measured_alignment, measured_reward_model
+from rlaif_ray.pipelines.evaluate import compared, evaluate
 from rlaif_ray.pipelines.harmless import LABELLED, PROMPTS, SAFE, Graded, Response, measured_harmless, responses_of
-from rlaif_ray.types import Message
+from rlaif_ray.types import Message, Score
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -106,6 +108,40 @@ def test_data_without_labels_is_no_data(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", [{"prompt": "q", "response_a": "a", "response_b": "bb"}])
     with pytest.raises(InputError, match="no pair with a label that people gave"):
         run(tmp_path, f"data.path={path}", f"run_dir={tmp_path / 'run'}")
+
+
+def test_subsets_are_measured_apart(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"q{k}", "response_a": "aa", "response_b": "b", "label": float(k < 4), "source": f"{part}/{k}"}
+        for k, part in enumerate(["one"] * 3 + ["two/deep"] * 5)
+    ]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    found = run(tmp_path, f"data.path={path}", "subset=source", f"run_dir={tmp_path / 'run'}")["alignment"]
+    assert found["accuracy"] == 0.5  # the longer is a, which is right for the first 4 of 8
+    assert {name: (part["accuracy"], part["n"]) for name, part in found["subsets"].items()} == {
+        "one": (1.0, 3),
+        "two/deep": (0.2, 5),
+    }
+    with pytest.raises(InputError, match="subset=sauce must be a column"):
+        run(tmp_path, f"data.path={path}", "subset=sauce", f"run_dir={tmp_path / 'other'}")
+
+
+def test_a_reward_model_is_measured_as_a_judge_is(tmp_path: Path) -> None:
+    class Longer:
+        def score(self, completions: Any) -> list[Score]:
+            return [Score(None if c.text == "fails" else float(len(c.text))) for c in completions]
+
+    rows = [
+        {"prompt": "q1", "response_a": "aaa", "response_b": "b", "label": 1},
+        {"prompt": "q2", "response_a": "a", "response_b": "bb", "label": 1},
+        {"prompt": "q3", "response_a": "a", "response_b": "fails", "label": 0},
+    ]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    job = EvaluateJob.model_validate({"data": {"path": str(path)}})
+    found = measured_reward_model(job, Longer(), labelled_by_people(job)[0])
+    assert (found["accuracy"], found["n"], found["failed"]) == (0.5, 2, 1)
+    p = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]  # sigmoid(r_a - r_b)
+    assert found["brier"] == pytest.approx(((p[0] - 1) ** 2 + (p[1] - 1) ** 2) / 2)
 
 
 # ---- Win rates -------------------------------------------------------------------------------------------------------
@@ -223,6 +259,7 @@ def test_labelled_rows_must_have_labels(tmp_path: Path) -> None:
         (["arms.a={}", "arms.b.path=y"], r"an arm must have model or path \(got neither\)"),
         (["arms.a.path=x", "arms.b.path=y", "win_rate.reference=c"], "win_rate.reference must be one of the arms"),
         ([], "an evaluation needs data or arms"),
+        (["arms.a.path=x", "arms.b.path=y", "subset=source"], "reward_models and subset need data"),
     ],
 )
 def test_what_cannot_be_measured_is_told(settings: list[str], told: str) -> None:
