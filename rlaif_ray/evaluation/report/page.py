@@ -129,6 +129,7 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
         ("policy", run.given("policy", "model")),
         ("feedback", _judge(run.given("feedback"))),
         ("judge", _judge(run.given("judge") or run.given("feedback", "judge")) or run.summary.get("judge")),
+        ("mind", _pupils(run)),
         ("label template", run.given("label", "template")),
         ("constitution", run.given("label", "constitution") or run.given("revision", "constitution")),
         ("arms", ", ".join(run.given("arms") or {})),
@@ -137,6 +138,14 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
         ("folder", run.folder),
     ]
     return ((name, str(value)) for name, value in told if value not in (None, ""))
+
+
+def _pupils(run: Run) -> str:
+    """Arms that the evaluation's own judge taught: their wins say less."""
+    taught = run.summary.get("training_judges")
+    judges = taught if isinstance(taught, dict) else {}
+    arms = [arm for arm, own in judges.items() if isinstance(own, list) and run.summary.get("judge") in own]
+    return f"{', '.join(arms)} learned from this same judge: it grades its own pupils" if arms else ""
 
 
 def _judge(found: Any) -> str:
@@ -208,6 +217,10 @@ def _measured(run: Run) -> Iterator[tuple[str, str, Any]]:
     aligned = at(run.summary, "alignment")
     yield "AI labeler alignment", str(run.summary.get("judge") or "judge"), aligned
     yield "AI labeler alignment", "the longer response", at(aligned, "longer")
+    for name, found in _parts(run, "alignment", "subsets"):
+        yield "AI labeler alignment", f"{run.summary.get('judge') or 'judge'}, {name}", found
+    for name, found in _parts(run, "reward_models"):
+        yield "AI labeler alignment", f"{name}, a reward model", found
     for one in met(run):
         yield "Win rate", f"{one['a']} vs {one['b']}", one["win_rate"]
         yield "Win rate at equal length", f"{one['a']} vs {one['b']}", one.get("length_controlled")
@@ -215,6 +228,11 @@ def _measured(run: Run) -> Iterator[tuple[str, str, Any]]:
         yield "Harmless rate", arm, rates["rate"]
         yield "Harmless rate", f"{arm}, corrected", rates.get("corrected")
         yield "Over-refusal", arm, rates.get("over_refusal")
+
+
+def _parts(run: Run, *path: str) -> list[tuple[str, Any]]:
+    found = at(run.summary, *path)
+    return list(found.items()) if isinstance(found, dict) else []
 
 
 def _interval_charts(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -227,7 +245,8 @@ def calibrated(runs: Sequence[Run]) -> Iterator[tuple[str, Json]]:
     """Everything that came with a calibration curve: the judge against people, models on held-out pairs."""
     models = [(model, on) for model in ("reward_model", "dpo") for on in ("held_out", "human")]
     for run in runs:
-        for path in (("alignment",), ("human",), *models):
+        named = [("reward_models", name) for name, _ in _parts(run, "reward_models")]
+        for path in (("alignment",), ("human",), *models, *named):
             found = at(run.summary, *path)
             if isinstance(found, dict) and isinstance(found.get("curve"), list):
                 yield f"{run.name} · {path[-1].replace('_', '-')}", found

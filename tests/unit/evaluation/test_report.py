@@ -297,6 +297,22 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
     assert measures([read_run(tmp_path / "demo", "demo")]) == {}
 
 
+def test_an_evaluation_names_the_judges_own_pupils_and_reward_models(tmp_path: Path) -> None:
+    folder = evaluation_run(tmp_path / "evaluation")
+    summary = json.loads((folder / "summary.json").read_text())
+    aligned = summary["alignment"]
+    summary["training_judges"] = {"rlaif": ["big"], "sft": [], "dpo": ["small"]}
+    summary["reward_models"] = {"mine": {**aligned, "accuracy": 0.6875}}
+    summary["alignment"] = {**aligned, "subsets": {"llmbar/Natural": {**aligned, "accuracy": 0.3125}}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    run = read_run(folder, "evaluation")
+    assert dict(facts(run))["mind"] == "rlaif learned from this same judge: it grades its own pupils"
+    shown = {one.label: one.rate for one in measures([run])["AI labeler alignment"]}
+    assert shown == {"big": 0.8125, "big, llmbar/Natural": 0.3125, "mine, a reward model": 0.6875}
+    page = page_of(folder).text
+    assert "it grades its own pupils" in page and "evaluation · mine" in page  # and its calibration is drawn
+
+
 # ---- Drawing ---------------------------------------------------------------------------------------------------------
 
 
