@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rlaif_ray.config.jobs import JOBS
 from rlaif_ray.config.layers import Key, Layer, default_values, merge, read_file, read_overrides
-from rlaif_ray.config.load import complain
+from rlaif_ray.config.load import Loaded, complain
 from rlaif_ray.config.problems import validate
 from rlaif_ray.config.sections import ClusterConfig, Config
 
@@ -64,15 +64,9 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Pipeline:
-    """A pipeline's config, with what it came from. Shaped like `Loaded`, for what tells about runs."""
+class Pipeline(Loaded):
+    """A pipeline's config, a PipelineJob, with what it came from."""
 
-    job: str
-    config: PipelineJob
-    run_dir: Path
-    run_dir_given: bool
-    files: tuple[Path, ...]
-    overrides: tuple[str, ...]
     stages: tuple[Stage, ...]  # each after those it builds on, else as they are written
 
     def stage(self, name: str, option: str) -> Stage:

@@ -5,6 +5,7 @@ A label may be fractional (the share of annotators who prefer a). `p` and `label
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,6 +44,16 @@ class Calibration:
     def rows(self) -> list[dict[str, Any]]:
         """The curve as it goes into a report."""
         return [asdict(one) for one in self.curve]
+
+
+def preference(reward_a: float, reward_b: float) -> float:
+    """The Bradley-Terry probability that a is better, sigmoid(r_a - r_b)."""
+    return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, reward_a - reward_b))))
+
+
+def beats(a: float, b: float) -> float:
+    """1 where a is larger, 0 where b is, and one half between equals."""
+    return 0.5 + 0.5 * ((a > b) - (a < b))
 
 
 def pairwise_accuracy(p: Sequence[float], label: Sequence[float]) -> Accuracy:

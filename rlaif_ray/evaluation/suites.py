@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.metrics import cluster_means, mean_interval, paired_gain
 from rlaif_ray.types import Sample
 
@@ -37,7 +38,4 @@ def held_out_summary(before: HeldOutScores, after: HeldOutScores) -> dict[str, d
 
 
 def _wins(before: HeldOutScores, after: HeldOutScores) -> list[float | None]:
-    return [
-        None if old is None or new is None else 0.5 + 0.5 * ((new > old) - (new < old))
-        for old, new in zip(before, after, strict=True)
-    ]
+    return [None if old is None or new is None else beats(new, old) for old, new in zip(before, after, strict=True)]

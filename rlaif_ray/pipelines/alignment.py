@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.preferences import PreferenceRecord, comparison_text, human_label, read_preferences, rows_of
 from rlaif_ray.errors import InputError
-from rlaif_ray.evaluation.calibration import brier, cohen_kappa, expected_calibration_error, pairwise_accuracy
+from rlaif_ray.evaluation.calibration import (
+    beats,
+    brier,
+    cohen_kappa,
+    expected_calibration_error,
+    pairwise_accuracy,
+    preference,
+)
 from rlaif_ray.evaluation.win_rate import alignment, position_bias
 from rlaif_ray.types import Completion, Prompt
 
@@ -31,12 +39,12 @@ def labelled_by_people(job: EvaluateJob) -> tuple[list[PreferenceRecord], dict[s
     if data is None:
         return [], {}
     records, subsets = [], {}
-    rows = rows_of(data.path, data.split)()
+    rows = rows_of(data.path, data.split)() if job.subset is not None else itertools.repeat(None)
     for record, row in zip(read_preferences(data.path, split=data.split, limit=data.limit), rows, strict=False):
         if human_label(record) is None:
             continue
         records.append(record.model_copy(update={"id": f"{PEOPLE}/{record.id}"}))
-        if job.subset is not None:
+        if job.subset is not None and row is not None:
             if job.subset not in row.cells:
                 raise InputError(
                     f"{row.place}: subset={job.subset} must be a column of {data.path} (its columns: "
@@ -53,7 +61,7 @@ def labelled_by_people(job: EvaluateJob) -> tuple[list[PreferenceRecord], dict[s
 
 
 def measured_alignment(
-    job: EvaluateJob, records: Sequence[PreferenceRecord], subsets: Mapping[str, str] | None = None
+    job: EvaluateJob, records: Sequence[PreferenceRecord], subsets: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any] | None:
     """The judge's labels against people's; None without data.
 
@@ -65,12 +73,12 @@ def measured_alignment(
     found = _against_people(job, p, records)
     found["position_bias"] = asdict(position_bias([r.p_a_forward for r in records], [r.p_a_reversed for r in records]))
     found["people"] = _agreement_of_people([_label(record) for record in records])
-    parts = sorted(set((subsets or {}).values()))
+    parts: dict[str, list[PreferenceRecord]] = {}
+    for record in records if subsets else ():
+        parts.setdefault(subsets[record.id], []).append(record)
     if len(parts) > 1:
         found["subsets"] = {
-            part: _against_people(job, [r.p_a for r in own], own)
-            for part in parts
-            for own in [[r for r in records if (subsets or {}).get(r.id) == part]]
+            part: _against_people(job, [r.p_a for r in own], own) for part, own in sorted(parts.items())
         }
     return found
 
@@ -84,8 +92,7 @@ def measured_reward_model(job: EvaluateJob, scorer: Scorer, records: Sequence[Pr
     ]
     rewards = [score.value for score in scorer.score(completions)]
     p = [
-        None if a is None or b is None else 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, a - b))))
-        for a, b in zip(rewards[0::2], rewards[1::2], strict=True)
+        None if a is None or b is None else preference(a, b) for a, b in zip(rewards[0::2], rewards[1::2], strict=True)
     ]
     return _against_people(job, p, records)
 
@@ -97,7 +104,7 @@ def _against_people(job: EvaluateJob, p: Sequence[float | None], records: Sequen
     found = alignment(
         values, said, [comparison_text(r) for _, r in known], resamples=job.win_rate.resamples, seed=job.seed
     )
-    longer = [0.5 + 0.5 * _sign(len(r.response_a) - len(r.response_b)) for r in records]
+    longer = [beats(len(r.response_a), len(r.response_b)) for r in records]
     calibration = expected_calibration_error(values, said)
     return {
         "accuracy": found.rate,
@@ -124,7 +131,3 @@ def _agreement_of_people(labels: Sequence[float]) -> float | None:
     if all(label in (0.0, 1.0) for label in decided):
         return None
     return sum(max(label, 1.0 - label) for label in decided) / len(decided)
-
-
-def _sign(number: int) -> int:
-    return (number > 0) - (number < 0)

@@ -24,6 +24,7 @@ from rlaif_ray.data.preferences import (
 from rlaif_ray.data.prompts import read_conversations
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import InputError
+from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.win_rate import PositionBias, length_controlled, outcome, position_bias, win_rate
 from rlaif_ray.feedback.reward_model import check_reward_model
 from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_alignment, measured_reward_model
@@ -317,7 +318,7 @@ def measured_meeting(job: EvaluateJob, meeting: Meeting, records: Mapping[str, P
         "length_controlled": asdict(controlled),
         "mean_length": {"a": sum(meeting.lengths_a) / count, "b": sum(meeting.lengths_b) / count},
         "longer_wins": win_rate(
-            [0.5 + 0.5 * _sign(a - b) for a, b in zip(meeting.lengths_a, meeting.lengths_b, strict=True)],
+            [beats(a, b) for a, b in zip(meeting.lengths_a, meeting.lengths_b, strict=True)],
             meeting.prompts,
             **sampling,
         ).rate,
@@ -327,16 +328,12 @@ def measured_meeting(job: EvaluateJob, meeting: Meeting, records: Mapping[str, P
 
 def _outcome(record: PreferenceRecord, *, use_probabilities: bool) -> float | None:
     if record.p_a is not None and record.p_a_forward is None:  # read once: there is no order to disagree
-        return record.p_a if use_probabilities else 0.5 + 0.5 * _sign(record.p_a - 0.5)
+        return record.p_a if use_probabilities else beats(record.p_a, 0.5)
     return outcome(record.p_a_forward, record.p_a_reversed, use_probabilities=use_probabilities)
 
 
 def _position_bias(records: Sequence[PreferenceRecord]) -> PositionBias:
     return position_bias([r.p_a_forward for r in records], [r.p_a_reversed for r in records])
-
-
-def _sign(number: float) -> int:
-    return (number > 0) - (number < 0)
 
 
 # ---- Telling ---------------------------------------------------------------------------------------------------------

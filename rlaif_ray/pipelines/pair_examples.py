@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.data.preferences import PreferenceRecord, human_label, read_preferences
 from rlaif_ray.errors import InputError
-from rlaif_ray.evaluation.calibration import brier, expected_calibration_error, pairwise_accuracy
+from rlaif_ray.evaluation.calibration import beats, brier, expected_calibration_error, pairwise_accuracy, preference
 from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint
+from rlaif_ray.pipelines.supervised import drawn_by_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,8 +110,7 @@ class _ExampleWriter:
 def is_held_out(record: PreferenceRecord, fraction: float, seed: int) -> bool:
     """By the prompt's text alone, so that no prompt is on both sides, whatever else the data holds."""
     text = "\x00".join(f"{m.role}\x01{m.content}" for m in record.prompt)
-    digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64 < fraction
+    return drawn_by_text(text, fraction, seed)
 
 
 def measured(rewards: Sequence[tuple[float, float]], examples: Sequence[PairExample]) -> dict[str, Any] | None:
@@ -120,11 +118,11 @@ def measured(rewards: Sequence[tuple[float, float]], examples: Sequence[PairExam
     example; None without examples."""
     if not examples:
         return None
-    p = [1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, a - b)))) for a, b in rewards]
+    p = [preference(a, b) for a, b in rewards]
     labels = [example.p_a for example in examples]
     accuracy = pairwise_accuracy(p, labels)
     calibration = expected_calibration_error(p, labels)
-    longer = [0.5 + 0.5 * _sign(len(e.response_a) - len(e.response_b)) for e in examples]
+    longer = [beats(len(e.response_a), len(e.response_b)) for e in examples]
     return {
         "n": len(examples),
         "accuracy": accuracy.value,
@@ -145,7 +143,3 @@ def measured_lines(found: dict[str, Any]) -> str:
 def _figure(value: float | None) -> str:
     """Three digits; a dash where every label is a tie."""
     return "-" if value is None else f"{value:.3f}"
-
-
-def _sign(number: int) -> int:
-    return (number > 0) - (number < 0)

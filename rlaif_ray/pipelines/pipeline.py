@@ -104,7 +104,7 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
     placed = place(pipeline)
     todo = choose(pipeline, placed, start, only)
     make_folder(pipeline.run_dir)
-    write_resolved(pipeline)  # type: ignore[arg-type]  # shaped like Loaded
+    write_resolved(pipeline)
     if start is not None:
         for name in todo:
             _put_aside(placed[name].folder)

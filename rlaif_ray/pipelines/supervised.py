@@ -215,7 +215,11 @@ def turn_end(tokenizer: Any) -> tuple[int, ...]:
 
 def is_held_out(row: Demonstration, fraction: float, seed: int) -> bool:
     """By the first request's text alone: no conversation about it is on both sides."""
-    text = next(turn.content for turn in row.messages if turn.role == "user")
+    return drawn_by_text(next(turn.content for turn in row.messages if turn.role == "user"), fraction, seed)
+
+
+def drawn_by_text(text: str, fraction: float, seed: int) -> bool:
+    """Whether a text is among the drawn fraction: the same for the same text and seed, whatever else there is."""
     digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64 < fraction
 
