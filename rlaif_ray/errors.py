@@ -4,6 +4,8 @@
         InputError (ValueError)       the user's config, data or model is wrong: exit code 2, one message
         RunError (RuntimeError)       the run failed: exit code 1
             EngineError               an inference engine could not start, or died
+            ReplicasLostError         of engines or scorers none is left, and no new one came
+            LearnerLostError          a learner rank died or went silent: the job goes on from its last checkpoint
             FeedbackError             too few completions could be scored to go on
             StaleWeightsError         a completion, or an engine, has other weights than it should
             PlacementError            the cluster did not give the resources asked for in time
@@ -27,6 +29,14 @@ class RunError(RlaifError, RuntimeError):
 
 class EngineError(RunError):
     """An inference engine could not start, or died."""
+
+
+class ReplicasLostError(RunError):
+    """No replica of a role is left, and no new one came in time."""
+
+
+class LearnerLostError(RunError):
+    """A learner rank died or went silent; its peers can't go on without it."""
 
 
 class FeedbackError(RunError):

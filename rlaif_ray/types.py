@@ -36,11 +36,12 @@ class Completion:
 
     prompt: Prompt
     sample: int  # index among the samples of this prompt
-    tokens: tuple[int, ...]  # sampled tokens, the end-of-sequence token included when there is one; never empty
+    tokens: tuple[int, ...]  # sampled tokens, the end-of-sequence token included; empty only for a failure
     logprobs: tuple[float, ...]  # log-probability of each token at the sampling temperature, by the engine
     text: str  # decoded without special tokens
     finished: bool  # ended by the model (end-of-sequence), not cut at the token limit
     weight_version: int  # of the weights that sampled it
+    failure: str | None = None  # "quarantined": the prompt ends engines, and there is no answer
 
 
 @dataclass(frozen=True, slots=True)

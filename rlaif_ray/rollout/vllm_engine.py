@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,8 @@ class VllmEngine:
         self._tokenizer = self._llm.get_tokenizer()
         self._spec = spec
         self._broken: str | None = None
+        self.busy_since: float | None = None  # when the call under way last took a step (monotonic); None when idle
+        self._count_steps()
         self.weight_version = -1  # -1: the weights on disk, which no training step may sample from
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
@@ -185,15 +188,30 @@ class VllmEngine:
             answers[i] = TokenAnswer(tuple(step[token].logprob for token in queries[i].candidates))
         return [answer for answer in answers if answer is not None]
 
+    def _count_steps(self) -> None:
+        """Every step that vLLM takes moves `busy_since`: an engine that is stuck in one shows."""
+        engine: Any = self._llm.llm_engine
+        take_step = engine.step
+
+        def step() -> Any:
+            outputs = take_step()
+            self.busy_since = time.monotonic()
+            return outputs
+
+        engine.step = step
+
     def _run(self, requests: list[Any], parameters: list[Any]) -> list[Any]:
         if self._broken is not None:
             raise EngineError(f"this engine failed before and must be started anew ({self._broken})")
+        self.busy_since = time.monotonic()
         try:
             return list(self._llm.generate(requests, parameters, use_tqdm=False)) if requests else []
         except Exception as error:
             # Its scheduler still holds the requests that failed: another call could wait on them for ever.
             self._broken = f"{type(error).__name__}: {error}"
             raise EngineError(f"vLLM failed on {len(requests)} requests: {self._broken}") from error
+        finally:
+            self.busy_since = None
 
     # Weight updates, in vLLM's order: init once; then start, update any number of times, finish.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
+from rlaif_ray.errors import EngineError
 from rlaif_ray.models import resolve_model
+from rlaif_ray.runtime.supervision import Beat, beat_of
 
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import RewardModelFeedback
@@ -25,15 +26,27 @@ if TYPE_CHECKING:
 class Actor:
     """What every process can tell about itself."""
 
+    def beat(self) -> Beat:
+        """A sign of life, from a thread of its own."""
+        return beat_of(self._busy_since())
+
+    def _busy_since(self) -> float | None:
+        """When the work under way last moved (monotonic); None when idle, or when there is no telling."""
+        return None
+
     def process(self) -> tuple[int, str]:
         """(pid, node id)."""
-        import ray
-
-        return os.getpid(), ray.get_runtime_context().get_node_id()
+        beat = self.beat()
+        return beat.pid, beat.node
 
 
 class EngineActor(Actor):
     """A vLLM engine, for rollouts or for a judge."""
+
+    _engine: VllmEngine | None = None
+
+    def _busy_since(self) -> float | None:
+        return None if self._engine is None else self._engine.busy_since
 
     def start(self, spec: EngineSpec) -> None:
         """Loads the model; resolved here, since another node has its own cache."""
@@ -79,7 +92,10 @@ class RewardModelActor(Actor):
         self._scorer = RewardModelScorer(cfg, device=device, precision=precision, make_renderer=ChatRenderer)
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
-        scores: list[Score] = self._scorer.score(completions)
+        try:
+            scores: list[Score] = self._scorer.score(completions)
+        except Exception as error:  # such as memory that ran out: another process, or fewer at once, may do
+            raise EngineError(f"the reward model failed: {type(error).__name__}: {error}") from error
         return scores
 
 

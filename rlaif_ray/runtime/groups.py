@@ -13,18 +13,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlaif_ray.algorithm.losses import explained_variance
 from rlaif_ray.data.batching import balanced_shares, minibatches, plan_ranks
-from rlaif_ray.errors import RunError
 from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.runtime.waiting import gather
-from rlaif_ray.types import Experience, Score, TokenAnswer
+from rlaif_ray.types import Completion, Experience, Score, TokenAnswer
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.interfaces import GenerationSettings
     from rlaif_ray.learner.finetune import SftExample
     from rlaif_ray.learner.supervised import PairExample
-    from rlaif_ray.types import Completion, Prompt, Sample, TokenQuery
+    from rlaif_ray.runtime.supervision import Replicas, Split, Watched
+    from rlaif_ray.types import Prompt, Sample, TokenQuery
 
+QUARANTINED = "quarantined"  # the reason why a request that ends engines has no answer
 
 Example = TypeVar("Example", bound=Sized)
 
@@ -32,68 +33,81 @@ Example = TypeVar("Example", bound=Sized)
 class EngineGroup:
     """A Generator over replicas; work is split by tokens, answers come back in the order asked."""
 
-    def __init__(self, actors: list[Any], *, role: str, timeout_s: float) -> None:
-        self.actors = actors
-        self._role, self._timeout_s = role, timeout_s
+    def __init__(self, replicas: Replicas) -> None:
+        self.replicas = replicas
+        self.weight_version = -1  # the last that was pushed
+
+    @property
+    def actors(self) -> list[Any]:
+        """Engines that are ready."""
+        return self.replicas.actors
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
-        shares = balanced_shares([len(p.tokens) + settings.max_new_tokens for p in prompts], len(self.actors))
-        refs = [
-            actor.generate.remote([prompts[i] for i in share], settings)
-            for actor, share in zip(self.actors, shares, strict=True)
-        ]
-        completions: dict[int, list[Completion]] = {}
         per_prompt = settings.samples_per_prompt
-        for share, answer in zip(
-            shares, gather(refs, who=f"{self._role} engines", timeout_s=self._timeout_s), strict=True
-        ):
-            for k, i in enumerate(share):
-                completions[i] = answer[k * per_prompt : (k + 1) * per_prompt]
-        return [c for i in range(len(prompts)) for c in completions[i]]
+        loads = [len(p.tokens) + settings.max_new_tokens for p in prompts]
+
+        def ask(engine: Any, items: list[int]) -> Any:
+            return engine.generate.remote([prompts[i] for i in items], settings)
+
+        answers = self.replicas.run([p.tokens for p in prompts], ask, by_load(loads))
+        return [
+            completion
+            for prompt, own in zip(prompts, answers, strict=True)
+            for completion in (self._given_up(prompt, per_prompt) if own is None else own)
+        ]
+
+    def _given_up(self, prompt: Prompt, count: int) -> list[Completion]:
+        return [Completion(prompt, k, (), (), "", False, self.weight_version, QUARANTINED) for k in range(count)]
 
     def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
-        # Queries that follow one another share their prefix: whole runs go to one replica, whose cache has it.
-        size = -(-len(queries) // len(self.actors))
-        chunks = [queries[k * size : (k + 1) * size] for k in range(len(self.actors))]
-        asked = [(actor.token_logprobs.remote(chunk), chunk) for actor, chunk in zip(self.actors, chunks, strict=True)]
-        answers: list[TokenAnswer] = []
-        for ref, chunk in asked:
-            try:
-                answers += gather([ref], who=f"{self._role} engine", timeout_s=self._timeout_s)[0]
-            except RunError as error:  # failure to judge is not a judgement: counted by the judge, never a score
-                answers += [TokenAnswer((), f"engine_error: {error}")] * len(chunk)
-        return answers
+        def ask(engine: Any, items: list[int]) -> Any:
+            return engine.token_logprobs.remote([queries[i] for i in items])
+
+        answers = self.replicas.run([q.prompt for q in queries], ask, in_runs)
+        return [TokenAnswer((), QUARANTINED) if answer is None else answer for answer in answers]
+
+    def metrics(self) -> dict[str, float]:
+        """How the replicas are."""
+        name, replicas = self.replicas.role.split()[0], self.replicas
+        return {f"{name}/serving": len(replicas.serving()), f"{name}/lost": replicas.lost} | {
+            f"{name}/quarantined": float(replicas.quarantined)
+        }
 
 
 class ScorerGroup:
     """A Scorer over replicas; work is split by tokens, scores come back in the order asked."""
 
-    def __init__(self, actors: list[Any], *, role: str, timeout_s: float) -> None:
-        self.actors = actors
-        self._role, self._timeout_s = role, timeout_s
+    def __init__(self, replicas: Replicas) -> None:
+        self.replicas = replicas
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
-        loads = [len(c.prompt.tokens) + len(c.tokens) for c in completions]
-        shares = [share for share in balanced_shares(loads, len(self.actors)) if share]
-        asked = [
-            (actor.score.remote([completions[i] for i in share]), share)
-            for actor, share in zip(self.actors, shares, strict=False)
-        ]
-        scores: dict[int, Score] = {}
-        for ref, share in asked:
-            try:
-                found = gather([ref], who=self._role, timeout_s=self._timeout_s)[0]
-            except RunError as error:  # as with judges: counted, never a score
-                found = [Score(None, "engine_error", {"error": str(error)})] * len(share)
-            scores.update(zip(share, found, strict=True))
-        return [scores[i] for i in range(len(completions))]
+        def ask(scorer: Any, items: list[int]) -> Any:
+            return scorer.score.remote([completions[i] for i in items])
+
+        keys = [(c.prompt.tokens, c.tokens) for c in completions]
+        answers = self.replicas.run(keys, ask, by_load([len(p) + len(c) for p, c in keys]))
+        return [Score(None, QUARANTINED) if answer is None else answer for answer in answers]
+
+
+def by_load(loads: Sequence[int]) -> Split:
+    """Shares of about the same load."""
+    return lambda items, parts: [
+        [items[k] for k in share] for share in balanced_shares([loads[i] for i in items], parts)
+    ]
+
+
+def in_runs(items: Sequence[int], parts: int) -> list[list[int]]:
+    """Whole runs: queries that follow one another share their prefix, and one replica's cache has it."""
+    size = -(-len(items) // parts)
+    return [list(items[k * size : (k + 1) * size]) for k in range(parts)]
 
 
 class LearnerGroup:
     """The Learner over ranks: plans who computes what, and puts results together again."""
 
-    def __init__(self, actors: list[Any], job: TrainJob, precision: str) -> None:
-        self.actors = actors
+    def __init__(self, ranks: list[Watched], job: TrainJob, precision: str) -> None:
+        self.ranks = ranks
+        self.actors = [rank.actor for rank in ranks]
         self._job, self._timeout_s = job, job.cluster.call_timeout_s
         choice = job.algorithm.old_logprobs
         self._own_logprobs = (
@@ -113,7 +127,7 @@ class LearnerGroup:
             for actor, plan in zip(self.actors, plans, strict=True)
         ]
         found: dict[int, dict[str, torch.Tensor]] = {}
-        for part in gather(refs, who="learner ranks (annotate)", timeout_s=self._timeout_s):
+        for part in gather(refs, who="learner ranks (annotate)", timeout_s=self._timeout_s, ranks=self.ranks):
             found |= part
         return _experience(samples, found)
 
@@ -136,7 +150,7 @@ class LearnerGroup:
                     schedule.append((tokens, plan))
         shared = ray.put(experience)
         refs = [actor.update.remote(shared, schedule) for actor, schedule in zip(self.actors, schedules, strict=True)]
-        parts = gather(refs, who="learner ranks (update)", timeout_s=self._timeout_s)
+        parts = gather(refs, who="learner ranks (update)", timeout_s=self._timeout_s, ranks=self.ranks)
         self._updates += 1
         return _update_metrics(parts, steps=len(schedules[0]), experience=experience)
 
@@ -153,14 +167,15 @@ class LearnerGroup:
 
     def _all(self, verb: str, folder: str) -> None:
         refs = [getattr(actor, verb).remote(folder) for actor in self.actors]
-        gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
+        gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s, ranks=self.ranks)
 
 
 class SupervisedGroup(Generic[Example]):
     """A model in supervised training over ranks."""
 
-    def __init__(self, actors: list[Any], job: Any) -> None:
-        self.actors = actors
+    def __init__(self, ranks: list[Watched], job: Any) -> None:
+        self.ranks = ranks
+        self.actors = [rank.actor for rank in ranks]
         self._job, self._timeout_s = job, job.cluster.call_timeout_s
 
     def train(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -180,7 +195,7 @@ class SupervisedGroup(Generic[Example]):
         plans = plan_ranks(range(len(examples)), lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
         shared = ray.put(list(examples))
         refs = [getattr(actor, verb).remote(shared, plan) for actor, plan in zip(self.actors, plans, strict=True)]
-        return gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
+        return gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s, ranks=self.ranks)
 
     def _of_each(self, verb: str, examples: Sequence[Sized]) -> list[Any]:
         """What the ranks say of each example, in order."""
@@ -200,7 +215,7 @@ class SupervisedGroup(Generic[Example]):
 
     def _all(self, verb: str, *arguments: Any) -> None:
         refs = [getattr(actor, verb).remote(*arguments) for actor in self.actors]
-        gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s)
+        gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s, ranks=self.ranks)
 
 
 class RewardGroup(SupervisedGroup["PairExample"]):

@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from rlaif_ray.errors import RlaifError, RunError
+from rlaif_ray.errors import LearnerLostError, RlaifError, RunError
+from rlaif_ray.runtime.supervision import BEAT_S, POLL_S, death
+
+if TYPE_CHECKING:
+    from rlaif_ray.runtime.supervision import Watched
+
+# What a rank says of peers that it has lost, by the name of the exception: gloo's and NCCL's.
+BROKEN_COLLECTIVE = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
-def gather(refs: Sequence[Any], *, who: str, timeout_s: float) -> list[Any]:
+def gather(refs: Sequence[Any], *, who: str, timeout_s: float, ranks: Sequence[Watched] = ()) -> list[Any]:
     """Results in order.
+
+    Args:
+        ranks: processes that work on it together: when one of them is lost, the others are not waited for.
 
     Raises:
         RlaifError: the actor's own error, as it was raised there.
+        LearnerLostError: one of `ranks` died or went silent.
         RunError: an actor died, failed otherwise, or did not answer within `timeout_s`.
     """
+    deadline = time.monotonic() + timeout_s
+    pending = list(refs)
+    while pending:
+        left_s = deadline - time.monotonic()
+        done, pending = ray.wait(pending, num_returns=len(pending), timeout=max(0.0, min(POLL_S, left_s)))
+        for ref in done:
+            _raise_failure(ref, who, ranks)
+        _raise_loss(who, ranks)
+        if pending and left_s <= 0:
+            raise RunError(
+                f"{len(pending)} of {len(refs)} calls to {who} did not answer within {timeout_s:g} s. "
+                f"Look at their logs in Ray's session folder; raise cluster.call_timeout_s if the work is that long."
+            )
+    return list(ray.get(list(refs)))
+
+
+def _raise_failure(ref: Any, who: str, ranks: Sequence[Watched]) -> None:
     try:
-        return list(ray.get(list(refs), timeout=timeout_s))
-    except GetTimeoutError:
-        _, late = ray.wait(list(refs), num_returns=len(refs), timeout=0)
-        raise RunError(
-            f"{len(late)} of {len(refs)} calls to {who} did not answer within {timeout_s:g} s. "
-            f"Look at their logs in Ray's session folder; raise cluster.call_timeout_s if the work is that long."
-        ) from None
+        ray.get(ref)
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, RlaifError):
             raise cause from error
-        raise RunError(f"{who} failed: {type(cause).__name__}: {cause}") from error
+        _wait_for_loss(who, ranks)  # a rank whose peer died may tell of it before the death is known
+        told = f"{who} failed: {type(cause).__name__}: {cause}"
+        if ranks and type(cause).__name__ in BROKEN_COLLECTIVE:
+            raise LearnerLostError(told) from error
+        raise RunError(told) from error
     except RayActorError as error:
-        raise RunError(f"{who} died: {str(error).splitlines()[0]}") from error
+        raise (LearnerLostError if ranks else RunError)(f"{who}: one {death(error)}") from error
+
+
+def _raise_loss(who: str, ranks: Sequence[Watched]) -> None:
+    lost = [f"{rank.name} {rank.lost}" for rank in ranks if rank.lost is not None]
+    if lost:
+        raise LearnerLostError(f"{who}: {'; '.join(lost)}")
+
+
+def _wait_for_loss(who: str, ranks: Sequence[Watched]) -> None:
+    deadline = time.monotonic() + 3 * BEAT_S
+    while ranks and time.monotonic() < deadline:
+        _raise_loss(who, ranks)
+        time.sleep(POLL_S)

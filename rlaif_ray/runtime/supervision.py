@@ -1,0 +1,449 @@
+"""Which of the job's processes live: all are watched, wedged ones are ended, and replicas are replaced.
+
+A thread asks every actor for a sign of life each second, through a concurrency group of its own, so that one which
+computes answers too. An actor is lost when its process is gone, when it is silent for `cluster.silent_after_s`, or
+when what it is busy with has not moved for as long. What it was asked goes to others; a request under which an actor
+was lost is tried once more, alone, and is never sent again if that one is lost too.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rlaif_ray.errors import EngineError, ReplicasLostError, RlaifError, RunError
+
+HEALTH = "health"  # Ray's concurrency group of `beat`
+BEAT_S = 1.0
+POLL_S = 0.2  # between looks at who is still alive, while others are waited for
+START_TRIES = 3  # of one replica, one after the other
+TRIES = 2  # losses under one request before it is in quarantine
+
+Split = Callable[[Sequence[int], int], list[list[int]]]  # items into so many parts; parts may be empty
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long is waited for whom, in seconds."""
+
+    start_s: float  # for an actor to be ready
+    call_s: float  # for an answer
+    silent_s: float  # for a sign of life
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life."""
+
+    pid: int
+    node: str
+    stuck_s: float  # since what the actor is busy with last moved; 0 when it is idle, or does not tell
+
+
+class Watched:
+    """One actor, and what is known of its life."""
+
+    def __init__(self, name: str, actor: Any, silent_s: float) -> None:
+        self.name, self.actor = name, actor
+        self.lost: str | None = None  # why it counts as gone
+        self.blameless = False  # lost through no request's fault
+        self.ready = False  # has started: from now on silence counts
+        self.last: Beat | None = None
+        self._silent_s = silent_s
+        self._asked: Any = None
+        self._heard = time.monotonic()
+
+    def started(self) -> None:
+        """Its start is over: from now on it is expected to answer."""
+        self._heard, self.ready = time.monotonic(), True
+
+    def check(self) -> None:
+        """Takes the answer to the last question, if it has come, and asks again. Never waits."""
+        if self.lost is not None:
+            return
+        try:
+            if self._asked is None:
+                self._asked = self.actor.beat.options(concurrency_group=HEALTH).remote()
+            if ray.wait([self._asked], timeout=0)[0]:
+                self.last = ray.get(self._asked)
+                self._heard, self._asked = time.monotonic(), None
+        except RayActorError as error:
+            self.lose(death(error), blameless=node_died(error))
+            return
+        silent_s = time.monotonic() - self._heard
+        if self.ready and silent_s > self._silent_s:
+            self.lose(f"gave no sign of life for {silent_s:.0f} s", blameless=True)
+        elif self.last is not None and self.last.stuck_s > self._silent_s:
+            self.lose(f"made no progress for {self.last.stuck_s:.0f} s")
+
+    def lose(self, reason: str, *, blameless: bool = False) -> None:
+        """From now on it counts as gone; what is left of it is ended."""
+        if self.lost is None:
+            self.blameless, self.lost = blameless, reason
+            self.end()
+
+    def end(self) -> None:
+        """Ends the process: at once on this node, by Ray elsewhere (a stopped one takes it five seconds)."""
+        with suppress(RayError, ValueError):
+            ray.kill(self.actor)
+        if self.last is not None and self.last.node == ray.get_runtime_context().get_node_id():
+            end_process(self.last.pid)
+
+
+def end_process(pid: int) -> None:
+    """Kills one of Ray's workers on this node, and what it started."""
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if not process.name().startswith("ray::"):  # the number is another process's by now
+            return
+        for each in [*process.children(recursive=True), process]:
+            with suppress(psutil.Error):
+                each.kill()
+
+
+def death(error: RayActorError) -> str:
+    """Why an actor died, in one line, out of Ray's many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith("The actor is dead because")), lines[0] if lines else "")
+    return f"died ({' '.join(told.removeprefix('The actor is dead because ').split())[:160].rstrip('. ')})"
+
+
+def node_died(error: RayActorError) -> bool:
+    """Whether the actor went with its node, as far as Ray says."""
+    return "node" in death(error).lower()
+
+
+class Watch:
+    """The thread that asks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the list, which is replaced and never changed: reading needs none
+        self._watched: list[Watched] = []
+        self._acts: list[Callable[[], None]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="supervision", daemon=True)
+        self._thread.start()
+
+    def add(self, watched: Watched) -> None:
+        with self._lock:
+            self._watched = [*self._watched, watched]
+
+    def discard(self, gone: Sequence[Watched]) -> None:
+        with self._lock:
+            self._watched = [w for w in self._watched if w not in gone]
+
+    def every_beat(self, act: Callable[[], None]) -> None:
+        """`act` is called after each round of questions, in the thread that asks."""
+        self._acts = [*self._acts, act]
+
+    def beats(self) -> list[Beat]:
+        """The last sign of life of everybody alive."""
+        return [w.last for w in self._watched if w.last is not None and w.lost is None]
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            for act in [*(w.check for w in self._watched), *self._acts]:
+                # Ray itself may be what is ending; whoever waits for an actor then finds out by its own deadline.
+                with suppress(RayError, ValueError, ConnectionError):
+                    act()
+
+
+@dataclass(slots=True)
+class Replica:
+    """One of several actors that do the same work."""
+
+    watched: Watched
+    starting: Any  # ref of its start; None once it is ready
+    began: float = field(default_factory=time.monotonic)
+    serving: bool = False  # may be asked; with weights to take, only once it has them
+
+    @property
+    def actor(self) -> Any:
+        return self.watched.actor
+
+    @property
+    def usable(self) -> bool:
+        """Ready to be asked, or to be given weights."""
+        return self.starting is None and self.watched.lost is None
+
+
+class Replicas:
+    """Actors that do the same work. One that is lost is replaced; what it had not answered, others do."""
+
+    def __init__(
+        self,
+        role: str,
+        count: int,
+        launch: Callable[[int], tuple[Any, Any]],
+        *,
+        watch: Watch,
+        limits: Limits,
+        takes_weights: bool = False,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`launch(k)` starts the k-th and returns the actor and the ref of its start.
+
+        With `takes_weights` a replica serves only once `admit`, which whoever brings the weights sets, has let it.
+        """
+        self.role, self.count = role, count
+        self.lost = 0  # replicas lost so far
+        self.quarantined = 0  # requests given up so far
+        self.admit: Callable[[list[Replica], bool], None] | None = None  # (newcomers, whether others are busy)
+        self._launch, self._watch, self._limits = launch, watch, limits
+        self._takes_weights, self._note = takes_weights, note
+        self._lock = threading.RLock()
+        self._failed_starts = [0] * count
+        self._start_error: RlaifError | None = None
+        self._outlaws: set[Hashable] = set()
+        self._stopped = False
+        self._replicas = [self._start(k) for k in range(count)]
+        watch.every_beat(self.look_after)
+
+    def _start(self, k: int) -> Replica:
+        actor, ref = self._launch(k)
+        watched = Watched(f"{self.role} {k}", actor, self._limits.silent_s)
+        self._watch.add(watched)
+        return Replica(watched, ref)
+
+    # Their life
+
+    @property
+    def actors(self) -> list[Any]:
+        """Those that are ready."""
+        return [r.actor for r in self.usable()]
+
+    def usable(self) -> list[Replica]:
+        """Those that are ready, with current weights or not."""
+        return [r for r in self._replicas if r.usable]
+
+    def serving(self) -> list[Replica]:
+        return [r for r in self._replicas if r.usable and r.serving]
+
+    def wait_started(self) -> None:
+        """Until all are ready.
+
+        Raises:
+            RlaifError: why one could not start.
+        """
+        deadline = time.monotonic() + self._limits.start_s + POLL_S
+        while len(self.usable()) < self.count:
+            if self._start_error is not None:
+                raise self._start_error
+            if max(self._failed_starts) >= START_TRIES or time.monotonic() > deadline:
+                late = [r.watched.name for r in self._replicas if not r.usable]
+                reasons = {r.watched.lost for r in self._replicas if r.watched.lost}
+                raise RunError(
+                    f"{', '.join(late)} did not start within cluster.start_timeout_s={self._limits.start_s:g} s "
+                    f"({'; '.join(sorted(reasons)) or 'still loading'}). Look at their logs in Ray's session folder."
+                )
+            ray.wait([r.starting for r in self._replicas if r.starting is not None] or [ray.put(0)], timeout=POLL_S)
+            self.look_after()
+
+    def look_after(self) -> None:
+        """Notices who has become ready, and starts others for the lost."""
+        with self._lock:
+            for k, replica in enumerate(self._replicas):
+                self._see_start(k, replica)
+                if replica.watched.lost is not None and not self._stopped and self._failed_starts[k] < START_TRIES:
+                    self._replace(k, replica)
+
+    def _see_start(self, k: int, replica: Replica) -> None:
+        if replica.starting is None or replica.watched.lost is not None:
+            return
+        late = time.monotonic() - replica.began > self._limits.start_s
+        if not late and not ray.wait([replica.starting], timeout=0)[0]:
+            return
+        try:
+            ray.get(replica.starting, timeout=0)
+        except RayTaskError as error:
+            if isinstance(error.cause, RlaifError):
+                self._start_error = error.cause
+            replica.watched.lose(f"could not start ({type(error.cause).__name__}: {error.cause})")
+        except RayActorError as error:
+            replica.watched.lose(death(error))
+        except ray.exceptions.GetTimeoutError:
+            replica.watched.lose(f"did not start within {self._limits.start_s:g} s")
+        else:
+            self._failed_starts[k] = 0
+            replica.watched.started()
+            replica.starting, replica.serving = None, not self._takes_weights
+            if self.lost:
+                self._note(f"{replica.watched.name} is ready again after {time.monotonic() - replica.began:.0f} s")
+
+    def _replace(self, k: int, gone: Replica) -> None:
+        self.lost += 1
+        self._failed_starts[k] += gone.starting is not None
+        self._watch.discard([gone.watched])
+        if self._failed_starts[k] >= START_TRIES:
+            self._note(f"{gone.watched.name} {gone.watched.lost}; given up after {START_TRIES} starts")
+            return
+        self._note(f"{gone.watched.name} {gone.watched.lost}; starting another")
+        self._replicas[k] = self._start(k)
+
+    def stop(self) -> None:
+        """Ends them all."""
+        with self._lock:
+            self._stopped = True
+            self._watch.discard([r.watched for r in self._replicas])
+            for replica in self._replicas:
+                replica.watched.lose("ended")
+
+    # Their work
+
+    def run(self, keys: Sequence[Hashable], ask: Callable[[Any, list[int]], Any], split: Split) -> list[Any]:
+        """One answer per item, in order; None for those in quarantine.
+
+        Args:
+            keys: by which an item that is in quarantine is known again.
+            ask: (actor, items by number) -> ref of a list of their answers.
+            split: shares out items among replicas.
+
+        Raises:
+            ReplicasLostError: none was left, and no new one came within `cluster.start_timeout_s`.
+            RlaifError: what an actor itself raised, when it is not the actor that failed.
+        """
+        answers: list[Any] = [None] * len(keys)
+        asked = [i for i, key in enumerate(keys) if key not in self._outlaws]
+        work = _Work(deque(), split)
+        while not self.serving():
+            self._wait_for_one()
+        work.add(asked, len(self.serving()))
+        while work.todo or work.flying:
+            self._send(work, ask)
+            if not work.flying:
+                self._wait_for_one()
+                continue
+            done = ray.wait(list(work.flying), num_returns=1, timeout=POLL_S)[0]
+            for ref in done or [ref for ref, sent in work.flying.items() if self._overdue(sent)]:
+                sent = work.flying.pop(ref)
+                with self._losses(sent):
+                    for i, answer in zip(sent.items, self._answer(ref, sent), strict=True):
+                        answers[i] = answer
+                if sent.replica.watched.lost is not None and not sent.answered:
+                    self._again(work, sent, keys)
+        return answers
+
+    def _send(self, work: _Work, ask: Callable[[Any, list[int]], Any]) -> None:
+        """Gives every replica that this call has left idle its next share."""
+        newcomers = [r for r in self.usable() if not r.serving]
+        if newcomers and self.admit is not None:
+            self.admit(newcomers, bool(work.flying))
+        busy = {id(sent.replica) for sent in work.flying.values()}
+        for replica in self.serving():
+            if work.todo and id(replica) not in busy:
+                items = work.todo.popleft()
+                work.flying[ask(replica.actor, items)] = _Sent(replica, items)
+
+    def _overdue(self, sent: _Sent) -> bool:
+        """Whether no answer will come: the replica is lost, or has had its time."""
+        if time.monotonic() - sent.at > self._limits.call_s:
+            sent.replica.watched.lose(f"did not answer within cluster.call_timeout_s={self._limits.call_s:g} s")
+        return sent.replica.watched.lost is not None
+
+    def _answer(self, ref: Any, sent: _Sent) -> list[Any]:
+        found: list[Any] = ray.get(ref, timeout=0 if sent.replica.watched.lost else None)
+        sent.answered = True
+        return found
+
+    @contextmanager
+    def _losses(self, sent: _Sent) -> Iterator[None]:
+        """Turns what a call raised into a loss of the replica, where it is one."""
+        watched = sent.replica.watched
+        try:
+            yield
+        except RayTaskError as error:
+            if isinstance(error.cause, EngineError):
+                watched.lose(f"failed ({error.cause})")
+            elif isinstance(error.cause, RlaifError):
+                raise error.cause from error
+            else:
+                raise RunError(f"{watched.name} failed: {type(error.cause).__name__}: {error.cause}") from error
+        except RayActorError as error:
+            watched.lose(death(error), blameless=node_died(error))
+        except ray.exceptions.GetTimeoutError:  # lost before it could answer
+            pass
+
+    def _again(self, work: _Work, sent: _Sent, keys: Sequence[Hashable]) -> None:
+        """What a lost replica left undone is done by others. Its requests are suspects, unless it was no fault of
+        theirs: each is tried alone, and one that loses another replica is not sent again."""
+        if sent.replica.watched.blameless:
+            work.add(sent.items, max(1, len(self.serving())))
+            return
+        for i in sent.items:
+            work.losses[i] = work.losses.get(i, 0) + 1
+            if work.losses[i] < TRIES:
+                work.todo.append([i])
+                continue
+            self._outlaws.add(keys[i])
+            self.quarantined += 1
+            self._note(f"a request lost {TRIES} {self.role} replicas: it is in quarantine ({sent.replica.watched.lost})")
+
+    def _wait_for_one(self) -> None:
+        """Until a replica serves."""
+        began, told = time.monotonic(), False
+        while not self.serving():
+            usable = self.usable()
+            if usable and self.admit is not None:
+                self.admit(usable, False)
+                continue
+            waited_s = time.monotonic() - began
+            given_up = min(self._failed_starts) >= START_TRIES
+            if given_up or waited_s > self._limits.start_s:
+                why = "; ".join(f"{r.watched.name} {r.watched.lost or 'is starting'}" for r in self._replicas)
+                raise ReplicasLostError(
+                    f"no {self.role} is left and no new one came (waited {waited_s:.0f} s of cluster.start_timeout_s="
+                    f"{self._limits.start_s:g} s, {self.lost} lost so far: {why}). Look at their logs in Ray's session "
+                    f"folder and at the nodes' memory, then resume."
+                )
+            if not told:
+                self._note(f"no {self.role} is left: waiting for a new one")
+                told = True
+            time.sleep(POLL_S)
+            self.look_after()
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A share that a replica works on."""
+
+    replica: Replica
+    items: list[int]
+    at: float = field(default_factory=time.monotonic)
+    answered: bool = False
+
+
+@dataclass(slots=True)
+class _Work:
+    """What one call of `Replicas.run` has yet to do."""
+
+    todo: deque[list[int]]
+    split: Split
+    flying: dict[Any, _Sent] = field(default_factory=dict)  # by ref
+    losses: dict[int, int] = field(default_factory=dict)  # of replicas, by item
+
+    def add(self, items: Sequence[int], parts: int) -> None:
+        self.todo.extend(share for share in self.split(items, parts) if share)
+
+
+def beat_of(busy_since: float | None) -> Beat:
+    """The sign of life of this process; `busy_since` is when what it does last moved (monotonic), None when idle."""
+    return Beat(
+        os.getpid(),
+        ray.get_runtime_context().get_node_id(),
+        0.0 if busy_since is None else time.monotonic() - busy_since,
+    )
