@@ -59,7 +59,18 @@ def policy_prompts(
             f"sampling.max_new_tokens must leave room for a prompt in the {room} tokens of context of "
             f"{policy.model} (got {max_new_tokens}). Lower it."
         )
-    prompts = load_prompts(
+    prompts = read_prompts(data, tokenizer, longest)
+    needed = max(len(p.tokens) for p in prompts) + max_new_tokens
+    return prompts, max_context or engine_context(needed, room)
+
+
+def read_prompts(data: DataConfig, tokenizer: Any, longest: int) -> list[Prompt]:
+    """The prompts of a config's section, none with more tokens than `longest`.
+
+    Raises:
+        InputError: the data is wrong.
+    """
+    return load_prompts(
         data.path,
         split=data.split,
         column=data.column,
@@ -69,5 +80,3 @@ def policy_prompts(
         max_prompt_tokens=min(longest, data.max_prompt_tokens or longest),
         too_long=data.too_long,
     ).prompts
-    needed = max(len(p.tokens) for p in prompts) + max_new_tokens
-    return prompts, max_context or engine_context(needed, room)

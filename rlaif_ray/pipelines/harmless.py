@@ -19,7 +19,7 @@ from rlaif_ray.pipelines.contexts import judge_context
 from rlaif_ray.pipelines.preferences import CHUNK, open_asker
 from rlaif_ray.pipelines.run_folder import stop_when_asked
 from rlaif_ray.pipelines.streaming import chunks, in_order
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming
+from rlaif_ray.tracking.files import append_rows, read_rows_streaming, rows_done
 from rlaif_ray.tracking.progress import ItemProgress
 from rlaif_ray.types import Completion, Message, Prompt, Score
 
@@ -105,10 +105,8 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "scored.jsonl"
-    rows = sum(1 for _ in read_rows_streaming(path))
-    if rows < len(responses):
-        done = rows // CHUNK * CHUNK  # whole chunks: the same calls as without an interruption
-        cut_rows(path, done)
+    done = rows_done(path, len(responses), CHUNK)
+    if done < len(responses):
         with (
             stop_when_asked() as stopping,
             ItemProgress("harmless", len(responses), "responses") as progress,
