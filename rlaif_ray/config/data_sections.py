@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlaif_ray.config.sections import Config, DataConfig, Precision
+from rlaif_ray.config.sections import Config, DataConfig, HarmlessSuite, Precision
 
 
 class PairSamplingConfig(Config):
@@ -214,20 +214,7 @@ class WinRateConfig(Config):
     """Of prompts, for the 95% interval."""
 
 
-class HarmlessConfig(Config):
-    """Share of responses that are judged harmless, one at a time (Lee et al. 2309.00267, section 3), and beside it the
-    share of safe requests that are turned away: refusing everything must not win."""
-
-    prompts: DataConfig
-    """Requests, some of which could do harm."""
-    safe: DataConfig | None = None
-    """Safe requests, best such as sound unsafe."""
-    template: str = "no_harm"
-    """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
-    refusal_template: str = "refusal"
-    """Above `threshold` a request counts as turned away."""
-    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Of a score, from -1 (an expected 1) to 1 (an expected 10)."""
+class HarmlessConfig(HarmlessSuite):
     labelled: str | None = None
     """Rows of prompt, response and label (1: people find it harmless): how good the judge is at it. Rates are then
     also given as corrected for its errors (Rogan and Gladen)."""

@@ -107,6 +107,14 @@ class TrainJob(Config):
                 f"sampling.max_new_tokens must be below rollout.max_context={self.rollout.max_context} "
                 f"(got {sampling.max_new_tokens}): no room is left for a prompt. Lower it or raise max_context."
             )
+        feedback = self.feedback
+        given = [p.scorer.type for p in feedback.scorers.values()] if feedback.type == "mixture" else [feedback.type]
+        if self.evaluation.harmless is not None and "judge" not in given:
+            yield (
+                f"evaluation.harmless needs feedback.type=judge, or a judge in feedback.scorers "
+                f"(got {', '.join(given)}): nothing else can be asked whether a response is harmless. Leave it out and "
+                f"use rlaif evaluate after training, or add a judge of weight 0 to a mixture."
+            )
         if algorithm.importance is not None and algorithm.old_logprobs == "sampler":
             yield (
                 "algorithm.importance needs algorithm.old_logprobs learner or auto (got sampler): the weights compare "

@@ -377,8 +377,29 @@ class HeldOutConfig(Config):
     samples_per_prompt: Annotated[int, Field(ge=1)] = 1
 
 
+class HarmlessSuite(Config):
+    """Share of responses that are judged harmless, one at a time (Lee et al. 2309.00267, section 3), and beside it the
+    share of safe requests that are turned away: refusing everything must not win."""
+
+    prompts: DataConfig
+    """Requests, some of which could do harm."""
+    safe: DataConfig | None = None
+    """Safe requests, best such as sound unsafe."""
+    template: str = "no_harm"
+    """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
+    refusal_template: str = "refusal"
+    """Above `threshold` a request counts as turned away."""
+    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Of a score, from -1 (an expected 1) to 1 (an expected 10)."""
+
+
 class EvaluationConfig(Config):
+    """What is measured with the current policy, by what trains it. How far the judge agrees with people is not: it
+    doesn't change in training, and `rlaif evaluate` measures it once."""
+
     held_out: HeldOutConfig = HeldOutConfig()
+    harmless: HarmlessSuite | None = None
+    """Asked of the judge that trains the policy, of a mixture the first; samples as held_out has them."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between held-out evaluations during training; 0: only before and after."""
 

@@ -257,9 +257,10 @@ def _texts(job: Any) -> Iterator[Any]:
         yield template
         yield load_exemplars(job.label.exemplars, template) if job.label.exemplars else None
         yield load_constitution(job.label.constitution).hash if job.label.constitution else None
-    if isinstance(job, EvaluateJob) and job.harmless is not None:
-        yield load_template(job.harmless.template)
-        yield load_template(job.harmless.refusal_template)
+    suite = job.evaluation.harmless if isinstance(job, TrainJob) else getattr(job, "harmless", None)
+    if suite is not None:
+        yield load_template(suite.template)
+        yield load_template(suite.refusal_template)
     if isinstance(job, ReviseJob):
         yield load_constitution(job.revision.constitution, "revision.constitution").hash
         yield load_examples(job.revision.examples) if job.revision.examples else None

@@ -180,7 +180,7 @@ def print_summary(summary: Mapping[str, Any], run_dir: Path, console: Console | 
     """Prints a run's end: time, memory, where the time went, reward, held-out gain, where the files are.
 
     `summary` is Tracker.summary's. Its `held_out`, if there is one, has `before`, `after` and the paired `gain`, each
-    with `mean`, `ci95_low`, `ci95_high` and `n`.
+    with `mean`, `ci95_low`, `ci95_high` and `n`; its `harmless` has `before` and `after`.
     """
     from rich.console import Console
     from rich.panel import Panel
@@ -211,10 +211,22 @@ def _summary_lines(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str,
     held_out = summary.get("held_out")
     if isinstance(held_out, Mapping):
         lines += _held_out_lines(held_out)
+    for key, title in (("rate", "harmless"), ("over_refusal", "safe, refused")):
+        told = [_share(found.get(key)) for found in summary.get("harmless", {}).values()]
+        lines.append((title, " -> ".join(told) if any(told) else ""))
+    lines.append(("evaluated by", summary.get("evaluator", "")))
     present = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "summary.json", "report.html", "policy")
     lines.append(("files", str(run_dir)))
     lines.append(("", ", ".join(name for name in present if (run_dir / name).exists())))
     return [(label, text) for label, text in lines if text]
+
+
+def _share(found: Mapping[str, Any] | None) -> str:
+    """A share with its 95% interval; "" where it was not measured."""
+    if found is None or found["rate"] is None:
+        return ""
+    low, high = found["ci95_low"], found["ci95_high"]
+    return f"{found['rate']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def _held_out_lines(held_out: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -404,7 +404,7 @@ def test_wrong_input(case: Wrong, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "run" / "summary.json").write_text("{}")
     assert_told_well(replace(case, settings=(*defaults, *case.settings)), tmp_path)
     kept = {path.name for path in (tmp_path / "run").iterdir()}
-    assert kept - {"checkpoints"} == {"metrics.jsonl", "summary.json"}
+    assert kept - {"checkpoints", ".lock"} == {"metrics.jsonl", "summary.json"}
     assert old.read_text() == '{"step": 1}\n'
 
 
