@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,17 @@ def test_contents_count_and_not_names_or_comments(folder: Path) -> None:
         (folder / f"moved-{name}").write_text((folder / name).read_text())
     moved = json.loads(json.dumps(values(folder)).replace("mine.yaml", "moved-mine.yaml"))
     assert hashes(folder, json.loads(json.dumps(moved).replace("prompts.jsonl", "moved-prompts.jsonl"))) == before
+
+
+def test_templates_of_a_run_that_measures_harmlessness_count(folder: Path) -> None:
+    template = files("rlaif_ray.feedback") / "templates" / "refusal.yaml"
+    (folder / "own.yaml").write_text(template.read_text())
+    what = values(folder)
+    suite = {"prompts": {"path": "package:heldout"}, "refusal_template": str(folder / "own.yaml")}
+    what["stages"]["rlaif"] |= {"feedback": {"type": "judge"}, "evaluation": {"harmless": suite}}
+    before = hashes(folder, what)
+    (folder / "own.yaml").write_text(template.read_text().replace("turned a request away", "refused"))
+    assert {name for name, hashed in hashes(folder, what).items() if hashed != before[name]} == {"rlaif"}
 
 
 def test_a_broken_constitution_is_told_before_the_first_stage(folder: Path) -> None:

@@ -158,6 +158,20 @@ CONFIG_LEVEL = [
         says=("sampling.max_new_tokens must be below rollout.max_context=64", "got 64", "raise max_context"),
     ),
     Wrong(
+        "harmless suite without a judge",
+        "feedback: {type: reward_model, model: rm}\nevaluation: {harmless: {prompts: {path: red.jsonl}}}",
+        says=("evaluation.harmless needs feedback.type=judge", "got reward_model", "use rlaif evaluate"),
+    ),
+    Wrong(
+        "harmless suite with a mixture without a judge",
+        "feedback: {type: mixture, scorers: {a: {scorer: {type: length, target_tokens: 9}}}}\n"
+        "evaluation: {harmless: {prompts: {path: red.jsonl}}}",
+        says=("evaluation.harmless needs feedback.type=judge", "got length", "a judge of weight 0"),
+    ),
+    Wrong(
+        "harmless suite without prompts", "evaluation: {harmless: {safe: {}}}", says=("evaluation.harmless.prompts",)
+    ),
+    Wrong(
         "importance bounds swapped",
         "algorithm: {importance: {low: 3, high: 1}}",
         says=("algorithm.importance.low must not exceed", "got 3 > 1", "Swap them"),
