@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.config.jobs import RewardModelJob
 from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.data.preferences import PreferenceRecord, human_label, read_preferences
 from rlaif_ray.errors import InputError
@@ -19,7 +20,7 @@ from rlaif_ray.pipelines.supervised import drawn_by_text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rlaif_ray.config.jobs import DpoJob, RewardModelJob
+    from rlaif_ray.config.jobs import DpoJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ def read_pairs(
     Raises:
         InputError: the data or the model is wrong, or nothing is left to train on.
     """
-    policy, cfg = job.policy, job.training
+    policy, cfg = job.policy, job.reward if isinstance(job, RewardModelJob) else job.dpo
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, cfg.max_tokens, f"{job.section}.max_tokens")
     left_out: dict[str, int] = {}

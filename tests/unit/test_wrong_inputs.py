@@ -169,7 +169,9 @@ CONFIG_LEVEL = [
         says=("evaluation.harmless needs feedback.type=judge", "got length", "a judge of weight 0"),
     ),
     Wrong(
-        "harmless suite without prompts", "evaluation: {harmless: {safe: {}}}", says=("evaluation.harmless.prompts",)
+        "harmless suite without prompts",
+        "evaluation: {harmless: {prompts: {limit: 3}}}",
+        says=("evaluation.harmless.prompts.path must be set", "no default", "Add it"),
     ),
     Wrong(
         "importance bounds swapped",
