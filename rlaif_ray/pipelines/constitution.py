@@ -19,7 +19,7 @@ from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, read_prompts, readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
-from rlaif_ray.pipelines.streaming import chunks, in_order
+from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, rows_done, write_json
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.interfaces import Asker
     from rlaif_ray.types import Prompt
-
-CHUNK = 64  # prompts that go through all steps side by side
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from rlaif_ray.feedback.remembered import Memory
 from rlaif_ray.feedback.templates import Template, load_template
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import judge_context
-from rlaif_ray.pipelines.preferences import CHUNK, open_asker
+from rlaif_ray.pipelines.preferences import open_asker
 from rlaif_ray.pipelines.run_folder import stop_when_asked
-from rlaif_ray.pipelines.streaming import chunks, in_order
+from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.tracking.files import append_rows, read_rows_streaming, rows_done
 from rlaif_ray.tracking.progress import ItemProgress
 from rlaif_ray.types import Completion, Message, Prompt, Score

@@ -16,6 +16,7 @@ from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint
 from rlaif_ray.pipelines.supervised import drawn_by_text
+from rlaif_ray.tracking.display import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,10 +138,5 @@ def measured(rewards: Sequence[tuple[float, float]], examples: Sequence[PairExam
 
 def measured_lines(found: dict[str, Any]) -> str:
     """What `measured` found, in a line."""
-    against = f"{found['compared']} (the longer: {_figure(found['longer_accuracy'])})"
-    return f"accuracy {_figure(found['accuracy'])} of {against}, Brier {found['brier']:.3f}, ECE {found['ece']:.3f}"
-
-
-def _figure(value: float | None) -> str:
-    """Three digits; a dash where every label is a tie."""
-    return "-" if value is None else f"{value:.3f}"
+    against = f"{found['compared']} (the longer: {share(found['longer_accuracy'])})"
+    return f"accuracy {share(found['accuracy'])} of {against}, Brier {found['brier']:.3f}, ECE {found['ece']:.3f}"

@@ -16,7 +16,7 @@ from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
-from rlaif_ray.pipelines.streaming import chunks
+from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.files import append_rows, read_rows_streaming, rows_done, write_json
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from rlaif_ray.config.sections import PolicyConfig
     from rlaif_ray.runtime.cluster import Cluster
     from rlaif_ray.types import Prompt
-
-CHUNK = 64  # prompts of one call to the engines; results are on disk after each
 
 
 @dataclass(frozen=True, slots=True)

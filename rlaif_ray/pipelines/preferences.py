@@ -31,7 +31,7 @@ from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, loa
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import judge_context
 from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
-from rlaif_ray.pipelines.streaming import chunks, in_order
+from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.files import write_json
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from rlaif_ray.config.jobs import LabelJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.interfaces import Asker, Labeler
-
-CHUNK = 64  # pairs of one call to the judge; written as soon as it and those before it are there
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
 from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
-from rlaif_ray.pipelines.streaming import chunks
+from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, rows_done, write_json
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from rlaif_ray.config.jobs import SampleJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.types import Completion, Prompt, Score
-
-CHUNK = 64  # prompts of one call to the engines; results are on disk after each
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,17 @@ def number(value: Any) -> str:
     return f"{value:.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.3g}"
 
 
+def share(value: float | None) -> str:
+    """Three decimals, "-" for what was not measured."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def interval(found: Mapping[str, Any]) -> str:
+    """[0.412, 0.588], "" where it is not known."""
+    low, high = found["ci95_low"], found["ci95_high"]
+    return "" if low is None else f"[{low:.3f}, {high:.3f}]"
+
+
 def clock(seconds: float) -> str:
     """3:24, or 1:02:03."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
@@ -212,21 +223,13 @@ def _summary_lines(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str,
     if isinstance(held_out, Mapping):
         lines += _held_out_lines(held_out)
     for key, title in (("rate", "harmless"), ("over_refusal", "safe, refused")):
-        told = [_share(found.get(key)) for found in summary.get("harmless", {}).values()]
-        lines.append((title, " -> ".join(told) if any(told) else ""))
+        rates = [found[key] for found in summary.get("harmless", {}).values() if found.get(key) is not None]
+        lines.append((title, " -> ".join(f"{share(rate['rate'])} {interval(rate)}" for rate in rates)))
     lines.append(("evaluated by", summary.get("evaluator", "")))
     present = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "summary.json", "report.html", "policy")
     lines.append(("files", str(run_dir)))
     lines.append(("", ", ".join(name for name in present if (run_dir / name).exists())))
     return [(label, text) for label, text in lines if text]
-
-
-def _share(found: Mapping[str, Any] | None) -> str:
-    """A share with its 95% interval; "" where it was not measured."""
-    if found is None or found["rate"] is None:
-        return ""
-    low, high = found["ci95_low"], found["ci95_high"]
-    return f"{found['rate']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def _held_out_lines(held_out: Mapping[str, Any]) -> list[tuple[str, str]]:

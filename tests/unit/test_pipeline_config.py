@@ -289,6 +289,15 @@ def test_options_that_do_not_fit(folder: Path) -> None:
         ({"job": "dpo", "pairs": 9, "dpo": {"held_out": {"accuracy": None}}}, "9 pairs"),
         ({"job": "train", "steps": 5}, "5 steps"),
         (
+            {
+                "job": "evaluate",
+                "win_rates": [],
+                "alignment": None,
+                "harmless": {"arms": {"sft": {"rate": {"rate": 0.75}}}},
+            },
+            "sft harmless 0.750",
+        ),
+        (
             {"job": "train", "held_out": {"gain": {"mean": 0.5, "ci95_low": -0.25, "ci95_high": 1.0}}},
             "gain +0.5000 [-0.2500, +1.0000]",
         ),
