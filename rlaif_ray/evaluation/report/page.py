@@ -223,7 +223,9 @@ def _measured(run: Run) -> Iterator[tuple[str, str, Any]]:
     for name, found in _parts(run, "reward_models"):
         yield "AI labeler alignment", f"{name}, a reward model", found
     for one in met(run):
-        yield "Win rate", f"{one['a']} vs {one['b']}", one["win_rate"]
+        lengths = [value for arm in "ab" if isinstance(value := at(one, "mean_length", arm), int | float)]
+        told = f"mean lengths {' and '.join(f'{value:.0f}' for value in lengths)} characters" if lengths else ""
+        yield "Win rate", f"{one['a']} vs {one['b']}", {**one["win_rate"], "reason": told}
         yield "Win rate at equal length", f"{one['a']} vs {one['b']}", one.get("length_controlled")
     for arm, rates in harmless_arms(run).items():
         yield "Harmless rate", arm, rates["rate"]
