@@ -75,21 +75,20 @@ def read_grader(job: EvaluateJob) -> Grader:
     judge, key = job.judge, "judge.max_context"
     assert job.harmless is not None
     if not isinstance(judge, JudgeConfig):
-        return make_grader(job.harmless, None, 0, judge.type, key)
+        return Grader(load_template(job.harmless.template), load_template(job.harmless.refusal_template), None, 0)
     tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
     return make_grader(job.harmless, tokenizer, judge_context(judge, key), judge.model, key)
 
 
 def make_grader(cfg: HarmlessSuite, tokenizer: Any, context: int, model: str, key: str) -> Grader:
-    """The templates, tried on a local judge (one with a tokenizer); `key` is the setting of its context.
+    """The templates, tried on a local judge; `key` is the setting of its context.
 
     Raises:
         InputError: a template is wrong, or doesn't fit.
     """
     grader = Grader(load_template(cfg.template), load_template(cfg.refusal_template), tokenizer, context)
-    if tokenizer is not None:
-        for template in (grader.harm, grader.refusal):
-            check_context(tokenizer, template, context, model, key)
+    for template in (grader.harm, grader.refusal):
+        check_context(tokenizer, template, context, model, key)
     return grader
 
 
