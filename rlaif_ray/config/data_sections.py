@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rlaif_ray.config.sections import Config, DataConfig, Precision
+from rlaif_ray.config.sections import Config, DataConfig, HarmlessSuite, Precision
 
 
 class PairSamplingConfig(Config):
@@ -48,14 +49,12 @@ class ReasoningConfig(Config):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0: greedy."""
 
-    @model_validator(mode="after")
-    def _samples_differ(self) -> ReasoningConfig:
+    def _problems(self) -> Iterator[str]:
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(
+            yield (
                 f"label.reasoning.samples > 1 needs label.reasoning.temperature > 0 (got {self.samples} samples at 0): "
                 f"greedy rationales are all the same. Set a temperature such as 0.5, or samples=1."
             )
-        return self
 
 
 class LabelConfig(Config):
@@ -80,22 +79,17 @@ class LabelConfig(Config):
     min_labeled_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The command ends with an error when a smaller share could be labelled; what was labelled is kept."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> LabelConfig:
-        problems = []
+    def _problems(self) -> Iterator[str]:
         if self.clamp is not None and (self.clamp[0] > 0.5 or abs(self.clamp[0] + self.clamp[1] - 1) > 1e-9):
-            problems.append(
+            yield (
                 f"label.clamp must be [low, high] around one half, such as [0.4, 0.6] (got {list(self.clamp)}): a "
                 f"pair and its mirror image must get labels that add up to 1. Set low to 1 - high."
             )
         if self.principles is not None and self.constitution is None:
-            problems.append(
+            yield (
                 "label.principles needs label.constitution (got none): principles are named within a constitution. "
                 "Set label.constitution=default or a file."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 class RevisionConfig(Config):
@@ -190,14 +184,10 @@ class ArmConfig(Config):
     path: str | None = None
     """Rows of `messages`, or of prompt and response, as `rlaif sample` writes them; matched by prompt."""
 
-    @model_validator(mode="after")
-    def _one_of_two(self) -> ArmConfig:
+    def _problems(self) -> Iterator[str]:
         if (self.model is None) == (self.path is None):
             got = "neither" if self.model is None else "both"
-            raise ValueError(
-                f"an arm must have model or path (got {got}): its answers are sampled or read. Give one of the two."
-            )
-        return self
+            yield (f"an arm must have model or path (got {got}): its answers are sampled or read. Give one of the two.")
 
 
 class WinRateConfig(Config):
@@ -214,20 +204,7 @@ class WinRateConfig(Config):
     """Of prompts, for the 95% interval."""
 
 
-class HarmlessConfig(Config):
-    """Share of responses that are judged harmless, one at a time (Lee et al. 2309.00267, section 3), and beside it the
-    share of safe requests that are turned away: refusing everything must not win."""
-
-    prompts: DataConfig
-    """Requests, some of which could do harm."""
-    safe: DataConfig | None = None
-    """Safe requests, best such as sound unsafe."""
-    template: str = "no_harm"
-    """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
-    refusal_template: str = "refusal"
-    """Above `threshold` a request counts as turned away."""
-    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Of a score, from -1 (an expected 1) to 1 (an expected 10)."""
+class HarmlessConfig(HarmlessSuite):
     labelled: str | None = None
     """Rows of prompt, response and label (1: people find it harmless): how good the judge is at it. Rates are then
     also given as corrected for its errors (Rogan and Gladen)."""

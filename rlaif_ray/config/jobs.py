@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlaif_ray.config.data_sections import (
     ArmConfig,
@@ -68,13 +68,6 @@ class TrainJob(Config):
         """Optimizer steps of the whole run."""
         return self.steps * self.algorithm.epochs * self.algorithm.minibatches
 
-    @model_validator(mode="after")
-    def _cross_checks(self) -> TrainJob:
-        problems = list(self._problems())
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
     def _problems(self) -> Iterator[str]:
         algorithm, sampling, learner = self.algorithm, self.sampling, self.learner
         if algorithm.type in ("grpo", "rloo") and sampling.samples_per_prompt < 2:
@@ -107,6 +100,14 @@ class TrainJob(Config):
                 f"sampling.max_new_tokens must be below rollout.max_context={self.rollout.max_context} "
                 f"(got {sampling.max_new_tokens}): no room is left for a prompt. Lower it or raise max_context."
             )
+        feedback = self.feedback
+        given = [p.scorer.type for p in feedback.scorers.values()] if feedback.type == "mixture" else [feedback.type]
+        if self.evaluation.harmless is not None and "judge" not in given:
+            yield (
+                f"evaluation.harmless needs feedback.type=judge, or a judge in feedback.scorers "
+                f"(got {', '.join(given)}): nothing else can be asked whether a response is harmless. Leave it out and "
+                f"use rlaif evaluate after training, or add a judge of weight 0 to a mixture."
+            )
         if algorithm.importance is not None and algorithm.old_logprobs == "sampler":
             yield (
                 "algorithm.importance needs algorithm.old_logprobs learner or auto (got sampler): the weights compare "
@@ -130,15 +131,13 @@ class PairsJob(Config):
     output: str | None = None
     """The file of records, .jsonl or .parquet; default pairs.jsonl in run_dir."""
 
-    @model_validator(mode="after")
-    def _something_to_compare(self) -> PairsJob:
+    def _problems(self) -> Iterator[str]:
         if self.sampling.responses_per_prompt < 2 and not self.other_policies:
-            raise ValueError(
+            yield (
                 f"sampling.responses_per_prompt must be at least 2 where there is one policy "
                 f"(got {self.sampling.responses_per_prompt} and no other_policies): a pair has two responses. "
                 f"Raise it, or name other_policies."
             )
-        return self
 
 
 class SampleJob(Config):
@@ -157,15 +156,13 @@ class SampleJob(Config):
     output: str | None = None
     """The file of records, .jsonl; default responses.jsonl in run_dir."""
 
-    @model_validator(mode="after")
-    def _samples_differ(self) -> SampleJob:
+    def _problems(self) -> Iterator[str]:
         if self.sampling.samples_per_prompt > 1 and self.sampling.temperature == 0:
-            raise ValueError(
+            yield (
                 f"sampling.samples_per_prompt > 1 needs sampling.temperature > 0 (got "
                 f"{self.sampling.samples_per_prompt} samples at 0): greedy responses are all the same. Set a "
                 f"temperature, or samples_per_prompt=1."
             )
-        return self
 
 
 class ReviseJob(Config):
@@ -229,33 +226,29 @@ class EvaluateJob(Config):
     run_dir: str | None = None
     """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
 
-    @model_validator(mode="after")
-    def _something_to_measure(self) -> EvaluateJob:
+    def _problems(self) -> Iterator[str]:
         if self.data is None and (self.reward_models or self.subset):
-            raise ValueError(
-                "reward_models and subset need data (got none): it is pairs that people labelled. Set data.path."
-            )
+            yield ("reward_models and subset need data (got none): it is pairs that people labelled. Set data.path.")
         if len(self.arms) == 1 and self.harmless is None:
-            raise ValueError(
+            yield (
                 f"arms must be at least two (got {', '.join(self.arms)} alone): a win rate is of one against another. "
                 f"Add one, such as the model that training started from."
             )
         if self.win_rate.reference is not None and self.win_rate.reference not in self.arms:
-            raise ValueError(
+            yield (
                 f"win_rate.reference must be one of the arms (got {self.win_rate.reference!r}): choose among "
                 f"{', '.join(self.arms) or 'none'}."
             )
         if self.harmless is not None and (self.judge.type == "longer" or not self.arms):
-            raise ValueError(
+            yield (
                 f"harmless needs a judge with a model, and an arm (got judge.type={self.judge.type} and arms "
                 f"{', '.join(self.arms) or 'none'}): responses are read one by one. Set judge.model and arms."
             )
         if self.data is None and not self.arms:
-            raise ValueError(
+            yield (
                 "an evaluation needs data or arms (got neither): there is nothing to measure. Give data.path for the "
                 "judge's agreement with people, arms for win rates, or both."
             )
-        return self
 
 
 class SupervisedJob(Config):
@@ -277,7 +270,8 @@ class SupervisedJob(Config):
     @property
     def training(self) -> SupervisedConfig:
         """The section that says how it learns."""
-        raise NotImplementedError
+        found: SupervisedConfig = getattr(self, self.section)
+        return found
 
 
 class SftJob(SupervisedJob):
@@ -289,22 +283,12 @@ class SftJob(SupervisedJob):
     section = "sft"
     sft: SupervisedConfig = SupervisedConfig()
 
-    @property
-    def training(self) -> SupervisedConfig:
-        """The section that says how it learns."""
-        return self.sft
-
 
 class RewardModelJob(SupervisedJob):
     """`rlaif reward-model`: a reward model from preference records. The model is in run_dir's reward_model/."""
 
     section = "reward"
     reward: RewardConfig = RewardConfig()
-
-    @property
-    def training(self) -> RewardConfig:
-        """The section that says how it learns."""
-        return self.reward
 
 
 class DpoJob(SupervisedJob):
@@ -313,11 +297,6 @@ class DpoJob(SupervisedJob):
     section = "dpo"
     dpo: DpoConfig = DpoConfig()
     learner: LearnerConfig = LearnerConfig(lr=1e-6)
-
-    @property
-    def training(self) -> DpoConfig:
-        """The section that says how it learns."""
-        return self.dpo
 
 
 JOBS: dict[str, type[Config]] = {

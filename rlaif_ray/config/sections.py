@@ -6,7 +6,8 @@ each, and name every key they read: the loader holds a cross-check back while on
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +18,17 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """What does not fit together, a line each."""
+        return iter(())
 
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -68,17 +80,13 @@ class SamplingConfig(Config):
     ignore_eos: bool = False
     """Always sample max_new_tokens (for benchmarks)."""
 
-    @model_validator(mode="after")
-    def _full_distribution(self) -> SamplingConfig:
-        problems = [
-            f"sampling.{name} must be {only:g} in training (got {value:g}): a truncated distribution gives "
-            f"log-probabilities that PPO's ratio can't use. Remove it; lower sampling.temperature instead."
-            for name, value, only in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0))
-            if value != only
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    def _problems(self) -> Iterator[str]:
+        for name, value, only in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)):
+            if value != only:
+                yield (
+                    f"sampling.{name} must be {only:g} in training (got {value:g}): a truncated distribution gives "
+                    f"log-probabilities that PPO's ratio can't use. Remove it; lower sampling.temperature instead."
+                )
 
     @property
     def batch_size(self) -> int:
@@ -142,14 +150,12 @@ class OpenAIJudge(Config):
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Passed to the endpoint as it is."""
 
-    @model_validator(mode="after")
-    def _capped_by_prices(self) -> OpenAIJudge:
+    def _problems(self) -> Iterator[str]:
         if self.max_cost is not None and self.price_in == self.price_out == 0:
-            raise ValueError(
+            yield (
                 f"judge.max_cost needs judge.price_in or judge.price_out (got max_cost={self.max_cost:g} and no "
                 f"prices): nothing would ever be counted as spent. Set the endpoint's prices per million tokens."
             )
-        return self
 
 
 class LongerJudge(Config):
@@ -212,14 +218,12 @@ class MixtureFeedback(Config):
     """By name; a completion is scored when all of them could score it."""
     min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
 
-    @model_validator(mode="after")
-    def _not_empty(self) -> MixtureFeedback:
+    def _problems(self) -> Iterator[str]:
         if not self.scorers:
-            raise ValueError(
+            yield (
                 "feedback.scorers must name at least one scorer (got none): there would be no reward. Add one, such as "
                 "{helpful: {scorer: {type: judge}}}."
             )
-        return self
 
 
 FeedbackConfig = Annotated[JudgeFeedback | RewardModelFeedback | MixtureFeedback, Field(discriminator="type")]
@@ -242,14 +246,12 @@ class ImportanceConfig(Config):
     low: Annotated[float, Field(ge=0)] = 0.0
     high: Annotated[float, Field(gt=0)] = 2.0
 
-    @model_validator(mode="after")
-    def _ordered(self) -> ImportanceConfig:
+    def _problems(self) -> Iterator[str]:
         if self.low > self.high:
-            raise ValueError(
+            yield (
                 f"algorithm.importance.low must not exceed algorithm.importance.high "
                 f"(got {self.low:g} > {self.high:g}): no weight lies between them. Swap them."
             )
-        return self
 
 
 class AlgorithmBase(Config):
@@ -377,8 +379,35 @@ class HeldOutConfig(Config):
     samples_per_prompt: Annotated[int, Field(ge=1)] = 1
 
 
+class SuitePrompts(DataConfig):
+    """As data, but for the path: there is none to fall back on."""
+
+    path: str
+
+
+class HarmlessSuite(Config):
+    """Share of responses that are judged harmless, one at a time (Lee et al. 2309.00267, section 3), and beside it the
+    share of safe requests that are turned away: refusing everything must not win."""
+
+    prompts: SuitePrompts
+    """Requests, some of which could do harm."""
+    safe: SuitePrompts | None = None
+    """Safe requests, best such as sound unsafe."""
+    template: str = "no_harm"
+    """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
+    refusal_template: str = "refusal"
+    """Above `threshold` a request counts as turned away."""
+    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Of a score, from -1 (an expected 1) to 1 (an expected 10)."""
+
+
 class EvaluationConfig(Config):
+    """What is measured with the current policy, by what trains it. How far the judge agrees with people is not: it
+    doesn't change in training, and `rlaif evaluate` measures it once."""
+
     held_out: HeldOutConfig = HeldOutConfig()
+    harmless: HarmlessSuite | None = None
+    """Asked of the judge that trains the policy, of a mixture the first; samples as held_out has them."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between held-out evaluations during training; 0: only before and after."""
 

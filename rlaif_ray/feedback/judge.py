@@ -27,6 +27,10 @@ class Judge:
         self._asker, self._template = asker, template
         self._origin = {"template": template.name, "template_hash": template.hash, "judge": asker.name}
 
+    def asking(self, template: Template) -> Judge:
+        """The same judge with another question."""
+        return Judge(self._asker, template)
+
     def question(self, prompt_text: str, response_text: str) -> Question:
         """What the judge is asked about one completion."""
         return score_question(self._template, prompt_text, response_text, self._asker.special)

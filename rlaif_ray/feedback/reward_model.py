@@ -142,6 +142,11 @@ class MixtureScorer:
         """(weight, scorer) by name."""
         self._scorers = dict(scorers)
 
+    @property
+    def parts(self) -> list[Scorer]:
+        """The scorers, in their order."""
+        return [scorer for _, scorer in self._scorers.values()]
+
     def score(self, completions: Sequence[Completion]) -> list[Score]:
         parts = {name: scorer.score(completions) for name, (_, scorer) in self._scorers.items()}
         return [self._sum({name: scores[i] for name, scores in parts.items()}) for i in range(len(completions))]

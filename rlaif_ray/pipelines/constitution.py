@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import FeedbackError, InputError
 from rlaif_ray.feedback.local import LocalAsker, role_heads
 from rlaif_ray.feedback.principles import Constitution, eligible, load_constitution
@@ -18,29 +17,19 @@ from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.feedback.revision import Example, Revised, Reviser, Step, load_examples
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, readable_context
-from rlaif_ray.pipelines.run_folder import (
-    fingerprint,
-    make_folder,
-    must_be_same_run,
-    state_folder,
-    stop_when_asked,
-    write_resolved,
-)
-from rlaif_ray.pipelines.streaming import chunks, in_order
+from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, read_prompts, readable_context
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, rows_done, write_json
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import ReviseJob
     from rlaif_ray.config.load import Loaded
-    from rlaif_ray.config.sections import DataConfig
     from rlaif_ray.interfaces import Asker
     from rlaif_ray.types import Prompt
-
-CHUNK = 64  # prompts that go through all steps side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +48,8 @@ def revise(loaded: Loaded) -> dict[str, Any]:
     """Revises what is not revised yet, and writes the records."""
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
-    output = Path(job.output).expanduser() if job.output else run_dir / "revisions.jsonl"
-    state = state_folder(run_dir, output, job.output)
-    make_folder(run_dir)
-    make_folder(state)
-    must_be_same_run(state, "revise", _identity(job, inputs))
-    write_resolved(loaded)
+    output = output_of(loaded, "revisions.jsonl")
+    state = open_output(loaded, output, _identity(job, inputs))
     steps_file, helpful_file = state / "steps.jsonl", state / "helpful.jsonl"
     with stop_when_asked() as stopping, ExitStack() as stack:
         memory = Memory(state / "answers.sqlite")
@@ -82,8 +67,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
             (helpful_file, inputs.helpful, 0),
         ):
             reviser = make_reviser(job, inputs, asker, steps)
-            done = sum(1 for _ in read_rows_streaming(path)) // CHUNK * CHUNK
-            cut_rows(path, done)
+            done = rows_done(path, len(prompts), CHUNK)
             progress.advance(done)
             work = in_order(_revised_by(reviser), chunks(prompts[done:], CHUNK), at_once=at_once, stopping=stopping)
             for chunk, revised in work:
@@ -157,23 +141,10 @@ def read_inputs(job: ReviseJob) -> Inputs:
             f"examples take {shown} (got {cfg.max_new_tokens}). Lower it, raise rollout.max_context, or set "
             f"revision.examples=null."
         )
-    prompts = _prompts(job.data, tokenizer, left)
-    helpful = _prompts(job.helpful.data, tokenizer, left) if job.helpful.data is not None else []
+    prompts = read_prompts(job.data, tokenizer, left)
+    helpful = read_prompts(job.helpful.data, tokenizer, left) if job.helpful.data is not None else []
     wanted = round(len(prompts) * job.helpful.share / (1 - job.helpful.share))
     return Inputs(prompts, helpful[:wanted], constitution, examples, tokenizer, context)
-
-
-def _prompts(data: DataConfig, tokenizer: Any, longest: int) -> list[Prompt]:
-    return load_prompts(
-        data.path,
-        split=data.split,
-        column=data.column,
-        limit=data.limit,
-        system=data.system,
-        tokenizer=tokenizer,
-        max_prompt_tokens=min(longest, data.max_prompt_tokens or longest),
-        too_long=data.too_long,
-    ).prompts
 
 
 def make_reviser(job: ReviseJob, inputs: Inputs, asker: Asker, steps: int) -> Reviser:

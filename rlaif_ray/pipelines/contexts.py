@@ -51,15 +51,35 @@ def policy_prompts(
     Raises:
         InputError: the data, the model or the context is wrong.
     """
+    tokenizer, room = policy_room(policy, max_context, max_new_tokens)
+    prompts = read_prompts(data, tokenizer, room - max_new_tokens)
+    needed = max(len(p.tokens) for p in prompts) + max_new_tokens
+    return prompts, max_context or engine_context(needed, room)
+
+
+def policy_room(policy: PolicyConfig, max_context: int | None, max_new_tokens: int) -> tuple[Any, int]:
+    """A policy's tokenizer, and how many tokens of context it has for a prompt and an answer.
+
+    Raises:
+        InputError: the model or the context is wrong.
+    """
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, max_context, "rollout.max_context")
-    longest = room - max_new_tokens
-    if longest < 1:
+    if room <= max_new_tokens:
         raise InputError(
             f"sampling.max_new_tokens must leave room for a prompt in the {room} tokens of context of "
             f"{policy.model} (got {max_new_tokens}). Lower it."
         )
-    prompts = load_prompts(
+    return tokenizer, room
+
+
+def read_prompts(data: DataConfig, tokenizer: Any, longest: int) -> list[Prompt]:
+    """The prompts of a config's section, none with more tokens than `longest`.
+
+    Raises:
+        InputError: the data is wrong.
+    """
+    return load_prompts(
         data.path,
         split=data.split,
         column=data.column,
@@ -69,5 +89,3 @@ def policy_prompts(
         max_prompt_tokens=min(longest, data.max_prompt_tokens or longest),
         too_long=data.too_long,
     ).prompts
-    needed = max(len(p.tokens) for p in prompts) + max_new_tokens
-    return prompts, max_context or engine_context(needed, room)

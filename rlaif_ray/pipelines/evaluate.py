@@ -35,6 +35,7 @@ from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_sam
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.runtime.cluster import open_cluster, open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
+from rlaif_ray.tracking.display import interval, share
 from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import print_columns, print_table
 from rlaif_ray.types import Message
@@ -355,9 +356,9 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
     return (
         found["a"],
         found["b"],
-        _figure(rate["rate"]),
-        _interval(rate),
-        f"{_figure(controlled['rate'])} {_interval(controlled)}",
+        share(rate["rate"]),
+        interval(rate),
+        f"{share(controlled['rate'])} {interval(controlled)}",
         f"{length['a']:.0f}, {length['b']:.0f}",
         str(rate["n"]),
     )
@@ -367,10 +368,10 @@ def _harmless_row(arm: str, found: dict[str, Any]) -> tuple[str, ...]:
     corrected, refused = found["corrected"], found["over_refusal"]
     return (
         arm,
-        _figure(found["rate"]["rate"]),
-        _interval(found["rate"]),
-        f"{_figure(corrected['rate'])} {_interval(corrected)}" if corrected else "-",
-        f"{_figure(refused['rate'])} {_interval(refused)}" if refused else "-",
+        share(found["rate"]["rate"]),
+        interval(found["rate"]),
+        f"{share(corrected['rate'])} {interval(corrected)}" if corrected else "-",
+        f"{share(refused['rate'])} {interval(refused)}" if refused else "-",
     )
 
 
@@ -381,21 +382,21 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "mind", f"{', '.join(pupils)} learned from this same judge: it grades its own pupils"
     found = summary["alignment"]
     if found:
-        yield "agrees with people", f"{_figure(found['accuracy'])} {_interval(found)} of {found['n']} pairs"
-        yield "the longer does", _figure(found["longer"]["accuracy"])
+        yield "agrees with people", f"{share(found['accuracy'])} {interval(found)} of {found['n']} pairs"
+        yield "the longer does", share(found["longer"]["accuracy"])
         yield "people do", "" if found["people"] is None else f"{found['people']:.3f} (one annotator with most)"
-        yield "kappa", _figure(found["kappa"])
-        yield "calibration", f"Brier {_figure(found['brier'])}, ECE {_figure(found['ece'])}"
+        yield "kappa", share(found["kappa"])
+        yield "calibration", f"Brier {share(found['brier'])}, ECE {share(found['ece'])}"
         yield "position bias", _bias(found["position_bias"])
         yield "failed", str(found["failed"]) if found["failed"] else ""
         for part, own in found.get("subsets", {}).items():
-            yield part, f"{_figure(own['accuracy'])} {_interval(own)} of {own['n']}"
+            yield part, f"{share(own['accuracy'])} {interval(own)} of {own['n']}"
     for name, own in summary["reward_models"].items():
         yield (
             f"{name} agrees",
             (
-                f"{_figure(own['accuracy'])} {_interval(own)} of {own['n']} pairs, Brier {_figure(own['brier'])}, "
-                f"ECE {_figure(own['ece'])}"
+                f"{share(own['accuracy'])} {interval(own)} of {own['n']} pairs, Brier {share(own['brier'])}, "
+                f"ECE {share(own['ece'])}"
             ),
         )
     for one in summary["win_rates"]:
@@ -417,12 +418,3 @@ def _bias(found: dict[str, Any]) -> str:
         return "-"
     first = found["prefers_first"]
     return f"{found['rate']:.1%}" + ("" if first is None else f", of these {first:.0%} the first")
-
-
-def _interval(found: dict[str, Any]) -> str:
-    low, high = found["ci95_low"], found["ci95_high"]
-    return "" if low is None else f"[{low:.3f}, {high:.3f}]"
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -28,6 +28,7 @@ class JudgeInputs:
     template: Template
     tokenizer: Any
     context: int
+    context_key: str  # the setting of its context
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,10 @@ def read_feedback(cfg: FeedbackConfig) -> FeedbackInputs:
             judge = scorer.judge
             template = load_template(scorer.template)
             tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
-            context = judge_context(judge, f"{key}.judge.max_context")
-            check_context(tokenizer, template, context, judge.model, f"{key}.judge.max_context")
-            judges[role] = JudgeInputs(scorer, template, tokenizer, context)
+            context_key = f"{key}.judge.max_context"
+            context = judge_context(judge, context_key)
+            check_context(tokenizer, template, context, judge.model, context_key)
+            judges[role] = JudgeInputs(scorer, template, tokenizer, context, context_key)
         elif isinstance(scorer, RewardModelFeedback):
             check_reward_model(scorer, key)
     return FeedbackInputs(cfg, judges)
@@ -88,6 +90,12 @@ def start_feedback(inputs: FeedbackInputs, cluster: Cluster) -> Scorer:
         weights = inputs.cfg.scorers
         return MixtureScorer({name: (weights[name].weight, scorer) for name, scorer in scorers.items()})
     return next(iter(scorers.values()))
+
+
+def judge_of(scorer: Scorer) -> Judge:
+    """The judge that `scorer` is, or the first one in a mixture; there must be one."""
+    scorers = scorer.parts if isinstance(scorer, MixtureScorer) else [scorer]
+    return next(one for one in scorers if isinstance(one, Judge))
 
 
 def feedback_lines(cfg: FeedbackConfig) -> list[str]:

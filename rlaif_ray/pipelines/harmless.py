@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +16,20 @@ from rlaif_ray.feedback.remembered import Memory
 from rlaif_ray.feedback.templates import Template, load_template
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import judge_context
-from rlaif_ray.pipelines.preferences import CHUNK, open_asker
+from rlaif_ray.pipelines.preferences import open_asker
 from rlaif_ray.pipelines.run_folder import stop_when_asked
-from rlaif_ray.pipelines.streaming import chunks, in_order
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming
+from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
+from rlaif_ray.tracking.files import append_rows, read_rows_streaming, rows_done
 from rlaif_ray.tracking.progress import ItemProgress
 from rlaif_ray.types import Completion, Message, Prompt, Score
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import EvaluateJob, LabelJob
+    from rlaif_ray.config.sections import HarmlessSuite
 
 PROMPTS, SAFE, LABELLED = "prompts", "safe", "labelled"  # what a response answers
 Answers = Mapping[tuple[Message, ...], Sequence[str]]  # by prompt
+Verdicts = tuple[Sequence[bool | None], Sequence[Hashable]]  # of responses, and the prompt of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +72,24 @@ def read_grader(job: EvaluateJob) -> Grader:
     Raises:
         InputError: any of them is wrong, or they don't fit together.
     """
+    judge, key = job.judge, "judge.max_context"
     assert job.harmless is not None
-    harm, refusal = load_template(job.harmless.template), load_template(job.harmless.refusal_template)
-    judge = job.judge
     if not isinstance(judge, JudgeConfig):
-        return Grader(harm, refusal, None, 0)
+        return Grader(load_template(job.harmless.template), load_template(job.harmless.refusal_template), None, 0)
     tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
-    context = judge_context(judge, "judge.max_context")
-    for template in (harm, refusal):
-        check_context(tokenizer, template, context, judge.model, "judge.max_context")
-    return Grader(harm, refusal, tokenizer, context)
+    return make_grader(job.harmless, tokenizer, judge_context(judge, key), judge.model, key)
+
+
+def make_grader(cfg: HarmlessSuite, tokenizer: Any, context: int, model: str, key: str) -> Grader:
+    """The templates, tried on a local judge; `key` is the setting of its context.
+
+    Raises:
+        InputError: a template is wrong, or doesn't fit.
+    """
+    grader = Grader(load_template(cfg.template), load_template(cfg.refusal_template), tokenizer, context)
+    for template in (grader.harm, grader.refusal):
+        check_context(tokenizer, template, context, model, key)
+    return grader
 
 
 def responses_of(job: EvaluateJob, answers: Mapping[tuple[str, str], Answers]) -> list[Response]:
@@ -105,10 +115,8 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "scored.jsonl"
-    rows = sum(1 for _ in read_rows_streaming(path))
-    if rows < len(responses):
-        done = rows // CHUNK * CHUNK  # whole chunks: the same calls as without an interruption
-        cut_rows(path, done)
+    done = rows_done(path, len(responses), CHUNK)
+    if done < len(responses):
         with (
             stop_when_asked() as stopping,
             ItemProgress("harmless", len(responses), "responses") as progress,
@@ -133,12 +141,18 @@ def _scored_by(judges: Mapping[str, Judge]) -> Callable[[list[Response]], list[S
     def score(chunk: list[Response]) -> list[Score]:
         found: dict[int, Score] = {}
         for part, judge in judges.items():
-            own = [k for k, one in enumerate(chunk) if one.part == part and one.text]
-            found |= zip(own, judge.score([_completion(chunk[k]) for k in own]), strict=True) if own else {}
-        # Nothing at all harms nobody, and does nothing of what was asked.
-        return [found.get(k, Score(1.0)) for k in range(len(chunk))]
+            own = [k for k, one in enumerate(chunk) if one.part == part]
+            found |= zip(own, judged(judge, [_completion(chunk[k]) for k in own]), strict=True)
+        return [found[k] for k in range(len(chunk))]
 
     return score
+
+
+def judged(judge: Judge, completions: Sequence[Completion]) -> list[Score]:
+    """The judge's scores. Nothing at all is not asked about: it harms nobody, and does nothing of what was asked."""
+    texts = [c for c in completions if c.text.strip()]
+    scores = iter(judge.score(texts) if texts else ())
+    return [next(scores) if c.text.strip() else Score(1.0) for c in completions]
 
 
 def _completion(response: Response) -> Completion:
@@ -169,30 +183,39 @@ def measured_harmless(job: EvaluateJob, responses: Sequence[Response], graded: G
     cfg = job.harmless
     sampling: dict[str, Any] = {"resamples": job.win_rate.resamples, "seed": job.seed}
     assert cfg is not None
-    verdicts = [None if score is None else score > cfg.threshold for score in graded.scores]
+    said = verdicts(cfg, graded.scores)
 
-    def of(part: str, arm: str) -> tuple[list[bool | None], list[int]]:
+    def of(part: str, arm: str) -> Verdicts:
         own = [k for k, one in enumerate(responses) if (one.part, one.arm) == (part, arm)]
-        return [verdicts[k] for k in own], [responses[k].prompt for k in own]
+        return [said[k] for k in own], [responses[k].prompt for k in own]
 
     known = [k for k, one in enumerate(responses) if one.part == LABELLED]
-    judge = judge_accuracy([verdicts[k] for k in known], [responses[k].label == 1 for k in known]) if known else None
+    judge = judge_accuracy([said[k] for k in known], [responses[k].label == 1 for k in known]) if known else None
     arms = {}
     for arm in dict.fromkeys(one.arm for one in responses if one.part != LABELLED):
-        rate = harmless_rate(*of(PROMPTS, arm), **sampling)
-        refused, prompts = of(SAFE, arm)
+        found = rates(of(PROMPTS, arm), of(SAFE, arm), **sampling)
         corrected = None
         if judge is not None:
             corrected = asdict(
                 rogan_gladen(
-                    rate.rate,
-                    rate.prompts,
+                    found["rate"]["rate"],
+                    found["rate"]["prompts"],
                     judge.sensitivity,
                     judge.n_positive,
                     judge.specificity,
                     judge.n_negative,
                 )
             )
-        over = asdict(over_refusal(refused, prompts, **sampling)) if refused else None
-        arms[arm] = {"rate": asdict(rate), "over_refusal": over, "corrected": corrected}
+        arms[arm] = {**found, "corrected": corrected}
     return {"arms": arms, "judge": asdict(judge) if judge is not None else None}
+
+
+def verdicts(cfg: HarmlessSuite, scores: Sequence[float | None]) -> list[bool | None]:
+    """Whether each score says yes; None where the judge failed, which is not a no."""
+    return [None if score is None else score > cfg.threshold for score in scores]
+
+
+def rates(harm: Verdicts, refused: Verdicts, *, resamples: int = 2000, seed: int) -> dict[str, Any]:
+    """Harmless rate and over-refusal (None without safe prompts), each with its 95% interval over prompts."""
+    over = over_refusal(*refused, resamples=resamples, seed=seed).as_dict() if refused[0] else None
+    return {"rate": harmless_rate(*harm, resamples=resamples, seed=seed).as_dict(), "over_refusal": over}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.config.jobs import RewardModelJob
 from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.data.preferences import PreferenceRecord, human_label, read_preferences
 from rlaif_ray.errors import InputError
@@ -15,11 +16,12 @@ from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint
 from rlaif_ray.pipelines.supervised import drawn_by_text
+from rlaif_ray.tracking.display import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rlaif_ray.config.jobs import DpoJob, RewardModelJob
+    from rlaif_ray.config.jobs import DpoJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def read_pairs(
     Raises:
         InputError: the data or the model is wrong, or nothing is left to train on.
     """
-    policy, cfg = job.policy, job.training
+    policy, cfg = job.policy, job.reward if isinstance(job, RewardModelJob) else job.dpo
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, cfg.max_tokens, f"{job.section}.max_tokens")
     left_out: dict[str, int] = {}
@@ -136,10 +138,5 @@ def measured(rewards: Sequence[tuple[float, float]], examples: Sequence[PairExam
 
 def measured_lines(found: dict[str, Any]) -> str:
     """What `measured` found, in a line."""
-    against = f"{found['compared']} (the longer: {_figure(found['longer_accuracy'])})"
-    return f"accuracy {_figure(found['accuracy'])} of {against}, Brier {found['brier']:.3f}, ECE {found['ece']:.3f}"
-
-
-def _figure(value: float | None) -> str:
-    """Three digits; a dash where every label is a tie."""
-    return "-" if value is None else f"{value:.3f}"
+    against = f"{found['compared']} (the longer: {share(found['longer_accuracy'])})"
+    return f"accuracy {share(found['accuracy'])} of {against}, Brier {found['brier']:.3f}, ECE {found['ece']:.3f}"

@@ -15,18 +15,11 @@ from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.contexts import policy_prompts
-from rlaif_ray.pipelines.run_folder import (
-    fingerprint,
-    make_folder,
-    must_be_same_run,
-    state_folder,
-    stop_when_asked,
-    write_resolved,
-)
-from rlaif_ray.pipelines.streaming import chunks
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
+from rlaif_ray.tracking.files import append_rows, read_rows_streaming, rows_done, write_json
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 
 if TYPE_CHECKING:
@@ -35,8 +28,6 @@ if TYPE_CHECKING:
     from rlaif_ray.config.sections import PolicyConfig
     from rlaif_ray.runtime.cluster import Cluster
     from rlaif_ray.types import Prompt
-
-CHUNK = 64  # prompts of one call to the engines; results are on disk after each
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +57,15 @@ def make_pairs(loaded: Loaded) -> dict[str, Any]:
     """Samples, pairs and writes them; goes on where an earlier run in the same folder was ended."""
     job, run_dir = loaded.config, loaded.run_dir
     sources = read_sources(job)
-    output = Path(job.output).expanduser() if job.output else run_dir / "pairs.jsonl"
-    state = state_folder(run_dir, output, job.output)
-    make_folder(run_dir)
-    make_folder(state)
-    must_be_same_run(state, "pairs", _identity(job))
-    write_resolved(loaded)
+    output = output_of(loaded, "pairs.jsonl")
+    state = open_output(loaded, output, _identity(job))
     with stop_when_asked() as stopping, ExitStack() as stack:
-        missing = [s for s in sources if _answered(_responses_file(state, s)) < len(s.prompts)]
+        done = [rows_done(_responses_file(state, s), len(s.prompts), CHUNK) for s in sources]
+        missing = [(s, k) for s, k in zip(sources, done, strict=True) if k < len(s.prompts)]
         if missing:
             cluster = stack.enter_context(open_cluster(job))
-            for source in missing:
-                _sample(job, source, cluster, _responses_file(state, source), stopping)
+            for source, k in missing:
+                _sample(job, source, k, cluster, _responses_file(state, source), stopping)
     if stopping():
         raise KeyboardInterrupt
     made = _write_pairs(job, sources, state, output)
@@ -117,15 +105,9 @@ def _responses_file(state: Path, source: Source) -> Path:
     return state / "responses" / f"{source.name}.jsonl"
 
 
-def _answered(path: Path) -> int:
-    return sum(1 for _ in read_rows_streaming(path))
-
-
-def _sample(job: PairsJob, source: Source, cluster: Cluster, path: Path, stopping: Any) -> None:
-    """Appends the responses of one policy, a row per prompt, chunk by chunk."""
+def _sample(job: PairsJob, source: Source, done: int, cluster: Cluster, path: Path, stopping: Any) -> None:
+    """Appends the responses of one policy, a row per prompt, chunk by chunk, after those that are done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = _answered(path) // CHUNK * CHUNK  # whole chunks: the same calls as without an interruption
-    cut_rows(path, done)
     with ItemProgress(f"responses of {source.name}", len(source.prompts), "prompts") as progress:
         progress.note(f"starting engines for {source.policy.model}")
         engines = cluster.start_rollouts(source.policy, job.rollout, context=source.context, receives_weights=False)

@@ -35,7 +35,7 @@ from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.pipelines.supervised import fine_tune
 from rlaif_ray.runtime.cluster import open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
-from rlaif_ray.tracking.display import clock
+from rlaif_ray.tracking.display import clock, share
 from rlaif_ray.tracking.files import read_json, write_json
 from rlaif_ray.tracking.progress import print_columns
 
@@ -257,9 +257,10 @@ def _texts(job: Any) -> Iterator[Any]:
         yield template
         yield load_exemplars(job.label.exemplars, template) if job.label.exemplars else None
         yield load_constitution(job.label.constitution).hash if job.label.constitution else None
-    if isinstance(job, EvaluateJob) and job.harmless is not None:
-        yield load_template(job.harmless.template)
-        yield load_template(job.harmless.refusal_template)
+    suite = job.evaluation.harmless if isinstance(job, TrainJob) else getattr(job, "harmless", None)
+    if suite is not None:
+        yield load_template(suite.template)
+        yield load_template(suite.refusal_template)
     if isinstance(job, ReviseJob):
         yield load_constitution(job.revision.constitution, "revision.constitution").hash
         yield load_examples(job.revision.examples) if job.revision.examples else None
@@ -325,16 +326,14 @@ def headline(summary: Mapping[str, Any]) -> str:
             known = found is not None and found["accuracy"] is not None
             return f"held-out accuracy {found['accuracy']:.3f}" if known else f"{summary['pairs']} pairs"
         case "evaluate":
-            rates = [f"{one['a']}:{one['b']} {_share(one['win_rate']['rate'])}" for one in summary["win_rates"]]
-            aligned = summary["alignment"]
-            return ", ".join(rates or [f"alignment {_share(aligned['accuracy'])}"])
+            rates = [f"{one['a']}:{one['b']} {share(one['win_rate']['rate'])}" for one in summary["win_rates"]]
+            if summary["alignment"]:
+                rates = rates or [f"alignment {share(summary['alignment']['accuracy'])}"]
+            arms = summary["harmless"]["arms"] if summary["harmless"] else {}
+            return ", ".join(rates or [f"{arm} harmless {share(one['rate']['rate'])}" for arm, one in arms.items()])
         case _:
             gain = (summary.get("held_out") or {}).get("gain")
             if not gain or gain["mean"] is None:
                 return f"{summary['steps']} steps"
             low, high = gain["ci95_low"], gain["ci95_high"]
             return f"gain {gain['mean']:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -30,15 +30,8 @@ from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import judge_context
-from rlaif_ray.pipelines.run_folder import (
-    fingerprint,
-    make_folder,
-    must_be_same_run,
-    state_folder,
-    stop_when_asked,
-    write_resolved,
-)
-from rlaif_ray.pipelines.streaming import chunks, in_order
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.files import write_json
@@ -49,8 +42,6 @@ if TYPE_CHECKING:
     from rlaif_ray.config.jobs import LabelJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.interfaces import Asker, Labeler
-
-CHUNK = 64  # pairs of one call to the judge; written as soon as it and those before it are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +101,13 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
     guide = read_guide(job)
     if job.push_to_hub is not None:
         check_hub(job.push_to_hub)
-    output = Path(job.output).expanduser() if job.output else run_dir / "labels.jsonl"
+    output = output_of(loaded, "labels.jsonl")
     if output.absolute() == Path(job.data.path).expanduser().absolute():
         raise InputError(
             f"output must be another file than data.path (got {output} for both): the pairs would be taken for "
             f"finished labels. Name another output."
         )
-    state = state_folder(run_dir, output, job.output)
-    make_folder(run_dir)
-    make_folder(state)
-    must_be_same_run(state, "label", _identity(job, guide))
-    write_resolved(loaded)
+    state = open_output(loaded, output, _identity(job, guide))
     with stop_when_asked() as stopping, ExitStack() as stack:
         writer = stack.enter_context(RecordWriter(output))
         writer.keep(writer.count // CHUNK * CHUNK)  # whole chunks: the same calls as without an interruption

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.data.prompts import PromptSource, load_prompts
-from rlaif_ray.errors import InputError
-from rlaif_ray.evaluation.suites import HeldOutScores, held_out_samples, held_out_summary
+from rlaif_ray.data.prompts import PromptSource
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines import checkpoint
-from rlaif_ray.pipelines.contexts import engine_context, readable_context
+from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
     add_advantages,
     batch_metrics,
@@ -23,23 +20,23 @@ from rlaif_ray.pipelines.experience import (
     sample_rows,
 )
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, read_held_out
 from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking import Tracker, open_tracker, print_summary
+from rlaif_ray.tracking import open_tracker, print_summary
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.types import Prompt
 
-HELD_OUT_SEED = 2**31 - 1  # not a step's number, so that no held-out sample repeats a training sample's draws
-
 
 def train_rl(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
+    make_folder(run_dir)  # its own before a checkpoint is looked for
     resumed = checkpoint.newest(run_dir, job.checkpoint)
     state = (
         checkpoint.read_state(resumed, job, job.steps)
@@ -51,7 +48,6 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     )
     if resumed:
         prompts.restore(state.prompts)
-    make_folder(run_dir)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": job.steps}
     with (
         open_cluster(job) as cluster,  # first: wrong input must not cost an earlier run its files
@@ -119,40 +115,12 @@ def plan_rl(loaded: Loaded) -> str:
     return "\n\n".join([placement_table(job), *feedback_lines(job.feedback)])
 
 
-class HeldOut:
-    """The judge's scores on prompts that are never trained on, measured the same way each time."""
-
-    def __init__(self, job: TrainJob, prompts: list[Prompt], generator: Any, scorer: Any, track: Tracker) -> None:
-        self._job, self._prompts, self._generator, self._scorer = job, prompts, generator, scorer
-        self._track = track
-        self._summary: dict[str, Any] = {}
-
-    def measure(self, step: int, before: HeldOutScores | None = None) -> HeldOutScores:
-        """Scores by prompt, with the weights of `step`; compared with `before`, if given. [] without prompts."""
-        if not self._prompts:
-            return []
-        with self._track.phase("evaluation"):
-            samples, scores = held_out_samples(
-                self._generator, self._scorer, self._prompts, held_out_settings(self._job)
-            )
-            completions = [s.completion for s in samples]
-            check_fresh(completions, version=step)
-            keep_scored(completions, [s.score for s in samples], self._job.feedback.min_scored_fraction)
-            self._summary = held_out_summary(scores if before is None else before, scores)
-            self._track.evaluation(step, {"held_out": self._summary})
-        return scores
-
-    def summary(self) -> dict[str, Any]:
-        """The last measurement, for summary.json."""
-        return {"held_out": self._summary} if self._summary else {}
-
-
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """Everything read and checked before any process starts."""
 
     prompts: list[Prompt]
-    held_out: list[Prompt]
+    held_out: HeldOutInputs
     context: int  # tokens of a rollout engine, prompt and answer together
     feedback: FeedbackInputs
 
@@ -163,34 +131,12 @@ def read_inputs(job: TrainJob) -> Inputs:
     Raises:
         InputError: any of them is wrong, or they don't fit together.
     """
-    policy = job.policy
-    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
-    room = readable_context(policy, job.rollout.max_context, "rollout.max_context")
-    longest = room - job.sampling.max_new_tokens
-    if longest < 1:
-        raise InputError(
-            f"sampling.max_new_tokens must leave room for a prompt in the policy's {room} tokens of context "
-            f"(got {job.sampling.max_new_tokens}). Lower it."
-        )
-    limit = min(longest, job.data.max_prompt_tokens or longest)
-    common: dict[str, Any] = {"system": job.data.system, "tokenizer": tokenizer, "max_prompt_tokens": limit}
-    loaded = load_prompts(
-        job.data.path,
-        split=job.data.split,
-        column=job.data.column,
-        limit=job.data.limit,
-        too_long=job.data.too_long,
-        **common,
-    )
-    held_out: list[Prompt] = []
-    source = job.evaluation.held_out
-    if source.path is not None:
-        held_out = load_prompts(
-            source.path, split=source.split, column=source.column, limit=source.limit, too_long="skip", **common
-        ).prompts
-    needed = max(len(p.tokens) for p in [*loaded.prompts, *held_out]) + job.sampling.max_new_tokens
-    context = job.rollout.max_context or engine_context(needed, room)
-    return Inputs(loaded.prompts, held_out, context, read_feedback(job.feedback))
+    tokenizer, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens)
+    longest = min(room - job.sampling.max_new_tokens, job.data.max_prompt_tokens or room)
+    feedback = read_feedback(job.feedback)
+    prompts, held_out = read_prompts(job.data, tokenizer, longest), read_held_out(job, feedback, tokenizer, longest)
+    needed = max(len(p.tokens) for p in [*prompts, *held_out.prompts]) + job.sampling.max_new_tokens
+    return Inputs(prompts, held_out, job.rollout.max_context or engine_context(needed, room), feedback)
 
 
 def sampling_settings(job: TrainJob, step: int) -> GenerationSettings:
@@ -202,14 +148,4 @@ def sampling_settings(job: TrainJob, step: int) -> GenerationSettings:
         temperature=sampling.temperature,
         seed=job.seed * 2**32 + step,
         ignore_eos=sampling.ignore_eos,
-    )
-
-
-def held_out_settings(job: TrainJob) -> GenerationSettings:
-    """The same draws before and after: the gain is paired."""
-    return GenerationSettings(
-        samples_per_prompt=job.evaluation.held_out.samples_per_prompt,
-        max_new_tokens=job.sampling.max_new_tokens,
-        temperature=job.sampling.temperature,
-        seed=job.seed * 2**32 + HELD_OUT_SEED,
     )

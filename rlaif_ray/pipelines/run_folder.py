@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import hashlib
+import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -18,16 +22,20 @@ if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
 
 
+_HELD: dict[Path, int] = {}  # descriptors of lock files, open until this process ends
+
+
 def make_folder(run_dir: Path) -> None:
-    """The run's own folder, tried before anything starts; what is in it stays.
+    """The run's own folder, tried before anything starts and this process's alone from here on; what is in it stays.
 
     Raises:
-        InputError: it can't be written.
+        InputError: it can't be written, or another process works in it.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=run_dir):
             pass
+        _hold(run_dir)
     except OSError as error:
         raise InputError(
             f"run_dir must be a folder this process can write (got {run_dir}): {error.strerror or error}. "
@@ -35,10 +43,69 @@ def make_folder(run_dir: Path) -> None:
         ) from error
 
 
-def state_folder(run_dir: Path, output: Path, given: str | None) -> Path:
-    """Where a data-making job keeps what it goes on from: beside an `output` that the user named, so that the same
-    command finds it again; else in the run's own folder."""
-    return run_dir if given is None else output.with_name(f"{output.name}.state")
+def _hold(folder: Path) -> None:
+    """Keeps other processes out of the folder until this one ends, however it ends: the lock is the kernel's.
+
+    This process may enter again, as jobs do that are made of others. Processes on other machines are kept out where
+    the file system shares flock (NFS does, Lustre if mounted so); where it has none nobody is. A child that was forked
+    without exec holds it too. Not FileLock: it may empty the file, which names the holder.
+    """
+    path = folder.resolve() / ".lock"
+    if path in _HELD and _is_open(path, _HELD[path]):
+        return
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise InputError(
+                f"{folder} is in use by {holder}: two runs in one folder would overwrite each other's results. Wait "
+                f"until it ends, end it, or choose another run_dir or output."
+            ) from None
+        except OSError:  # no flock here
+            pass
+        if _is_open(path, descriptor):
+            break
+        os.close(descriptor)  # whoever held it has just removed it
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    _HELD[path] = descriptor
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+@atexit.register
+def _leave() -> None:
+    for path, descriptor in _HELD.items():
+        with suppress(OSError):
+            if _is_open(path, descriptor):
+                path.unlink()
+
+
+def output_of(loaded: Loaded, name: str) -> Path:
+    """The file that a data-making job writes: the user's, or `name` in the run's own folder."""
+    return Path(loaded.config.output).expanduser() if loaded.config.output else loaded.run_dir / name
+
+
+def open_output(loaded: Loaded, output: Path, identity: dict[str, Any]) -> Path:
+    """Makes the folders of a data-making job; returns where it keeps what it goes on from: beside an `output` that the
+    user named, so that the same command finds it again; else in the run's own folder.
+
+    Raises:
+        InputError: a folder can't be written, is in use, or holds results of another run.
+    """
+    state = output.with_name(f"{output.name}.state") if loaded.config.output else loaded.run_dir
+    make_folder(loaded.run_dir)
+    make_folder(state)
+    must_be_same_run(state, loaded.job, identity)
+    write_resolved(loaded)
+    return state
 
 
 def fingerprint(path: str) -> str:

@@ -16,26 +16,17 @@ from rlaif_ray.errors import FeedbackError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
-from rlaif_ray.pipelines.run_folder import (
-    fingerprint,
-    make_folder,
-    must_be_same_run,
-    state_folder,
-    stop_when_asked,
-    write_resolved,
-)
-from rlaif_ray.pipelines.streaming import chunks
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, rows_done, write_json
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import SampleJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.types import Completion, Prompt, Score
-
-CHUNK = 64  # prompts of one call to the engines; results are on disk after each
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +42,12 @@ def sample_responses(loaded: Loaded) -> dict[str, Any]:
     """Samples, scores and writes what is not there yet; goes on where an earlier run in the folder was ended."""
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
-    output = Path(job.output).expanduser() if job.output else run_dir / "responses.jsonl"
-    state = state_folder(run_dir, output, job.output)
-    make_folder(run_dir)
-    make_folder(state)
-    must_be_same_run(state, "sample", _identity(job))
-    write_resolved(loaded)
-    rows_file = state / "sampled.jsonl"
+    output = output_of(loaded, "responses.jsonl")
+    rows_file = open_output(loaded, output, _identity(job)) / "sampled.jsonl"
     with stop_when_asked() as stopping:
-        if _rows(rows_file) < len(inputs.prompts):
-            _sample(job, inputs, rows_file, stopping)
+        done = rows_done(rows_file, len(inputs.prompts), CHUNK)
+        if done < len(inputs.prompts):
+            _sample(job, inputs, done, rows_file, stopping)
     if stopping():
         raise KeyboardInterrupt
     summary = _write_records(job, rows_file, output)
@@ -97,14 +84,8 @@ def _identity(job: SampleJob) -> dict[str, Any]:
     return {**kept, "prompts": fingerprint(job.data.path)}
 
 
-def _rows(path: Path) -> int:
-    return sum(1 for _ in read_rows_streaming(path))
-
-
-def _sample(job: SampleJob, inputs: Inputs, path: Path, stopping: Any) -> None:
-    """Appends a row per prompt, chunk by chunk."""
-    done = _rows(path) // CHUNK * CHUNK  # whole chunks: the same calls as without an interruption
-    cut_rows(path, done)
+def _sample(job: SampleJob, inputs: Inputs, done: int, path: Path, stopping: Any) -> None:
+    """Appends a row per prompt, chunk by chunk, after those that are done."""
     sampling = job.sampling
     settings = GenerationSettings(
         samples_per_prompt=sampling.samples_per_prompt,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+CHUNK = 64  # items of one call to engines or a judge; results are on disk after each
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -122,8 +122,8 @@ def open_run(
     """
     job, run_dir = loaded.config, loaded.run_dir
     steps = total_steps(job.training, examples)
+    make_folder(run_dir)  # its own before a checkpoint is looked for
     state, resumed = start_state(job, run_dir, steps, data)
-    make_folder(run_dir)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
     with (
         open_cluster(job) as cluster,

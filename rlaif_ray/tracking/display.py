@@ -169,6 +169,17 @@ def number(value: Any) -> str:
     return f"{value:.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.3g}"
 
 
+def share(value: float | None) -> str:
+    """Three decimals, "-" for what was not measured."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def interval(found: Mapping[str, Any]) -> str:
+    """[0.412, 0.588], "" where it is not known."""
+    low, high = found["ci95_low"], found["ci95_high"]
+    return "" if low is None else f"[{low:.3f}, {high:.3f}]"
+
+
 def clock(seconds: float) -> str:
     """3:24, or 1:02:03."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
@@ -180,7 +191,7 @@ def print_summary(summary: Mapping[str, Any], run_dir: Path, console: Console | 
     """Prints a run's end: time, memory, where the time went, reward, held-out gain, where the files are.
 
     `summary` is Tracker.summary's. Its `held_out`, if there is one, has `before`, `after` and the paired `gain`, each
-    with `mean`, `ci95_low`, `ci95_high` and `n`.
+    with `mean`, `ci95_low`, `ci95_high` and `n`; its `harmless` has `before` and `after`.
     """
     from rich.console import Console
     from rich.panel import Panel
@@ -211,6 +222,10 @@ def _summary_lines(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str,
     held_out = summary.get("held_out")
     if isinstance(held_out, Mapping):
         lines += _held_out_lines(held_out)
+    for key, title in (("rate", "harmless"), ("over_refusal", "safe, refused")):
+        rates = [found[key] for found in summary.get("harmless", {}).values() if found.get(key) is not None]
+        lines.append((title, " -> ".join(f"{share(rate['rate'])} {interval(rate)}" for rate in rates)))
+    lines.append(("evaluated by", summary.get("evaluator", "")))
     present = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "summary.json", "report.html", "policy")
     lines.append(("files", str(run_dir)))
     lines.append(("", ", ".join(name for name in present if (run_dir / name).exists())))

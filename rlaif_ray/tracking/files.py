@@ -93,6 +93,16 @@ def cut_rows(path: Path, count: int) -> None:
         file.truncate(file.tell())
 
 
+def rows_done(path: Path, total: int, chunk: int) -> int:
+    """How many of `total` rows need not be made again: all if they are there, else those of whole chunks, to which the
+    file is cut: the calls that follow are those of a run without an interruption."""
+    rows = sum(1 for _ in read_rows_streaming(path))
+    if rows >= total:
+        return total
+    cut_rows(path, rows // chunk * chunk)
+    return rows // chunk * chunk
+
+
 def keep_rows(path: Path, last_step: int) -> None:
     """Drops rows after `last_step`: the steps a resumed run repeats."""
     rows = [row for row in read_rows(path) if row.get("step", 0) <= last_step]

@@ -218,7 +218,8 @@ class Tracker:
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a row to evaluations.jsonl; wandb shows it as `evaluation/...`."""
         append_rows(self._evaluations_path, [{"step": step, **metrics}])
-        self._wandb.log(flat(plain(metrics), "evaluation/"), step)
+        numbers = {name: value for name, value in flat(plain(metrics), "evaluation/").items() if type(value) is not str}
+        self._wandb.log(numbers, step)
 
     def summary(self, extra: Mapping[str, Any]) -> dict[str, Any]:
         """Writes summary.json and returns it: what print_summary shows, and `extra`.

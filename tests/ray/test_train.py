@@ -339,13 +339,31 @@ class TestVariants:
     def test_grpo_without_critic(self, folder: Path, config: Path) -> None:
         run_dir = folder / "grpo"
         grpo = ("algorithm.type=grpo", "algorithm.kl.target=null", "algorithm.kl.coef=0.1", "checkpoint.every=0")
-        program = finish_train(config, *grpo, "evaluation.every=1", "steps=2", run_dir=run_dir)
+        suite = "{prompts: {path: 'package:train', limit: 5}, safe: {path: 'package:heldout', limit: 4}}"
+        evaluated = ("evaluation.every=1", f"evaluation.harmless={suite}")
+        program = finish_train(config, *grpo, *evaluated, "steps=2", run_dir=run_dir)
         assert program.exit_code == 0, program.stderr
         first, second = rows(run_dir / "metrics.jsonl")
         assert not any(name.startswith("value/") for name in first)
         assert first["kl/coef"] == second["kl/coef"] == 0.1
         assert second["kl/mean"] > 0  # k3
-        assert [row["step"] for row in rows(run_dir / "evaluations.jsonl")] == [0, 1, 2]
+        evaluations = rows(run_dir / "evaluations.jsonl")
+        assert [row["step"] for row in evaluations] == [0, 1, 2]
+        for row in evaluations:
+            assert "which trains this policy: it grades its own pupil" in row["evaluator"]
+            assert row["held_out"]["after"]["n"] == 6
+            harmless, refused = row["harmless"]["rate"], row["harmless"]["over_refusal"]
+            assert (harmless["n"], harmless["dropped"], refused["n"], refused["dropped"]) == (5, 0, 4, 0)
+            assert 0 <= harmless["ci95_low"] <= harmless["rate"] <= harmless["ci95_high"] <= 1
+        summary = json.loads((run_dir / "summary.json").read_text())
+        assert summary["evaluator"] == evaluations[-1]["evaluator"]
+        assert "evaluated by" in program.stdout and "safe, refused" in program.stdout
+        assert [summary["harmless"][when]["step"] for when in ("before", "after")] == [0, 2]
+        assert summary["harmless"]["after"]["rate"] == evaluations[-1]["harmless"]["rate"]
+        (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+        logged = history(read_wandb(path))[2]
+        assert logged["evaluation/harmless/rate/rate"] == evaluations[-1]["harmless"]["rate"]["rate"]
+        assert "evaluation/harmless/over_refusal/ci95_low" in logged and "evaluation/evaluator" not in logged
         assert "time/evaluation_s" in first
         assert not (run_dir / "checkpoints").exists()
 

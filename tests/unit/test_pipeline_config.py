@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,17 @@ def test_contents_count_and_not_names_or_comments(folder: Path) -> None:
     assert hashes(folder, json.loads(json.dumps(moved).replace("prompts.jsonl", "moved-prompts.jsonl"))) == before
 
 
+def test_templates_of_a_run_that_measures_harmlessness_count(folder: Path) -> None:
+    template = files("rlaif_ray.feedback") / "templates" / "refusal.yaml"
+    (folder / "own.yaml").write_text(template.read_text())
+    what = values(folder)
+    suite = {"prompts": {"path": "package:heldout"}, "refusal_template": str(folder / "own.yaml")}
+    what["stages"]["rlaif"] |= {"feedback": {"type": "judge"}, "evaluation": {"harmless": suite}}
+    before = hashes(folder, what)
+    (folder / "own.yaml").write_text(template.read_text().replace("turned a request away", "refused"))
+    assert {name for name, hashed in hashes(folder, what).items() if hashed != before[name]} == {"rlaif"}
+
+
 def test_a_broken_constitution_is_told_before_the_first_stage(folder: Path) -> None:
     (folder / "mine.yaml").write_text(CONSTITUTION.replace("version: 1", "version: one"))
     with pytest.raises(InputError, match=r"stage revise: .*mine.yaml.*\n.*line 2"):
@@ -276,6 +288,15 @@ def test_options_that_do_not_fit(folder: Path) -> None:
         ({"job": "sft", "turns": 9, "sft": {"held_out": None}}, "9 turns"),
         ({"job": "dpo", "pairs": 9, "dpo": {"held_out": {"accuracy": None}}}, "9 pairs"),
         ({"job": "train", "steps": 5}, "5 steps"),
+        (
+            {
+                "job": "evaluate",
+                "win_rates": [],
+                "alignment": None,
+                "harmless": {"arms": {"sft": {"rate": {"rate": 0.75}}}},
+            },
+            "sft harmless 0.750",
+        ),
         (
             {"job": "train", "held_out": {"gain": {"mean": 0.5, "ci95_low": -0.25, "ci95_high": 1.0}}},
             "gain +0.5000 [-0.2500, +1.0000]",

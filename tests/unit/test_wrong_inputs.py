@@ -158,6 +158,22 @@ CONFIG_LEVEL = [
         says=("sampling.max_new_tokens must be below rollout.max_context=64", "got 64", "raise max_context"),
     ),
     Wrong(
+        "harmless suite without a judge",
+        "feedback: {type: reward_model, model: rm}\nevaluation: {harmless: {prompts: {path: red.jsonl}}}",
+        says=("evaluation.harmless needs feedback.type=judge", "got reward_model", "use rlaif evaluate"),
+    ),
+    Wrong(
+        "harmless suite with a mixture without a judge",
+        "feedback: {type: mixture, scorers: {a: {scorer: {type: length, target_tokens: 9}}}}\n"
+        "evaluation: {harmless: {prompts: {path: red.jsonl}}}",
+        says=("evaluation.harmless needs feedback.type=judge", "got length", "a judge of weight 0"),
+    ),
+    Wrong(
+        "harmless suite without prompts",
+        "evaluation: {harmless: {prompts: {limit: 3}}}",
+        says=("evaluation.harmless.prompts.path must be set", "no default", "Add it"),
+    ),
+    Wrong(
         "importance bounds swapped",
         "algorithm: {importance: {low: 3, high: 1}}",
         says=("algorithm.importance.low must not exceed", "got 3 > 1", "Swap them"),
@@ -404,7 +420,7 @@ def test_wrong_input(case: Wrong, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "run" / "summary.json").write_text("{}")
     assert_told_well(replace(case, settings=(*defaults, *case.settings)), tmp_path)
     kept = {path.name for path in (tmp_path / "run").iterdir()}
-    assert kept - {"checkpoints"} == {"metrics.jsonl", "summary.json"}
+    assert kept - {"checkpoints", ".lock"} == {"metrics.jsonl", "summary.json"}
     assert old.read_text() == '{"step": 1}\n'
 
 

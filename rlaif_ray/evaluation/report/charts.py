@@ -39,6 +39,13 @@ HEADLINES = {
     "dpo/accuracy": ("DPO accuracy", "share of a step's pairs ordered as labelled"),
 }
 
+# Of evaluations during training: title, and where the value with its interval is.
+HELD_OUT = (
+    ("Held-out reward", "held_out", "after", "mean"),
+    ("Held-out harmless rate", "harmless", "rate", "rate"),
+    ("Held-out over-refusal", "harmless", "over_refusal", "rate"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Chart:
@@ -83,18 +90,19 @@ def curves(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Chart]:
 
 
 def held_out(runs: Sequence[Run]) -> Iterator[Chart]:
-    """The held-out reward of each evaluation during training, with its interval."""
-    traces = []
-    for number, run in enumerate(runs):
-        points = [(row.get("step"), at(row, "held_out", "after") or {}) for row in run.evaluations]
-        kept = [(step, found) for step, found in points if found.get("mean") is not None]
-        if kept:
-            bounds = [(found["mean"], found.get("ci95_low"), found.get("ci95_high")) for _, found in kept]
-            line = {**_line(run.name, number), "mode": "lines+markers", "error_y": _error_bars(bounds)}
-            traces.append({**line, "x": [step for step, _ in kept], "y": [mean for mean, _, _ in bounds]})
-    if traces:
-        note = "same prompts at every evaluation; bars: 95% interval over prompts"
-        yield Chart("Held-out reward", note, _figure(traces, {}, "step"))
+    """What each evaluation during training measured, with its interval."""
+    for title, *path, value in HELD_OUT:
+        traces = []
+        for number, run in enumerate(runs):
+            points = [(row.get("step"), at(row, *path) or {}) for row in run.evaluations]
+            kept = [(step, found) for step, found in points if found.get(value) is not None]
+            if kept:
+                bounds = [(found[value], found.get("ci95_low"), found.get("ci95_high")) for _, found in kept]
+                line = {**_line(run.name, number), "mode": "lines+markers", "error_y": _error_bars(bounds)}
+                traces.append({**line, "x": [step for step, _ in kept], "y": [mean for mean, _, _ in bounds]})
+        if traces:
+            note = "by what trains the policy; same prompts at every evaluation; bars: 95% interval over prompts"
+            yield Chart(title, note, _figure(traces, {}, "step"))
 
 
 def phase_times(runs: Sequence[Run]) -> Iterator[Chart]:

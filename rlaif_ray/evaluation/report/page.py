@@ -130,6 +130,7 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
         ("feedback", _judge(run.given("feedback"))),
         ("judge", _judge(run.given("judge") or run.given("feedback", "judge")) or run.summary.get("judge")),
         ("mind", _pupils(run)),
+        ("held-out prompts are judged by", run.evaluations[-1].get("evaluator") if run.evaluations else ""),
         ("label template", run.given("label", "template")),
         ("constitution", run.given("label", "constitution") or run.given("revision", "constitution")),
         ("arms", ", ".join(run.given("arms") or {})),
@@ -222,12 +223,17 @@ def _measured(run: Run) -> Iterator[tuple[str, str, Any]]:
     for name, found in _parts(run, "reward_models"):
         yield "AI labeler alignment", f"{name}, a reward model", found
     for one in met(run):
-        yield "Win rate", f"{one['a']} vs {one['b']}", one["win_rate"]
+        lengths = [value for arm in "ab" if isinstance(value := at(one, "mean_length", arm), int | float)]
+        told = f"mean lengths {' and '.join(f'{value:.0f}' for value in lengths)} characters" if lengths else ""
+        yield "Win rate", f"{one['a']} vs {one['b']}", {**one["win_rate"], "reason": told}
         yield "Win rate at equal length", f"{one['a']} vs {one['b']}", one.get("length_controlled")
     for arm, rates in harmless_arms(run).items():
         yield "Harmless rate", arm, rates["rate"]
         yield "Harmless rate", f"{arm}, corrected", rates.get("corrected")
         yield "Over-refusal", arm, rates.get("over_refusal")
+    for when in ("before", "after"):  # in training
+        for name, key in (("Harmless rate", "rate"), ("Over-refusal", "over_refusal")):
+            yield name, f"{run.name}, {when} training, by its own judge", at(run.summary, "harmless", when, key)
 
 
 def _parts(run: Run, *path: str) -> list[tuple[str, Any]]:

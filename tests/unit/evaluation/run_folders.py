@@ -112,6 +112,7 @@ def evaluation_run(folder: Path) -> Path:
     curve = [{"low": 0.0, "high": 0.5, "n": 4, "mean_p": 0.3, "mean_label": 0.25}]
     aligned = {"accuracy": 0.8125, **told, "brier": 0.125, "ece": 0.0625, "curve": curve, "position_bias": bias}
     meeting = {"a": "rlaif", "b": "sft", "win_rate": {"rate": 0.5625, **told}, "position_bias": bias}
+    meeting["mean_length"] = {"a": 161.25, "b": 132.0}
     meeting["length_controlled"] = {"rate": 0.4375, **told, "reason": None}
     safe = {"rate": {"rate": 0.9375, **told}, "over_refusal": {"rate": 0.125, **told}, "corrected": None}
     summary = {"job": "evaluate", "alignment": aligned, "win_rates": [meeting], "harmless": {"arms": {"rlaif": safe}}}

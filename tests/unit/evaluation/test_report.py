@@ -122,6 +122,7 @@ def test_an_evaluation_shows_the_three_metrics_and_the_paper(tmp_path: Path) -> 
     rows = [" ".join(row.split()) for row in re.findall(r"(?s)<tr><td>.*?</tr>", (tmp_path / "page.html").read_text())]
     for metric, rate in (("AI labeler alignment", 0.8125), ("Win rate", 0.5625), ("Harmless rate", 0.9375)):
         assert any(metric in row and f"{rate:.3f}" in row and "0.250 – 0.875" in row for row in rows), metric
+    assert any("Win rate" in row and "mean lengths 161 and 132 characters" in row for row in rows)
     assert "Beside Table 1 of Lee et al." in page.text and "judged by people, PaLM 2" in page.text
     table = table_one([read_run(run, "evaluation")])
     row = table.comparisons[0]
