@@ -356,6 +356,10 @@ class ClusterConfig(Config):
     """Longest wait for placement and for every actor's start."""
     call_timeout_s: Annotated[float, Field(gt=0)] = 7200.0
     """Longest wait for one phase of a step on another process."""
+    silent_after_s: Annotated[float, Field(gt=0)] = 120.0
+    """A process without a sign of life, or an engine without a step, for so long is ended; engines are replaced."""
+    learner_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often a lost learner starts again from the last checkpoint, before the job ends."""
     object_store_gb: Annotated[float, Field(gt=0)] = 0.3
     """Of a local Ray."""
 

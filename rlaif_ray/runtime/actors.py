@@ -43,7 +43,7 @@ class Actor:
 class EngineActor(Actor):
     """A vLLM engine, for rollouts or for a judge."""
 
-    _engine: VllmEngine | None = None
+    _engine: Any = None
 
     def _busy_since(self) -> float | None:
         return None if self._engine is None else self._engine.busy_since
@@ -55,10 +55,12 @@ class EngineActor(Actor):
         self._engine = VllmEngine(replace(spec, model=str(resolve_model(spec.model, revision=spec.revision))))
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
-        return self._engine.generate(prompts, settings)
+        completions: list[Completion] = self._engine.generate(prompts, settings)
+        return completions
 
     def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
-        return self._engine.token_logprobs(queries)
+        answers: list[TokenAnswer] = self._engine.token_logprobs(queries)
+        return answers
 
     def init_transfer(self, init_info: dict[str, Any]) -> None:
         self._engine.init_transfer(init_info)
@@ -70,7 +72,8 @@ class EngineActor(Actor):
         self._engine.update(update_info)
 
     def finish_update(self, version: int) -> list[int]:
-        return self._engine.finish_update(version)
+        checksums: list[int] = self._engine.finish_update(version)
+        return checksums
 
 
 class RewardModelActor(Actor):

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,7 @@ from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
 from rlaif_ray.runtime.placement import Slot, actor_slots, job_needs, reserve, totals
+from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 
@@ -161,10 +162,13 @@ class Cluster:
         self.device: Literal["cpu", "cuda"] = device
         self._job, self._slots, self._group = job, slots, group
         self._node = ray.get_runtime_context().get_node_id()
-        self._actors: list[Any] = []
-        self._processes: list[tuple[int, str]] = []
+        self._watch = Watch()
+        self._limits = Limits(job.cluster.start_timeout_s, job.cluster.call_timeout_s, job.cluster.silent_after_s)
+        self._replicas: list[Replicas] = []
+        self._ranks: list[Watched] = []
+        self._starting: list[Any] = []  # of the ranks
         self._sync: Sync | None = None
-        self._starting: list[tuple[str, list[Any]]] = []
+        self._note: Callable[[str], None] = lambda text: None
 
     def start_rollouts(
         self, policy: PolicyConfig, cfg: EngineConfig, *, context: int, receives_weights: bool = True
@@ -186,11 +190,13 @@ class Cluster:
         environment = {"TOKENIZERS_PARALLELISM": "false"}
         if self.device == "cpu":
             environment |= {"OMP_NUM_THREADS": str(self._threads(len(slots))), "CUDA_VISIBLE_DEVICES": ""}
-        actors = [self._spawn(RewardModelActor, slot, environment) for slot in slots]
         threads = self._threads(len(slots))
-        starts = [actor.start.remote(cfg, self.device, precision, threads) for actor in actors]
-        self._starting.append((f"{role} actors", starts))
-        return ScorerGroup(actors, role=role, timeout_s=self._job.cluster.call_timeout_s)
+
+        def launch(k: int) -> tuple[Any, Any]:
+            actor = self._spawn(RewardModelActor, slots[k], environment)
+            return actor, actor.start.remote(cfg, self.device, precision, threads)
+
+        return ScorerGroup(self._replicate(role, len(slots), launch))
 
     def _engine_spec(self, model: Any, cfg: EngineConfig, *, context: int, transfer: str | None) -> EngineSpec:
         return EngineSpec(
@@ -210,9 +216,29 @@ class Cluster:
         )
 
     def _start_engines(self, role: str, spec: EngineSpec) -> EngineGroup:
-        actors = [self._spawn(EngineActor, slot, engine_environment(spec)) for slot in self._of(role)]
-        self._starting.append((f"{role} engines", [a.start.remote(spec) for a in actors]))
-        return EngineGroup(actors, role=role, timeout_s=self._job.cluster.call_timeout_s)
+        slots = self._of(role)
+
+        def launch(k: int) -> tuple[Any, Any]:
+            actor = self._spawn(EngineActor, slots[k], engine_environment(spec))
+            return actor, actor.start.remote(spec)
+
+        takes_weights = spec.transfer_backend is not None
+        return EngineGroup(self._replicate(f"{role} engine", len(slots), launch, takes_weights=takes_weights))
+
+    def _replicate(
+        self, role: str, count: int, launch: Callable[[int], tuple[Any, Any]], *, takes_weights: bool = False
+    ) -> Replicas:
+        replicas = Replicas(
+            role,
+            count,
+            launch,
+            watch=self._watch,
+            limits=self._limits,
+            takes_weights=takes_weights,
+            note=lambda text: self._note(text),
+        )
+        self._replicas.append(replicas)
+        return replicas
 
     def start_learner(self) -> LearnerGroup:
         """Ranks of the RL learner. `wait` waits for them."""
@@ -230,7 +256,7 @@ class Cluster:
         """Ranks that train a policy on preference labels. `wait` waits for them."""
         return DpoGroup(*self._start_ranks(total_steps)[:2])
 
-    def _start_ranks(self, total_steps: int | None = None) -> tuple[list[Any], Any, Literal["fp32", "bf16"]]:
+    def _start_ranks(self, total_steps: int | None = None) -> tuple[list[Watched], Any, Literal["fp32", "bf16"]]:
         """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""
         job = self._job
         precision = chosen_precision(job.policy.precision, self.device)
@@ -249,24 +275,39 @@ class Cluster:
             RankSpec(rank, len(slots), 0, address, port, self.device, self._threads(len(slots)))
             for rank in range(len(slots))
         ]
-        starts = [a.start.remote(job, spec, precision, total_steps) for a, spec in zip(actors, specs, strict=True)]
-        self._starting.append(("learner ranks", starts))
-        return actors, job, precision
+        self._starting = [
+            a.start.remote(job, spec, precision, total_steps) for a, spec in zip(actors, specs, strict=True)
+        ]
+        self._ranks = [Watched(f"learner rank {k}", actor, self._limits.silent_s) for k, actor in enumerate(actors)]
+        for rank in self._ranks:
+            self._watch.add(rank)
+        return self._ranks, job, precision
 
-    def wait(self) -> None:
-        """Until every actor started so far is ready: they load side by side."""
-        for who, refs in self._starting:
-            gather(refs, who=f"{who} (start)", timeout_s=self._job.cluster.start_timeout_s)
+    def wait(self, note: Callable[[str], None] | None = None) -> None:
+        """Until every actor started so far is ready: they load side by side. `note` is told of losses from now on."""
+        self._note = note or self._note
+        for replicas in self._replicas:
+            replicas.wait_started()
+        gather(self._starting, who="learner ranks (start)", timeout_s=self._limits.start_s, ranks=self._ranks)
         self._starting = []
-        self._processes = gather(
-            [a.process.remote() for a in self._actors], who="actors", timeout_s=self._job.cluster.start_timeout_s
-        )
+        for rank in self._ranks:
+            rank.started()
 
     def stop_engines(self, engines: EngineGroup) -> None:
         """Ends these; their places are free for others of the same role."""
-        for actor in engines.actors:
-            ray.kill(actor)
-        self._actors = [actor for actor in self._actors if actor not in engines.actors]
+        engines.replicas.stop()
+        self._replicas.remove(engines.replicas)
+
+    def stop_learner(self) -> None:
+        """Ends what is left of the learner; its places are free for another."""
+        if self._sync is not None:
+            with suppress(Exception):  # a dead or busy learner: it ends below, and its segments with it
+                self._sync.close()
+            self._sync = None
+        self._watch.discard(self._ranks)
+        for rank in self._ranks:
+            rank.lose("ended")
+        self._ranks, self._starting = [], []
 
     def connect(self, learner: LearnerGroup, rollouts: EngineGroup) -> Sync:
         """The way for weights from the learner to the rollout engines."""
@@ -283,7 +324,7 @@ class Cluster:
 
     def pids(self) -> list[int]:
         """Processes of the actors on this node. Asks nothing of Ray: other threads call it, also after the end."""
-        return [pid for pid, node in self._processes if node == self._node]
+        return [beat.pid for beat in self._watch.beats() if beat.node == self._node]
 
     def _of(self, role: str) -> list[Slot]:
         return [s for s in self._slots if s.role == role]
@@ -298,15 +339,14 @@ class Cluster:
         if slot.gpus:
             options["num_gpus"] = slot.gpus
         carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE", "HF_HOME", "RLAIF_CACHE") if k in os.environ}
-        actor: Any = ray.remote(**options, runtime_env={"env_vars": environment | carried})(actor_class).remote()
-        self._actors.append(actor)
+        options |= {"concurrency_groups": {HEALTH: 1}, "runtime_env": {"env_vars": environment | carried}}
+        actor: Any = ray.remote(**options)(actor_class).remote()
         return actor
 
     def stop(self) -> None:
         """Ends every actor; frees what the sync staged."""
-        if self._sync is not None:
-            with suppress(Exception):  # a dead or busy learner: the actors end below, and their segments are gone
-                self._sync.close()
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        self._watch.stop()
+        self.stop_learner()
+        for replicas in self._replicas:
+            replicas.stop()
+        self._replicas = []

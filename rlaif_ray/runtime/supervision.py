@@ -163,7 +163,7 @@ class Watch:
                     act()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Replica:
     """One of several actors that do the same work."""
 
@@ -305,6 +305,23 @@ class Replicas:
 
     # Their work
 
+    def answer(self, replica: Replica, ref: Any, timeout_s: float) -> Any:
+        """What one replica answers.
+
+        Raises:
+            EngineError: it is lost.
+            RlaifError: what it raised itself.
+        """
+        sent = _Sent(replica, [])
+        with self._losses(sent):
+            while not ray.wait([ref], timeout=POLL_S)[0]:
+                if replica.watched.lost is not None:
+                    break
+                if time.monotonic() - sent.at > timeout_s:
+                    replica.watched.lose(f"did not answer within {timeout_s:g} s")
+            return self._answer(ref, sent)
+        raise EngineError(f"{replica.watched.name} {replica.watched.lost}")
+
     def run(self, keys: Sequence[Hashable], ask: Callable[[Any, list[int]], Any], split: Split) -> list[Any]:
         """One answer per item, in order; None for those in quarantine.
 
@@ -391,7 +408,9 @@ class Replicas:
                 continue
             self._outlaws.add(keys[i])
             self.quarantined += 1
-            self._note(f"a request lost {TRIES} {self.role} replicas: it is in quarantine ({sent.replica.watched.lost})")
+            self._note(
+                f"a request lost {TRIES} {self.role} replicas: it is in quarantine ({sent.replica.watched.lost})"
+            )
 
     def _wait_for_one(self) -> None:
         """Until a replica serves."""
