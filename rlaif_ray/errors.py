@@ -11,6 +11,8 @@
             PlacementError            the cluster did not give the resources asked for in time
             CheckpointError           a checkpoint could not be written or read
 
+    Preempted (KeyboardInterrupt)     this process was told to end (SIGTERM): the step under way is given up
+
 Messages say what, got, why and remedy. All of them pickle: they cross Ray's process borders with their type.
 """
 
@@ -53,3 +55,7 @@ class PlacementError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint could not be written, or does not fit what is to be resumed."""
+
+
+class Preempted(KeyboardInterrupt):
+    """The process was told to end, as by a scheduler that takes the node away: the step under way is given up."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from rlaif_ray.types import Score
+
 if TYPE_CHECKING:
     from rlaif_ray.types import (
         Answer,
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
         Prompt,
         Question,
         Sample,
-        Score,
         SyncReport,
         TokenAnswer,
         TokenQuery,
@@ -81,6 +82,13 @@ class Scorer(Protocol):
     def score(self, completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in order; failures are Scores without a value."""
         ...
+
+
+def score_answered(scorer: Scorer, completions: Sequence[Completion]) -> list[Score]:
+    """One score per completion, in order. What has no answer is a failure, and the scorer does not see it."""
+    answered = [c for c in completions if c.failure is None]
+    scores = iter(scorer.score(answered) if answered else ())
+    return [next(scores) if c.failure is None else Score(None, c.failure) for c in completions]
 
 
 class Learner(Protocol):

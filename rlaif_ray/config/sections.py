@@ -370,6 +370,8 @@ class CheckpointConfig(Config):
     keep: Annotated[int, Field(ge=1)] = 2
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint in run_dir, if there is one."""
+    grace_s: Annotated[float, Field(gt=0)] = 90.0
+    """After SIGTERM (a preempted node, a stopped job) the run writes a checkpoint, and ends within so many seconds."""
 
 
 class HeldOutConfig(Config):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.metrics import cluster_means, mean_interval, paired_gain
+from rlaif_ray.interfaces import score_answered
 from rlaif_ray.types import Sample
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def held_out_samples(
 ) -> tuple[list[Sample], HeldOutScores]:
     """Answers the prompts and has them scored, the same way as in training; per prompt the mean score."""
     completions = generator.generate(prompts, settings)
-    samples = [Sample(c, s) for c, s in zip(completions, scorer.score(completions), strict=True)]
+    samples = [Sample(c, s) for c, s in zip(completions, score_answered(scorer, completions), strict=True)]
     per_prompt = cluster_means([s.score.value for s in samples], [s.completion.prompt.id for s in samples])
     return samples, list(per_prompt.values())
 

@@ -175,6 +175,10 @@ class LocalAsker:
         count = settings.samples_per_prompt
         for k, i in enumerate(short):
             own = completions[k * count : (k + 1) * count]
+            failure = next((c.failure for c in own if c.failure), None)
+            if failure is not None:
+                yield i, Explanation((), failure=failure)
+                continue
             written = sum(len(completion.tokens) for completion in own)
             read = len(prompts[i])
             yield (

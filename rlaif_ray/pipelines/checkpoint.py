@@ -67,10 +67,15 @@ def must_match(job: TrainJob | SupervisedJob) -> dict[str, Any]:
     }
 
 
-def newest(run_dir: Path, cfg: CheckpointConfig) -> Path | None:
-    """The newest complete checkpoint of the run, if it is to be resumed."""
+def newest(run_dir: Path, cfg: CheckpointConfig | None = None) -> Path | None:
+    """The newest complete checkpoint of the run, if `cfg` lets it be resumed."""
     found = [folder for folder in _complete(run_dir) if (folder / STATE).is_file()]
-    return found[-1] if found and cfg.resume == "auto" else None
+    return found[-1] if found and (cfg is None or cfg.resume == "auto") else None
+
+
+def start_over(run_dir: Path) -> None:
+    """Removes an earlier run's checkpoints: this run's are told from them by nothing but their steps."""
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
 def _complete(run_dir: Path) -> list[Path]:

@@ -106,15 +106,16 @@ def next_kl_coef(coef: float, kl: float, cfg: KlConfig, samples: int) -> float:
 def batch_metrics(completions: Sequence[Completion], scores: Sequence[Score]) -> dict[str, float]:
     """What the step's completions and scores look like; times are added by the loop."""
     values = [s.value for s in scores if s.value is not None]
-    lengths = [len(c.tokens) for c in completions]
+    answered = [c for c in completions if c.failure is None]
+    lengths = [len(c.tokens) for c in answered]
     mean = sum(values) / len(values) if values else float("nan")
     spread = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5 if values else float("nan")
     outside = [s.evidence["outside_mass"] for s in scores if "outside_mass" in s.evidence]
     return {
         "reward/mean": mean,
         "reward/std": spread,
-        "completion/length_mean": sum(lengths) / len(lengths),
-        "completion/eos_fraction": sum(c.finished for c in completions) / len(completions),
+        "completion/length_mean": sum(lengths) / max(1, len(lengths)),
+        "completion/eos_fraction": sum(c.finished for c in answered) / max(1, len(answered)),
         "completion/tokens": float(sum(lengths)),
         "feedback/scored_fraction": len(values) / len(scores),
         "feedback/failed": float(len(scores) - len(values)),

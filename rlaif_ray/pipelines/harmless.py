@@ -152,7 +152,8 @@ def judged(judge: Judge, completions: Sequence[Completion]) -> list[Score]:
     """The judge's scores. Nothing at all is not asked about: it harms nobody, and does nothing of what was asked."""
     texts = [c for c in completions if c.text.strip()]
     scores = iter(judge.score(texts) if texts else ())
-    return [next(scores) if c.text.strip() else Score(1.0) for c in completions]
+    unasked = ((c, Score(None, c.failure) if c.failure else Score(1.0)) for c in completions)
+    return [next(scores) if c.text.strip() else otherwise for c, otherwise in unasked]
 
 
 def _completion(response: Response) -> Completion:

@@ -127,7 +127,13 @@ def _sample(job: PairsJob, source: Source, done: int, cluster: Cluster, path: Pa
             for k, prompt in enumerate(prompts):
                 own = completions[k * settings.samples_per_prompt : (k + 1) * settings.samples_per_prompt]
                 tokens = sum(len(c.tokens) for c in own)
-                rows.append({"prompt_id": prompt.id, "texts": [c.text.strip() for c in own], "tokens": tokens})
+                rows.append(
+                    {
+                        "prompt_id": prompt.id,
+                        "texts": [c.text.strip() for c in own if c.failure is None],
+                        "tokens": tokens,
+                    }
+                )
             append_rows(path, rows)
             progress.advance(len(prompts))
         cluster.stop_engines(engines)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.prompts import PromptSource
-from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.errors import LearnerLostError, Preempted, ReplicasLostError
+from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
@@ -29,54 +32,94 @@ from rlaif_ray.tracking import open_tracker, print_summary
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.interfaces import Scorer
+    from rlaif_ray.pipelines.run_folder import Stopping
+    from rlaif_ray.runtime.cluster import Cluster
+    from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
+    from rlaif_ray.tracking import Tracker
     from rlaif_ray.types import Prompt
 
 
 def train_rl(loaded: Loaded) -> dict[str, Any]:
-    """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
+    """Runs the job to its end, or from its newest checkpoint; returns what summary.json says.
+
+    A learner that is lost starts again from the newest checkpoint; engines that are lost are replaced meanwhile.
+    """
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
     make_folder(run_dir)  # its own before a checkpoint is looked for
-    resumed = checkpoint.newest(run_dir, job.checkpoint)
-    state = (
-        checkpoint.read_state(resumed, job, job.steps)
-        if resumed
-        else checkpoint.RunState(kl_coef=job.algorithm.kl.coef)
-    )
-    prompts = PromptSource(
-        inputs.prompts, prompts_per_step=job.sampling.prompts_per_step, seed=job.seed, shuffle=job.data.shuffle
-    )
-    if resumed:
-        prompts.restore(state.prompts)
+    start = find_start(job, inputs, checkpoint.newest(run_dir, job.checkpoint))
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": job.steps}
     with (
         open_cluster(job) as cluster,  # first: wrong input must not cost an earlier run its files
-        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
-        stop_when_asked() as stopping,
+        open_tracker(run_dir, **tracking, resume_step=start.state.step, name=run_dir.name) as track,
+        stop_when_asked(job.checkpoint.grace_s) as stopping,
     ):
         write_resolved(loaded)
+        if start.checkpoint is None:
+            checkpoint.start_over(run_dir)
         track.note("starting engines and learner")
+        track.watch_processes(cluster.pids)
         rollouts = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context)
         feedback = start_feedback(inputs.feedback, cluster)
-        learner = cluster.start_learner()
-        cluster.wait()
-        track.watch_processes(cluster.pids)
-        sync = cluster.connect(learner, rollouts)
         held_out = HeldOut(job, inputs.held_out, rollouts, feedback, track)
-        if resumed:
-            learner.load_checkpoint(str(resumed))
-            track.note(f"resumed from {resumed}")
+        cluster.tell(track.note, leave=stopping.soon)
+        run = Run(job, run_dir, cluster, rollouts, feedback, held_out, track, stopping)
+        for restarts in itertools.count():
+            try:
+                summary = train_from(start, run)
+                break
+            except LearnerLostError as error:
+                if restarts == job.cluster.learner_restarts:
+                    raise
+                start = find_start(job, inputs, checkpoint.newest(run_dir))
+                track.note(f"{error}: starting the learner again from step {start.state.step}")
+                cluster.stop_learner()
+                track.rewind(start.state.step)
+    print_summary(summary, run_dir)
+    return summary
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What lasts as long as the run, whatever becomes of its learner."""
+
+    job: TrainJob
+    run_dir: Path
+    cluster: Cluster
+    rollouts: EngineGroup
+    feedback: Scorer
+    held_out: HeldOut
+    track: Tracker
+    stopping: Stopping
+
+
+def train_from(start: Start, run: Run) -> dict[str, Any]:
+    """Trains from there to the end, and saves the policy; returns what summary.json says.
+
+    Raises:
+        LearnerLostError: a learner rank died or went silent.
+        KeyboardInterrupt: the run was asked to stop; there is a checkpoint.
+    """
+    job, track, state, prompts = run.job, run.track, start.state, start.prompts
+    learner = run.cluster.start_learner()
+    run.cluster.wait()
+    sync = run.cluster.connect(learner, run.rollouts)
+    if start.checkpoint is not None:
+        learner.load_checkpoint(str(start.checkpoint))
+        track.note(f"resumed from {start.checkpoint}")
+    try:
         sync.push(version=state.step)  # before the first rollout
         if state.held_out_before is None:
-            state.held_out_before = held_out.measure(state.step)
-        while state.step < job.steps and not stopping():
+            state.held_out_before = run.held_out.measure(state.step)
+        while state.step < job.steps and not run.stopping():
             step = state.step + 1
             with track.step(step) as metrics:
                 with metrics.phase("rollout"):
-                    completions = rollouts.generate(prompts.next(), sampling_settings(job, step))
+                    completions = run.rollouts.generate(prompts.next(), sampling_settings(job, step))
                     check_fresh(completions, version=state.step)
                 with metrics.phase("feedback"):
-                    scores = feedback.score(completions)
+                    scores = score_answered(run.feedback, completions)
                     track.samples(step, sample_rows(completions, scores))
                     samples = keep_scored(completions, scores, job.feedback.min_scored_fraction)
                 with metrics.phase("annotate"):
@@ -87,32 +130,67 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
                 with metrics.phase("weight_sync"):
                     pushed = sync.push(version=step)
                 kl = mean_kl(experience, job.algorithm.kl)
-                metrics.add(batch_metrics(completions, scores))
+                metrics.add(batch_metrics(completions, scores) | run.rollouts.metrics())
                 metrics.add({"kl/mean": kl, "kl/coef": state.kl_coef})
                 metrics.add({"weights/version": pushed.version, "weights/sync_bytes": pushed.bytes})
                 metrics.add(rates(completions, metrics.seconds))
                 state.kl_coef = next_kl_coef(state.kl_coef, kl, job.algorithm.kl, len(samples))
                 state.step, state.prompts = step, prompts.state()
                 if checkpoint.due(step, job.evaluation.every) and step < job.steps:
-                    held_out.measure(step, state.held_out_before)
+                    run.held_out.measure(step, state.held_out_before)
             if checkpoint.due(step, job.checkpoint.every, last=job.steps):  # after the step's row is on disk
                 with track.phase("checkpoint"):
-                    checkpoint.save(run_dir, job, learner, state)
-        if state.step < job.steps:
-            checkpoint.save(run_dir, job, learner, state)
-            raise KeyboardInterrupt
-        held_out.measure(state.step, state.held_out_before)
-        with track.phase("saving the policy"):
-            learner.save_policy(str((run_dir / "policy").absolute()))
-        summary = track.summary({"job": "train", **held_out.summary()})
-    print_summary(summary, run_dir)
-    return summary
+                    checkpoint.save(run.run_dir, job, learner, state)
+        if state.step == job.steps:
+            run.held_out.measure(state.step, state.held_out_before)
+    except (Preempted, ReplicasLostError):  # both come while engines are waited for: the learner stands at a step
+        save_last(run, learner, state)
+        raise
+    if state.step < job.steps:
+        save_last(run, learner, state)
+        raise KeyboardInterrupt
+    with track.phase("saving the policy"):
+        learner.save_policy(str((run.run_dir / "policy").absolute()))
+    return track.summary({"job": "train", **run.held_out.summary()})
+
+
+def save_last(run: Run, learner: LearnerGroup, state: checkpoint.RunState) -> None:
+    """A checkpoint of the last step whose row is written, unless there is one, or nothing was learned yet."""
+    newest = checkpoint.newest(run.run_dir)
+    if state.step and state.step == run.track.last_step and (newest is None or newest.name != f"step-{state.step}"):
+        checkpoint.save(run.run_dir, run.job, learner, state)
 
 
 def plan_rl(loaded: Loaded) -> str:
     """What `--dry-run` shows beside the resolved config: actors, resources, and what the judge will read."""
     job = loaded.config
     return "\n\n".join([placement_table(job), *feedback_lines(job.feedback)])
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run, or a new learner in it, begins."""
+
+    state: checkpoint.RunState
+    prompts: PromptSource
+    checkpoint: Path | None  # to load; None: from the start
+
+
+def find_start(job: TrainJob, inputs: Inputs, found: Path | None) -> Start:
+    """Where the checkpoint that was found stands, or the beginning.
+
+    Raises:
+        InputError: the checkpoint is another run's.
+        CheckpointError: it can't be read.
+    """
+    prompts = PromptSource(
+        inputs.prompts, prompts_per_step=job.sampling.prompts_per_step, seed=job.seed, shuffle=job.data.shuffle
+    )
+    if found is None:
+        return Start(checkpoint.RunState(kl_coef=job.algorithm.kl.coef), prompts, None)
+    state = checkpoint.read_state(found, job, job.steps)
+    prompts.restore(state.prompts)
+    return Start(state, prompts, found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ import hashlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -142,19 +143,42 @@ def write_resolved(loaded: Loaded) -> None:
     (loaded.run_dir / "resolved.yaml").write_text(text)
 
 
-@contextmanager
-def stop_when_asked() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C asks to stop at a good moment, such as after a step; the second stops at once."""
-    asked = False
+class Stopping:
+    """Whether the run was asked to stop: by the first Ctrl-C, or by SIGTERM."""
 
-    def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+    def __init__(self, grace_s: float | None) -> None:
+        self._grace_s = grace_s
+        self._asked = False
+        self._soon = False
+
+    def __call__(self) -> bool:
+        """Asked to stop at a good moment, such as after a step."""
+        return self._asked
+
+    def soon(self) -> bool:
+        """Asked by SIGTERM: a step that can be given up is not waited for."""
+        return self._soon
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked = True
+        self._asked = True
+        if number == signal.SIGTERM and not self._soon:
+            self._soon = True
+            if self._grace_s is not None:  # then it is over in any case, as by a second Ctrl-C
+                timer = threading.Timer(self._grace_s, os.kill, (os.getpid(), signal.SIGINT))
+                timer.daemon = True
+                timer.start()
 
-    before = signal.signal(signal.SIGINT, handle)
+
+@contextmanager
+def stop_when_asked(grace_s: float | None = None) -> Iterator[Stopping]:
+    """Within it the first Ctrl-C or SIGTERM asks to stop at a good moment, such as after a step; a second Ctrl-C, or
+    the end of `grace_s` seconds after SIGTERM, stops at once."""
+    stopping = Stopping(grace_s)
+    before = {number: signal.signal(number, stopping.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield stopping
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

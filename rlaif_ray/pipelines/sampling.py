@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import FeedbackError
-from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
 from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
@@ -103,13 +103,15 @@ def _sample(job: SampleJob, inputs: Inputs, done: int, path: Path, stopping: Any
             if stopping():
                 break
             completions = engines.generate(prompts, settings)
-            scores = scorer.score(completions) if scorer is not None else [None] * len(completions)
+            scores = score_answered(scorer, completions) if scorer is not None else [None] * len(completions)
             own = (chunks(of_all, sampling.samples_per_prompt) for of_all in (completions, scores))
             append_rows(path, [_row(*group) for group in zip(prompts, *own, strict=True)])
             progress.advance(len(prompts))
 
 
 def _row(prompt: Prompt, completions: Sequence[Completion], scores: Sequence[Score | None]) -> dict[str, Any]:
+    answered = [k for k, c in enumerate(completions) if c.failure is None]
+    completions, scores = [completions[k] for k in answered], [scores[k] for k in answered]
     return {
         "prompt_id": prompt.id,
         "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],

@@ -283,9 +283,14 @@ class Cluster:
             self._watch.add(rank)
         return self._ranks, job, precision
 
-    def wait(self, note: Callable[[str], None] | None = None) -> None:
-        """Until every actor started so far is ready: they load side by side. `note` is told of losses from now on."""
-        self._note = note or self._note
+    def tell(self, note: Callable[[str], None], leave: Callable[[], bool]) -> None:
+        """`note` is told of losses from now on; `leave` says whether to give up waiting for replicas (Preempted)."""
+        self._note = note
+        for replicas in self._replicas:
+            replicas.leave = leave
+
+    def wait(self) -> None:
+        """Until every actor started so far is ready: they load side by side."""
         for replicas in self._replicas:
             replicas.wait_started()
         gather(self._starting, who="learner ranks (start)", timeout_s=self._limits.start_s, ranks=self._ranks)

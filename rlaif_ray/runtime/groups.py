@@ -49,7 +49,10 @@ class EngineGroup:
         def ask(engine: Any, items: list[int]) -> Any:
             return engine.generate.remote([prompts[i] for i in items], settings)
 
-        answers = self.replicas.run([p.tokens for p in prompts], ask, by_load(loads))
+        def read(reply: list[Completion]) -> list[list[Completion]]:
+            return [reply[k : k + per_prompt] for k in range(0, len(reply), per_prompt)]
+
+        answers = self.replicas.run([p.tokens for p in prompts], ask, by_load(loads), read)
         return [
             completion
             for prompt, own in zip(prompts, answers, strict=True)

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rlaif_ray.errors import EngineError, ReplicasLostError, RlaifError, RunError
+from rlaif_ray.errors import EngineError, Preempted, ReplicasLostError, RlaifError, RunError
 
 HEALTH = "health"  # Ray's concurrency group of `beat`
 BEAT_S = 1.0
@@ -203,6 +203,7 @@ class Replicas:
         self.role, self.count = role, count
         self.lost = 0  # replicas lost so far
         self.quarantined = 0  # requests given up so far
+        self.leave: Callable[[], bool] = lambda: False  # asked while waiting: whether to give up what is under way
         self.admit: Callable[[list[Replica], bool], None] | None = None  # (newcomers, whether others are busy)
         self._launch, self._watch, self._limits = launch, watch, limits
         self._takes_weights, self._note = takes_weights, note
@@ -322,16 +323,24 @@ class Replicas:
             return self._answer(ref, sent)
         raise EngineError(f"{replica.watched.name} {replica.watched.lost}")
 
-    def run(self, keys: Sequence[Hashable], ask: Callable[[Any, list[int]], Any], split: Split) -> list[Any]:
+    def run(
+        self,
+        keys: Sequence[Hashable],
+        ask: Callable[[Any, list[int]], Any],
+        split: Split,
+        read: Callable[[Any], list[Any]] = list,
+    ) -> list[Any]:
         """One answer per item, in order; None for those in quarantine.
 
         Args:
             keys: by which an item that is in quarantine is known again.
-            ask: (actor, items by number) -> ref of a list of their answers.
+            ask: (actor, items by number) -> ref of its reply.
             split: shares out items among replicas.
+            read: a reply as a list of one answer per item.
 
         Raises:
             ReplicasLostError: none was left, and no new one came within `cluster.start_timeout_s`.
+            Preempted: `leave` said so.
             RlaifError: what an actor itself raised, when it is not the actor that failed.
         """
         answers: list[Any] = [None] * len(keys)
@@ -341,6 +350,7 @@ class Replicas:
             self._wait_for_one()
         work.add(asked, len(self.serving()))
         while work.todo or work.flying:
+            self._leave_if_asked()
             self._send(work, ask)
             if not work.flying:
                 self._wait_for_one()
@@ -349,7 +359,7 @@ class Replicas:
             for ref in done or [ref for ref, sent in work.flying.items() if self._overdue(sent)]:
                 sent = work.flying.pop(ref)
                 with self._losses(sent):
-                    for i, answer in zip(sent.items, self._answer(ref, sent), strict=True):
+                    for i, answer in zip(sent.items, read(self._answer(ref, sent)), strict=True):
                         answers[i] = answer
                 if sent.replica.watched.lost is not None and not sent.answered:
                     self._again(work, sent, keys)
@@ -372,8 +382,8 @@ class Replicas:
             sent.replica.watched.lose(f"did not answer within cluster.call_timeout_s={self._limits.call_s:g} s")
         return sent.replica.watched.lost is not None
 
-    def _answer(self, ref: Any, sent: _Sent) -> list[Any]:
-        found: list[Any] = ray.get(ref, timeout=0 if sent.replica.watched.lost else None)
+    def _answer(self, ref: Any, sent: _Sent) -> Any:
+        found = ray.get(ref, timeout=0 if sent.replica.watched.lost else None)
         sent.answered = True
         return found
 
@@ -412,10 +422,15 @@ class Replicas:
                 f"a request lost {TRIES} {self.role} replicas: it is in quarantine ({sent.replica.watched.lost})"
             )
 
+    def _leave_if_asked(self) -> None:
+        if self.leave():
+            raise Preempted
+
     def _wait_for_one(self) -> None:
         """Until a replica serves."""
         began, told = time.monotonic(), False
         while not self.serving():
+            self._leave_if_asked()
             usable = self.usable()
             if usable and self.admit is not None:
                 self.admit(usable, False)

@@ -102,8 +102,8 @@ class Tracker:
         self._samples_path = run_dir / "samples.jsonl"
         self._evaluations_path = run_dir / "evaluations.jsonl"
         self._state_path = run_dir / "tracking_state.json"  # totals over the processes of a resumed run
-        logs = (self._metrics_path, self._samples_path, self._evaluations_path)
-        prepare_folder(run_dir, logs, resume_step)
+        self._logs = (self._metrics_path, self._samples_path, self._evaluations_path)
+        prepare_folder(run_dir, self._logs, resume_step)
         earlier = read_json(self._state_path) if resume_step else {}
         self._earlier_wall_s = float(earlier.get("wall_s", 0.0))
         self._earlier_peak_gb = float(earlier.get("peak_rss_gb", 0.0))
@@ -146,6 +146,16 @@ class Tracker:
     def watch_processes(self, pids: Callable[[], list[int]]) -> None:
         """Counts these processes, and what they start, in the run's memory; asked anew about every second."""
         self._memory.watch(pids)
+
+    @property
+    def last_step(self) -> int:
+        """The last step whose row is written."""
+        return self._last_step
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after `step`: the run has gone back to it, and repeats what came after."""
+        prepare_folder(self.run_dir, self._logs, step)
+        self._last_step = step
 
     def note(self, text: str) -> None:
         """Shows a line with the time since the start."""

@@ -87,8 +87,11 @@ def _spawn(actor_class: type, environment: dict[str, str]) -> Any:
 
     import ray
 
+    from rlaif_ray.runtime.supervision import HEALTH
+
     carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE",) if k in os.environ}
     options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment | carried}}
+    options["concurrency_groups"] = {HEALTH: 1}
     if not REHEARSAL:
         options["num_gpus"] = GPUS_PER_ACTOR
     return ray.remote(**options)(actor_class).remote()
@@ -102,12 +105,17 @@ def running_engine(spec: EngineSpec) -> Iterator[EngineGroup]:
     from rlaif_ray.rollout.vllm_engine import engine_environment
     from rlaif_ray.runtime.actors import EngineActor
     from rlaif_ray.runtime.groups import EngineGroup
+    from rlaif_ray.runtime.supervision import Limits, Replicas, Watch
 
-    actor = _spawn(EngineActor, engine_environment(spec))
+    actor, watch = _spawn(EngineActor, engine_environment(spec)), Watch()
     try:
-        ray.get(actor.start.remote(spec), timeout=TIMEOUT_S)
-        yield EngineGroup([actor], role="rollout", timeout_s=TIMEOUT_S)
+        launched = (actor, actor.start.remote(spec))
+        limits = Limits(TIMEOUT_S, TIMEOUT_S, TIMEOUT_S)
+        replicas = Replicas("rollout engine", 1, lambda k: launched, watch=watch, limits=limits)
+        replicas.wait_started()
+        yield EngineGroup(replicas)
     finally:
+        watch.stop()
         ray.kill(actor)
 
 
@@ -119,13 +127,14 @@ def running_learner(job: TrainJob) -> Iterator[LearnerGroup]:
     from rlaif_ray.learner.engine import RankSpec, learner_environment
     from rlaif_ray.runtime.actors import LearnerActor
     from rlaif_ray.runtime.groups import LearnerGroup
+    from rlaif_ray.runtime.supervision import Watched
 
     spec = RankSpec(0, 1, 0, "127.0.0.1", free_port(), DEVICE, threads=2)
     keep = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
     actor = _spawn(LearnerActor, {k: v for k, v in learner_environment(spec).items() if k in keep})
     try:
         ray.get(actor.start.remote(job, spec, PRECISION), timeout=TIMEOUT_S)
-        yield LearnerGroup([actor], job, PRECISION)
+        yield LearnerGroup([Watched("learner rank 0", actor, TIMEOUT_S)], job, PRECISION)
     finally:
         ray.kill(actor)
 

@@ -35,6 +35,7 @@ from rlaif_ray.rollout.weight_transfer import additive_checksum
 from rlaif_ray.runtime.actors import Actor, LearnerActor
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
+from rlaif_ray.runtime.supervision import Limits, Replicas, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync
 from rlaif_ray.types import Completion, Experience, Prompt, Sample, Score
@@ -99,7 +100,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
         engines["tied"] = tied.start_rollouts(start, jobs["tied"].rollout, context=CONTEXT)
         tied.wait()
         untied.wait()
-        from_disk = sample(engines["tied"], seed=5)
+        # Of the engine itself: the group lets nobody sample before a push.
+        from_disk = ray.get(engines["tied"].actors[0].generate.remote(PROMPTS, settings(seed=5)), timeout=60)
         sync = tied.connect(learners[2], engines["tied"])
         sync.push(0)
         synced = sample(engines["tied"], seed=5)
@@ -137,11 +139,12 @@ class Case:
 def case(request: pytest.FixtureRequest, processes: Processes) -> Iterator[Case]:
     kind, stage = request.param
     job = tiny_job(kind, stage)
-    actors = processes.learners[STAGES[stage]].actors
+    ranks = processes.learners[STAGES[stage]].ranks
+    actors = [rank.actor for rank in ranks]
     # The processes met long ago, so address and port are not used again.
     specs = [RankSpec(rank, len(actors), 0, "", 0, "cpu", 1) for rank in range(len(actors))]
     ray.get([actor.start.remote(job, spec, "fp32") for actor, spec in zip(actors, specs, strict=True)], timeout=120)
-    learner, engines = LearnerGroup(actors, job, "fp32"), processes.engines[kind]
+    learner, engines = LearnerGroup(ranks, job, "fp32"), processes.engines[kind]
     case = Case(processes, kind, job, learner, engines, connect(learner, engines, job.weight_sync))
     yield case
     case.sync.close()
@@ -187,8 +190,12 @@ def transformers_greedy(folder: Path) -> list[list[int]]:
     return found
 
 
+def settings(seed: int) -> GenerationSettings:
+    return GenerationSettings(2, ANSWER, temperature=1.0, seed=seed)
+
+
 def sample(engines: EngineGroup, seed: int) -> list[Completion]:
-    return engines.generate(PROMPTS, GenerationSettings(2, ANSWER, temperature=1.0, seed=seed))
+    return engines.generate(PROMPTS, settings(seed))
 
 
 def experience_of(learner: LearnerGroup, job: TrainJob, completions: Sequence[Completion]) -> Experience:
@@ -397,8 +404,14 @@ def test_closing_says_that_the_learner_died(processes: Processes) -> None:
     engine = ray.remote(num_cpus=0, runtime_env=environment)(SilentEngine).remote()
     ray.get(rank.__ray_call__.remote(hold_a_small_model), timeout=120)
     job = tiny_job("tied", 0)
-    engines = EngineGroup([engine], role="rollout", timeout_s=60)
-    sync = connect(LearnerGroup([rank], job, "fp32"), engines, job.weight_sync)
+    watch = Watch()
+    launched = (engine, ray.put(None))
+    replicas = Replicas(
+        "rollout engine", 1, lambda k: launched, watch=watch, limits=Limits(60, 60, 600), takes_weights=True
+    )
+    replicas.wait_started()
+    learner = LearnerGroup([Watched("learner rank 0", rank, 600)], job, "fp32")
+    sync = connect(learner, EngineGroup(replicas), job.weight_sync)
     assert sync.push(1).bytes == 4 * 12
     ray.kill(rank)
     with pytest.raises(RunError, match="learner"):  # killing takes a moment
@@ -407,4 +420,5 @@ def test_closing_says_that_the_learner_died(processes: Processes) -> None:
             time.sleep(0.1)
     with pytest.raises(RunError, match="close weight sync"):
         sync.close()
+    watch.stop()
     ray.kill(engine)

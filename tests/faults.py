@@ -1,0 +1,92 @@
+"""`rlaif train` with faults: a program that runs the real job and, as its loop enters a phase, sends a real signal to
+one of its processes. Run as `python -m tests.faults FAULTS RUN_DIR CONFIG... key=value...`; FAULTS is a JSON list.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlaif_ray.config.load import load_job
+from rlaif_ray.pipelines import rl
+from rlaif_ray.runtime import cluster as clusters
+from rlaif_ray.tracking import StepMetrics, Tracker
+
+
+class Faults:
+    """Each is {"step", "phase", "who", "signal"}: `who` is such as "rollout engine 0" or "learner rank 1"."""
+
+    def __init__(self, faults: list[dict[str, Any]], log: Path) -> None:
+        self.faults, self.log = faults, log
+        self.cluster: Any = None
+
+    def strike(self, step: int, phase: str) -> None:
+        if any((f["step"], f["phase"]) == (step, phase) for f in self.faults):
+            self.wait_until_all_are_there()
+        for fault in [f for f in self.faults if (f["step"], f["phase"]) == (step, phase)]:
+            self.faults.remove(fault)  # once: the step may be done again
+            pids = [w.last.pid for w in self.cluster._watch._watched if w.name.startswith(fault["who"]) and w.last]
+            for pid in pids:
+                os.kill(pid, getattr(signal, fault["signal"]))
+            with self.log.open("a") as file:
+                file.write(json.dumps({**fault, "pids": pids, "at": time.time()}) + "\n")
+
+
+    def wait_until_all_are_there(self) -> None:
+        """So that every fault meets a full set: engines take longer to start than steps do."""
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline:
+            there = all(len(r.usable()) == r.count for r in self.cluster._replicas)
+            if there and all(w.last is not None for w in self.cluster._watch._watched):
+                return
+            time.sleep(0.2)
+        raise AssertionError("the replicas are not at full strength again")
+
+
+def main(faults: Faults, run_dir: Path, arguments: list[str]) -> None:
+    real_init, real_phase, real_step, real_outside = (
+        clusters.Cluster.__init__,
+        StepMetrics.phase,
+        Tracker.step,
+        Tracker.phase,
+    )
+    current = [0]
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        real_init(self, *args, **kwargs)
+        faults.cluster = self
+
+    @contextmanager
+    def step(self: Any, number: int) -> Any:
+        current[0] = number
+        with real_step(self, number) as metrics:
+            yield metrics
+
+    @contextmanager
+    def phase(self: Any, name: str) -> Any:
+        with real_phase(self, name):
+            faults.strike(current[0], name)
+            yield
+
+    @contextmanager
+    def outside(self: Any, name: str) -> Any:
+        with real_outside(self, name):
+            if self._current is None:
+                faults.strike(current[0], name)
+            yield
+
+    clusters.Cluster.__init__ = init  # type: ignore[method-assign]
+    StepMetrics.phase, Tracker.step, Tracker.phase = phase, step, outside  # type: ignore[method-assign,assignment]
+    files = [Path(a) for a in arguments if "=" not in a]
+    rl.train_rl(load_job("train", files, [*(a for a in arguments if "=" in a), f"run_dir={run_dir}"]))
+
+
+if __name__ == "__main__":
+    given, folder, *rest = sys.argv[1:]
+    main(Faults(json.loads(given), Path(f"{folder}.faults.jsonl")), Path(folder), rest)

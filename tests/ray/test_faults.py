@@ -1,0 +1,182 @@
+"""Real signals to the processes of a real run, in every phase: it goes on, and nothing is lost, stale or left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ray.test_train import repeatable, weights_hash
+from tests.runs import Program, finish_train, rows, start, start_train, tiny_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+SHORT = ("evaluation.held_out.path=null", "cluster.silent_after_s=6", "cluster.start_timeout_s=120")
+
+# (phase, who, signal): one after the other in one run, each with every replica there.
+ENGINE_FAULTS = [
+    ("rollout", "rollout engine 0", "SIGKILL"),
+    ("feedback", "judge engine 0", "SIGKILL"),
+    ("weight_sync", "rollout engine 1", "SIGKILL"),
+    ("rollout", "rollout engine 1", "SIGSTOP"),
+    ("update", "rollout engine 0", "SIGKILL"),
+    ("feedback", "judge engine 0", "SIGSTOP"),
+    ("weight_sync", "rollout engine 0", "SIGSTOP"),
+    ("rollout", "judge engine 0", "SIGKILL"),
+    ("checkpoint", "rollout engine 1", "SIGKILL"),
+    ("rollout", "rollout engine", "SIGKILL"),  # both
+]
+LEARNER_FAULTS = [
+    ("update", "learner rank 0", "SIGKILL"),
+    ("annotate", "learner rank 0", "SIGSTOP"),
+    ("weight_sync", "learner rank 0", "SIGKILL"),
+    ("rollout", "learner rank 0", "SIGKILL"),
+    ("checkpoint", "learner rank 0", "SIGKILL"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Path:
+    return tiny_config(folder)
+
+
+def faulty(run_dir: Path, faults: list[dict[str, Any]], *arguments: str | Path) -> Program:
+    """A run with faults, ended; nothing of it lives on."""
+    command = [sys.executable, "-m", "tests.faults", json.dumps(faults), run_dir, *arguments]
+    program = start(command, run_dir.with_suffix(".out"))
+    try:
+        return program.wait(900)
+    finally:
+        program.kill()
+
+
+def timed(faults: list[tuple[str, str, str]], every: int) -> list[dict[str, Any]]:
+    return [
+        {"step": every * (k + 1), "phase": phase, "who": who, "signal": name}
+        for k, (phase, who, name) in enumerate(faults)
+    ]
+
+
+def struck(run_dir: Path) -> list[dict[str, Any]]:
+    return rows(run_dir.with_name(f"{run_dir.name}.faults.jsonl"))
+
+
+def assert_whole(run_dir: Path, steps: int) -> None:
+    """Every step once, with every prompt of an epoch once, sampled from the weights of the step before, all scored."""
+    metrics, samples = rows(run_dir / "metrics.jsonl"), rows(run_dir / "samples.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, steps + 1))
+    assert [row["weights/version"] for row in metrics] == list(range(1, steps + 1))
+    assert [(row["step"], row["weight_version"], row["failure"]) for row in samples] == [
+        (step, step - 1, None) for step in range(1, steps + 1) for _ in range(8)
+    ]
+    for first in range(1, steps - 1, 3):  # 12 prompts, 4 a step
+        asked = [row["prompt_id"] for row in samples if first <= row["step"] < first + 3]
+        assert sorted(set(asked)) == [f"train-{k:04}" for k in range(1, 13)] and len(asked) == 24
+
+
+class TestEngines:
+    @pytest.fixture(scope="class")
+    def run(self, folder: Path, config: Path) -> tuple[Path, Program, int]:
+        steps = 2 * len(ENGINE_FAULTS) + 1
+        run_dir = folder / "engines"
+        settings = ("rollout.replicas=2", f"steps={steps}", "checkpoint.every=2")
+        return run_dir, faulty(run_dir, timed(ENGINE_FAULTS, 2), config, *SHORT, *settings), steps
+
+    def test_it_ends_well_and_leaves_nothing_behind(self, run: tuple[Path, Program, int]) -> None:
+        _, program, _ = run
+        assert program.exit_code == 0, program.stderr + program.stdout
+        assert program.left_over == []
+
+    def test_every_fault_met_its_process(self, run: tuple[Path, Program, int]) -> None:
+        found = struck(run[0])
+        assert [(f["phase"], f["who"], f["signal"]) for f in found] == ENGINE_FAULTS
+        assert [len(f["pids"]) for f in found] == [1] * (len(ENGINE_FAULTS) - 1) + [2]
+
+    def test_nothing_is_lost_or_stale(self, run: tuple[Path, Program, int]) -> None:
+        run_dir, _, steps = run
+        assert_whole(run_dir, steps)
+
+    def test_steps_go_on_while_a_replica_is_left(self, run: tuple[Path, Program, int]) -> None:
+        metrics = {row["step"]: row for row in rows(run[0] / "metrics.jsonl")}
+        assert metrics[2]["rollout/serving"] == metrics[3]["rollout/serving"] == 1  # of two, one is starting
+        assert metrics[1]["rollout/serving"] == 2
+        assert metrics[21]["rollout/lost"] == sum(who.startswith("rollout") for _, who, _ in ENGINE_FAULTS) + 1
+        assert metrics[21]["rollout/quarantined"] == 0
+
+    def test_it_says_what_happened(self, run: tuple[Path, Program, int]) -> None:
+        text = run[1].stdout
+        assert "rollout engine 0 died" in text and "starting another" in text
+        assert "rollout engine 1 gave no sign of life for" in text
+        assert "no judge engine is left: waiting for a new one" in text and "is ready again" in text
+
+
+class TestLearner:
+    """A lost learner goes on from the last checkpoint, to the same end as a run without the fault."""
+
+    @pytest.fixture(scope="class")
+    def runs(self, folder: Path, config: Path) -> tuple[Path, Program, Path]:
+        settings = (*SHORT, "steps=12", "checkpoint.every=2", "cluster.learner_restarts=9")
+        straight, run_dir = folder / "straight", folder / "learner"
+        without = finish_train(config, *settings, run_dir=straight)
+        assert without.exit_code == 0, without.stderr
+        return run_dir, faulty(run_dir, timed(LEARNER_FAULTS, 2), config, *settings), straight
+
+    def test_it_ends_well_and_leaves_nothing_behind(self, runs: tuple[Path, Program, Path]) -> None:
+        run_dir, program, _ = runs
+        assert program.exit_code == 0, program.stderr + program.stdout
+        assert program.left_over == []
+        assert [(f["phase"], f["who"], f["signal"]) for f in struck(run_dir)] == LEARNER_FAULTS
+        assert all(len(f["pids"]) == 1 for f in struck(run_dir))
+        assert program.stdout.count("starting the learner again from step") == len(LEARNER_FAULTS)
+
+    def test_the_end_is_that_of_a_run_without_faults(self, runs: tuple[Path, Program, Path]) -> None:
+        run_dir, _, straight = runs
+        assert_whole(run_dir, 12)
+        engines = {"rollout/lost", "rollout/serving"}  # one that was left with half an update is replaced
+        for ours, theirs in zip(rows(run_dir / "metrics.jsonl"), rows(straight / "metrics.jsonl"), strict=True):
+            ours, theirs = repeatable(ours), repeatable(theirs)
+            assert {k: v for k, v in ours.items() if k not in engines} == {
+                k: v for k, v in theirs.items() if k not in engines
+            }
+        assert rows(run_dir / "samples.jsonl") == rows(straight / "samples.jsonl")
+        assert weights_hash(run_dir) == weights_hash(straight)
+
+
+def test_a_learner_that_is_lost_too_often_ends_the_run(folder: Path, config: Path) -> None:
+    run_dir = folder / "often"
+    faults = [{"step": 2, "phase": "update", "who": "learner rank 0", "signal": "SIGKILL"}]
+    program = faulty(run_dir, faults, config, *SHORT, "cluster.learner_restarts=0", "checkpoint.every=1")
+    assert program.exit_code == 1
+    assert "LearnerLostError" in program.stderr and "learner ranks (update)" in program.stderr
+    assert program.left_over == []
+    assert [row["step"] for row in rows(run_dir / "metrics.jsonl")] == [1]
+
+
+def test_sigterm_writes_a_checkpoint_that_resumes(folder: Path, config: Path) -> None:
+    """As when a scheduler takes the node: at once, without waiting for the step, and with nothing to do twice."""
+    run_dir = folder / "preempted"
+    settings = (*SHORT, "steps=400", "checkpoint.every=0", "sampling.max_new_tokens=40")
+    program = start_train(config, *settings, run_dir=run_dir)
+    try:
+        program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2)
+        program.process.send_signal(signal.SIGTERM)
+        program.wait(30)
+    finally:
+        program.kill()
+    assert program.exit_code == 130, program.stderr
+    assert program.left_over == []
+    last = rows(run_dir / "metrics.jsonl")[-1]["step"]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{last}"]
+    again = finish_train(config, *settings[:-2], f"steps={last + 1}", *settings[-2:], run_dir=run_dir)
+    assert again.exit_code == 0, again.stderr
+    assert f"step-{last}" in again.stdout
+    assert_whole(run_dir, last + 1)
