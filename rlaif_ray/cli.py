@@ -317,7 +317,7 @@ def _run(
 
 def _split(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Config files and key=value settings, told apart by the dotted name before the first `=`."""
-    overrides = [text for text in arguments if re.match(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=", text)]
+    overrides = [text for text in arguments if re.match(r"[A-Za-z_]\w*(\.[A-Za-z_][\w-]*)*=", text)]
     files = [Path(text) for text in arguments if text not in overrides]
     if not files:
         raise InputError(

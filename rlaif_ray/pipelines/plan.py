@@ -28,6 +28,7 @@ PROMPT_TOKENS = 2048  # of the longest prompt, where neither rollout.max_context
 # memory; shared memory on a CPU, as tests/benchmarks measured it on two cores.
 BANDWIDTH = {"nccl": 25.0, "ipc": 300.0, "shm": 0.6}
 PIPELINE = "pipeline"
+NAMED = {"alignment": "evaluate", "best-of-n": "sample"}  # what else a job's file may be called
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ def job_of(files: Sequence[Path], overrides: Sequence[str]) -> str:
     able = [name for name, model in JOBS.items() if keys <= set(model.model_fields)]
     if len(able) > 1:
         able = [name for name in able if _loads(name, files, overrides)] or able
-    named = [name for name in able if Path(files[0]).stem.replace("_", "-").startswith(name)]
+    stem = Path(files[0]).stem.replace("_", "-")
+    named = [name for name in able if stem.startswith(name)] + [job for word, job in NAMED.items() if stem == word]
     for choice in (able, named):
         if len(choice) == 1:
             return choice[0]
@@ -203,11 +205,15 @@ class ShapeFinder:
         shape = known_shape(name)
         if shape is not None:
             return shape
-        resolve_model(name, revision=section.revision)  # what can't be a name is an error of its own
+        remedy = f"say how large it is: --model-params {name}=7e9"
+        try:
+            resolve_model(name, revision=section.revision)  # what can't be a name is an error of its own
+        except InputError as error:
+            raise InputError(f"{error} If it will be there later, {remedy}.") from error
         raise InputError(
             f"model {name} isn't known here (looked for a folder, in the Hugging Face cache, and among well-known "
             f"models): its memory can't be planned. Load its config once (huggingface-cli download {name} "
-            f"config.json), or say how large it is: --model-params {name}=7e9."
+            f"config.json), or {remedy}."
         )
 
 
@@ -297,7 +303,7 @@ def _rows(phase: Phase, device: Device) -> list[tuple[str, ...]]:
     rows = [("actors x GPUs", *(f"{a.need.actors} x {a.need.workers}" for a in phase.actors))]
     rows.append(("model", *(a.need.model for a in phase.actors)))
     rows.append(("parameters", *(f"{a.shape.parameters / 1e9:.2f} billion" for a in phase.actors)))
-    rows += [(part, *(_gb(m.parts[part]) if part in m.parts else "" for m in each)) for part in parts]
+    rows += [(part, *(_gb(m.parts[part]) if part in m.parts else "" for m in each)) for part in sorted(parts, key="CUDA".__eq__)]
     rows.append(("needed", *(_gb(memory.total) for memory in each)))
     if device == "cuda":
         rows.append(("allowed", *(_gb(memory.limit) for memory in each)))

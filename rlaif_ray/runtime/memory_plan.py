@@ -264,9 +264,10 @@ class Zero:
             return 0
         return min(self._share(model.trainable, 1), STEP_ELEMENTS if self.stage == 3 else 2**62) * 4
 
-    def gathered(self, model: Trained) -> int:
-        """ZeRO-3: whole weights of the layers at work."""
-        return min(model.all, self.live_elements) * self.weight_bytes if self.stage == 3 else 0
+    def gathered(self, model: Trained, largest: int) -> int:
+        """ZeRO-3: whole weights of the layers at work; never less than the largest, of so many elements."""
+        live = max(min(model.all, self.live_elements), largest)
+        return live * self.weight_bytes if self.stage == 3 else 0
 
     def _share(self, count: int, stage: int) -> int:
         return -(-count // self.ranks) if self.stage >= stage else count
@@ -332,7 +333,7 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
     working = {
         "activations": activations(shape, tokens, size, checkpointing=checkpointing, attention=policy.attention),
         "logits": 0 if isinstance(job, RewardModelJob) else logits(shape, tokens, size),
-        "gathered": max(zero.gathered(one) for one in models.values()),
+        "gathered": max(zero.gathered(one, shape.vocabulary * shape.hidden) for one in models.values()),
         "buckets": zero.bucket_bytes,
     }
     # The step comes when activations are gone: only what it takes beyond them adds to the peak.

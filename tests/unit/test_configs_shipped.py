@@ -59,8 +59,8 @@ def test_shipped_pipeline_loads_and_is_planned(file: Path, monkeypatch: pytest.M
     pipeline = load_pipeline(files)
     plan = plan_pipeline(pipeline)
     assert all(f"{stage.name}: {stage.job}" in plan for stage in pipeline.stages)
-    # All that a stage asks for at a time, of one node with 8 GPUs and of four.
-    gpus = {"8gpu": 8, "nodes": 32}.get(file.stem, 8 if file.parts[0] == "reference" else 0)
+    # All that a stage asks for at a time, of one node with 8 GPUs and of five.
+    gpus = {"8gpu": 8, "nodes": 40}.get(file.stem, 8 if file.parts[0] == "reference" else 0)
     device = "cuda" if gpus else "cpu"
     jobs = [job for one in place(pipeline).values() for job in jobs_of(one) if job_needs(job)]
     asked = [totals(actor_slots(job, device))["GPU"] for job in jobs]  # type: ignore[arg-type]
