@@ -303,7 +303,10 @@ def _rows(phase: Phase, device: Device) -> list[tuple[str, ...]]:
     rows = [("actors x GPUs", *(f"{a.need.actors} x {a.need.workers}" for a in phase.actors))]
     rows.append(("model", *(a.need.model for a in phase.actors)))
     rows.append(("parameters", *(f"{a.shape.parameters / 1e9:.2f} billion" for a in phase.actors)))
-    rows += [(part, *(_gb(m.parts[part]) if part in m.parts else "" for m in each)) for part in sorted(parts, key="CUDA".__eq__)]
+    rows += [
+        (part, *(_gb(m.parts[part]) if part in m.parts else "" for m in each))
+        for part in sorted(parts, key="CUDA".__eq__)
+    ]
     rows.append(("needed", *(_gb(memory.total) for memory in each)))
     if device == "cuda":
         rows.append(("allowed", *(_gb(memory.limit) for memory in each)))

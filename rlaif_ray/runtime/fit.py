@@ -18,6 +18,7 @@ from rlaif_ray.runtime.placement import Slot, actor_slots
 
 MOST_RANKS = 256  # of a proposal
 MOST_PROPOSALS = 4
+TAKES_GPUS = ("ranks", "tensor_parallel", "gpus_per_actor")  # settings that do
 Change = tuple[str, Any]  # a setting's dotted name and its value
 
 
@@ -161,7 +162,7 @@ def proposals(job: Any, plan: Plan, replan: Callable[[Any], Plan], machine: Mach
 
     for count in (1, 2):
         if found := _search(options, count, solves):
-            return found
+            return found[:MOST_PROPOSALS]
     together: list[Change] = []
     for role in dict.fromkeys(role for problem in plan.problems for role in problem.roles):
         own = [(key, values) for key, values in options if _concerns(key, role, plan)]
@@ -175,18 +176,23 @@ def proposals(job: Any, plan: Plan, replan: Callable[[Any], Plan], machine: Mach
 def _search(
     options: Sequence[tuple[str, Sequence[Any]]], count: int, solves: Callable[[Sequence[Change]], bool]
 ) -> list[tuple[Change, ...]]:
-    """For every choice of so many settings the nearest values that solve it."""
-    found: list[tuple[Change, ...]] = []
+    """For every choice of so many settings the nearest values that solve it; the nearest choice first.
+
+    A step is one value further; one that takes more GPUs counts double.
+    """
+    found: list[tuple[int, tuple[Change, ...]]] = []
     for chosen in combinations(options, count):
-        steps = product(*(range(len(values)) for _, values in chosen))
-        for at in sorted(steps, key=lambda at: (sum(at), at)):
+        weights = [2 if key.endswith(TAKES_GPUS) else 1 for key, _ in chosen]
+
+        def far(at: tuple[int, ...], weights: Sequence[int] = weights) -> int:
+            return sum(weight * (k + 1) for weight, k in zip(weights, at, strict=True))
+
+        for at in sorted(product(*(range(len(values)) for _, values in chosen)), key=far):
             changes = tuple((key, values[k]) for (key, values), k in zip(chosen, at, strict=True))
             if solves(changes):
-                found.append(changes)
+                found.append((far(at), changes))
                 break
-        if len(found) == MOST_PROPOSALS:
-            break
-    return found
+    return [changes for _, changes in sorted(found, key=lambda one: one[0])]
 
 
 def _concerns(key: str, role: str, plan: Plan) -> bool:
