@@ -74,6 +74,8 @@ def make_plan(
     """
     machine = Machine(int(gpu_memory * GIB), gpus_per_node, JUDGE_CONTEXT, PROMPT_TOKENS)
     job = job or job_of(files, overrides)
+    if job not in (*JOBS, PIPELINE):
+        raise InputError(f"--job must be a job (got {job!r}): choose among {', '.join([*JOBS, PIPELINE])}.")
     shapes = ShapeFinder(sizes_of(model_params))
     if job == PIPELINE:
         pipeline = load_pipeline(files, overrides)

@@ -36,6 +36,8 @@ OVER = {Path("pipelines/nodes.yaml"): [Path("pipelines/8gpu.yaml")]}  # what a f
 
 
 def job_of(file: Path) -> str:
+    if file.parts[0] == "cluster":  # named after what they run on
+        return "train"
     for pattern, job in JOB_OF_NAME.items():
         if fnmatch(file.stem, pattern):
             return job
