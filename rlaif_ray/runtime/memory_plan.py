@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlaif_ray.config.deepspeed import deepspeed_config
-from rlaif_ray.config.jobs import EvaluateJob, ReviseJob, RewardModelJob, SupervisedJob, TrainJob
+from rlaif_ray.config.jobs import EvaluateJob, ReviseJob, RewardModelJob, SftJob, SupervisedJob, TrainJob
 from rlaif_ray.config.sections import (
     EngineConfig,
     JudgeConfig,
@@ -330,8 +330,13 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
 
     tokens = max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine))
     checkpointing = job.learner.gradient_checkpointing
+
+    def kept(checkpointing: bool) -> int:
+        how: dict[str, Any] = {"attention": policy.attention, "repeats": _repeats(job, shape, machine)}
+        return activations(shape, tokens, size, checkpointing=checkpointing, **how)
+
     working = {
-        "activations": activations(shape, tokens, size, checkpointing=checkpointing, attention=policy.attention),
+        "activations": kept(checkpointing),
         "logits": 0 if isinstance(job, RewardModelJob) else logits(shape, tokens, size),
         "gathered": max(zero.gathered(one, shape.vocabulary * shape.hidden) for one in models.values()),
         "buckets": zero.bucket_bytes,
@@ -339,8 +344,17 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
     # The step comes when activations are gone: only what it takes beyond them adds to the peak.
     working["optimizer step"] = max(0, max(zero.step(one) for one in models.values()) - sum(working.values()))
     memory = _alone(parts | working, machine, device, resting=held)
-    other = activations(shape, tokens, size, checkpointing=not checkpointing, attention=policy.attention)
-    return replace(memory, otherwise={"activations": other})
+    return replace(memory, otherwise={"activations": kept(not checkpointing)})
+
+
+def _repeats(job: Any, shape: ModelShape, machine: Machine) -> float:
+    """Keys per token of a packed row: a prompt's stand for itself and for each of its samples (learner/packing.py)."""
+    if isinstance(job, SupervisedJob):  # responses as long as the prompt
+        prompt, answer, samples = 1, 1, 1 if isinstance(job, SftJob) else 2
+    else:
+        answer, samples = job.sampling.max_new_tokens, job.sampling.samples_per_prompt
+        prompt = max(0, _longest(job, shape, machine) - answer)
+    return float((prompt + samples * (prompt + answer)) / (prompt + samples * answer))
 
 
 def _longest(job: Any, shape: ModelShape, machine: Machine) -> int:
@@ -350,21 +364,27 @@ def _longest(job: Any, shape: ModelShape, machine: Machine) -> int:
     return min(engine_tokens(job, job.rollout, machine), shape.context)
 
 
-def activations(shape: ModelShape, tokens: int, size: int, *, checkpointing: bool, attention: str) -> int:
+def activations(
+    shape: ModelShape, tokens: int, size: int, *, checkpointing: bool, attention: str = "auto", repeats: float = 1.0
+) -> int:
     """What the forward pass of T tokens keeps for the backward pass, and one layer's gradients.
 
-    A layer keeps, per token: for each norm its input in fp32 and its output twice (2 x (4h + 2h b)); queries, keys,
-    values and attention's output ((2q + 2kv) b); gate, its activation, up and their product (4i b). Checkpointing keeps
-    a layer's input alone, and computes one layer's again.
+    A layer keeps, per token: for each norm its input in fp32, what it scales, and its output; queries and attention's
+    output, and keys and values as often as there are heads (learner/packing.py) and as samples share a prompt
+    (`repeats`, at least 1); gate, its activation, up and their product. A test compares with what torch keeps.
+    Checkpointing keeps a layer's input alone, and computes one layer's again.
     """
-    h, i, b = shape.hidden, shape.intermediate, size
-    norms = 4 if shape.family == "gemma3" else 2
-    layer = norms * (4 * h + 2 * h * b) + (2 * shape.queries + 2 * shape.keys) * b + 4 * i * b
+    h, i, q, b = shape.hidden, shape.intermediate, shape.queries, size
+    scaled = 4 if shape.family == "gemma3" else b  # bytes: Gemma multiplies in fp32
+    norm = h * (4 + scaled + b)
+    layer = norm * (4 if shape.family == "gemma3" else 2) + 2 * q * b + 2 * int(q * repeats) * b + 4 * i * b
+    if shape.family in ("qwen3", "gemma3"):  # norms of queries and keys
+        layer += (q + shape.keys) * (4 + scaled)
     if attention == "eager":
         layer += shape.heads * tokens * (b + 4)  # every head's scores
     gradients = (2 * h + 3 * i) * b
     kept = shape.layers * h * b + layer if checkpointing else shape.layers * layer
-    return tokens * (kept + gradients)
+    return tokens * (kept + norm + gradients)
 
 
 def logits(shape: ModelShape, tokens: int, size: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
 from rlaif_ray.config.sections import EngineConfig, LearnerConfig
-from rlaif_ray.model_shapes import ModelShape, known_shapes
+from rlaif_ray.model_shapes import ModelShape, known_shapes, shape_of_config
 from rlaif_ray.runtime.memory_plan import (
     CUDA_BYTES,
     GIB,
@@ -101,11 +101,64 @@ def test_supervised_ranks_hold_one_model() -> None:
 
 
 def test_activations_by_hand() -> None:
-    """Tiny in bf16, per token of a layer: two norms of 4 x 8 + 2 x 8 x 2 = 64; q and kv 8 and 4, so (16 + 8) x 2 = 48;
-    4 x 16 x 2 = 128: 304 in all. Gradients of one layer: (16 + 48) x 2 = 128."""
-    assert activations(TINY, 10, 2, checkpointing=False, attention="auto") == 10 * (2 * 304 + 128)
-    assert activations(TINY, 10, 2, checkpointing=True, attention="auto") == 10 * (2 * 8 * 2 + 304 + 128)
+    """Tiny in bf16, per token of a layer: two norms of (4 + 2 + 2) x 8 = 64; q 8, so queries and output 2 x 8 x 2 = 32,
+    keys and values of both heads as much again; 4 x 16 x 2 = 128: 320 in all. The last norm is 64 more, gradients of
+    one layer (16 + 48) x 2 = 128."""
+    assert activations(TINY, 10, 2, checkpointing=False) == 10 * (2 * 320 + 64 + 128)
+    assert activations(TINY, 10, 2, checkpointing=True) == 10 * (2 * 8 * 2 + 320 + 64 + 128)
+    assert activations(TINY, 10, 2, checkpointing=False, repeats=1.5) == 10 * (2 * 336 + 64 + 128)
     assert logits(TINY, 10, 2) == 10 * 32 * 2 + 128 * 32 * 8
+
+
+def kept_by_torch(kind: str, tokens: int) -> tuple[Any, int]:
+    """A small model's shape, and the bytes that autograd saves in a forward pass of its body in bf16."""
+    import torch
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "vocab_size": 1000}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
+    config = getattr(transformers, f"{kind}Config")(**sizes, attn_implementation="sdpa", use_cache=False)
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).to(torch.bfloat16).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.int64))
+    assert result is not None
+    return shape_of_config(config.to_dict(), kind), sum(t.untyped_storage().nbytes() for t in saved.values())
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text"])
+def test_activations_are_what_torch_keeps(kind: str) -> None:
+    shape, kept = kept_by_torch(kind, 512)
+    gradients = 512 * 2 * (2 * shape.hidden + 3 * shape.intermediate)
+    planned = activations(shape, 512, 2, checkpointing=False) - gradients
+    assert 0.98 < planned / kept < 1.05
+
+
+def test_keys_of_a_shared_prompt_stand_for_each_sample() -> None:
+    """Prompts and answers of 1024, four samples: 1024 + 4 x 2048 keys for 1024 + 4 x 1024 tokens, 1.8 times."""
+    learner = {"tokens_per_micro_batch": 8192}
+    shared, single = (
+        learner_memory(
+            train(
+                learner=learner,
+                rollout={"max_context": 2048},
+                sampling={"samples_per_prompt": samples, "max_new_tokens": 1024},
+            ),
+            LLAMA_8B,
+            MACHINE,
+            "cuda",
+        ).parts["activations"]
+        for samples in (4, 1)
+    )
+    layer = 2 * (int(4096 * 1.8) - int(4096 * 1.5)) * 2  # one sample: 3072 keys for 2048 tokens
+    assert shared - single == 8192 * 32 * layer
 
 
 def test_a_sample_above_the_budget_sets_the_micro_batch() -> None:
