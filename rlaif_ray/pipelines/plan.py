@@ -99,7 +99,7 @@ def make_plan(
     else:
         for one in planned:
             _show(one, machine)
-        print(_assumptions(machine))
+        print("It fits." if fits else "It does not fit.", _assumptions(machine))
     return fits
 
 

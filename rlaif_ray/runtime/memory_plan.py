@@ -162,9 +162,14 @@ def engine_tokens(job: Any, cfg: EngineConfig, machine: Machine) -> int:
     return int((prompt or machine.prompt_tokens) + job.sampling.max_new_tokens)
 
 
-def _sleeps(cfg: EngineConfig) -> bool:
+def can_sleep(cfg: EngineConfig) -> bool:
+    """Whether there is such a setting."""
+    return "sleep" in type(cfg).model_fields
+
+
+def sleeps(cfg: EngineConfig) -> bool:
     """Whether the engines give their KV cache back while the learner learns."""
-    return "sleep" in type(cfg).model_fields and bool(cfg.model_dump()["sleep"])
+    return can_sleep(cfg) and bool(cfg.model_dump()["sleep"])
 
 
 def engine_memory(
@@ -198,7 +203,7 @@ def engine_memory(
     tokens = max(0, cache // token)
     parts["KV cache"] = max(cache, context * token)
     holds = {"kv_tokens": tokens, "context": context, "sequences": tokens // context}
-    return Memory(parts, share, used if _sleeps(cfg) else share, share, holds, {})
+    return Memory(parts, share, used if sleeps(cfg) else share, share, holds, {})
 
 
 def scorer_memory(cfg: RewardModelFeedback, shape: ModelShape, machine: Machine, device: Device) -> Memory:

@@ -188,3 +188,14 @@ def test_an_engine_must_hold_one_sequence() -> None:
     assert engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 4, "cuda").total == int(80 * GIB * 0.48)
     long = engine_memory(cfg, LLAMA_8B, 131_072, MACHINE, 4, "cuda")
     assert long.total > long.limit and long.parts["KV cache"] == 131_072 * 2 * 32 * 8 * 128 * 4
+
+
+def test_an_engine_that_sleeps_leaves_its_cache_to_the_learner() -> None:
+    class Sleeping(EngineConfig):
+        sleep: bool = True
+
+    cfg = EngineConfig(gpu_memory_utilization=0.5)
+    awake = engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 2, "cuda")
+    asleep = engine_memory(Sleeping(gpu_memory_utilization=0.5), LLAMA_8B, 2048, MACHINE, 2, "cuda")
+    assert (awake.resting, asleep.reserved) == (40 * GIB, 40 * GIB)
+    assert asleep.resting == asleep.parts["weights"] + asleep.parts["workspace"]
