@@ -205,6 +205,63 @@ def pipeline(
 
 
 @app.command()
+def plan(
+    arguments: Arguments,
+    job: Annotated[
+        str | None, typer.Option("--job", help="Whose config it is, where that can't be told.", show_default=False)
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option("--gpu-memory", min=1, help="GB (2^30 bytes) of a GPU.")] = 80.0,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 8,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            "--bandwidth",
+            min=0.001,
+            help="GB/s of a weight sync; default 25 by nccl, 300 by ipc, 0.6 by shm.",
+            show_default=False,
+        ),
+    ] = None,
+    model_params: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model-params",
+            metavar="NAME=COUNT",
+            help="Parameters of a model that isn't known here.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Where a config's actors go and what they hold on each GPU, before anything starts; also of a pipeline's stages.
+
+    Needs no GPU and no network. Exit code 0: it fits; 1: it doesn't, and the nearest settings that do are shown;
+    2: wrong input.
+    """
+    try:
+        from rlaif_ray.pipelines.plan import make_plan
+
+        files, overrides = _split(arguments)
+        fits = make_plan(
+            files,
+            overrides,
+            job=job,
+            gpu_memory=gpu_memory,
+            gpus_per_node=gpus_per_node,
+            bandwidth=bandwidth,
+            model_params=model_params or (),
+            as_json=as_json,
+        )
+    except KeyboardInterrupt:
+        _say("interrupted.")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        raise typer.Exit(_report("plan", error, None)) from None
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN", help="Run folders, a pipeline's too.", show_default=False)
@@ -260,7 +317,7 @@ def _run(
 
 def _split(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Config files and key=value settings, told apart by the dotted name before the first `=`."""
-    overrides = [text for text in arguments if re.match(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=", text)]
+    overrides = [text for text in arguments if re.match(r"[A-Za-z_]\w*(\.[A-Za-z_][\w-]*)*=", text)]
     files = [Path(text) for text in arguments if text not in overrides]
     if not files:
         raise InputError(

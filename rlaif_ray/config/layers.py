@@ -143,7 +143,7 @@ def _missing(file: Path) -> str:
     return f"config file {file} does not exist (working folder {Path.cwd()}). {remedy}"
 
 
-DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_][\w-]*)*")  # a stage of a pipeline may have - in its name
 
 
 def read_overrides(overrides: Sequence[str]) -> Layer:

@@ -43,6 +43,9 @@ ADDED: dict[str, str | None] = {
     ".venv/bin/rlaif label configs/demo/label.yaml": None,  # the four in a row: tests/ray/test_preference_jobs.py
     ".venv/bin/rlaif reward-model configs/demo/reward_model.yaml": None,
     ".venv/bin/rlaif train configs/demo/train_rm.yaml": None,
+    ".venv/bin/rlaif plan configs/cluster/8gpu.yaml": "",
+    "launch/kuberay.sh": None,  # tests/unit/test_cluster_files.py, as the next
+    "launch/ray_up.sh": None,
     ".venv/bin/python launch/submit.py --address http://HEAD:8265 train configs/demo/train.yaml "
     "run_dir=/shared/runs/first": None,  # tests/ray/test_cluster.py, against a real head
 }
@@ -79,6 +82,8 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         assert "rollout" in done.stdout
         assert "learner" in done.stdout
         assert not (tmp_path / "run").exists()
+    elif "rlaif plan" in command:
+        assert "8 GPUs on nodes of 8" in done.stdout
     elif "pipeline" in command:
         assert "│ revise" in done.stdout and (tmp_path / "run/latest/revise/revisions.jsonl").exists()
     elif "rlaif evaluate" in command:

@@ -22,6 +22,7 @@ LEVEL_OF_ROOM = {
     "config": 1,
     "algorithm": 1,
     "models": 1,
+    "model_shapes": 1,
     "tracking": 1,
     "data": 2,
     "feedback": 2,

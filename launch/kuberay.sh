@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Starts a job, or a cluster that stays, on Kubernetes with KubeRay:
+#   launch/kuberay.sh [cluster/kuberay-rayjob.yaml]
+# A job of the same name that is over is removed first by: kubectl delete -f FILE
+set -euo pipefail
+file=${1:-"$(dirname "$0")/../cluster/kuberay-rayjob.yaml"}
+kubectl create -f "$file"
+kubectl get -f "$file"
+echo "Its pods: kubectl get pods    A job's log: kubectl logs --follow --selector job-name=rlaif"

@@ -1,0 +1,398 @@
+"""What each actor of a job will hold on its GPUs: pure arithmetic, before anything starts.
+
+Weights, gradients and optimizer states are exact (ZeRO, Rajbhandari et al. 1910.02054, section 3, as DeepSpeed 0.19
+lays them out for the config that we give it; a test compares with real engines). Activations, workspaces and what the
+CUDA libraries take are estimates, on the high side.
+
+Letters: N learner ranks, T tokens of a micro-batch, h hidden, i intermediate, q and kv widths of all query and of all
+key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rlaif_ray.config.deepspeed import deepspeed_config
+from rlaif_ray.config.jobs import EvaluateJob, ReviseJob, RewardModelJob, SftJob, SupervisedJob, TrainJob
+from rlaif_ray.config.sections import (
+    EngineConfig,
+    JudgeConfig,
+    JudgeFeedback,
+    MixtureFeedback,
+    PolicyConfig,
+    PpoConfig,
+    Precision,
+    ReinforceConfig,
+    RewardModelFeedback,
+)
+from rlaif_ray.model_shapes import ModelShape
+from rlaif_ray.runtime.placement import Need, job_needs
+
+Device = Literal["cpu", "cuda"]
+Shapes = Callable[[Any], ModelShape]  # of a section with model, revision and trust_remote_code
+
+GIB = 2**30
+BYTES = {"fp32": 4, "bf16": 2}
+CUDA_BYTES = GIB  # context and libraries of a process on a GPU, and its share of NCCL's buffers
+FREE_FOR_ALLOCATOR = 0.05  # of a GPU: what torch's allocator loses between blocks
+SCORING_CHUNK = 128  # rows of logits that are scored at a time, in fp32 (algorithm/logprobs.py)
+STEP_ELEMENTS = 10**9  # DeepSpeed steps ZeRO-3's states in groups of so many
+# vLLM's own for offline engines: requests side by side and prompt tokens a step, from 70 GiB a GPU on, and below.
+LARGE_GPU, SEQUENCES, BATCHED_TOKENS = 70 * GIB, (1024, 256), (16384, 8192)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the job is planned for."""
+
+    gpu_bytes: int  # of one GPU
+    gpus_per_node: int
+    judge_context: int  # tokens of a judge's engines where the config doesn't say
+    prompt_tokens: int  # longest prompt, where the config doesn't say
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one actor holds on each of its GPUs."""
+
+    parts: dict[str, int]  # bytes by what they are for; they add up to what it needs
+    reserved: int  # bytes it takes: an engine's whole share, whatever it needs
+    resting: int  # bytes while the others of its GPU are at work
+    limit: int  # bytes it may take alone on a GPU
+    holds: dict[str, int]  # engines: "kv_tokens", "context", "sequences" of that many tokens
+    otherwise: dict[str, int]  # learners: "activations" with the other setting of gradient_checkpointing
+
+    @property
+    def total(self) -> int:
+        """Bytes it needs."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """The actors of one role, all alike."""
+
+    need: Need
+    kind: Literal["engine", "scorer", "learner"]
+    key: str  # the config section that says how large they are
+    shape: ModelShape
+    memory: Memory
+
+
+def phases(job: Any, machine: Machine, shapes: Shapes, device: Device) -> list[tuple[str, list[Actors]]]:
+    """(name, actors that run at the same time); an evaluation's parts come one after the other, other jobs have one."""
+    if not isinstance(job, EvaluateJob):
+        return [("", [_actors(job, need, machine, shapes, device) for need in job_needs(job)])]
+    found = [
+        (f"arm {name}", [_engines(job, arm, _rollout_need(job, arm), "rollout", machine, shapes, device)])
+        for name, arm in job.arms.items()
+        if arm.model is not None
+    ]
+    if isinstance(job.judge, JudgeConfig):
+        need = Need("judge", job.judge.replicas, job.judge.tensor_parallel, job.judge.model)
+        found.append(("judge", [_engines(job, job.judge, need, "judge", machine, shapes, device)]))
+    if job.reward_models:
+        found.append(("reward models", [_actors(job, need, machine, shapes, device) for need in job_needs(job)]))
+    return found
+
+
+def _rollout_need(job: Any, model: Any) -> Need:
+    return Need("rollout", job.rollout.replicas, job.rollout.tensor_parallel, model.model)
+
+
+def _actors(job: Any, need: Need, machine: Machine, shapes: Shapes, device: Device) -> Actors:
+    if need.role == "learner":
+        shape = shapes(job.policy)
+        return Actors(need, "learner", "learner", shape, learner_memory(job, shape, machine, device))
+    if need.role == "rollout":
+        return _engines(job, job.policy, need, "rollout", machine, shapes, device)
+    section, key = sections(job)[need.role]
+    if isinstance(section, RewardModelFeedback):
+        shape = shapes(section)
+        return Actors(need, "scorer", key, shape, scorer_memory(section, shape, machine, device))
+    return _engines(job, section, need, key, machine, shapes, device)
+
+
+def _engines(job: Any, model: Any, need: Need, key: str, machine: Machine, shapes: Shapes, device: Device) -> Actors:
+    cfg: EngineConfig = job.rollout if need.role == "rollout" else model
+    shape = shapes(model)
+    context = min(engine_tokens(job, cfg, machine), shape.context)
+    memory = engine_memory(cfg, shape, context, machine, precision_bytes(model.precision, device), device)
+    return Actors(need, "engine", key, shape, memory)
+
+
+def sections(job: Any) -> dict[str, tuple[JudgeConfig | RewardModelFeedback, str]]:
+    """By role: the section of every judge and reward model, and its key."""
+    found: dict[str, tuple[Any, str]] = {}
+    feedback = getattr(job, "feedback", None)
+    parts = {"feedback": feedback}
+    if isinstance(feedback, MixtureFeedback):
+        parts = {f"feedback.scorers.{name}.scorer": part.scorer for name, part in feedback.scorers.items()}
+    for key, part in parts.items():
+        own = key.split(".")[2] if "." in key else None
+        if isinstance(part, JudgeFeedback):
+            found[own or "judge"] = (part.judge, f"{key}.judge")
+        elif isinstance(part, RewardModelFeedback):
+            found[own or "reward_model"] = (part, key)
+    if isinstance(getattr(job, "judge", None), JudgeConfig):
+        found["judge"] = (job.judge, "judge")
+    for name, part in getattr(job, "reward_models", {}).items():
+        found[name] = (part, f"reward_models.{name}")
+    return found
+
+
+def precision_bytes(precision: Precision, device: Device) -> int:
+    """Bytes of a weight; auto is bf16 on GPUs and fp32 on CPUs."""
+    chosen = ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
+    return BYTES[chosen]
+
+
+# ---- Engines ---------------------------------------------------------------------------------------------------------
+
+
+def engine_tokens(job: Any, cfg: EngineConfig, machine: Machine) -> int:
+    """Tokens of context of the engines, prompt and answer together; a guess where only the data would say."""
+    if cfg.max_context is not None:
+        return cfg.max_context
+    if isinstance(cfg, JudgeConfig) or isinstance(job, ReviseJob):
+        return machine.judge_context
+    prompt = (job.prompts if isinstance(job, EvaluateJob) else job.data).max_prompt_tokens
+    return int((prompt or machine.prompt_tokens) + job.sampling.max_new_tokens)
+
+
+def can_sleep(cfg: EngineConfig) -> bool:
+    """Whether there is such a setting."""
+    return "sleep" in type(cfg).model_fields
+
+
+def sleeps(cfg: EngineConfig) -> bool:
+    """Whether the engines give their KV cache back while the learner learns."""
+    return can_sleep(cfg) and bool(cfg.model_dump()["sleep"])
+
+
+def engine_memory(
+    cfg: EngineConfig, shape: ModelShape, context: int, machine: Machine, weight_bytes: int, device: Device
+) -> Memory:
+    """Of each GPU of a vLLM engine: what is left of its share after weights and workspace is KV cache.
+
+    It fits when that holds one sequence of `context` tokens, which is vLLM's own condition.
+    """
+    parallel = cfg.tensor_parallel
+    large = machine.gpu_bytes >= LARGE_GPU
+    kwargs = cfg.engine_kwargs
+    batched = int(kwargs.get("max_num_batched_tokens", BATCHED_TOKENS[0 if large else 1]))
+    sequences = int(kwargs.get("max_num_seqs", SEQUENCES[0 if large else 1]))
+    hidden = 4 * shape.hidden + (2 * shape.intermediate + shape.queries + 2 * shape.keys) // parallel
+    logits = 2 * 4 * min(sequences, batched) * shape.vocabulary  # in fp32, and their log-probabilities
+    parts = {
+        "weights": -(-shape.parameters // parallel) * weight_bytes,
+        "workspace": (batched * hidden * weight_bytes + logits + CUDA_BYTES) if device == "cuda" else 0,
+    }
+    # Keys and values; fewer heads than GPUs are repeated. Layers with a sliding window count in full.
+    kv_bytes = 1 if str(kwargs.get("kv_cache_dtype", "")).startswith("fp8") else weight_bytes
+    token = 2 * shape.layers * max(1, -(-shape.kv_heads // parallel)) * shape.head_dim * kv_bytes
+    used = sum(parts.values())
+    if device == "cuda":
+        share = int(machine.gpu_bytes * float(kwargs.get("gpu_memory_utilization", cfg.gpu_memory_utilization)))
+        cache = share - used
+    else:
+        cache = int(cfg.kv_cache_gb * GIB)
+        share = used + cache
+    tokens = max(0, cache // token)
+    parts["KV cache"] = max(cache, context * token)
+    holds = {"kv_tokens": tokens, "context": context, "sequences": tokens // context}
+    return Memory(parts, share, used if sleeps(cfg) else share, share, holds, {})
+
+
+def scorer_memory(cfg: RewardModelFeedback, shape: ModelShape, machine: Machine, device: Device) -> Memory:
+    """Of a reward model's GPU: it computes a batch of completions forward only."""
+    size = precision_bytes(cfg.precision, device)
+    parts = {
+        "weights": (shape.body + shape.hidden) * size,
+        "workspace": cfg.tokens_per_batch * (6 * shape.hidden + 4 * shape.intermediate + 2 * shape.queries) * size,
+    }
+    return _alone(parts, machine, device)
+
+
+def _alone(parts: dict[str, int], machine: Machine, device: Device, resting: int | None = None) -> Memory:
+    if device == "cuda":
+        parts["CUDA"] = CUDA_BYTES
+    total = sum(parts.values())
+    limit = int(machine.gpu_bytes * (1 - FREE_FOR_ALLOCATOR)) if device == "cuda" else total
+    return Memory(parts, total, total if resting is None else resting + parts.get("CUDA", 0), limit, {}, {})
+
+
+# ---- Learner ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Parameters of a model that a learner rank holds."""
+
+    trainable: int
+    frozen: int
+
+    @property
+    def all(self) -> int:
+        return self.trainable + self.frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """How DeepSpeed lays a model's states out over N ranks."""
+
+    stage: int
+    ranks: int
+    weight_bytes: int
+    gradient_bytes: int
+    master_bytes: int  # fp32 copies of the weights that the optimizer steps
+    bucket_bytes: int
+    live_elements: int  # ZeRO-3: weights that are whole at a time
+    offloaded: bool  # optimizer states are in the host's memory
+
+    def weights(self, model: Trained) -> int:
+        return self._share(model.all, 3) * self.weight_bytes
+
+    def gradients(self, model: Trained) -> int:
+        """Those that micro-batches add up; in stage 1 they are whole until the step."""
+        return self._share(model.trainable, 2) * self.gradient_bytes
+
+    def optimizer(self, model: Trained) -> int:
+        """Adam's two moments in fp32, and the master weights."""
+        return 0 if self.offloaded else self._share(model.trainable, 1) * (8 + self.master_bytes)
+
+    def step(self, model: Trained) -> int:
+        """Gradients in fp32 during the optimizer's step, beside all else."""
+        if self.offloaded or self.master_bytes == 0:
+            return 0
+        return min(self._share(model.trainable, 1), STEP_ELEMENTS if self.stage == 3 else 2**62) * 4
+
+    def gathered(self, model: Trained, largest: int) -> int:
+        """ZeRO-3: whole weights of the layers at work; never less than the largest, of so many elements."""
+        live = max(min(model.all, self.live_elements), largest)
+        return live * self.weight_bytes if self.stage == 3 else 0
+
+    def _share(self, count: int, stage: int) -> int:
+        return -(-count // self.ranks) if self.stage >= stage else count
+
+
+def zero_of(learner: Any, precision: Literal["fp32", "bf16"]) -> Zero:
+    """From DeepSpeed's own config, so that `learner.deepspeed_overrides` count.
+
+    bf16 gradients add up in bf16: DeepSpeed takes the model's type unless data_types.grad_accum_dtype says otherwise
+    (engine.get_data_types). In fp32 its optimizer keeps copies from stage 1 on all the same.
+    """
+    config = deepspeed_config(learner, precision=precision)
+    zero = config["zero_optimization"]
+    stage = int(zero["stage"])
+    size = BYTES[precision]
+    bucket = int(zero.get("reduce_bucket_size", 0)) + int(zero.get("allgather_bucket_size", 0))
+    accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
+    return Zero(
+        stage=stage,
+        ranks=learner.ranks,
+        weight_bytes=size,
+        gradient_bytes=4 if accumulated == "fp32" else size,
+        master_bytes=0 if stage == 0 and precision == "fp32" else 4,
+        bucket_bytes=bucket * size,
+        live_elements=int(zero.get("stage3_max_live_parameters", 10**9)),
+        offloaded=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+    )
+
+
+def trained_models(job: Any, shape: ModelShape) -> dict[str, Trained]:
+    """Policy, critic and reference of a learner rank, as learner/ loads them."""
+    if isinstance(job, TrainJob):
+        found = {"policy": Trained(shape.parameters, 0)}
+        if isinstance(job.algorithm, PpoConfig | ReinforceConfig):
+            found["critic"] = Trained(shape.body + shape.hidden + 1, 0)
+        if job.algorithm.kl.coef > 0 or job.algorithm.kl.target is not None:
+            found["reference"] = Trained(0, shape.parameters)
+        return found
+    head = shape.hidden if isinstance(job, RewardModelJob) else shape.head  # trained beside adapters too
+    lora = job.training.lora
+    if lora is None:
+        return {"policy": Trained(shape.body + head, 0)}
+    return {"policy": Trained(shape.adapters(lora.rank, lora.targets) + head, shape.body)}
+
+
+def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device) -> Memory:
+    """Of each GPU of a learner rank."""
+    policy: PolicyConfig = job.policy
+    size = precision_bytes(policy.precision, device)
+    zero = zero_of(job.learner, "fp32" if size == 4 else "bf16")
+    models = trained_models(job, shape)
+    main = models["policy"]
+    parts = {"weights": zero.weights(main), "gradients": zero.gradients(main), "optimizer": zero.optimizer(main)}
+    critic, reference = models.get("critic"), models.get("reference")
+    if critic is not None:
+        parts["critic"] = zero.weights(critic) + zero.gradients(critic) + zero.optimizer(critic)
+    if reference is not None:
+        parts["reference"] = zero.weights(reference)
+    held = sum(parts.values())
+
+    tokens = max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine))
+    checkpointing = job.learner.gradient_checkpointing
+
+    def kept(checkpointing: bool) -> int:
+        how: dict[str, Any] = {"attention": policy.attention, "repeats": _repeats(job, shape, machine)}
+        return activations(shape, tokens, size, checkpointing=checkpointing, **how)
+
+    working = {
+        "activations": kept(checkpointing),
+        "logits": 0 if isinstance(job, RewardModelJob) else logits(shape, tokens, size),
+        "gathered": max(zero.gathered(one, shape.vocabulary * shape.hidden) for one in models.values()),
+        "buckets": zero.bucket_bytes,
+    }
+    # The step comes when activations are gone: only what it takes beyond them adds to the peak.
+    working["optimizer step"] = max(0, max(zero.step(one) for one in models.values()) - sum(working.values()))
+    memory = _alone(parts | working, machine, device, resting=held)
+    return replace(memory, otherwise={"activations": kept(not checkpointing)})
+
+
+def _repeats(job: Any, shape: ModelShape, machine: Machine) -> float:
+    """Keys per token of a packed row: a prompt's stand for itself and for each of its samples (learner/packing.py)."""
+    if isinstance(job, SupervisedJob):  # responses as long as the prompt
+        prompt, answer, samples = 1, 1, 1 if isinstance(job, SftJob) else 2
+    else:
+        answer, samples = job.sampling.max_new_tokens, job.sampling.samples_per_prompt
+        prompt = max(0, _longest(job, shape, machine) - answer)
+    return float((prompt + samples * (prompt + answer)) / (prompt + samples * answer))
+
+
+def _longest(job: Any, shape: ModelShape, machine: Machine) -> int:
+    """Tokens of the longest sample: it makes a micro-batch of its own where it exceeds the budget."""
+    if isinstance(job, SupervisedJob):
+        return min(job.training.max_tokens or 0, shape.context)
+    return min(engine_tokens(job, job.rollout, machine), shape.context)
+
+
+def activations(
+    shape: ModelShape, tokens: int, size: int, *, checkpointing: bool, attention: str = "auto", repeats: float = 1.0
+) -> int:
+    """What the forward pass of T tokens keeps for the backward pass, and one layer's gradients.
+
+    A layer keeps, per token: for each norm its input in fp32, what it scales, and its output; queries and attention's
+    output, and keys and values as often as there are heads (learner/packing.py) and as samples share a prompt
+    (`repeats`, at least 1); gate, its activation, up and their product. A test compares with what torch keeps.
+    Checkpointing keeps a layer's input alone, and computes one layer's again.
+    """
+    h, i, q, b = shape.hidden, shape.intermediate, shape.queries, size
+    scaled = 4 if shape.family == "gemma3" else b  # bytes: Gemma multiplies in fp32
+    norm = h * (4 + scaled + b)
+    layer = norm * (4 if shape.family == "gemma3" else 2) + 2 * q * b + 2 * int(q * repeats) * b + 4 * i * b
+    if shape.family in ("qwen3", "gemma3"):  # norms of queries and keys
+        layer += (q + shape.keys) * (4 + scaled)
+    if attention == "eager":
+        layer += shape.heads * tokens * (b + 4)  # every head's scores
+    gradients = (2 * h + 3 * i) * b
+    kept = shape.layers * h * b + layer if checkpointing else shape.layers * layer
+    return tokens * (kept + norm + gradients)
+
+
+def logits(shape: ModelShape, tokens: int, size: int) -> int:
+    """At most one row a token; probabilities and gradients take the same memory (algorithm/logprobs.py)."""
+    scratch = SCORING_CHUNK * shape.vocabulary * 4 * (1 if size == 4 else 2)
+    return tokens * shape.vocabulary * size + scratch

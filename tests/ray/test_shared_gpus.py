@@ -1,0 +1,71 @@
+"""Ray hands out GPUs as runtime/fit.py says it will: on a local Ray with 8 GPUs that aren't there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.runtime.fit import place
+from rlaif_ray.runtime.placement import actor_slots, reserve
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+GPUS = 8
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=32,
+        num_gpus=GPUS,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"rollout": {"replicas": 4}, "judges": 4, "learner": {"ranks": 4}, "cluster": {"gpus_per_actor": 0.33}},
+        {"rollout": {"replicas": 2}, "judges": 1, "learner": {"ranks": 3}, "cluster": {"gpus_per_actor": 0.5}},
+        {"rollout": {"tensor_parallel": 4}, "judges": 2, "learner": {"ranks": 2}, "cluster": {"gpus_per_actor": 0.5}},
+        {"rollout": {"replicas": 1}, "judges": 1, "learner": {"ranks": 2}},
+    ],
+    ids=["three-a-gpu", "uneven", "parallel-and-shared", "a-gpu-each"],
+)
+def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
+    from ray.util.placement_group import remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    feedback = {"type": "judge", "judge": {"replicas": sections.pop("judges")}}
+    job = TrainJob.model_validate({"feedback": feedback, **sections})
+    slots = actor_slots(job, "cuda")
+    _, planned = place(slots, GPUS)
+    group = reserve(slots, timeout_s=60)
+
+    @ray.remote
+    def gpus() -> list[int]:
+        return [int(gpu) for gpu in ray.get_gpu_ids()]
+
+    asked = [
+        gpus.options(  # type: ignore[attr-defined]
+            num_cpus=slot.cpus, num_gpus=slot.gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group, k)
+        ).remote()
+        for k, slot in enumerate(slots)
+    ]
+    tenants: dict[int, list[str]] = {}
+    for slot, given in zip(slots, ray.get(asked, timeout=120), strict=True):
+        for gpu in given:
+            tenants.setdefault(gpu, []).append(slot.role)
+    remove_placement_group(group)
+    assert sorted(sorted(roles) for roles in tenants.values()) == sorted(sorted(roles) for roles in planned)

@@ -1,0 +1,201 @@
+"""What actors hold on their GPUs, by hand: ZeRO's formulas on a billion parameters, KV cache, roles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
+from rlaif_ray.config.sections import EngineConfig, LearnerConfig
+from rlaif_ray.model_shapes import ModelShape, known_shapes, shape_of_config
+from rlaif_ray.runtime.memory_plan import (
+    CUDA_BYTES,
+    GIB,
+    Machine,
+    Trained,
+    activations,
+    engine_memory,
+    learner_memory,
+    logits,
+    trained_models,
+    zero_of,
+)
+
+BILLION = 10**9
+MACHINE = Machine(80 * GIB, 8, judge_context=4096, prompt_tokens=2048)
+LLAMA_8B = known_shapes()["meta-llama/Llama-3.1-8B"]
+TINY = ModelShape("llama", 2, 8, 16, 2, 1, 4, 32, 64)  # untied
+
+
+# ZeRO (Rajbhandari et al. 1910.02054), section 3 and figure 1, per parameter on N = 4 ranks: 2 + 2 + 12 bytes without
+# it; optimizer states, then gradients, then weights are a quarter each.
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 2.0, 2.0, 12.0), (1, 2.0, 2.0, 3.0), (2, 2.0, 0.5, 3.0), (3, 0.5, 0.5, 3.0)],
+)
+def test_zero_on_four_ranks_in_bf16(stage: Any, weights: float, gradients: float, optimizer: float) -> None:
+    zero, model = zero_of(LearnerConfig(ranks=4, zero_stage=stage), "bf16"), Trained(BILLION, 0)
+    held = (zero.weights(model), zero.gradients(model), zero.optimizer(model))
+    assert held == (weights * BILLION, gradients * BILLION, optimizer * BILLION)
+
+
+def test_in_fp32_masters_are_copies_from_stage_1_on() -> None:
+    model = Trained(BILLION, 0)
+    held = [zero_of(LearnerConfig(zero_stage=stage), "fp32").optimizer(model) for stage in (0, 1, 2, 3)]
+    assert held == [8 * BILLION, 12 * BILLION, 12 * BILLION, 12 * BILLION]
+
+
+def test_overrides_of_deepspeed_count() -> None:
+    overrides = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    zero = zero_of(LearnerConfig(deepspeed_overrides=overrides), "bf16")
+    assert zero.stage == 2 and zero.optimizer(Trained(BILLION, 0)) == 0
+    fp32 = zero_of(LearnerConfig(deepspeed_overrides={"data_types": {"grad_accum_dtype": "fp32"}}), "bf16")
+    assert fp32.gradients(Trained(BILLION, 0)) == 4 * BILLION
+
+
+def train(**sections: Any) -> TrainJob:
+    return TrainJob.model_validate({"cluster": {"device": "gpu"}, **sections})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "roles"),
+    [
+        ({"type": "ppo"}, {"policy", "critic", "reference"}),
+        ({"type": "reinforce"}, {"policy", "critic", "reference"}),
+        ({"type": "rloo"}, {"policy", "reference"}),
+        ({"type": "grpo", "kl": {"coef": 0}}, {"policy"}),
+        ({"type": "ppo", "kl": {"coef": 0, "target": 6}}, {"policy", "critic", "reference"}),
+    ],
+)
+def test_models_of_an_rl_rank(algorithm: dict[str, Any], roles: set[str]) -> None:
+    assert set(trained_models(train(algorithm=algorithm), LLAMA_8B)) == roles
+
+
+def test_a_critic_is_the_body_with_a_head_of_one() -> None:
+    """Llama 3.1 8B without its 128256 x 4096 head, and 4096 weights and a bias."""
+    found = trained_models(train(), LLAMA_8B)
+    assert found["critic"].trainable == 8_030_261_248 - 128_256 * 4096 + 4097
+    assert found["reference"] == Trained(0, 8_030_261_248)
+
+
+def test_parts_of_a_ppo_rank_by_hand() -> None:
+    """ZeRO-3 on 8 ranks: 16 bytes a parameter, an eighth of it, of policy and critic; 2 of the reference."""
+    job = train(learner={"ranks": 8, "zero_stage": 3, "gradient_checkpointing": True}, rollout={"max_context": 2048})
+    parts = learner_memory(job, LLAMA_8B, MACHINE, "cuda").parts
+    eighth, critic = 8_030_261_248 // 8, -(-(8_030_261_248 - 128_256 * 4096 + 4097) // 8)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (2 * eighth, 2 * eighth, 12 * eighth)
+    assert (parts["critic"], parts["reference"]) == (16 * critic, 2 * eighth)
+    assert parts["gathered"] == 2 * BILLION  # stage3_max_live_parameters
+    assert parts["logits"] == 4096 * 128_256 * 2 + 128 * 128_256 * 8
+    assert parts["CUDA"] == CUDA_BYTES
+
+
+def test_supervised_ranks_hold_one_model() -> None:
+    data = {"data": {"path": "x"}}
+    assert trained_models(SftJob.model_validate(data), LLAMA_8B) == {"policy": Trained(8_030_261_248, 0)}
+    assert trained_models(DpoJob.model_validate(data), LLAMA_8B) == {"policy": Trained(8_030_261_248, 0)}
+    reward = trained_models(RewardModelJob.model_validate(data), LLAMA_8B)
+    assert reward == {"policy": Trained(8_030_261_248 - 128_256 * 4096 + 4096, 0)}
+    assert learner_memory(RewardModelJob.model_validate(data), LLAMA_8B, MACHINE, "cuda").parts["logits"] == 0
+
+
+def test_activations_by_hand() -> None:
+    """Tiny in bf16, per token of a layer: two norms of (4 + 2 + 2) x 8 = 64; q 8, so queries and output 2 x 8 x 2 = 32,
+    keys and values of both heads as much again; 4 x 16 x 2 = 128: 320 in all. The last norm is 64 more, gradients of
+    one layer (16 + 48) x 2 = 128."""
+    assert activations(TINY, 10, 2, checkpointing=False) == 10 * (2 * 320 + 64 + 128)
+    assert activations(TINY, 10, 2, checkpointing=True) == 10 * (2 * 8 * 2 + 320 + 64 + 128)
+    assert activations(TINY, 10, 2, checkpointing=False, repeats=1.5) == 10 * (2 * 336 + 64 + 128)
+    assert logits(TINY, 10, 2) == 10 * 32 * 2 + 128 * 32 * 8
+
+
+def kept_by_torch(kind: str, tokens: int) -> tuple[Any, int]:
+    """A small model's shape, and the bytes that autograd saves in a forward pass of its body in bf16."""
+    import torch
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "vocab_size": 1000}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
+    config = getattr(transformers, f"{kind}Config")(**sizes, attn_implementation="sdpa", use_cache=False)
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).to(torch.bfloat16).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.int64))
+    assert result is not None
+    return shape_of_config(config.to_dict(), kind), sum(t.untyped_storage().nbytes() for t in saved.values())
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text"])
+def test_activations_are_what_torch_keeps(kind: str) -> None:
+    shape, kept = kept_by_torch(kind, 512)
+    gradients = 512 * 2 * (2 * shape.hidden + 3 * shape.intermediate)
+    planned = activations(shape, 512, 2, checkpointing=False) - gradients
+    assert 0.98 < planned / kept < 1.05
+
+
+def test_keys_of_a_shared_prompt_stand_for_each_sample() -> None:
+    """Prompts and answers of 1024, four samples: 1024 + 4 x 2048 keys for 1024 + 4 x 1024 tokens, 1.8 times."""
+    learner = {"tokens_per_micro_batch": 8192}
+    shared, single = (
+        learner_memory(
+            train(
+                learner=learner,
+                rollout={"max_context": 2048},
+                sampling={"samples_per_prompt": samples, "max_new_tokens": 1024},
+            ),
+            LLAMA_8B,
+            MACHINE,
+            "cuda",
+        ).parts["activations"]
+        for samples in (4, 1)
+    )
+    layer = 2 * (int(4096 * 1.8) - int(4096 * 1.5)) * 2  # one sample: 3072 keys for 2048 tokens
+    assert shared - single == 8192 * 32 * layer
+
+
+def test_a_sample_above_the_budget_sets_the_micro_batch() -> None:
+    small = {"tokens_per_micro_batch": 64}
+    long, short = (
+        learner_memory(train(learner=small, rollout={"max_context": context}), LLAMA_8B, MACHINE, "cuda")
+        for context in (4096, 128)
+    )
+    assert long.parts["logits"] - short.parts["logits"] == (4096 - 128) * 128_256 * 2
+
+
+@pytest.mark.parametrize(("parallel", "heads"), [(1, 8), (4, 2), (8, 1), (16, 1)])
+def test_kv_cache_of_llama_by_hand(parallel: int, heads: int) -> None:
+    """A token takes 2 x 32 layers x (8 / parallel, at least 1) heads x 128 x 2 bytes."""
+    cfg = EngineConfig(tensor_parallel=parallel, gpu_memory_utilization=0.5)
+    memory = engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 2, "cuda")
+    left = 40 * GIB - memory.parts["weights"] - memory.parts["workspace"]
+    assert memory.parts["weights"] == 8_030_261_248 * 2 // parallel
+    assert memory.holds["kv_tokens"] == left // (2 * 32 * heads * 128 * 2)
+    assert memory.holds["sequences"] == memory.holds["kv_tokens"] // 2048
+    assert memory.total == memory.limit == memory.reserved == 40 * GIB
+
+
+def test_an_engine_must_hold_one_sequence() -> None:
+    """8B weights in fp32 are 30 GiB: 38.4 GB leave room, but not for 131072 tokens (32 GiB)."""
+    cfg = EngineConfig(gpu_memory_utilization=0.48)
+    assert engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 4, "cuda").total == int(80 * GIB * 0.48)
+    long = engine_memory(cfg, LLAMA_8B, 131_072, MACHINE, 4, "cuda")
+    assert long.total > long.limit and long.parts["KV cache"] == 131_072 * 2 * 32 * 8 * 128 * 4
+
+
+def test_an_engine_that_sleeps_leaves_its_cache_to_the_learner() -> None:
+    class Sleeping(EngineConfig):
+        sleep: bool = True
+
+    cfg = EngineConfig(gpu_memory_utilization=0.5)
+    awake = engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 2, "cuda")
+    asleep = engine_memory(Sleeping(gpu_memory_utilization=0.5), LLAMA_8B, 2048, MACHINE, 2, "cuda")
+    assert (awake.resting, asleep.reserved) == (40 * GIB, 40 * GIB)
+    assert asleep.resting == asleep.parts["weights"] + asleep.parts["workspace"]
