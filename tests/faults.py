@@ -37,7 +37,6 @@ class Faults:
             with self.log.open("a") as file:
                 file.write(json.dumps({**fault, "pids": pids, "at": time.time()}) + "\n")
 
-
     def wait_until_all_are_there(self) -> None:
         """So that every fault meets a full set: engines take longer to start than steps do."""
         deadline = time.monotonic() + 150

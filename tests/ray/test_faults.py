@@ -1,4 +1,4 @@
-"""Real signals to the processes of a real run, in every phase: it goes on, and nothing is lost, stale or left behind."""
+"""Real signals to processes of a real run, in every phase: it goes on, and nothing is lost, stale or left behind."""
 
 from __future__ import annotations
 
