@@ -8,12 +8,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CHROMIUM := /usr/bin/chromium
+SLURMD := /usr/sbin/slurmd
 READY := $(VENV)/.ready
 # Where torch's CPU builds live when the machine's own package sources have none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo pipeline chromium test test-fast lint types check bench clean
+.PHONY: setup demo pipeline chromium slurm test test-fast lint types check bench clean
 
 setup: $(READY)
 
@@ -40,7 +41,13 @@ chromium:
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
 	  || echo "make: no $(CHROMIUM), and it can't be installed here: the report's browser tests are skipped"
 
-test: $(READY) chromium
+# For the tests of cluster/slurm.sbatch, which skip without it; never fails.
+slurm:
+	@[ -x $(SLURMD) ] || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null 2>&1 \
+	  || echo "make: no $(SLURMD), and it can't be installed here: the tests under Slurm are skipped"
+
+test: $(READY) chromium slurm
 	$(BIN)/python -m pytest tests -m "not benchmark and not gpu"
 
 # Pure tests: no engine, no cluster, under a minute.
