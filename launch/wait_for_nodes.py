@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Waits until so many nodes of a Ray cluster are there, whose head has its temporary folder on this node.
 
-    python launch/wait_for_nodes.py /tmp/rlaif-12 4
+    python launch/wait_for_nodes.py /tmp/rlaif-12/ray 4
 
 Exit code 1 when they are not there within RLAIF_NODES_TIMEOUT_S seconds (300).
 """
@@ -39,7 +39,7 @@ def main(folder: str, wanted: int) -> int:
             return 0
         message = f"{len(there)} of {wanted} nodes registered ({', '.join(there) or 'none'})"
         if now - began > limit_s:
-            print(f"slurm: {message} within RLAIF_NODES_TIMEOUT_S={limit_s:g} s. See the logs in {folder}.", flush=True)
+            print(f"slurm: {message} within RLAIF_NODES_TIMEOUT_S={limit_s:g} s. See {folder}/../*.log.", flush=True)
             return 1
         if now - told > TOLD_EVERY_S:
             told = now

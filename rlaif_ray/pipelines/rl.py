@@ -51,9 +51,9 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     start = find_start(job, inputs, checkpoint.newest(run_dir, job.checkpoint))
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": job.steps}
     with (
-        open_cluster(job) as cluster,  # first: wrong input must not cost an earlier run its files
-        open_tracker(run_dir, **tracking, resume_step=start.state.step, name=run_dir.name) as track,
         stop_when_asked(job.checkpoint.grace_s) as stopping,
+        open_cluster(job, leave=stopping) as cluster,  # before the tracker: wrong input costs an earlier run no files
+        open_tracker(run_dir, **tracking, resume_step=start.state.step, name=run_dir.name) as track,
     ):
         write_resolved(loaded)
         if start.checkpoint is None:

@@ -126,9 +126,9 @@ def open_run(
     state, resumed = start_state(job, run_dir, steps, data)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
     with (
-        open_cluster(job) as cluster,
-        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
         stop_when_asked() as stopping,
+        open_cluster(job, leave=stopping) as cluster,
+        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
     ):
         write_resolved(loaded)
         track.note(f"{note}; starting the learner")

@@ -22,7 +22,8 @@ from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
-from rlaif_ray.runtime.placement import Slot, actor_slots, job_needs, reserve, totals
+from rlaif_ray.runtime.loopback import loopback_environment, on_loopback
+from rlaif_ray.runtime.placement import Slot, actor_slots, job_needs, reserve, totals, wait_for_place
 from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
@@ -42,11 +43,9 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @contextmanager
-def open_cluster(job: Any) -> Iterator[Cluster]:
-    """Ray with a place for every actor of the job (any of config/jobs.py).
-
-    A Ray that was started here ends here; actors end in any case.
-    """
+def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iterator[Cluster]:
+    """Ray with a place for every actor of the job (any of config/jobs.py). A Ray that was started here ends here;
+    actors end in any case. While places are waited for, `leave` says whether to give up (Preempted)."""
     started_here = _connect(job.cluster, [job])
     group = None
     cluster = None
@@ -55,7 +54,7 @@ def open_cluster(job: Any) -> Iterator[Cluster]:
         if isinstance(job, TrainJob):
             choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
         slots = actor_slots(job, device)
-        group = reserve(slots, job.cluster.start_timeout_s) if slots else None
+        group = reserve(slots, job.cluster.start_timeout_s, note=_say, leave=leave) if slots else None
         cluster = Cluster(job, device, slots, group)
         yield cluster
     finally:
@@ -96,13 +95,14 @@ def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
         return False
     device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
     cpus = max(totals(actor_slots(job, device))["CPU"] for job in jobs)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-        include_dashboard=False,
-        object_store_memory=int(cfg.object_store_gb * 2**30),
-        **quiet,
-    )
+    with on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            include_dashboard=False,
+            object_store_memory=int(cfg.object_store_gb * 2**30),
+            **quiet,
+        )
     return True
 
 
@@ -155,6 +155,11 @@ def chosen_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> Li
     return precision
 
 
+def _say(text: str) -> None:
+    """Shows a line, before there is a display."""
+    print(text, flush=True)
+
+
 class Cluster:
     """Starts the job's actors in their places."""
 
@@ -168,7 +173,8 @@ class Cluster:
         self._ranks: list[Watched] = []
         self._starting: list[Any] = []  # of the ranks
         self._sync: Sync | None = None
-        self._note: Callable[[str], None] = lambda text: None
+        self._note: Callable[[str], None] = _say
+        self._leave: Callable[[], bool] = lambda: False
 
     def start_rollouts(
         self, policy: PolicyConfig, cfg: EngineConfig, *, context: int, receives_weights: bool = True
@@ -260,6 +266,8 @@ class Cluster:
         """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""
         job = self._job
         precision = chosen_precision(job.policy.precision, self.device)
+        # Some places may have gone with their node, when it is not the first learner.
+        wait_for_place(self._group, self._slots, self._limits.start_s, note=self._note, leave=self._leave)
         slots = self._of("learner")
         base = RankSpec(0, len(slots), 0, "", 0, self.device, self._threads(len(slots)))
         environment = {
@@ -284,8 +292,8 @@ class Cluster:
         return self._ranks, job, precision
 
     def tell(self, note: Callable[[str], None], leave: Callable[[], bool]) -> None:
-        """`note` is told of losses from now on; `leave` says whether to give up waiting for replicas (Preempted)."""
-        self._note = note
+        """`note` is told of losses and waits from now on; `leave` says whether to give up waiting (Preempted)."""
+        self._note, self._leave = note, leave
         for replicas in self._replicas:
             replicas.leave = leave
 
@@ -344,7 +352,8 @@ class Cluster:
         if slot.gpus:
             options["num_gpus"] = slot.gpus
         carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE", "HF_HOME", "RLAIF_CACHE") if k in os.environ}
-        options |= {"concurrency_groups": {HEALTH: 1}, "runtime_env": {"env_vars": environment | carried}}
+        environment = loopback_environment() | environment | carried
+        options |= {"concurrency_groups": {HEALTH: 1}, "runtime_env": {"env_vars": environment}}
         actor: Any = ray.remote(**options)(actor_class).remote()
         return actor
 
