@@ -37,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
     parser.add_argument("--working-dir", help="folder to upload to the cluster (configs and data files in it)")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="environment variable to pass on")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="variable to pass on; no secrets")
     parser.add_argument("--python", default="python", help="Python of the cluster's nodes (default: python)")
     parser.add_argument(
         "--stop-wait",
@@ -50,6 +50,18 @@ def main() -> int:
     parser.add_argument("job", help="train, ...")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="config files and key=value settings")
     options = parser.parse_args()
+    secret = [name for name in options.env if name.upper().endswith(("_KEY", "_TOKEN", "_SECRET", "_PASSWORD"))]
+    if secret:
+        print(
+            f"submit: --env must not pass secrets (got {', '.join(secret)}): Ray writes what it passes into logs and "
+            f"its list of jobs. Set them in the environment in which the nodes start.",
+            file=sys.stderr,
+        )
+        return 2
+    missing = [name for name in options.env if name not in os.environ]
+    if missing:
+        print(f"submit: --env names variables that are not set here: {', '.join(missing)}", file=sys.stderr)
+        return 2
 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -69,10 +81,6 @@ def main() -> int:
             f"Set RAY_AUTH_MODE=token and, unless ~/.ray/auth_token has it, RAY_AUTH_TOKEN.",
             file=sys.stderr,
         )
-        return 2
-    missing = [name for name in options.env if name not in os.environ]
-    if missing:
-        print(f"submit: --env names variables that are not set here: {', '.join(missing)}", file=sys.stderr)
         return 2
     # Read by Ray's process that starts the job and stops it; its default, 3 s, is too short for a checkpoint.
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(options.stop_wait)} | {name: os.environ[name] for name in options.env}

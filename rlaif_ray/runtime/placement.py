@@ -78,16 +78,18 @@ def _judge_need(role: str, judge: JudgeConfig) -> Need:
 def actor_slots(job: Any, device: Literal["cpu", "cuda"]) -> list[Slot]:
     """Every actor of the job, in the order of its needs; where they share GPUs, one of each role after the other.
 
-    Ray fills a GPU with bundles as they come, so that a GPU gets an engine and a learner rank of the same index, and
-    never two ranks of the learner, which NCCL refuses.
+    Ray fills nodes with bundles as they come. On CPUs those between whom weights go through shared memory come first,
+    so that they get one node. Ray fills a GPU in the same way, so that it gets an engine and a learner rank of the same
+    index, and never two ranks of the learner, which NCCL refuses.
     """
     slots = [
         Slot(need.role, index, *_share(job.cluster, device, need.workers))
         for need in job_needs(job)
         for index in range(need.actors)
     ]
-    shared = device == "cuda" and job.cluster.gpus_per_actor < 1
-    return sorted(slots, key=lambda slot: slot.index) if shared else slots
+    if device == "cpu":
+        return sorted(slots, key=lambda slot: slot.role not in ("rollout", "learner"))
+    return sorted(slots, key=lambda slot: slot.index) if job.cluster.gpus_per_actor < 1 else slots
 
 
 def _share(cluster: ClusterConfig, device: str, workers: int) -> tuple[float, float]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking.files import plain
 
-MASK = "***"
-_SECRET_WORDS = {"key", "token", "secret", "password", "apikey", "passwd", "secrets", "passwords", "authorization"}
-_CONTAINS = 8  # characters from which on a secret is also looked for inside longer values
 _INIT_TIMEOUT_S = 30  # without a network wandb waits this long before we go offline
 _FINISH_TIMEOUT_S = 300.0  # for uploads at the end
 _FLUSH_S = 1.0  # what a killed process loses of the offline file; wandb's default is 15
@@ -33,37 +31,6 @@ class TrackingSettings(Protocol):
     def tags(self) -> tuple[str, ...]: ...
     @property
     def samples_per_step(self) -> int: ...
-
-
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with secrets replaced by `***`.
-
-    Secret is what has a key with a whole word like key, token, secret or password in it (`api_key`, but not
-    `max_new_tokens`), what equals or contains an environment variable named *_KEY, *_TOKEN, *_SECRET or *_PASSWORD,
-    and the user and password of a URL.
-    """
-    names = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
-    known = {value for name, value in os.environ.items() if name.upper().endswith(names) and value}
-    return {str(key): _masked(value, _is_secret(str(key)), known) for key, value in config.items()}
-
-
-def _is_secret(key: str) -> bool:
-    words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
-    return not _SECRET_WORDS.isdisjoint(words) or {"api", "keys"} <= set(words)
-
-
-def _masked(value: Any, secret: bool, known: set[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _masked(inner, secret or _is_secret(str(key)), known) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(inner, secret, known) for inner in value]
-    if secret:
-        return None if value is None else MASK
-    if not isinstance(value, str):
-        return value
-    if value in known or any(len(each) >= _CONTAINS and each in value for each in known):
-        return MASK
-    return re.sub(r"://[^/@\s]+@", f"://{MASK}@", value)
 
 
 class WandbRun:
@@ -91,7 +58,7 @@ class WandbRun:
         self.mode = _mode(tracking.wandb)
         if self.mode == "disabled":
             return
-        with self._guarded("start"), self._environment():
+        with self._guarded("start"), self._environment(), _sheltered():
             self._open(without_secrets(config), name, resumed)
 
     def _open(self, config: dict[str, Any], name: str, resumed: bool) -> None:
@@ -201,6 +168,17 @@ class WandbRun:
         finally:
             for name in added:
                 os.environ.pop(name, None)
+
+
+@contextmanager
+def _sheltered() -> Iterator[None]:
+    """What is started within it gets no SIGTERM: `ray job stop` sends one to a job's whole family, and wandb's process
+    would end before the last steps are told."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _mode(wanted: str) -> str:

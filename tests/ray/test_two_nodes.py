@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
 }
-# Four actors of one CPU, on nodes of two.
+# Four actors of one CPU: the judge on the head, the others on a node of three, since weights go through its memory.
 SETTINGS = (
     "cluster.address=null",
     "cluster.cpus_per_actor=1",
@@ -49,15 +49,15 @@ class TwoNodes:
         self._folder, self._stack = folder, stack
         port, dashboard = free_port(), free_port()
         self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
-        self.head = self._start("head", "--head", f"--port={port}", f"--dashboard-port={dashboard}")
+        self.head = self._start("head", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=1")
         self.head.wait_for(lambda: answers(port) and answers(dashboard), timeout_s=90)
 
     def join(self, name: str) -> Program:
-        return self._start(name, f"--address={self.address}")
+        return self._start(name, f"--address={self.address}", "--num-cpus=3")
 
     def _start(self, name: str, *options: str) -> Program:
         private = self._stack.enter_context(tempfile.TemporaryDirectory(prefix=f"ray-{name}-"))  # short, for sockets
-        common = ["--block", "--disable-usage-stats", "--num-cpus=2", f"--object-store-memory={2**27}"]
+        common = ["--block", "--disable-usage-stats", f"--object-store-memory={2**27}"]
         common += [
             "--min-worker-port=0",
             "--max-worker-port=0",
@@ -131,12 +131,12 @@ def test_nodes_come_and_go(cluster: TwoNodes, folder: Path) -> None:
         return len(rows(metrics))
 
     first = cluster.submit("first", *command)
-    first.wait_for(lambda: "2 of 4 CPUs registered" in first.stdout and "on 1 node" in first.stdout, timeout_s=120)
+    first.wait_for(lambda: "1 of 4 CPUs registered" in first.stdout and "on 1 node" in first.stdout, timeout_s=120)
     assert steps() == 0
     second_node = cluster.join("n2")
     first.wait_for(lambda: steps() >= 2)
-    assert len(actors(cluster.head)) == len(actors(second_node)) == 2
-    assert sorted(actors(cluster.head) + actors(second_node)) == ["EngineActor"] * 3 + ["LearnerActor"]
+    most = ["EngineActor", "EngineActor", "LearnerActor"]
+    assert (actors(cluster.head), actors(second_node)) == (["EngineActor"], most)
     assert cluster.stop(first) < 60
     assert first.exit_code == 130 and "rlaif: interrupted." in first.stdout and ": STOPPED" in first.stdout
     stopped_at = steps()
@@ -146,19 +146,17 @@ def test_nodes_come_and_go(cluster: TwoNodes, folder: Path) -> None:
     again = cluster.submit("again", *command)
     again.wait_for(lambda: steps() >= stopped_at + 2)
     assert f"resumed from {checkpoints}/step-{stopped_at}" in again.stdout
-    on_second = actors(second_node)
     raylet(second_node).kill()
-    again.wait_for(lambda: " died " in again.stdout, timeout_s=60)
+    again.wait_for(lambda: "waiting for the places of 4 actors" in again.stdout, timeout_s=90)
     third_node = cluster.join("n3")
-    again.wait_for(lambda: actors(third_node) == on_second, timeout_s=120)
-    lost_at = steps()
+    again.wait_for(lambda: actors(third_node) == most, timeout_s=120)
+    assert len(re.findall("starting the learner again from step", again.stdout)) == 1
+    lost_at, told = steps(), len(again.stdout)
     again.wait_for(lambda: steps() > lost_at and rows(metrics)[-1]["rollout/serving"] == 2)
 
     raylet(third_node).suspend()
-    told = len(again.stdout)
-    again.wait_for(lambda: "died" in again.stdout[told:], timeout_s=60)
-    time.sleep(7)
-    print(on_second, again.stdout[told:])
+    again.wait_for(lambda: "waiting for the places of 4 actors" in again.stdout[told:], timeout_s=90)
+    assert "1 of 4 CPUs registered (0 free) on 1 node" in again.stdout[told:]
     assert cluster.stop(again) < 60
     assert again.exit_code == 130
     last = steps()
