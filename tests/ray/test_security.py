@@ -83,7 +83,7 @@ def test_a_local_run_listens_on_loopback_and_keeps_secrets(tmp_path: Path) -> No
 def endpoint() -> Iterator[FaultProxy]:
     """Wants the key, and says it back in what it refuses."""
     with (
-        FakeEndpoint(lambda _: one(_1=0.75, _2=0.25), key=CANARIES[JUDGE_KEY]) as served,
+        FakeEndpoint(key=CANARIES[JUDGE_KEY]) as served,
         FaultProxy(served.url) as proxy,
     ):
         yield proxy
