@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +97,7 @@ def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
         return False
     device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
     cpus = max(totals(actor_slots(job, device))["CPU"] for job in jobs)
-    with on_loopback():
+    with on_loopback(), _sigterm_kept():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
@@ -118,12 +120,22 @@ def _join(given: str | None, address: str, quiet: dict[str, Any]) -> None:
             f"no Ray cluster answers at cluster.address={address}. Start one (ray start --head), {remedy}."
         )
     try:
-        ray.init(address=given, **quiet)
+        with _sigterm_kept():
+            ray.init(address=given, **quiet)
     except (ConnectionError, AuthenticationError) as error:
         raise InputError(
             f"the Ray cluster at cluster.address={address} can't be joined: {str(error).strip().splitlines()[0]}. "
             f"If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; else {remedy}."
         ) from error
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Gives SIGTERM back to whoever had asked for it: `ray.init` takes it for itself, and ends the process at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _answers(address: str) -> bool:

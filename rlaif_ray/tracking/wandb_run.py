@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +50,7 @@ class WandbRun:
         warn: Callable[[str], None],
     ) -> None:
         self.failures = 0  # calls that wandb failed
+        self._gone = False  # its process was ended under us: `ray job stop` sends SIGTERM to a job's whole family
         self._dir = run_dir
         self._tracking = tracking
         self._warn = warn
@@ -58,7 +58,7 @@ class WandbRun:
         self.mode = _mode(tracking.wandb)
         if self.mode == "disabled":
             return
-        with self._guarded("start"), self._environment(), _sheltered():
+        with self._guarded("start"), self._environment():
             self._open(without_secrets(config), name, resumed)
 
     def _open(self, config: dict[str, Any], name: str, resumed: bool) -> None:
@@ -79,13 +79,13 @@ class WandbRun:
                     f"wandb is not reachable ({reason[:200]}): going on offline, upload later with `wandb sync`."
                 )
                 self.mode = "offline"
-                self._forget_failed_start()
+                self._forget_service()
         self._run = self._init(run_id, config, name)
 
-    def _forget_failed_start(self) -> None:
+    def _forget_service(self) -> None:
         import wandb
 
-        wandb.teardown(exit_code=1)  # its service keeps the id of a run that could not start, and refuses it afterwards
+        wandb.teardown(exit_code=1)  # it keeps the id of a run that could not start, and refuses it afterwards
 
     def _init(self, run_id: str, config: dict[str, Any], name: str) -> Any:
         import wandb
@@ -145,6 +145,9 @@ class WandbRun:
             with self._guarded("finish"), self._environment():
                 self._run.finish(exit_code=1 if failed else 0)
             self._run = None
+            if self._gone:
+                with self._guarded("end"):  # which also takes back what it would do, and say, at our exit
+                    self._forget_service()
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
@@ -152,6 +155,7 @@ class WandbRun:
             yield
         except Exception as error:  # whatever wandb raises: the run matters more than its mirror
             self.failures += 1
+            self._gone |= isinstance(error, ConnectionError)
             if self.failures == 1:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 self._warn(f"wandb could not {what} ({reason}): going on, the run's own files are complete.")
@@ -168,17 +172,6 @@ class WandbRun:
         finally:
             for name in added:
                 os.environ.pop(name, None)
-
-
-@contextmanager
-def _sheltered() -> Iterator[None]:
-    """What is started within it gets no SIGTERM: `ray job stop` sends one to a job's whole family, and wandb's process
-    would end before the last steps are told."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _mode(wanted: str) -> str:
