@@ -73,9 +73,10 @@ def validate(
 def _secrets(values: dict[str, Any], origins: Mapping[Key, str]) -> Iterator[_Problem]:
     """What would be written into resolved.yaml and logs, and must not."""
     for key, why in secrets_in(values):
+        origin = _origin(key, origins).partition("=")[0]  # an override is told with its value
         yield _Problem(
-            f"{'.'.join(key)} must not hold a secret ({_origin(key, origins).partition('=')[0]}; {why}): settings are written into logs "
-            f"and records. Put it into an environment variable, as judge.api_key_env, HF_TOKEN or WANDB_API_KEY.",
+            f"{'.'.join(key)} must not hold a secret ({origin}; {why}): settings are written into logs and records. "
+            f"Put it into an environment variable, as judge.api_key_env, HF_TOKEN or WANDB_API_KEY.",
             key,
             (key[-1],),
         )
