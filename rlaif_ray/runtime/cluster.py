@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +26,7 @@ from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
 from rlaif_ray.runtime.loopback import loopback_environment, on_loopback
-from rlaif_ray.runtime.placement import Slot, actor_slots, job_needs, reserve, totals, wait_for_place
+from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, totals, wait_for_place
 from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
@@ -187,6 +188,9 @@ class Cluster:
         self._sync: Sync | None = None
         self._note: Callable[[str], None] = _say
         self._leave: Callable[[], bool] = lambda: False
+        self._looked = time.monotonic()  # at the places
+        if group is not None:
+            self._watch.every_beat(self._tell_displaced)
 
     def start_rollouts(
         self, policy: PolicyConfig, cfg: EngineConfig, *, context: int, receives_weights: bool = True
@@ -279,7 +283,7 @@ class Cluster:
         job = self._job
         precision = chosen_precision(job.policy.precision, self.device)
         # Some places may have gone with their node, when it is not the first learner.
-        wait_for_place(self._group, self._slots, self._limits.start_s, note=self._note, leave=self._leave)
+        wait_for_place(self._group, self._slots, self._limits.start_s, leave=self._leave)
         slots = self._of("learner")
         base = RankSpec(0, len(slots), 0, "", 0, self.device, self._threads(len(slots)))
         environment = {
@@ -308,6 +312,14 @@ class Cluster:
         self._note, self._leave = note, leave
         for replicas in self._replicas:
             replicas.leave = leave
+
+    def _tell_displaced(self) -> None:
+        """Says every few seconds what is missing, while a lost node's actors have no place."""
+        if time.monotonic() - self._looked > NOTE_S:
+            self._looked = time.monotonic()
+            told = displaced(self._group, self._slots)
+            if told is not None:
+                self._note(told)
 
     def wait(self) -> None:
         """Until every actor started so far is ready: they load side by side."""

@@ -145,7 +145,12 @@ def reserve(
 
 
 def wait_for_place(
-    group: Any, slots: list[Slot], timeout_s: float, *, note: Callable[[str], None], leave: Callable[[], bool]
+    group: Any,
+    slots: list[Slot],
+    timeout_s: float,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+    leave: Callable[[], bool] = lambda: False,
 ) -> None:
     """Until every slot has its bundle, on the first nodes or, when some of them were lost, on others.
 
@@ -172,7 +177,16 @@ def wait_for_place(
             )
         if now - told > NOTE_S:
             told = now
-            note(f"waiting for the places of {len(slots)} actors for {now - began:.0f} s: {_registered(slots)}")
+            note(f"waiting for the places of {len(slots)} actors: {_registered(slots)}")
+
+
+def displaced(group: Any, slots: list[Slot]) -> str | None:
+    """What the cluster has of what is needed, while places are gone with their node; None when all are there."""
+    from ray.util.placement_group import placement_group_table
+
+    if placement_group_table(group)["state"] == "CREATED":
+        return None
+    return f"waiting for the places of {len(slots)} actors: {_registered(slots)}"
 
 
 def _registered(slots: list[Slot]) -> str:
