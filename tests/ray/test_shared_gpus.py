@@ -20,6 +20,14 @@ GPUS = 8
 def ray() -> Iterator[Any]:
     import ray
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # vLLM for CPU sets it in a process that imports it
+        start(ray)
+    yield ray
+    ray.shutdown()
+
+
+def start(ray: Any) -> None:
     ray.init(
         address="local",
         num_cpus=32,
@@ -29,8 +37,6 @@ def ray() -> Iterator[Any]:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    yield ray
-    ray.shutdown()
 
 
 @pytest.mark.parametrize(
