@@ -148,7 +148,7 @@ def test_an_engine_that_broke_is_replaced_as_if_it_had_died(two: Doublers) -> No
     assert two.double([14, 1]) == [None, 2]
     assert two.quarantined == 1
     two.until(lambda: two.lost == 2 and len(two.serving()) == 2, 30)
-    assert sum("failed (it broke)" in note for note in two.notes) == 2
+    assert sum("failed (it broke); starting another" in note for note in two.notes) == 2
 
 
 def test_an_error_that_is_no_engines_ends_the_call(two: Doublers) -> None:
