@@ -148,7 +148,6 @@ class TestLearner:
     def test_the_end_is_that_of_a_run_without_faults(self, runs: tuple[Path, Program, Path]) -> None:
         run_dir, _, straight = runs
         assert_whole(run_dir, 12)
-        engines = {"rollout/lost", "rollout/serving"}  # one that was left with half an update is replaced
         pairs = zip(rows(run_dir / "metrics.jsonl"), rows(straight / "metrics.jsonl"), strict=True)
         assert [differing(ours, theirs) for ours, theirs in pairs] == [{}] * 12
         assert rows(run_dir / "samples.jsonl") == rows(straight / "samples.jsonl")
