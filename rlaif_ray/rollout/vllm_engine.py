@@ -15,6 +15,7 @@ from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
 
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes: the finer, the more of a prefix is shared
 BATCHED_TOKENS = 4096  # prompt tokens per engine step on CPU
+SLEEPING = ("weights", "kv_cache")  # vLLM's tags for what it gives back when it sleeps
 WORTH_CACHING = 4 * CPU_BLOCK_SIZE  # tokens that prompts must share for one of them to be computed ahead
 
 
@@ -34,6 +35,7 @@ class EngineSpec:
     seed: int
     threads: int  # compute threads on CPU
     transfer_backend: str | None  # weight transfer; None for an engine whose weights never change
+    sleep: bool = False  # between calls it gives its GPU memory back
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,7 +48,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     }
     if spec.tensor_parallel == 1:
         # The engine core lives in this process: it starts in half the time, and schedules deterministically.
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if spec.device == "cpu":
         environment |= {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # phases take turns on the same cores, pinned threads would not
@@ -83,6 +85,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         }
     else:
         arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+    if spec.sleep:
+        arguments["enable_sleep_mode"] = True
     if spec.transfer_backend is not None:
         arguments["weight_transfer_config"] = {"backend": spec.transfer_backend}
     return arguments | spec.engine_kwargs
@@ -125,10 +129,13 @@ class VllmEngine:
         self.busy_since: float | None = None  # when the call under way last took a step (monotonic); None when idle
         self._count_steps()
         self.weight_version = -1  # -1: the weights on disk, which no training step may sample from
+        self._asleep: set[str] = set()  # parts of its GPU memory that it has given back
+        self._sleep()
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
         from vllm import SamplingParams
 
+        self._wake(*SLEEPING)
         # The cache would carry keys and values from earlier batches over; starting clean, the same call gives the
         # same bits in a resumed run. Within the call prefixes are shared.
         self._llm.reset_prefix_cache()
@@ -147,6 +154,7 @@ class VllmEngine:
                     )
                 )
         outputs = self._run(requests, parameters)
+        self._sleep()
         return [
             self._completion(prompts[i // settings.samples_per_prompt], i % settings.samples_per_prompt, output)
             for i, output in enumerate(outputs)
@@ -168,6 +176,7 @@ class VllmEngine:
     def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
         from vllm import SamplingParams
 
+        self._wake(*SLEEPING)
         self._llm.reset_prefix_cache()
         answers: list[TokenAnswer | None] = [
             TokenAnswer((), "too_long") if len(query.prompt) >= self._spec.max_context else None for query in queries
@@ -183,6 +192,7 @@ class VllmEngine:
         # Requests that start together would each compute what they all begin with; one ahead leaves it in the cache.
         ahead = 1 if len(asked) > 2 and common_prefix([queries[i].prompt for i in asked]) >= WORTH_CACHING else 0
         outputs = self._run(requests[:ahead], parameters[:ahead]) + self._run(requests[ahead:], parameters[ahead:])
+        self._sleep()
         for i, output in zip(asked, outputs, strict=True):
             step = output.outputs[0].logprobs[0]
             answers[i] = TokenAnswer(tuple(step[token].logprob for token in queries[i].candidates))
@@ -213,6 +223,19 @@ class VllmEngine:
         finally:
             self.busy_since = None
 
+    def _wake(self, *parts: str) -> None:
+        """Takes memory back for these parts, unless it has it. vLLM schedules again once it has all."""
+        tags = [part for part in parts if part in self._asleep]
+        if tags:
+            self._llm.wake_up(tags=tags)
+            self._asleep -= set(tags)
+
+    def _sleep(self) -> None:
+        """Gives its memory back if it is to: weights move to the host, the KV cache is dropped."""
+        if self._spec.sleep:
+            self._llm.sleep(level=1)
+            self._asleep = set(SLEEPING)
+
     # Weight updates, in vLLM's order: init once; then start, update any number of times, finish.
 
     def init_transfer(self, init_info: dict[str, Any]) -> None:
@@ -220,6 +243,7 @@ class VllmEngine:
 
     def start_update(self) -> None:
         self.weight_version = -1  # an update that breaks half way leaves an engine that must not sample
+        self._wake("weights")  # the KV cache is not needed before the next call, which comes soon
         self._llm.start_weight_update()
 
     def update(self, update_info: dict[str, Any]) -> None:
