@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo pipeline chromium test test-fast lint types check bench clean
+.PHONY: setup demo pipeline chromium test test-fast lint types check soak bench clean
 
 setup: $(READY)
 
@@ -41,7 +41,7 @@ chromium:
 	  || echo "make: no $(CHROMIUM), and it can't be installed here: the report's browser tests are skipped"
 
 test: $(READY) chromium
-	$(BIN)/python -m pytest tests -m "not benchmark and not gpu"
+	$(BIN)/python -m pytest tests -m "not benchmark and not gpu and not soak"
 
 # Pure tests: no engine, no cluster, under a minute.
 test-fast: $(READY)
@@ -55,6 +55,10 @@ types: $(READY)
 	$(BIN)/mypy rlaif_ray
 
 check: lint types test
+
+# Hundreds of steps under random kills: most of an hour.
+soak: $(READY)
+	$(BIN)/python -m pytest tests/ray/test_soak.py -m soak -s
 
 bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s

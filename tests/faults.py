@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rlaif_ray.config.load import load_job
 from rlaif_ray.pipelines import rl
 from rlaif_ray.runtime import cluster as clusters
@@ -20,7 +22,8 @@ from rlaif_ray.tracking import StepMetrics, Tracker
 
 
 class Faults:
-    """Each is {"step", "phase", "who", "signal"}: `who` is such as "rollout engine 0" or "learner rank 1"."""
+    """Each is {"step", "phase", "who", "signal"}: `who` is such as "rollout engine 0", "learner rank 1", or "core of
+    rollout engine 0" for vLLM's own process beside the actor's."""
 
     def __init__(self, faults: list[dict[str, Any]], log: Path) -> None:
         self.faults, self.log = faults, log
@@ -31,11 +34,19 @@ class Faults:
             self.wait_until_all_are_there()
         for fault in [f for f in self.faults if (f["step"], f["phase"]) == (step, phase)]:
             self.faults.remove(fault)  # once: the step may be done again
-            pids = [w.last.pid for w in self.cluster._watch._watched if w.name.startswith(fault["who"]) and w.last]
+            pids = self.pids(fault["who"])
             for pid in pids:
                 os.kill(pid, getattr(signal, fault["signal"]))
             with self.log.open("a") as file:
                 file.write(json.dumps({**fault, "pids": pids, "at": time.time()}) + "\n")
+
+    def pids(self, who: str) -> list[int]:
+        name = who.removeprefix("core of ")
+        found = [w.last.pid for w in self.cluster._watch._watched if w.name.startswith(name) and w.last]
+        if name == who:
+            return found
+        children = [child for pid in found for child in psutil.Process(pid).children(recursive=True)]
+        return [child.pid for child in children if "EngineCore" in " ".join(child.cmdline())]
 
     def wait_until_all_are_there(self) -> None:
         """So that every fault meets a full set: engines take longer to start than steps do."""

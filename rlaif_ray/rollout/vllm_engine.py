@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from rlaif_ray.errors import EngineError
 from rlaif_ray.interfaces import GenerationSettings
@@ -98,6 +101,17 @@ def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
+def own_processes() -> dict[str, psutil.Process]:
+    """vLLM's processes under this one, by the titles that it gives them; none where the engine is in this one."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # gone meanwhile
+            title = " ".join(process.cmdline()[:1])
+            if title.startswith("VLLM"):
+                found[title] = process
+    return found
+
+
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with."""
     least, most = min(prompts), max(prompts)  # in between all share what these two do
@@ -128,14 +142,36 @@ class VllmEngine:
         self._broken: str | None = None
         self.busy_since: float | None = None  # when the call under way last took a step (monotonic); None when idle
         self._count_steps()
+        self._parts = own_processes()
         self.weight_version = -1  # -1: the weights on disk, which no training step may sample from
         self._asleep: set[str] = set()  # parts of its GPU memory that it has given back
         self._sleep()
 
+    @contextmanager
+    def _working(self, what: str) -> Iterator[None]:
+        """One call. Whoever watches can tell when it last moved: vLLM may wait for ever on a part of it that died."""
+        if self._broken is not None:
+            raise EngineError(f"this engine failed before and must be started anew ({self._broken})")
+        self.busy_since = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            # Its scheduler still holds the requests that failed: another call could wait on them for ever.
+            self._broken = f"{type(error).__name__}: {error}"
+            raise EngineError(f"vLLM failed {what}: {self._broken}") from error
+        finally:
+            self.busy_since = None
+
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
+        with self._working(f"on {len(prompts)} prompts"):
+            self._wake(*SLEEPING)
+            completions = self._generate(prompts, settings)
+            self._sleep()
+        return completions
+
+    def _generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
         from vllm import SamplingParams
 
-        self._wake(*SLEEPING)
         # The cache would carry keys and values from earlier batches over; starting clean, the same call gives the
         # same bits in a resumed run. Within the call prefixes are shared.
         self._llm.reset_prefix_cache()
@@ -154,7 +190,6 @@ class VllmEngine:
                     )
                 )
         outputs = self._run(requests, parameters)
-        self._sleep()
         return [
             self._completion(prompts[i // settings.samples_per_prompt], i % settings.samples_per_prompt, output)
             for i, output in enumerate(outputs)
@@ -174,9 +209,15 @@ class VllmEngine:
         )
 
     def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
+        with self._working(f"on {len(queries)} requests"):
+            self._wake(*SLEEPING)
+            answers = self._token_logprobs(queries)
+            self._sleep()
+        return answers
+
+    def _token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
         from vllm import SamplingParams
 
-        self._wake(*SLEEPING)
         self._llm.reset_prefix_cache()
         answers: list[TokenAnswer | None] = [
             TokenAnswer((), "too_long") if len(query.prompt) >= self._spec.max_context else None for query in queries
@@ -192,11 +233,21 @@ class VllmEngine:
         # Requests that start together would each compute what they all begin with; one ahead leaves it in the cache.
         ahead = 1 if len(asked) > 2 and common_prefix([queries[i].prompt for i in asked]) >= WORTH_CACHING else 0
         outputs = self._run(requests[:ahead], parameters[:ahead]) + self._run(requests[ahead:], parameters[ahead:])
-        self._sleep()
         for i, output in zip(asked, outputs, strict=True):
             step = output.outputs[0].logprobs[0]
             answers[i] = TokenAnswer(tuple(step[token].logprob for token in queries[i].candidates))
         return [answer for answer in answers if answer is not None]
+
+    def dead_part(self) -> str | None:
+        """Which of vLLM's processes is gone, in words: of several, the one beside it may wait for it for ever."""
+        for name, process in self._parts.items():
+            try:
+                alive = process.status() != psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                alive = False
+            if not alive:
+                return f"lost its process {name} (pid {process.pid})"
+        return None
 
     def _count_steps(self) -> None:
         """Every step that vLLM takes moves `busy_since`: an engine that is stuck in one shows."""
@@ -211,17 +262,7 @@ class VllmEngine:
         engine.step = step
 
     def _run(self, requests: list[Any], parameters: list[Any]) -> list[Any]:
-        if self._broken is not None:
-            raise EngineError(f"this engine failed before and must be started anew ({self._broken})")
-        self.busy_since = time.monotonic()
-        try:
-            return list(self._llm.generate(requests, parameters, use_tqdm=False)) if requests else []
-        except Exception as error:
-            # Its scheduler still holds the requests that failed: another call could wait on them for ever.
-            self._broken = f"{type(error).__name__}: {error}"
-            raise EngineError(f"vLLM failed on {len(requests)} requests: {self._broken}") from error
-        finally:
-            self.busy_since = None
+        return list(self._llm.generate(requests, parameters, use_tqdm=False)) if requests else []
 
     def _wake(self, *parts: str) -> None:
         """Takes memory back for these parts, unless it has it. vLLM schedules again once it has all."""
@@ -239,20 +280,24 @@ class VllmEngine:
     # Weight updates, in vLLM's order: init once; then start, update any number of times, finish.
 
     def init_transfer(self, init_info: dict[str, Any]) -> None:
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        with self._working("to join the weight transfer"):
+            self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_update(self) -> None:
         self.weight_version = -1  # an update that breaks half way leaves an engine that must not sample
-        self._wake("weights")  # the KV cache is not needed before the next call, which comes soon
-        self._llm.start_weight_update()
+        with self._working("to begin an update"):
+            self._wake("weights")  # the KV cache is not needed before the next call, which comes soon
+            self._llm.start_weight_update()
 
     def update(self, update_info: dict[str, Any]) -> None:
-        self._llm.update_weights({"update_info": update_info})
+        with self._working("to load weights"):
+            self._llm.update_weights({"update_info": update_info})
 
     def finish_update(self, version: int) -> list[int]:
         """Makes the new weights current; returns each worker's checksum of them."""
-        self._llm.finish_weight_update()
-        self._llm.reset_prefix_cache()
-        checksums = self._llm.collective_rpc("received_checksum")
+        with self._working("to end an update"):
+            self._llm.finish_weight_update()
+            self._llm.reset_prefix_cache()
+            checksums = self._llm.collective_rpc("received_checksum")
         self.weight_version = version
         return [int(c) for c in checksums]

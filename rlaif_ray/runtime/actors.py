@@ -28,10 +28,14 @@ class Actor:
 
     def beat(self) -> Beat:
         """A sign of life, from a thread of its own."""
-        return beat_of(self._busy_since())
+        return beat_of(self._busy_since(), self._dead_part())
 
     def _busy_since(self) -> float | None:
         """When the work under way last moved (monotonic); None when idle, or when there is no telling."""
+        return None
+
+    def _dead_part(self) -> str | None:
+        """What it can't work without and is gone, in words."""
         return None
 
     def process(self) -> tuple[int, str]:
@@ -53,6 +57,9 @@ class EngineActor(Actor):
 
     def _busy_since(self) -> float | None:
         return None if self._engine is None else self._engine.busy_since
+
+    def _dead_part(self) -> str | None:
+        return None if self._engine is None else self._engine.dead_part()
 
     def start(self, spec: EngineSpec, *after: Any) -> None:
         """Loads the model; resolved here, since another node has its own cache. Ray waits for `after` first."""

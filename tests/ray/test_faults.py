@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests.ray.test_train import repeatable, weights_hash
 from tests.runs import Program, finish_train, rows, start, start_train, tiny_config
+from tests.tiny import cached_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -38,6 +40,20 @@ LEARNER_FAULTS = [
     ("checkpoint", "learner rank 0", "SIGKILL"),
 ]
 
+# A reward model in place of the judge, two learner ranks that share their optimizer states, and vLLM's engine core in
+# a process of its own, as it is where an engine has several GPUs.
+MIXED_FAULTS = [
+    ("rollout", "core of rollout engine 0", "SIGKILL"),
+    ("feedback", "reward_model 0", "SIGKILL"),
+    ("update", "learner rank 1", "SIGKILL"),
+    ("rollout", "core of rollout engine 0", "SIGSTOP"),
+    ("feedback", "reward_model 0", "SIGSTOP"),
+    ("annotate", "learner rank 0", "SIGSTOP"),
+    ("weight_sync", "core of rollout engine 0", "SIGKILL"),
+    ("checkpoint", "learner rank 1", "SIGKILL"),
+    ("weight_sync", "learner rank 1", "SIGSTOP"),
+]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,10 +65,15 @@ def config(folder: Path) -> Path:
     return tiny_config(folder)
 
 
-def faulty(run_dir: Path, faults: list[dict[str, Any]], *arguments: str | Path) -> Program:
+def faulty(
+    run_dir: Path,
+    faults: list[dict[str, Any]],
+    *arguments: str | Path,
+    environment: Mapping[str, str] | None = None,
+) -> Program:
     """A run with faults, ended; nothing of it lives on."""
     command = [sys.executable, "-m", "tests.faults", json.dumps(faults), run_dir, *arguments]
-    program = start(command, run_dir.with_suffix(".out"))
+    program = start(command, run_dir.with_suffix(".out"), environment)
     try:
         return program.wait(900)
     finally:
@@ -152,6 +173,51 @@ class TestLearner:
         assert [differing(ours, theirs) for ours, theirs in pairs] == [{}] * 12
         assert rows(run_dir / "samples.jsonl") == rows(straight / "samples.jsonl")
         assert weights_hash(run_dir) == weights_hash(straight)
+
+
+class TestMixed:
+    """Several ranks, engines of several processes, a reward model: to the same end as without the faults."""
+
+    @pytest.fixture(scope="class")
+    def runs(self, folder: Path, config: Path) -> tuple[Path, Program, Path]:
+        feedback = f"feedback={{type: reward_model, model: {reward_model(folder / 'reward_model')}}}"
+        layout = ("learner.ranks=2", "learner.zero_stage=2", feedback)
+        settings = (*SHORT, *layout, f"steps={2 * len(MIXED_FAULTS) + 1}", "checkpoint.every=2")
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        straight, run_dir = folder / "straight-mixed", folder / "mixed"
+        without = finish_train(config, *settings, run_dir=straight, environment=environment)
+        assert without.exit_code == 0, without.stderr
+        faults = timed(MIXED_FAULTS, 2)
+        restarts = "cluster.learner_restarts=9"
+        return run_dir, faulty(run_dir, faults, config, *settings, restarts, environment=environment), straight
+
+    def test_it_ends_well_and_leaves_nothing_behind(self, runs: tuple[Path, Program, Path]) -> None:
+        run_dir, program, _ = runs
+        assert program.exit_code == 0, program.stderr + program.stdout
+        assert program.left_over == []
+        assert [(f["phase"], f["who"], f["signal"]) for f in struck(run_dir)] == MIXED_FAULTS
+        assert all(len(f["pids"]) == 1 for f in struck(run_dir))
+
+    def test_the_end_is_that_of_a_run_without_faults(self, runs: tuple[Path, Program, Path]) -> None:
+        run_dir, _, straight = runs
+        steps = 2 * len(MIXED_FAULTS) + 1
+        assert_whole(run_dir, steps)
+        pairs = zip(rows(run_dir / "metrics.jsonl"), rows(straight / "metrics.jsonl"), strict=True)
+        assert [differing(ours, theirs) for ours, theirs in pairs] == [{}] * steps
+        assert rows(run_dir / "samples.jsonl") == rows(straight / "samples.jsonl")
+        assert weights_hash(run_dir) == weights_hash(straight)
+
+
+def reward_model(target: Path) -> Path:
+    """A random one."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = cached_tiny_model(tied=True, context=4096)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32).save_pretrained(target)
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    return target
 
 
 def test_a_learner_that_is_lost_too_often_ends_the_run(folder: Path, config: Path) -> None:

@@ -58,7 +58,7 @@ def engine(sleep: bool) -> tuple[VllmEngine, Sleeper]:
     made, llm = VllmEngine.__new__(VllmEngine), Sleeper()
     made._llm, made._spec, made._broken, made.weight_version = llm, spec, None, -1
     made._tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: "seven")
-    made._asleep = set()
+    made._asleep, made.busy_since = set(), None
     made._sleep()
     return made, llm
 
