@@ -12,6 +12,8 @@ READY := $(VENV)/.ready
 # Where torch's CPU builds live when the machine's own package sources have none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
+# Test files run side by side: most of their time engines start, on one core each. Each takes about 4 GB.
+WORKERS ?= 2
 
 .PHONY: setup demo pipeline chromium test test-fast lint types check soak bench clean
 
@@ -41,7 +43,7 @@ chromium:
 	  || echo "make: no $(CHROMIUM), and it can't be installed here: the report's browser tests are skipped"
 
 test: $(READY) chromium
-	$(BIN)/python -m pytest tests -m "not benchmark and not gpu and not soak"
+	$(BIN)/python -m pytest tests -m "not benchmark and not gpu and not soak" -n $(WORKERS) --dist loadfile
 
 # Pure tests: no engine, no cluster, under a minute.
 test-fast: $(READY)
