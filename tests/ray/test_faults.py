@@ -176,36 +176,37 @@ class TestLearner:
 
 
 class TestMixed:
-    """Several ranks, engines of several processes, a reward model: to the same end as without the faults."""
+    """Several ranks, engines of several processes, a reward model."""
+
+    STEPS = 2 * len(MIXED_FAULTS) + 1
 
     @pytest.fixture(scope="class")
-    def runs(self, folder: Path, config: Path) -> tuple[Path, Program, Path]:
+    def run(self, folder: Path, config: Path) -> tuple[Path, Program]:
         feedback = f"feedback={{type: reward_model, model: {reward_model(folder / 'reward_model')}}}"
-        layout = ("learner.ranks=2", "learner.zero_stage=2", feedback)
-        settings = (*SHORT, *layout, f"steps={2 * len(MIXED_FAULTS) + 1}", "checkpoint.every=2")
+        layout = ("learner.ranks=2", "learner.zero_stage=2", feedback, "cluster.learner_restarts=9")
+        settings = (*SHORT, *layout, f"steps={self.STEPS}", "checkpoint.every=2")
+        run_dir = folder / "mixed"
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        straight, run_dir = folder / "straight-mixed", folder / "mixed"
-        without = finish_train(config, *settings, run_dir=straight, environment=environment)
-        assert without.exit_code == 0, without.stderr
-        faults = timed(MIXED_FAULTS, 2)
-        restarts = "cluster.learner_restarts=9"
-        return run_dir, faulty(run_dir, faults, config, *settings, restarts, environment=environment), straight
+        return run_dir, faulty(run_dir, timed(MIXED_FAULTS, 2), config, *settings, environment=environment)
 
-    def test_it_ends_well_and_leaves_nothing_behind(self, runs: tuple[Path, Program, Path]) -> None:
-        run_dir, program, _ = runs
+    def test_it_ends_well_and_leaves_nothing_behind(self, run: tuple[Path, Program]) -> None:
+        run_dir, program = run
         assert program.exit_code == 0, program.stderr + program.stdout
         assert program.left_over == []
         assert [(f["phase"], f["who"], f["signal"]) for f in struck(run_dir)] == MIXED_FAULTS
         assert all(len(f["pids"]) == 1 for f in struck(run_dir))
 
-    def test_the_end_is_that_of_a_run_without_faults(self, runs: tuple[Path, Program, Path]) -> None:
-        run_dir, _, straight = runs
-        steps = 2 * len(MIXED_FAULTS) + 1
-        assert_whole(run_dir, steps)
-        pairs = zip(rows(run_dir / "metrics.jsonl"), rows(straight / "metrics.jsonl"), strict=True)
-        assert [differing(ours, theirs) for ours, theirs in pairs] == [{}] * steps
-        assert rows(run_dir / "samples.jsonl") == rows(straight / "samples.jsonl")
-        assert weights_hash(run_dir) == weights_hash(straight)
+    def test_nothing_is_lost_or_stale(self, run: tuple[Path, Program]) -> None:
+        run_dir, _ = run
+        assert_whole(run_dir, self.STEPS)
+        assert rows(run_dir / "metrics.jsonl")[-1]["rollout/quarantined"] == 0
+
+    def test_it_says_what_happened(self, run: tuple[Path, Program]) -> None:
+        text = run[1].stdout
+        assert text.count("rollout engine 0 lost its process VLLM::EngineCore") >= 2  # at once, not by its silence
+        assert "rollout engine 0 made no progress for" in text
+        assert "learner rank 0 gave no sign of life for" in text and "learner rank 1 died" in text
+        assert "reward_model 0 died" in text and "reward_model 0 gave no sign of life for" in text
 
 
 def reward_model(target: Path) -> Path:
