@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,12 +39,33 @@ class Faults:
             for pid in pids:
                 os.kill(pid, getattr(signal, fault["signal"]))
             with self.log.open("a") as file:
-                file.write(json.dumps({**fault, "pids": pids, "at": time.time()}) + "\n")
+                file.write(json.dumps({**fault, "pids": pids}) + "\n")
+            follower = threading.Thread(target=self.follow, args=(fault, self.struck(fault["who"])), daemon=True)
+            follower.start()
+
+    def follow(self, fault: dict[str, Any], struck: list[Any]) -> None:
+        """Writes down in how many seconds the loss was noticed, and all were there again."""
+        began = time.monotonic()
+        while not all(w.lost for w in struck):
+            time.sleep(0.05)
+        noticed_s = time.monotonic() - began
+        while not self.at_full_strength():
+            time.sleep(0.05)
+        line = {**fault, "noticed_s": round(noticed_s, 2), "back_s": round(time.monotonic() - began, 2)}
+        with self.log.with_suffix(".followed.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def struck(self, who: str) -> list[Any]:
+        return [w for w in self.cluster._watch._watched if w.name.startswith(who.removeprefix("core of "))]
+
+    def at_full_strength(self) -> bool:
+        """Whether every replica and rank is there and has been heard."""
+        there = all(len(r.usable()) == r.count for r in self.cluster._replicas)
+        return there and all(w.last is not None and w.lost is None for w in self.cluster._watch._watched)
 
     def pids(self, who: str) -> list[int]:
-        name = who.removeprefix("core of ")
-        found = [w.last.pid for w in self.cluster._watch._watched if w.name.startswith(name) and w.last]
-        if name == who:
+        found = [w.last.pid for w in self.struck(who) if w.last]
+        if not who.startswith("core of "):
             return found
         children = [child for pid in found for child in psutil.Process(pid).children(recursive=True)]
         return [child.pid for child in children if "EngineCore" in " ".join(child.cmdline())]
@@ -52,8 +74,7 @@ class Faults:
         """So that every fault meets a full set: engines take longer to start than steps do."""
         deadline = time.monotonic() + 150
         while time.monotonic() < deadline:
-            there = all(len(r.usable()) == r.count for r in self.cluster._replicas)
-            if there and all(w.last is not None for w in self.cluster._watch._watched):
+            if self.at_full_strength():
                 return
             time.sleep(0.2)
         raise AssertionError("the replicas are not at full strength again")

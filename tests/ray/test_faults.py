@@ -111,6 +111,13 @@ def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[A
     return {k: (ours.get(k), theirs.get(k)) for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
 
 
+def assert_noticed(run_dir: Path) -> None:
+    """A dead one within 5 s, a silent one within its deadline (6 s) and 5 more."""
+    for fault in rows(run_dir.with_name(f"{run_dir.name}.faults.followed.jsonl")):
+        print(fault)
+        assert fault["noticed_s"] < (5 if fault["signal"] == "SIGKILL" else 11), fault
+
+
 class TestEngines:
     @pytest.fixture(scope="class")
     def run(self, folder: Path, config: Path) -> tuple[Path, Program, int]:
@@ -132,6 +139,12 @@ class TestEngines:
     def test_nothing_is_lost_or_stale(self, run: tuple[Path, Program, int]) -> None:
         run_dir, _, steps = run
         assert_whole(run_dir, steps)
+
+    def test_losses_are_noticed_in_time(self, run: tuple[Path, Program, int]) -> None:
+        assert_noticed(run[0])
+        assert (
+            len(rows(run[0].with_name("engines.faults.followed.jsonl"))) >= len(ENGINE_FAULTS) - 2
+        )  # the last may end
 
     def test_steps_go_on_while_a_replica_is_left(self, run: tuple[Path, Program, int]) -> None:
         metrics = {row["step"]: row for row in rows(run[0] / "metrics.jsonl")}
@@ -164,6 +177,7 @@ class TestLearner:
         assert program.left_over == []
         assert [(f["phase"], f["who"], f["signal"]) for f in struck(run_dir)] == LEARNER_FAULTS
         assert all(len(f["pids"]) == 1 for f in struck(run_dir))
+        assert_noticed(run_dir)
         assert program.stdout.count("starting the learner again from step") == len(LEARNER_FAULTS)
 
     def test_the_end_is_that_of_a_run_without_faults(self, runs: tuple[Path, Program, Path]) -> None:
@@ -200,6 +214,9 @@ class TestMixed:
         run_dir, _ = run
         assert_whole(run_dir, self.STEPS)
         assert rows(run_dir / "metrics.jsonl")[-1]["rollout/quarantined"] == 0
+
+    def test_losses_are_noticed_in_time(self, run: tuple[Path, Program]) -> None:
+        assert_noticed(run[0])
 
     def test_it_says_what_happened(self, run: tuple[Path, Program]) -> None:
         text = run[1].stdout
