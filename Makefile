@@ -13,8 +13,10 @@ READY := $(VENV)/.ready
 # Where torch's CPU builds live when the machine's own package sources have none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
+# Test files run side by side: most of their time engines start, on one core each. Each takes about 4 GB.
+WORKERS ?= 2
 
-.PHONY: setup demo pipeline chromium slurm test test-fast lint types check bench clean
+.PHONY: setup demo pipeline chromium slurm test test-fast lint types check soak bench clean
 
 setup: $(READY)
 
@@ -48,7 +50,7 @@ slurm:
 	  || echo "make: no $(SLURMD), and it can't be installed here: the tests under Slurm are skipped"
 
 test: $(READY) chromium slurm
-	$(BIN)/python -m pytest tests -m "not benchmark and not gpu"
+	$(BIN)/python -m pytest tests -m "not benchmark and not gpu and not soak" -n $(WORKERS) --dist loadfile
 
 # Pure tests: no engine, no cluster, under a minute.
 test-fast: $(READY)
@@ -62,6 +64,10 @@ types: $(READY)
 	$(BIN)/mypy rlaif_ray
 
 check: lint types test
+
+# Hundreds of steps under random kills: most of an hour.
+soak: $(READY)
+	$(BIN)/python -m pytest tests/ray/test_soak.py -m soak -s
 
 bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s

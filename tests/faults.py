@@ -8,10 +8,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlaif_ray.config.load import load_job
 from rlaif_ray.pipelines import rl
@@ -20,7 +23,8 @@ from rlaif_ray.tracking import StepMetrics, Tracker
 
 
 class Faults:
-    """Each is {"step", "phase", "who", "signal"}: `who` is such as "rollout engine 0" or "learner rank 1"."""
+    """Each is {"step", "phase", "who", "signal"}: `who` is such as "rollout engine 0", "learner rank 1", or "core of
+    rollout engine 0" for vLLM's own process beside the actor's."""
 
     def __init__(self, faults: list[dict[str, Any]], log: Path) -> None:
         self.faults, self.log = faults, log
@@ -31,18 +35,46 @@ class Faults:
             self.wait_until_all_are_there()
         for fault in [f for f in self.faults if (f["step"], f["phase"]) == (step, phase)]:
             self.faults.remove(fault)  # once: the step may be done again
-            pids = [w.last.pid for w in self.cluster._watch._watched if w.name.startswith(fault["who"]) and w.last]
+            pids = self.pids(fault["who"])
             for pid in pids:
                 os.kill(pid, getattr(signal, fault["signal"]))
             with self.log.open("a") as file:
-                file.write(json.dumps({**fault, "pids": pids, "at": time.time()}) + "\n")
+                file.write(json.dumps({**fault, "pids": pids}) + "\n")
+            follower = threading.Thread(target=self.follow, args=(fault, self.struck(fault["who"])), daemon=True)
+            follower.start()
+
+    def follow(self, fault: dict[str, Any], struck: list[Any]) -> None:
+        """Writes down in how many seconds the loss was noticed, and all were there again."""
+        began = time.monotonic()
+        while not all(w.lost for w in struck):
+            time.sleep(0.05)
+        noticed_s = time.monotonic() - began
+        while not self.at_full_strength():
+            time.sleep(0.05)
+        line = {**fault, "noticed_s": round(noticed_s, 2), "back_s": round(time.monotonic() - began, 2)}
+        with self.log.with_suffix(".followed.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def struck(self, who: str) -> list[Any]:
+        return [w for w in self.cluster._watch._watched if w.name.startswith(who.removeprefix("core of "))]
+
+    def at_full_strength(self) -> bool:
+        """Whether every replica and rank is there and has been heard."""
+        there = all(len(r.usable()) == r.count for r in self.cluster._replicas)
+        return there and all(w.last is not None and w.lost is None for w in self.cluster._watch._watched)
+
+    def pids(self, who: str) -> list[int]:
+        found = [w.last.pid for w in self.struck(who) if w.last]
+        if not who.startswith("core of "):
+            return found
+        children = [child for pid in found for child in psutil.Process(pid).children(recursive=True)]
+        return [child.pid for child in children if "EngineCore" in " ".join(child.cmdline())]
 
     def wait_until_all_are_there(self) -> None:
         """So that every fault meets a full set: engines take longer to start than steps do."""
         deadline = time.monotonic() + 150
         while time.monotonic() < deadline:
-            there = all(len(r.usable()) == r.count for r in self.cluster._replicas)
-            if there and all(w.last is not None for w in self.cluster._watch._watched):
+            if self.at_full_strength():
                 return
             time.sleep(0.2)
         raise AssertionError("the replicas are not at full strength again")

@@ -105,6 +105,8 @@ class EngineConfig(Config):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """KV cache of an engine on CPU."""
+    sleep: bool = False
+    """Between calls the engine gives its GPU memory back, weights to the host's memory, for others of the same GPU."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM as they are; they win over everything above."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.prompts import PromptSource
-from rlaif_ray.errors import LearnerLostError, Preempted, ReplicasLostError
+from rlaif_ray.errors import FeedbackError, LearnerLostError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
@@ -143,7 +143,7 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
                     checkpoint.save(run.run_dir, job, learner, state)
         if state.step == job.steps:
             run.held_out.measure(state.step, state.held_out_before)
-    except (Preempted, ReplicasLostError):  # both come while engines are waited for: the learner stands at a step
+    except (FeedbackError, Preempted, ReplicasLostError):  # all come between updates: the learner stands at a step
         save_last(run, learner, state)
         raise
     if state.step < job.steps:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from rlaif_ray.errors import EngineError
 from rlaif_ray.interfaces import GenerationSettings
@@ -15,6 +18,7 @@ from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
 
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes: the finer, the more of a prefix is shared
 BATCHED_TOKENS = 4096  # prompt tokens per engine step on CPU
+SLEEPING = ("weights", "kv_cache")  # vLLM's tags for what it gives back when it sleeps
 WORTH_CACHING = 4 * CPU_BLOCK_SIZE  # tokens that prompts must share for one of them to be computed ahead
 
 
@@ -34,6 +38,7 @@ class EngineSpec:
     seed: int
     threads: int  # compute threads on CPU
     transfer_backend: str | None  # weight transfer; None for an engine whose weights never change
+    sleep: bool = False  # between calls it gives its GPU memory back
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,7 +51,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     }
     if spec.tensor_parallel == 1:
         # The engine core lives in this process: it starts in half the time, and schedules deterministically.
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if spec.device == "cpu":
         environment |= {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # phases take turns on the same cores, pinned threads would not
@@ -83,6 +88,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         }
     else:
         arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+    if spec.sleep:
+        arguments["enable_sleep_mode"] = True
     if spec.transfer_backend is not None:
         arguments["weight_transfer_config"] = {"backend": spec.transfer_backend}
     return arguments | spec.engine_kwargs
@@ -92,6 +99,17 @@ def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
     """Seed of one completion: the same for the same run, prompt and sample, wherever and beside whatever it runs."""
     digest = hashlib.blake2b(f"{seed}/{prompt_id}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
+
+
+def own_processes() -> dict[str, psutil.Process]:
+    """vLLM's processes under this one, by the titles that it gives them; none where the engine is in this one."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # gone meanwhile
+            title = " ".join(process.cmdline()[:1])
+            if title.startswith("VLLM"):
+                found[title] = process
+    return found
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -124,9 +142,34 @@ class VllmEngine:
         self._broken: str | None = None
         self.busy_since: float | None = None  # when the call under way last took a step (monotonic); None when idle
         self._count_steps()
+        self._parts = own_processes()
         self.weight_version = -1  # -1: the weights on disk, which no training step may sample from
+        self._asleep: set[str] = set()  # parts of its GPU memory that it has given back
+        self._sleep()
+
+    @contextmanager
+    def _working(self, what: str) -> Iterator[None]:
+        """One call. Whoever watches can tell when it last moved: vLLM may wait for ever on a part of it that died."""
+        if self._broken is not None:
+            raise EngineError(f"this engine failed before and must be started anew ({self._broken})")
+        self.busy_since = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            # Its scheduler still holds the requests that failed: another call could wait on them for ever.
+            self._broken = f"{type(error).__name__}: {error}"
+            raise EngineError(f"vLLM failed {what}: {self._broken}") from error
+        finally:
+            self.busy_since = None
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
+        with self._working(f"on {len(prompts)} prompts"):
+            self._wake(*SLEEPING)
+            completions = self._generate(prompts, settings)
+            self._sleep()
+        return completions
+
+    def _generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
         from vllm import SamplingParams
 
         # The cache would carry keys and values from earlier batches over; starting clean, the same call gives the
@@ -166,6 +209,13 @@ class VllmEngine:
         )
 
     def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
+        with self._working(f"on {len(queries)} requests"):
+            self._wake(*SLEEPING)
+            answers = self._token_logprobs(queries)
+            self._sleep()
+        return answers
+
+    def _token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:
         from vllm import SamplingParams
 
         self._llm.reset_prefix_cache()
@@ -188,6 +238,17 @@ class VllmEngine:
             answers[i] = TokenAnswer(tuple(step[token].logprob for token in queries[i].candidates))
         return [answer for answer in answers if answer is not None]
 
+    def dead_part(self) -> str | None:
+        """Which of vLLM's processes is gone, in words: of several, the one beside it may wait for it for ever."""
+        for name, process in self._parts.items():
+            try:
+                alive = process.status() != psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                alive = False
+            if not alive:
+                return f"lost its process {name} (pid {process.pid})"
+        return None
+
     def _count_steps(self) -> None:
         """Every step that vLLM takes moves `busy_since`: an engine that is stuck in one shows."""
         engine: Any = self._llm.llm_engine
@@ -201,34 +262,42 @@ class VllmEngine:
         engine.step = step
 
     def _run(self, requests: list[Any], parameters: list[Any]) -> list[Any]:
-        if self._broken is not None:
-            raise EngineError(f"this engine failed before and must be started anew ({self._broken})")
-        self.busy_since = time.monotonic()
-        try:
-            return list(self._llm.generate(requests, parameters, use_tqdm=False)) if requests else []
-        except Exception as error:
-            # Its scheduler still holds the requests that failed: another call could wait on them for ever.
-            self._broken = f"{type(error).__name__}: {error}"
-            raise EngineError(f"vLLM failed on {len(requests)} requests: {self._broken}") from error
-        finally:
-            self.busy_since = None
+        return list(self._llm.generate(requests, parameters, use_tqdm=False)) if requests else []
+
+    def _wake(self, *parts: str) -> None:
+        """Takes memory back for these parts, unless it has it. vLLM schedules again once it has all."""
+        tags = [part for part in parts if part in self._asleep]
+        if tags:
+            self._llm.wake_up(tags=tags)
+            self._asleep -= set(tags)
+
+    def _sleep(self) -> None:
+        """Gives its memory back if it is to: weights move to the host, the KV cache is dropped."""
+        if self._spec.sleep:
+            self._llm.sleep(level=1)
+            self._asleep = set(SLEEPING)
 
     # Weight updates, in vLLM's order: init once; then start, update any number of times, finish.
 
     def init_transfer(self, init_info: dict[str, Any]) -> None:
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        with self._working("to join the weight transfer"):
+            self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_update(self) -> None:
         self.weight_version = -1  # an update that breaks half way leaves an engine that must not sample
-        self._llm.start_weight_update()
+        with self._working("to begin an update"):
+            self._wake("weights")  # the KV cache is not needed before the next call, which comes soon
+            self._llm.start_weight_update()
 
     def update(self, update_info: dict[str, Any]) -> None:
-        self._llm.update_weights({"update_info": update_info})
+        with self._working("to load weights"):
+            self._llm.update_weights({"update_info": update_info})
 
     def finish_update(self, version: int) -> list[int]:
         """Makes the new weights current; returns each worker's checksum of them."""
-        self._llm.finish_weight_update()
-        self._llm.reset_prefix_cache()
-        checksums = self._llm.collective_rpc("received_checksum")
+        with self._working("to end an update"):
+            self._llm.finish_weight_update()
+            self._llm.reset_prefix_cache()
+            checksums = self._llm.collective_rpc("received_checksum")
         self.weight_version = version
         return [int(c) for c in checksums]

@@ -146,6 +146,15 @@ class IpcSender:
         self.release()
 
 
+def with_handles_of_all(messages: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """One rank's update message, with every rank's IPC handles: a worker takes those of its own GPU."""
+    sent = [message for message in messages if message is not None]
+    if "ipc_handles" not in sent[0]:
+        return sent[0]
+    each = zip(*(message["ipc_handles"] for message in sent), strict=True)  # by tensor
+    return {**sent[0], "ipc_handles": [{k: v for handles in ranks for k, v in handles.items()} for ranks in each]}
+
+
 class NcclSender:
     """Broadcasts from the learner's rank 0 to all engine workers, for engines on GPUs of their own."""
 

@@ -28,16 +28,26 @@ class Actor:
 
     def beat(self) -> Beat:
         """A sign of life, from a thread of its own."""
-        return beat_of(self._busy_since())
+        return beat_of(self._busy_since(), self._dead_part())
 
     def _busy_since(self) -> float | None:
         """When the work under way last moved (monotonic); None when idle, or when there is no telling."""
+        return None
+
+    def _dead_part(self) -> str | None:
+        """What it can't work without and is gone, in words."""
         return None
 
     def process(self) -> tuple[int, str]:
         """(pid, node id)."""
         beat = self.beat()
         return beat.pid, beat.node
+
+    def gpus(self) -> list[tuple[str, str]]:
+        """(node id, GPU of the node) of all GPUs it was given, whole or in part."""
+        import ray
+
+        return [(self.beat().node, str(gpu)) for gpu in ray.get_gpu_ids()]
 
 
 class EngineActor(Actor):
@@ -48,8 +58,11 @@ class EngineActor(Actor):
     def _busy_since(self) -> float | None:
         return None if self._engine is None else self._engine.busy_since
 
-    def start(self, spec: EngineSpec) -> None:
-        """Loads the model; resolved here, since another node has its own cache."""
+    def _dead_part(self) -> str | None:
+        return None if self._engine is None else self._engine.dead_part()
+
+    def start(self, spec: EngineSpec, *after: Any) -> None:
+        """Loads the model; resolved here, since another node has its own cache. Ray waits for `after` first."""
         from rlaif_ray.rollout.vllm_engine import VllmEngine
 
         self._engine = VllmEngine(replace(spec, model=str(resolve_model(spec.model, revision=spec.revision))))
@@ -85,6 +98,7 @@ class RewardModelActor(Actor):
         device: Literal["cpu", "cuda"],
         precision: Literal["fp32", "bf16"],
         threads: int,
+        shares_gpu: bool,
     ) -> None:
         import torch
 
@@ -92,6 +106,7 @@ class RewardModelActor(Actor):
         from rlaif_ray.feedback.reward_model import RewardModelScorer
 
         torch.set_num_threads(threads)
+        self._shares_gpu = shares_gpu
         self._scorer = RewardModelScorer(cfg, device=device, precision=precision, make_renderer=ChatRenderer)
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
@@ -99,7 +114,16 @@ class RewardModelActor(Actor):
             scores: list[Score] = self._scorer.score(completions)
         except Exception as error:  # such as memory that ran out: another process, or fewer at once, may do
             raise EngineError(f"the reward model failed: {type(error).__name__}: {error}") from error
+        free_cached(self._shares_gpu)
         return scores
+
+
+def free_cached(shares_gpu: bool) -> None:
+    """What torch keeps of a GPU for its next call is given back for an engine that wakes there."""
+    if shares_gpu:
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 class LearnerActor(Actor):
@@ -119,8 +143,12 @@ class LearnerActor(Actor):
         spec: RankSpec,
         precision: Literal["fp32", "bf16"],
         total_steps: int | None = None,
+        *after: Any,
     ) -> None:
-        """Loads what the job (one of config/jobs.py) trains; `total_steps` where they follow from the data."""
+        """Loads what the job (one of config/jobs.py) trains; `total_steps` where they follow from the data.
+
+        Ray waits for `after` first.
+        """
         timeout_s = job.cluster.start_timeout_s
         self._learner: Any
         if isinstance(job, TrainJob):
@@ -135,7 +163,8 @@ class LearnerActor(Actor):
             assert total_steps is not None
             ranks: dict[type, Any] = {SftJob: SftRank, RewardModelJob: RewardRank, DpoJob: DpoRank}
             self._learner = ranks[type(job)](job, spec, precision, total_steps=total_steps, start_timeout_s=timeout_s)
-        self._sends = spec.rank == 0
+        self._rank = spec.rank
+        self._shares_gpu = spec.device == "cuda" and job.cluster.gpus_per_actor < 1
         self._senders: list[Any] = []
 
     def annotate(self, prompts: Any, completions: Any, plan: RankPlan, with_policy: bool) -> Any:
@@ -143,6 +172,7 @@ class LearnerActor(Actor):
 
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> dict[str, float]:
         sums: dict[str, float] = self._learner.update(experience, schedule)
+        free_cached(self._shares_gpu)
         return sums
 
     def save_checkpoint(self, folder: str) -> None:
@@ -178,24 +208,27 @@ class LearnerActor(Actor):
         return metadata
 
     def open_senders(self, backend: str, options: dict[str, Any]) -> None:
-        """Rank 0 opens its end of the transport; shared memory has two segments, to fill one while one is read."""
+        """Opens this end of the transport, with two places for buckets where one is filled while one is read.
+
+        Rank 0 sends; by IPC every rank, each to the engine of its own GPU.
+        """
         from rlaif_ray.rollout.weight_transfer import IpcSender, NcclSender, ShmSender
 
-        if not self._sends:
-            return
-        if backend == "shm":
-            self._senders = [ShmSender() for _ in range(2)]
-        elif backend == "ipc":
+        if backend == "ipc":
             self._senders = [IpcSender(), IpcSender()]
+        elif self._rank > 0:
+            self._senders = []
+        elif backend == "shm":
+            self._senders = [ShmSender() for _ in range(2)]
         else:
             self._senders = [NcclSender(**options)]
 
     def stage(self, names: list[str], slot: int) -> tuple[dict[str, Any], int] | None:
-        """Gathers a bucket (all ranks) and stages it (rank 0): the update message and the bucket's checksum."""
+        """Gathers a bucket (all ranks) and stages it (those that send): the update message and the checksum."""
         from rlaif_ray.rollout.weight_transfer import additive_checksum
 
         with self._learner.weights.gathered(names) as tensors:
-            if not self._sends:
+            if not self._senders:
                 return None
             return self._senders[slot].stage(names, tensors), additive_checksum(tensors)
 
@@ -204,14 +237,14 @@ class LearnerActor(Actor):
         from rlaif_ray.rollout.weight_transfer import additive_checksum
 
         with self._learner.weights.gathered(names) as tensors:
-            if not self._sends:
+            if not self._senders:
                 return None
             self._senders[0].broadcast(tensors)
             return additive_checksum(tensors)
 
     def release(self, slot: int) -> None:
         """The engines have taken the bucket staged in `slot`."""
-        if self._sends:
+        if self._senders:
             self._senders[slot].release()
 
     def close_senders(self) -> None:

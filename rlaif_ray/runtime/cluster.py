@@ -20,12 +20,14 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.config.sections import EngineConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
 from rlaif_ray.runtime.loopback import loopback_environment, on_loopback
+from rlaif_ray.runtime.memory_plan import sections
 from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, totals, wait_for_place
 from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
@@ -34,7 +36,6 @@ from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import (
         ClusterConfig,
-        EngineConfig,
         JudgeConfig,
         PolicyConfig,
         Precision,
@@ -56,6 +57,7 @@ def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iter
         device: Literal["cpu", "cuda"] = _device(job)
         if isinstance(job, TrainJob):
             choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
+        check_sleep(job, device)
         slots = actor_slots(job, device)
         group = reserve(slots, job.cluster.start_timeout_s, note=_say, leave=leave) if slots else None
         cluster = Cluster(job, device, slots, group)
@@ -161,6 +163,22 @@ def _device(job: Any) -> Literal["cpu", "cuda"]:
     return "cuda" if wanted == "gpu" or (wanted == "auto" and gpus) else "cpu"
 
 
+def check_sleep(job: Any, device: Literal["cpu", "cuda"]) -> None:
+    """Engines may sleep where they share GPUs.
+
+    Raises:
+        InputError: one is to sleep that does not.
+    """
+    engines = {key: cfg for cfg, key in sections(job).values()} | {"rollout": getattr(job, "rollout", None)}
+    for key, cfg in engines.items():
+        if isinstance(cfg, EngineConfig) and cfg.sleep and (device == "cpu" or job.cluster.gpus_per_actor == 1):
+            raise InputError(
+                f"{key}.sleep=true needs GPUs that actors share (got cluster.gpus_per_actor="
+                f"{job.cluster.gpus_per_actor:g} on {'CPUs' if device == 'cpu' else 'GPUs'}): it frees memory for "
+                f"others of the same GPU. Leave it out, or set cluster.gpus_per_actor below 1 on GPUs."
+            )
+
+
 def chosen_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> Literal["fp32", "bf16"]:
     """auto: bf16 on GPUs; fp32 on CPUs, most of which emulate bf16 many times slower."""
     if precision == "auto":
@@ -185,6 +203,7 @@ class Cluster:
         self._replicas: list[Replicas] = []
         self._ranks: list[Watched] = []
         self._starting: list[Any] = []  # of the ranks
+        self._sleepers: list[Any] = []  # starts of engines that sleep once they are up: others of their GPUs wait
         self._sync: Sync | None = None
         self._note: Callable[[str], None] = _say
         self._leave: Callable[[], bool] = lambda: False
@@ -216,7 +235,7 @@ class Cluster:
 
         def launch(k: int) -> tuple[Any, Any]:
             actor = self._spawn(RewardModelActor, slots[k], environment)
-            return actor, actor.start.remote(cfg, self.device, precision, threads)
+            return actor, actor.start.remote(cfg, self.device, precision, threads, self._shares_gpus)
 
         return ScorerGroup(self._replicate(role, len(slots), launch))
 
@@ -234,15 +253,20 @@ class Cluster:
             seed=self._job.seed,
             threads=self._threads(1),
             transfer_backend=transfer,
+            sleep=cfg.sleep,
             engine_kwargs=cfg.engine_kwargs,
         )
 
     def _start_engines(self, role: str, spec: EngineSpec) -> EngineGroup:
         slots = self._of(role)
+        first = list(self._sleepers)
 
         def launch(k: int) -> tuple[Any, Any]:
             actor = self._spawn(EngineActor, slots[k], engine_environment(spec))
-            return actor, actor.start.remote(spec)
+            ref = actor.start.remote(spec, *(first if self._sleepers else []))
+            if spec.sleep:
+                self._sleepers.append(ref)
+            return actor, ref
 
         takes_weights = spec.transfer_backend is not None
         return EngineGroup(self._replicate(f"{role} engine", len(slots), launch, takes_weights=takes_weights))
@@ -300,7 +324,8 @@ class Cluster:
             for rank in range(len(slots))
         ]
         self._starting = [
-            a.start.remote(job, spec, precision, total_steps) for a, spec in zip(actors, specs, strict=True)
+            a.start.remote(job, spec, precision, total_steps, *self._sleepers)
+            for a, spec in zip(actors, specs, strict=True)
         ]
         self._ranks = [Watched(f"learner rank {k}", actor, self._limits.silent_s) for k, actor in enumerate(actors)]
         for rank in self._ranks:
@@ -325,6 +350,7 @@ class Cluster:
         """Until every actor started so far is ready: they load side by side."""
         for replicas in self._replicas:
             replicas.wait_started()
+        self._sleepers = []
         gather(self._starting, who="learner ranks (start)", timeout_s=self._limits.start_s, ranks=self._ranks)
         self._starting = []
         for rank in self._ranks:
@@ -362,6 +388,11 @@ class Cluster:
     def pids(self) -> list[int]:
         """Processes of the actors on this node. Asks nothing of Ray: other threads call it, also after the end."""
         return [beat.pid for beat in self._watch.beats() if beat.node == self._node]
+
+    @property
+    def _shares_gpus(self) -> bool:
+        """Whether actors of several roles are on one GPU."""
+        return self.device == "cuda" and self._job.cluster.gpus_per_actor < 1
 
     def _of(self, role: str) -> list[Slot]:
         return [s for s in self._slots if s.role == role]

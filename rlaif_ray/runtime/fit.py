@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from rlaif_ray.config.jobs import EvaluateJob
 from rlaif_ray.config.sections import EngineConfig, RewardModelFeedback
-from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, Shapes, can_sleep, phases, sections, sleeps
+from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, Shapes, phases, sections
 from rlaif_ray.runtime.placement import Slot, actor_slots
 
 MOST_RANKS = 256  # of a proposal
@@ -212,7 +212,7 @@ def _options(job: Any, plan: Plan, machine: Machine) -> Iterator[tuple[str, list
             engines[key] = section
     contexts = {one.key: one.memory.holds["context"] for p in plan.phases for one in p.actors if one.kind == "engine"}
     for key, engine in engines.items():
-        if job.cluster.gpus_per_actor < 1 and can_sleep(engine) and not sleeps(engine):
+        if job.cluster.gpus_per_actor < 1 and not engine.sleep:
             yield f"{key}.sleep", [True]
         yield f"{key}.tensor_parallel", _doubled(engine.tensor_parallel, machine.gpus_per_node)
         now = engine.gpu_memory_utilization

@@ -162,16 +162,6 @@ def engine_tokens(job: Any, cfg: EngineConfig, machine: Machine) -> int:
     return int((prompt or machine.prompt_tokens) + job.sampling.max_new_tokens)
 
 
-def can_sleep(cfg: EngineConfig) -> bool:
-    """Whether there is such a setting."""
-    return "sleep" in type(cfg).model_fields
-
-
-def sleeps(cfg: EngineConfig) -> bool:
-    """Whether the engines give their KV cache back while the learner learns."""
-    return can_sleep(cfg) and bool(cfg.model_dump()["sleep"])
-
-
 def engine_memory(
     cfg: EngineConfig, shape: ModelShape, context: int, machine: Machine, weight_bytes: int, device: Device
 ) -> Memory:
@@ -203,7 +193,8 @@ def engine_memory(
     tokens = max(0, cache // token)
     parts["KV cache"] = max(cache, context * token)
     holds = {"kv_tokens": tokens, "context": context, "sequences": tokens // context}
-    return Memory(parts, share, used if sleeps(cfg) else share, share, holds, {})
+    # Asleep it has neither weights nor KV cache there, but what runs of it stays.
+    return Memory(parts, share, parts["workspace"] if cfg.sleep else share, share, holds, {})
 
 
 def scorer_memory(cfg: RewardModelFeedback, shape: ModelShape, machine: Machine, device: Device) -> Memory:

@@ -47,6 +47,7 @@ class Beat:
     pid: int
     node: str
     stuck_s: float  # since what the actor is busy with last moved; 0 when it is idle, or does not tell
+    broken: str | None = None  # what of it is gone while its own process lives
 
 
 class Watched:
@@ -82,6 +83,8 @@ class Watched:
         silent_s = time.monotonic() - self._heard
         if self.ready and silent_s > self._silent_s:
             self.lose(f"gave no sign of life for {silent_s:.0f} s", blameless=True)
+        elif self.last is not None and self.last.broken is not None:
+            self.lose(self.last.broken)
         elif self.last is not None and self.last.stuck_s > self._silent_s:
             self.lose(f"made no progress for {self.last.stuck_s:.0f} s")
 
@@ -474,10 +477,7 @@ class _Work:
         self.todo.extend(share for share in self.split(items, parts) if share)
 
 
-def beat_of(busy_since: float | None) -> Beat:
+def beat_of(busy_since: float | None, broken: str | None) -> Beat:
     """The sign of life of this process; `busy_since` is when what it does last moved (monotonic), None when idle."""
-    return Beat(
-        os.getpid(),
-        ray.get_runtime_context().get_node_id(),
-        0.0 if busy_since is None else time.monotonic() - busy_since,
-    )
+    stuck_s = 0.0 if busy_since is None else time.monotonic() - busy_since
+    return Beat(os.getpid(), ray.get_runtime_context().get_node_id(), stuck_s, broken)

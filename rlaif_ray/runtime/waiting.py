@@ -27,8 +27,8 @@ def gather(refs: Sequence[Any], *, who: str, timeout_s: float, ranks: Sequence[W
 
     Raises:
         RlaifError: the actor's own error, as it was raised there.
-        LearnerLostError: one of `ranks` died or went silent.
-        RunError: an actor died, failed otherwise, or did not answer within `timeout_s`.
+        LearnerLostError: one of `ranks` died, went silent, or did not answer within `timeout_s`.
+        RunError: another actor did, or one failed otherwise.
     """
     deadline = time.monotonic() + timeout_s
     pending = list(refs)
@@ -39,7 +39,7 @@ def gather(refs: Sequence[Any], *, who: str, timeout_s: float, ranks: Sequence[W
             _raise_failure(ref, who, ranks)
         _raise_loss(who, ranks)
         if pending and left_s <= 0:
-            raise RunError(
+            raise (LearnerLostError if ranks else RunError)(
                 f"{len(pending)} of {len(refs)} calls to {who} did not answer within {timeout_s:g} s. "
                 f"Look at their logs in Ray's session folder; raise cluster.call_timeout_s if the work is that long."
             )
@@ -59,6 +59,7 @@ def _raise_failure(ref: Any, who: str, ranks: Sequence[Watched]) -> None:
             raise LearnerLostError(told) from error
         raise RunError(told) from error
     except RayActorError as error:
+        _raise_loss(who, ranks)  # who ended it knows better why
         raise (LearnerLostError if ranks else RunError)(f"{who}: one {death(error)}") from error
 
 

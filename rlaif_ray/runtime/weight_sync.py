@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from rlaif_ray.errors import EngineError, InputError, LearnerLostError, StaleWeightsError
-from rlaif_ray.rollout.weight_transfer import layer_groups
+from rlaif_ray.rollout.weight_transfer import layer_groups, with_handles_of_all
 from rlaif_ray.runtime.supervision import HEALTH
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.types import SyncReport
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Backend = Literal["shm", "ipc", "nccl"]
 Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, shape)
+Gpu = tuple[str, str]  # (node, GPU of the node)
 CLOSE_TIMEOUT_S = 10.0
 ANSWER_S = 10.0  # for a sign of life before a collective
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,6 +65,23 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     for n in shape:
         count *= n
     return count
+
+
+def must_share_gpus(ranks: list[list[Gpu]], engines: list[tuple[str, list[Gpu]]]) -> None:
+    """By IPC an engine gets its weights from the learner rank of its own GPU.
+
+    Raises:
+        InputError: one of the engines (name, GPUs) has none.
+    """
+    own = {gpu for gpus in ranks for gpu in gpus}
+    for name, gpus in engines:
+        if not set(gpus) <= own:
+            raise InputError(
+                f"weight_sync.backend=ipc needs a learner rank on every GPU of a rollout engine (got none on GPU "
+                f"{', '.join(gpu for _, gpu in gpus)} of {name}; the ranks have "
+                f"{', '.join(sorted(gpu for _, gpu in own))}): memory is shared within one GPU. Use as many "
+                f"learner.ranks as rollout.replicas, or cluster.gpus_per_actor=1 with nccl."
+            )
 
 
 class Sync:
@@ -117,6 +135,10 @@ class Sync:
         options: dict[str, Any] = {}
         if self._backend == "shm" and new:
             self._must_share_a_node(new)
+        if self._backend == "ipc" and new:
+            own = self._of_ranks([rank.gpus.remote() for rank in self._ranks])
+            theirs = self._of_engines(new, lambda e: e.gpus.remote())
+            must_share_gpus(own, [(engine.watched.name, gpus) for engine, gpus in theirs])
         if anew:
             address, port = self._of_ranks([self._ranks[0].rendezvous.remote()])[0]
             options = {"address": address, "port": port, "world_size": 1 + self._workers * len(engines)}
@@ -213,13 +235,15 @@ class Sync:
         checksum = 0
         staged = [rank.stage.remote(self._buckets[0], 0) for rank in self._ranks]
         for k in range(len(self._buckets)):
-            info, part = self._of_ranks(staged)[0]
-            checksum += part
+            found = self._of_ranks(staged)
+            info = with_handles_of_all([None if said is None else said[0] for said in found])
+            checksum += found[0][1]
             loading = [(engine, engine.actor.update.remote(info)) for engine in engines if engine.usable]
             if k + 1 < len(self._buckets):
                 staged = [rank.stage.remote(self._buckets[k + 1], (k + 1) % 2) for rank in self._ranks]
             self._answers(loading)
-            self._ranks[0].release.remote(k % 2)
+            for rank in self._ranks:
+                rank.release.remote(k % 2)
         return checksum
 
     def _broadcast(self, engines: list[Replica]) -> int:

@@ -6,6 +6,7 @@ Level 1 keeps the weights in host memory. Level 2 drops them: only a sync brings
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from tests.gpu.device import gpu_model
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
+@pytest.fixture(scope="module", params=["told", "of itself"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """An engine that sleeps when it is told, and one that does between calls (`rollout.sleep`)."""
     spec = engine_spec(gpu_model(), enable_sleep_mode=True)
+    if request.param == "of itself":
+        spec = replace(spec, sleep=True)
     with local_ray(), running_engine(spec) as engines, running_pair(engines) as connected:
         connected.sync.push(0)
         yield connected
@@ -33,16 +37,22 @@ def inside(pair: Pair, function: Any) -> Any:
 
 
 def fall_asleep(pair: Pair, level: int) -> int:
-    """Bytes of GPU memory that this frees."""
+    """Bytes of GPU memory that this frees; of one that is asleep already, those it took when it woke."""
     import torch
 
+    if inside(pair, lambda engine: engine._spec.sleep):
+        asleep = torch.cuda.mem_get_info()[0]
+        inside(pair, lambda engine: engine._wake("weights", "kv_cache"))
+        taken = int(asleep - torch.cuda.mem_get_info()[0])
+        inside(pair, lambda engine: engine._sleep())
+        return taken
     before = torch.cuda.mem_get_info()[0]
     inside(pair, lambda engine: engine._llm.sleep(level) and None)
     return int(torch.cuda.mem_get_info()[0] - before)
 
 
 def wake(pair: Pair) -> None:
-    inside(pair, lambda engine: engine._llm.wake_up() and None)
+    inside(pair, lambda engine: None if engine._spec.sleep else engine._llm.wake_up() and None)
 
 
 def test_level_1_wakes_as_it_was(pair: Pair) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests.ray.test_train import repeatable, weights_hash
 from tests.runs import Program, finish_train, rows, start, start_train, tiny_config
+from tests.tiny import cached_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -38,6 +40,20 @@ LEARNER_FAULTS = [
     ("checkpoint", "learner rank 0", "SIGKILL"),
 ]
 
+# A reward model in place of the judge, two learner ranks that share their optimizer states, and vLLM's engine core in
+# a process of its own, as it is where an engine has several GPUs.
+MIXED_FAULTS = [
+    ("rollout", "core of rollout engine 0", "SIGKILL"),
+    ("feedback", "reward_model 0", "SIGKILL"),
+    ("update", "learner rank 1", "SIGKILL"),
+    ("rollout", "core of rollout engine 0", "SIGSTOP"),
+    ("feedback", "reward_model 0", "SIGSTOP"),
+    ("annotate", "learner rank 0", "SIGSTOP"),
+    ("weight_sync", "core of rollout engine 0", "SIGKILL"),
+    ("checkpoint", "learner rank 1", "SIGKILL"),
+    ("weight_sync", "learner rank 1", "SIGSTOP"),
+]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,10 +65,15 @@ def config(folder: Path) -> Path:
     return tiny_config(folder)
 
 
-def faulty(run_dir: Path, faults: list[dict[str, Any]], *arguments: str | Path) -> Program:
+def faulty(
+    run_dir: Path,
+    faults: list[dict[str, Any]],
+    *arguments: str | Path,
+    environment: Mapping[str, str] | None = None,
+) -> Program:
     """A run with faults, ended; nothing of it lives on."""
     command = [sys.executable, "-m", "tests.faults", json.dumps(faults), run_dir, *arguments]
-    program = start(command, run_dir.with_suffix(".out"))
+    program = start(command, run_dir.with_suffix(".out"), environment)
     try:
         return program.wait(900)
     finally:
@@ -83,6 +104,20 @@ def assert_whole(run_dir: Path, steps: int) -> None:
         assert sorted(set(asked)) == [f"train-{k:04}" for k in range(1, 13)] and len(asked) == 24
 
 
+def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two rows of one step tell differently, but for how long things took and who did them."""
+    engines = {"rollout/lost", "rollout/serving"}  # one that was left with half an update is replaced
+    ours, theirs = ({k: v for k, v in repeatable(row).items() if k not in engines} for row in (ours, theirs))
+    return {k: (ours.get(k), theirs.get(k)) for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
+
+
+def assert_noticed(run_dir: Path) -> None:
+    """A dead one within 5 s, a silent one within its deadline (6 s) and 5 more."""
+    for fault in rows(run_dir.with_name(f"{run_dir.name}.faults.followed.jsonl")):
+        print(fault)
+        assert fault["noticed_s"] < (5 if fault["signal"] == "SIGKILL" else 11), fault
+
+
 class TestEngines:
     @pytest.fixture(scope="class")
     def run(self, folder: Path, config: Path) -> tuple[Path, Program, int]:
@@ -104,6 +139,12 @@ class TestEngines:
     def test_nothing_is_lost_or_stale(self, run: tuple[Path, Program, int]) -> None:
         run_dir, _, steps = run
         assert_whole(run_dir, steps)
+
+    def test_losses_are_noticed_in_time(self, run: tuple[Path, Program, int]) -> None:
+        assert_noticed(run[0])
+        assert (
+            len(rows(run[0].with_name("engines.faults.followed.jsonl"))) >= len(ENGINE_FAULTS) - 2
+        )  # the last may end
 
     def test_steps_go_on_while_a_replica_is_left(self, run: tuple[Path, Program, int]) -> None:
         metrics = {row["step"]: row for row in rows(run[0] / "metrics.jsonl")}
@@ -136,19 +177,65 @@ class TestLearner:
         assert program.left_over == []
         assert [(f["phase"], f["who"], f["signal"]) for f in struck(run_dir)] == LEARNER_FAULTS
         assert all(len(f["pids"]) == 1 for f in struck(run_dir))
+        assert_noticed(run_dir)
         assert program.stdout.count("starting the learner again from step") == len(LEARNER_FAULTS)
 
     def test_the_end_is_that_of_a_run_without_faults(self, runs: tuple[Path, Program, Path]) -> None:
         run_dir, _, straight = runs
         assert_whole(run_dir, 12)
-        engines = {"rollout/lost", "rollout/serving"}  # one that was left with half an update is replaced
-        for ours, theirs in zip(rows(run_dir / "metrics.jsonl"), rows(straight / "metrics.jsonl"), strict=True):
-            ours, theirs = repeatable(ours), repeatable(theirs)
-            assert {k: v for k, v in ours.items() if k not in engines} == {
-                k: v for k, v in theirs.items() if k not in engines
-            }
+        pairs = zip(rows(run_dir / "metrics.jsonl"), rows(straight / "metrics.jsonl"), strict=True)
+        assert [differing(ours, theirs) for ours, theirs in pairs] == [{}] * 12
         assert rows(run_dir / "samples.jsonl") == rows(straight / "samples.jsonl")
         assert weights_hash(run_dir) == weights_hash(straight)
+
+
+class TestMixed:
+    """Several ranks, engines of several processes, a reward model."""
+
+    STEPS = 2 * len(MIXED_FAULTS) + 1
+
+    @pytest.fixture(scope="class")
+    def run(self, folder: Path, config: Path) -> tuple[Path, Program]:
+        feedback = f"feedback={{type: reward_model, model: {reward_model(folder / 'reward_model')}}}"
+        layout = ("learner.ranks=2", "learner.zero_stage=2", feedback, "cluster.learner_restarts=9")
+        settings = (*SHORT, *layout, f"steps={self.STEPS}", "checkpoint.every=2")
+        run_dir = folder / "mixed"
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        return run_dir, faulty(run_dir, timed(MIXED_FAULTS, 2), config, *settings, environment=environment)
+
+    def test_it_ends_well_and_leaves_nothing_behind(self, run: tuple[Path, Program]) -> None:
+        run_dir, program = run
+        assert program.exit_code == 0, program.stderr + program.stdout
+        assert program.left_over == []
+        assert [(f["phase"], f["who"], f["signal"]) for f in struck(run_dir)] == MIXED_FAULTS
+        assert all(len(f["pids"]) == 1 for f in struck(run_dir))
+
+    def test_nothing_is_lost_or_stale(self, run: tuple[Path, Program]) -> None:
+        run_dir, _ = run
+        assert_whole(run_dir, self.STEPS)
+        assert rows(run_dir / "metrics.jsonl")[-1]["rollout/quarantined"] == 0
+
+    def test_losses_are_noticed_in_time(self, run: tuple[Path, Program]) -> None:
+        assert_noticed(run[0])
+
+    def test_it_says_what_happened(self, run: tuple[Path, Program]) -> None:
+        text = run[1].stdout
+        assert text.count("rollout engine 0 lost its process VLLM::EngineCore") >= 2  # at once, not by its silence
+        assert "rollout engine 0 made no progress for" in text
+        assert "learner rank 0 gave no sign of life for" in text and "learner rank 1 died" in text
+        assert "reward_model 0 died" in text and "reward_model 0 gave no sign of life for" in text
+
+
+def reward_model(target: Path) -> Path:
+    """A random one."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = cached_tiny_model(tied=True, context=4096)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32).save_pretrained(target)
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    return target
 
 
 def test_a_learner_that_is_lost_too_often_ends_the_run(folder: Path, config: Path) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.errors import InputError
+from rlaif_ray.runtime.actors import Actor
 from rlaif_ray.runtime.fit import place
 from rlaif_ray.runtime.placement import actor_slots, reserve
+from rlaif_ray.runtime.weight_sync import must_share_gpus
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -20,6 +23,14 @@ GPUS = 8
 def ray() -> Iterator[Any]:
     import ray
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # vLLM for CPU sets it in a process that imports it
+        start(ray)
+    yield ray
+    ray.shutdown()
+
+
+def start(ray: Any) -> None:
     ray.init(
         address="local",
         num_cpus=32,
@@ -29,8 +40,6 @@ def ray() -> Iterator[Any]:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    yield ray
-    ray.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -69,3 +78,32 @@ def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
             tenants.setdefault(gpu, []).append(slot.role)
     remove_placement_group(group)
     assert sorted(sorted(roles) for roles in tenants.values()) == sorted(sorted(roles) for roles in planned)
+
+
+@pytest.mark.parametrize(("ranks", "lacks"), [(4, None), (3, "rollout engine 3")])
+def test_an_engine_gets_weights_from_the_rank_of_its_gpu(ray: Any, ranks: int, lacks: str | None) -> None:
+    from ray.util.placement_group import remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    sections = {"rollout": {"replicas": 4}, "learner": {"ranks": ranks}, "cluster": {"gpus_per_actor": 0.33}}
+    job = TrainJob.model_validate({"feedback": {"type": "judge", "judge": {"replicas": 4}}, **sections})
+    slots = actor_slots(job, "cuda")
+    group = reserve(slots, timeout_s=60)
+    actors = [
+        ray.remote(
+            num_cpus=slot.cpus, num_gpus=slot.gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group, k)
+        )(Actor).remote()
+        for k, slot in enumerate(slots)
+    ]
+    gpus = dict(zip(slots, ray.get([actor.gpus.remote() for actor in actors], timeout=120), strict=True))
+    for actor in actors:
+        ray.kill(actor)
+    remove_placement_group(group)
+    own = [given for slot, given in gpus.items() if slot.role == "learner"]
+    engines = [(f"rollout engine {slot.index}", given) for slot, given in gpus.items() if slot.role == "rollout"]
+    assert all(len(given) == 1 for given in gpus.values())
+    if lacks is None:
+        must_share_gpus(own, engines)
+    else:
+        with pytest.raises(InputError, match=rf"got none on GPU . of {lacks}; the ranks have ., ., .\)"):
+            must_share_gpus(own, engines)

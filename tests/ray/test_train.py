@@ -328,7 +328,7 @@ class TestVariants:
         assert program.left_over == []
         for ours, theirs in zip(rows(run_dir / "metrics.jsonl"), rows(straight[0] / "metrics.jsonl")[:2], strict=True):
             close = {name: pytest.approx(value, rel=1e-2, abs=2e-4) for name, value in repeatable(theirs).items()}
-            assert repeatable(ours) == close
+            assert repeatable(ours) == close | {"rollout/serving": 2}
         ours, theirs = rows(run_dir / "samples.jsonl"), rows(straight[0] / "samples.jsonl")[: 2 * 8]
         assert [row["completion"] for row in ours] == [row["completion"] for row in theirs]
         from transformers import AutoModelForCausalLM

@@ -395,7 +395,7 @@ class SilentEngine(Actor):
 
 def hold_a_small_model(actor: Any) -> None:
     actor._learner = SimpleNamespace(weights=WeightGroups(torch.nn.Linear(3, 3)))
-    actor._sends = True
+    actor._rank, actor._senders = 0, []
 
 
 def test_closing_says_that_the_learner_died(processes: Processes) -> None:

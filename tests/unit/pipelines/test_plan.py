@@ -22,6 +22,7 @@ REFERENCE = [[file] for file in sorted((CONFIGS / "reference").glob("*.yaml"))]
 CLUSTER = {  # GPUs that Ray hands out, and nodes
     "1gpu": (0.99, [{"rollout": 1, "judge": 1, "learner": 1}]),
     "8gpu": (8, [{"judge": 1, "rollout": 2, "learner": 4}]),
+    "8gpu-colocated": (7.92, [{"rollout": 8, "judge": 8, "learner": 8}]),
     "nodes": (40, [{"rollout": 1}, {"judge": 1}, {"learner": 8}, {"learner": 8}, {"learner": 8}]),
 }
 
@@ -105,6 +106,7 @@ def test_a_stages_model_is_as_large_as_what_it_was_trained_from() -> None:
     [
         ("cluster/8gpu.yaml", [], "nccl", 7_615_616_512 * 2 / 25e9),
         ("cluster/8gpu.yaml", ["--bandwidth", 50], "nccl", 7_615_616_512 * 2 / 50e9),
+        ("cluster/8gpu-colocated.yaml", [], "ipc", 7_615_616_512 * 2 / 300e9),
         ("demo/train.yaml", ["cluster.device=cpu"], "shm", 134_515_008 * 4 / 0.6e9),
     ],
 )

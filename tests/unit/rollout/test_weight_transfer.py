@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlaif_ray.rollout.weight_transfer import ShmSender, additive_checksum, layer_groups
+from rlaif_ray.rollout.weight_transfer import ShmSender, additive_checksum, layer_groups, with_handles_of_all
 
 NAMES = [
     "model.embed_tokens.weight",
@@ -46,6 +46,20 @@ def test_checksum_is_additive_and_sees_one_bit() -> None:
     changed = q.clone()
     changed.view(torch.int32)[1, 3] ^= 1
     assert additive_checksum([changed]) != additive_checksum([q])
+
+
+def test_a_message_has_the_handles_of_every_rank() -> None:
+    """vLLM's IPC backend: one dict a tensor, from a GPU's UUID to the handle of the copy that is there."""
+    names = {"names": ["a", "b"], "shapes": [[1], [2]]}
+    messages = [{**names, "ipc_handles": [{f"gpu-{k}": (k, "a")}, {f"gpu-{k}": (k, "b")}]} for k in range(3)]
+    merged = with_handles_of_all([messages[0], None, *messages[1:]])
+    assert merged == {
+        **names,
+        "ipc_handles": [{f"gpu-{k}": (k, name) for k in range(3)} for name in ("a", "b")],
+    }
+    assert len(messages[0]["ipc_handles"][0]) == 1  # the rank's own is as it was
+    plain = {"names": ["a"], "path": "/proc/1/fd/3"}
+    assert with_handles_of_all([plain, None]) == plain
 
 
 def test_segment_is_reused_and_holds_one_bucket() -> None:

@@ -190,12 +190,9 @@ def test_an_engine_must_hold_one_sequence() -> None:
     assert long.total > long.limit and long.parts["KV cache"] == 131_072 * 2 * 32 * 8 * 128 * 4
 
 
-def test_an_engine_that_sleeps_leaves_its_cache_to_the_learner() -> None:
-    class Sleeping(EngineConfig):
-        sleep: bool = True
-
+def test_an_engine_that_sleeps_leaves_its_memory_to_the_learner() -> None:
     cfg = EngineConfig(gpu_memory_utilization=0.5)
     awake = engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 2, "cuda")
-    asleep = engine_memory(Sleeping(gpu_memory_utilization=0.5), LLAMA_8B, 2048, MACHINE, 2, "cuda")
+    asleep = engine_memory(cfg.model_copy(update={"sleep": True}), LLAMA_8B, 2048, MACHINE, 2, "cuda")
     assert (awake.resting, asleep.reserved) == (40 * GIB, 40 * GIB)
-    assert asleep.resting == asleep.parts["weights"] + asleep.parts["workspace"]
+    assert asleep.resting == asleep.parts["workspace"]

@@ -1,0 +1,239 @@
+"""Replicas under supervision, on real Ray processes that are really killed, stopped and poisoned; without an engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from rlaif_ray.errors import EngineError, InputError, LearnerLostError, Preempted, ReplicasLostError, RunError
+from rlaif_ray.runtime.actors import Actor
+from rlaif_ray.runtime.groups import in_runs
+from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched, end_process
+from rlaif_ray.runtime.waiting import gather
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+SILENT_S = 3.0
+
+
+class Doubler(Actor):
+    """Doubles numbers; some of them are trouble."""
+
+    def start(self, fails: str | None = None) -> None:
+        if fails == "input":
+            raise InputError("no such model")
+        if fails == "dies":
+            os._exit(1)
+
+    def double(self, numbers: list[int]) -> list[int]:
+        for number in numbers:
+            if number == 13:
+                os._exit(1)
+            if number == 14:
+                raise EngineError("it broke")
+            if number == 15:
+                raise ValueError("not mine")
+            if number >= 1000:
+                time.sleep(number / 1000)
+        return [2 * number for number in numbers]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    assert not ray.is_initialized()
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    watch = Watch()
+    yield watch
+    watch.stop()
+
+
+class Doublers(Replicas):
+    """Replicas of Doubler, and what they noted."""
+
+    def __init__(self, watch: Watch, count: int, *, start_s: float = 60.0, **kwargs: Any) -> None:
+        self.notes: list[str] = []
+        self.fails: str | None = None  # how those fail that are started from now on
+        limits = Limits(start_s, kwargs.pop("call_s", 60.0), SILENT_S)
+        super().__init__("doubler", count, self.launch, watch=watch, limits=limits, note=self.notes.append, **kwargs)
+        self.wait_started()
+        while not all(r.watched.last for r in self._replicas):
+            time.sleep(0.05)
+
+    def launch(self, k: int) -> tuple[Any, Any]:
+        actor = ray.remote(num_cpus=0, concurrency_groups={HEALTH: 1})(Doubler).remote()
+        return actor, actor.start.remote(getattr(self, "fails", None))
+
+    def pid(self, k: int) -> int:
+        beat = self._replicas[k].watched.last
+        assert beat is not None
+        return beat.pid
+
+    def double(self, numbers: list[int]) -> list[Any]:
+        return self.run(numbers, lambda actor, items: actor.double.remote([numbers[i] for i in items]), in_runs)
+
+    def until(self, happened: Any, within_s: float) -> float:
+        began = time.monotonic()
+        while not happened():
+            assert time.monotonic() - began < within_s, self.notes
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+
+@pytest.fixture
+def two(watch: Watch) -> Iterator[Doublers]:
+    group = Doublers(watch, 2)
+    yield group
+    group.stop()
+
+
+def test_work_is_shared_and_comes_back_in_order(two: Doublers) -> None:
+    assert two.double(list(range(9))) == [2 * k for k in range(9)]
+    assert two.double([]) == []
+    assert (two.lost, two.quarantined, two.notes) == (0, 0, [])
+
+
+@pytest.mark.parametrize(("number", "within_s"), [(signal.SIGKILL, 5.0), (signal.SIGSTOP, SILENT_S + 5.0)])
+def test_one_that_is_lost_is_noticed_and_replaced(two: Doublers, number: int, within_s: float) -> None:
+    pid = two.pid(0)
+    os.kill(pid, number)
+    two.until(lambda: two.lost == 1, within_s)
+    assert two.double([1, 2, 3]) == [2, 4, 6]  # by who is left
+    two.until(lambda: len(two.serving()) == 2, 30)
+    assert two.double([4, 5]) == [8, 10]
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert "doubler 0" in two.notes[0] and "starting another" in two.notes[0] and "ready again" in two.notes[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_what_a_lost_one_left_undone_others_do(two: Doublers, number: int) -> None:
+    refs = []
+
+    def ask(actor: Any, items: list[int]) -> Any:
+        refs.append(actor.double.remote([1500 + i for i in items]))
+        if len(refs) == 1:
+            os.kill(two.pid(0), number)
+        return refs[-1]
+
+    assert two.run(list(range(4)), ask, in_runs) == [2 * (1500 + i) for i in range(4)]
+    assert (two.lost, two.quarantined) == (1, 0)
+    # After a death its requests are suspects, each tried alone; after silence they are not.
+    assert len(refs) == (4 if number == signal.SIGKILL else 3)
+
+
+def test_a_request_that_ends_replicas_is_in_quarantine_after_two(two: Doublers) -> None:
+    assert two.double([1, 2, 13, 4]) == [2, 4, None, 8]
+    assert (two.lost, two.quarantined) == (2, 1)
+    assert sum("it is in quarantine" in note for note in two.notes) == 1
+    assert two.double([13, 5]) == [None, 10]  # known from now on: nobody is asked
+    assert (two.lost, two.quarantined) == (2, 1)
+
+
+def test_an_engine_that_broke_is_replaced_as_if_it_had_died(two: Doublers) -> None:
+    assert two.double([14, 1]) == [None, 2]
+    assert two.quarantined == 1
+    two.until(lambda: two.lost == 2 and len(two.serving()) == 2, 30)
+    assert sum("failed (it broke); starting another" in note for note in two.notes) == 2
+
+
+def test_an_error_that_is_no_engines_ends_the_call(two: Doublers) -> None:
+    with pytest.raises(RunError, match=r"doubler 0 failed: ValueError: not mine"):
+        two.double([15, 1])
+
+
+def test_a_call_without_an_answer_has_a_deadline(watch: Watch) -> None:
+    group = Doublers(watch, 2, call_s=2.0)
+    try:
+        assert group.double([1, 100_000]) == [2, None]
+        assert group.quarantined == 1 and "call_timeout_s=2" in " ".join(group.notes)
+    finally:
+        group.stop()
+
+
+def test_none_left_and_no_new_one(watch: Watch) -> None:
+    group = Doublers(watch, 1, start_s=20.0)
+    try:
+        group.fails = "dies"
+        os.kill(group.pid(0), signal.SIGKILL)
+        with pytest.raises(ReplicasLostError, match=r"no doubler is left .* doubler 0 .*then resume"):
+            group.double([1])
+        assert any("given up after 3 starts" in note for note in group.notes) or group.lost >= 2
+    finally:
+        group.stop()
+
+
+def test_waiting_ends_when_told_so(watch: Watch, two: Doublers) -> None:
+    began = time.monotonic()
+    two.leave = lambda: time.monotonic() - began > 1.0
+    with pytest.raises(Preempted):
+        two.double([20_000])
+    assert time.monotonic() - began < 5
+
+
+def test_a_wrong_input_shows_as_it_was_raised(watch: Watch) -> None:
+    class Wrong(Doublers):
+        def launch(self, k: int) -> tuple[Any, Any]:
+            actor = ray.remote(num_cpus=0, concurrency_groups={HEALTH: 1})(Doubler).remote()
+            return actor, actor.start.remote("input")
+
+    with pytest.raises(InputError, match="no such model"):
+        Wrong(watch, 1)
+
+
+def test_newcomers_serve_only_once_they_are_admitted(watch: Watch) -> None:
+    group = Doublers(watch, 2, takes_weights=True)
+    admitted: list[int] = []
+
+    def admit(newcomers: list[Any], busy: bool) -> None:
+        for replica in newcomers:
+            admitted.append(id(replica))
+            replica.serving = True
+
+    try:
+        group.admit = admit
+        assert group.double([1, 2]) == [2, 4]
+        assert len(admitted) == 2
+        os.kill(group.pid(1), signal.SIGKILL)
+        group.until(lambda: group.lost == 1 and len(group.usable()) == 2, 30)
+        assert len(group.serving()) == 1
+        assert group.double([1, 2]) == [2, 4]
+        assert len(set(admitted)) == 3
+    finally:
+        group.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_works_together_is_not_waited_for_when_one_is_lost(two: Doublers, watch: Watch, number: int) -> None:
+    ranks = [r.watched for r in two._replicas]
+    refs = [rank.actor.double.remote([60_000]) for rank in ranks]
+    began = time.monotonic()
+    os.kill(two.pid(1), number)
+    with pytest.raises(LearnerLostError, match="ranks"):
+        gather(refs, who="learner ranks (update)", timeout_s=60, ranks=ranks)
+    assert time.monotonic() - began < SILENT_S + 5
+
+
+def test_a_wait_has_a_deadline_and_says_for_whom(two: Doublers) -> None:
+    ref = two.actors[0].double.remote([60_000])
+    with pytest.raises(RunError, match=r"1 of 1 calls to the judge did not answer within 0.5 s"):
+        gather([ref], who="the judge", timeout_s=0.5)
+
+
+def test_only_rays_workers_are_killed() -> None:
+    end_process(os.getpid())  # this one is none of them: it lives on
+    assert Watched("x", None, 1.0).lost is None
