@@ -136,7 +136,7 @@ def test_a_place_that_can_not_be_had(cluster: RayCluster, folder: Path, config: 
     assert program.exit_code == 1
     assert program.left_over == []
     assert "PlacementError: the cluster did not give 4 actors their place within" in program.stderr
-    assert "2 of 256 CPUs registered" in program.stderr and "Add nodes" in program.stderr
+    assert "2 of 256 CPUs registered (2 free) on 1 node" in program.stderr and "add nodes" in program.stderr
     assert f"resume: rlaif train {config}" in program.stderr
     assert answers(int(cluster.address.rpartition(":")[2]))
 

@@ -150,10 +150,11 @@ def test_nodes_come_and_go(cluster: TwoNodes, folder: Path) -> None:
     again.wait_for(lambda: "waiting for the places of 4 actors" in again.stdout, timeout_s=90)
     third_node = cluster.join("n3")
     again.wait_for(lambda: actors(third_node) == most, timeout_s=120)
-    assert len(re.findall("starting the learner again from step", again.stdout)) == 1
-    lost_at, told = steps(), len(again.stdout)
+    lost_at = steps()
     again.wait_for(lambda: steps() > lost_at and rows(metrics)[-1]["rollout/serving"] == 2)
+    assert len(re.findall("starting the learner again from step", again.stdout)) == 1
 
+    told = len(again.stdout)
     raylet(third_node).suspend()
     again.wait_for(lambda: "waiting for the places of 4 actors" in again.stdout[told:], timeout_s=90)
     assert "1 of 4 CPUs registered (0 free) on 1 node" in again.stdout[told:]
