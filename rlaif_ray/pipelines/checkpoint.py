@@ -108,7 +108,7 @@ def read_state(saved: Saved, job: TrainJob | SupervisedJob, steps: int) -> RunSt
             f"checkpoint {saved} can't be gone on from ({told(error)}): another version of rlaif_ray wrote it. Use "
             f"that version, or checkpoint.resume=never or another run_dir to start over."
         ) from error
-    where = f"run_dir {job.run_dir or saved.folder.place.address.partition('/checkpoints/')[0]}"
+    where = str(saved).rpartition("/step-")[0]
     changed = [
         f"{k} (checkpoint {wanted.get(k)!r}, got {v!r})" for k, v in must_match(job).items() if wanted.get(k) != v
     ]
@@ -119,7 +119,7 @@ def read_state(saved: Saved, job: TrainJob | SupervisedJob, steps: int) -> RunSt
         )
     if state.step > steps:
         raise InputError(
-            f"steps must be at least the {state.step} that {where} has taken (got {steps}). "
+            f"steps must be at least the {state.step} of the checkpoint in {where} (got {steps}). "
             f"Raise it, or use another run_dir, or checkpoint.resume=never to start over."
         )
     return state
@@ -236,21 +236,22 @@ class Checkpoints:
             CheckpointError: this one or the one before could not be written; those before are intact.
         """
         self.wait()
-        if self._last == state.step:
+        step = state.step  # the loop goes on to change the state
+        if self._last == step:
             return
-        final = self.place / f"step-{state.step}"
+        final = self.place / f"step-{step}"
         place = draft(final, uuid.uuid4().hex[:8])
         document = {"state": asdict(state), "must_match": must_match(self._job), "versions": versions()}
-        data = json.dumps(document, indent=1).encode()  # now: the loop goes on to change the state
+        data = json.dumps(document, indent=1).encode()
         with _told_well(final):
             written = learner.save_checkpoint(place)
 
         def finish() -> None:
             files = {**written(), STATE: (place / STATE).write(data)}
-            publish(StoredFolder(place, files), final, step=state.step)
-            self._prune(state.step)
+            publish(StoredFolder(place, files), final, step=step)
+            self._prune(step)
 
-        self._last = state.step
+        self._last = step
         self._writing = _Writing(finish, place, final)
         if not self._cfg.background:
             self.wait()
