@@ -16,7 +16,7 @@ from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines import checkpoint
+from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.data_sections import SupervisedConfig
     from rlaif_ray.config.jobs import SftJob, SupervisedJob
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.runtime.groups import SftGroup
     from rlaif_ray.tracking import Tracker
 
@@ -50,22 +51,21 @@ def batch_of(cfg: SupervisedConfig, examples: Sequence[Example], step: int, seed
     return [examples[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
 
 
-def start_state(job: SupervisedJob, run_dir: Path, steps: int, data: str) -> tuple[checkpoint.RunState, Path | None]:
-    """Where a run begins, and the checkpoint that it goes on from; `data` is the data's fingerprint.
+def start_state(job: SupervisedJob, found: Saved | None, steps: int, data: str) -> RunState:
+    """Where a run begins, with the checkpoint that was found; `data` is the data's fingerprint.
 
     Raises:
         InputError: there is a checkpoint of another run, or of other data.
     """
-    resumed = checkpoint.newest(run_dir, job.checkpoint)
-    if resumed is None:
-        return checkpoint.RunState(prompts={"data": data}), None
-    state = checkpoint.read_state(resumed, job, steps)
+    if found is None:
+        return RunState(prompts={"data": data})
+    state = read_state(found, job, steps)
     if state.prompts["data"] != data:
         raise InputError(
-            f"{job.data.path} has changed since the checkpoint in run_dir {run_dir}: its batches would be other ones. "
+            f"{job.data.path} has changed since the checkpoint {found}: its batches would be other ones. "
             f"Restore the file, use another run_dir, or checkpoint.resume=never to start over."
         )
-    return state, resumed
+    return state
 
 
 @dataclass(slots=True)
@@ -76,10 +76,11 @@ class SupervisedRun:
     run_dir: Path
     track: Tracker
     learner: Any  # a SupervisedGroup
-    state: checkpoint.RunState
-    resumed: Path | None
+    state: RunState
+    resumed: Saved | None
     steps: int
     stopping: Callable[[], bool]
+    checkpoints: Checkpoints
 
     def train(self, examples: Sequence[Any], evaluate: Callable[[], dict[str, Any]]) -> None:
         """Takes all steps that are left; evaluates and writes checkpoints when they are due.
@@ -89,22 +90,24 @@ class SupervisedRun:
         """
         job, state = self.job, self.state
         if self.resumed is not None:
-            self.learner.load_checkpoint(str(self.resumed))
+            self.learner.load_checkpoint(self.resumed.folder)
             self.track.note(f"resumed from {self.resumed}")
         while state.step < self.steps and not self.stopping():
+            self.checkpoints.check()
             step = state.step + 1
             with self.track.step(step) as metrics:
                 with metrics.phase("update"):
                     metrics.add(self.learner.train(batch_of(job.training, examples, step, job.seed)))
                 state.step = step
-                if checkpoint.due(step, job.training.evaluate_every) and step < self.steps:
+                if due(step, job.training.evaluate_every) and step < self.steps:
                     with metrics.phase("evaluation"):
                         self.track.evaluation(step, evaluate())
-            if checkpoint.due(step, job.checkpoint.every, last=self.steps):
+            if due(step, job.checkpoint.every, last=self.steps):
                 with self.track.phase("checkpoint"):
-                    checkpoint.save(self.run_dir, job, self.learner, state)
+                    self.checkpoints.save(self.learner, state)
         if state.step < self.steps:
-            checkpoint.save(self.run_dir, job, self.learner, state)
+            self.checkpoints.save(self.learner, state)
+            self.checkpoints.wait()
             raise KeyboardInterrupt
 
 
@@ -123,19 +126,28 @@ def open_run(
     job, run_dir = loaded.config, loaded.run_dir
     steps = total_steps(job.training, examples)
     make_folder(run_dir)  # its own before a checkpoint is looked for
-    state, resumed = start_state(job, run_dir, steps, data)
+    checkpoints = open_checkpoints(job, run_dir)
+    resumed = checkpoints.to_resume()
+    state = start_state(job, resumed, steps, data)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
     with (
         open_cluster(job) as cluster,
-        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
-        stop_when_asked() as stopping,
+        open_tracker(
+            run_dir, **tracking, resume_step=state.step, wandb_run_id=state.wandb_run_id, name=run_dir.name
+        ) as track,
+        stop_when_asked(job.checkpoint.grace_s) as stopping,
+        checkpoints,
     ):
         write_resolved(loaded)
+        checkpoints.tell(track.note)
+        if resumed is None:
+            checkpoints.start_over()
+        state.wandb_run_id = track.wandb_run_id
         track.note(f"{note}; starting the learner")
         learner = start(cluster, steps)
         cluster.wait()
         track.watch_processes(cluster.pids)
-        yield SupervisedRun(job, run_dir, track, learner, state, resumed, steps, stopping)
+        yield SupervisedRun(job, run_dir, track, learner, state, resumed, steps, stopping, checkpoints)
 
 
 def plan_supervised(loaded: Loaded) -> str:

@@ -22,7 +22,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
-from rlaif_ray.runtime.groups import DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
+from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
 from rlaif_ray.runtime.memory_plan import sections
 from rlaif_ray.runtime.placement import Slot, actor_slots, job_needs, reserve, totals
 from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched
@@ -375,7 +375,7 @@ class Cluster:
         if slot.gpus:
             options["num_gpus"] = slot.gpus
         carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE", "HF_HOME", "RLAIF_CACHE") if k in os.environ}
-        options |= {"concurrency_groups": {HEALTH: 1}, "runtime_env": {"env_vars": environment | carried}}
+        options |= {"concurrency_groups": {HEALTH: 1, WRITING: 1}, "runtime_env": {"env_vars": environment | carried}}
         actor: Any = ray.remote(**options)(actor_class).remote()
         return actor
 
