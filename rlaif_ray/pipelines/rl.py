@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.prompts import PromptSource
-from rlaif_ray.errors import FeedbackError, LearnerLostError, Preempted, ReplicasLostError
+from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
@@ -24,6 +23,7 @@ from rlaif_ray.pipelines.experience import (
 )
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, read_held_out
+from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -69,18 +69,14 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         held_out = HeldOut(job, inputs.held_out, rollouts, feedback, track)
         cluster.tell(track.note, leave=stopping.soon)
         run = Run(job, run_dir, cluster, rollouts, feedback, held_out, track, stopping, checkpoints)
-        for restarts in itertools.count():
-            try:
-                summary = train_from(start, run)
-                break
-            except LearnerLostError as error:
-                if restarts == job.cluster.learner_restarts:
-                    raise
-                cluster.stop_learner()
-                checkpoints.settle()
-                start = find_start(job, inputs, checkpoints.newest())
-                track.note(f"{error}: starting the learner again from step {start.state.step}")
-                track.rewind(start.state.step)
+        summary = with_restarts(
+            lambda found: train_from(find_start(job, inputs, found), run),
+            start.checkpoint,
+            limit=job.cluster.learner_restarts,
+            cluster=cluster,
+            checkpoints=checkpoints,
+            track=track,
+        )
     print_summary(summary, run_dir)
     return summary
 

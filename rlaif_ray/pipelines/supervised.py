@@ -6,7 +6,6 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -111,11 +111,17 @@ class SupervisedRun:
             raise KeyboardInterrupt
 
 
-@contextmanager
-def open_run(
-    loaded: Loaded, examples: int, data: str, note: str, start: Callable[[Cluster, int], Any]
-) -> Iterator[SupervisedRun]:
-    """A run that is ready to train: cluster, tracker and learner are up.
+def run_supervised(
+    loaded: Loaded,
+    examples: int,
+    data: str,
+    note: str,
+    start: Callable[[Cluster, int], Any],
+    story: Callable[[SupervisedRun], dict[str, Any]],
+) -> dict[str, Any]:
+    """What `story` makes of a run that is ready to train: cluster, tracker and learner are up.
+
+    A learner that is lost starts again from the newest checkpoint, and so does the story.
 
     Args:
         examples: how many there are to learn from.
@@ -142,12 +148,24 @@ def open_run(
         checkpoints.tell(track.note)
         if resumed is None:
             checkpoints.start_over()
-        state.wandb_run_id = track.wandb_run_id
         track.note(f"{note}; starting the learner")
-        learner = start(cluster, steps)
-        cluster.wait()
         track.watch_processes(cluster.pids)
-        yield SupervisedRun(job, run_dir, track, learner, state, resumed, steps, stopping, checkpoints)
+
+        def attempt(found: Saved | None) -> dict[str, Any]:
+            state = start_state(job, found, steps, data)
+            state.wandb_run_id = track.wandb_run_id
+            learner = start(cluster, steps)
+            cluster.wait()
+            return story(SupervisedRun(job, run_dir, track, learner, state, found, steps, stopping, checkpoints))
+
+        return with_restarts(
+            attempt,
+            resumed,
+            limit=job.cluster.learner_restarts,
+            cluster=cluster,
+            checkpoints=checkpoints,
+            track=track,
+        )
 
 
 def plan_supervised(loaded: Loaded) -> str:
@@ -173,7 +191,8 @@ def fine_tune(loaded: Loaded) -> dict[str, Any]:
     run_dir = loaded.run_dir
     inputs = read_sft_inputs(loaded.config)
     note = f"{len(inputs.train)} turns to learn, {len(inputs.held_out)} held out"
-    with open_run(loaded, len(inputs.train), inputs.data, note, Cluster.start_sft_learner) as run:
+
+    def story(run: SupervisedRun) -> dict[str, Any]:
         run.train(inputs.train, lambda: {"held_out": held_out_loss(run.learner, inputs.held_out)})
         with run.track.phase("evaluation"):
             results = held_out_loss(run.learner, inputs.held_out)
@@ -181,7 +200,9 @@ def fine_tune(loaded: Loaded) -> dict[str, Any]:
         with run.track.phase("saving the policy"):
             run.learner.save_model(str((run_dir / "policy").absolute()))
         found = {"job": "sft", "turns": len(inputs.train), "too_long": inputs.too_long, "sft": {"held_out": results}}
-        summary = run.track.summary(found)
+        return run.track.summary(found)
+
+    summary = run_supervised(loaded, len(inputs.train), inputs.data, note, Cluster.start_sft_learner, story)
     print_table(run_dir.name, list(_lines(summary)), run_dir)
     return summary
 

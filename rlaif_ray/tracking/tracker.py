@@ -12,7 +12,7 @@ from typing import Any
 
 from rlaif_ray.errors import RunError
 from rlaif_ray.tracking.display import open_display
-from rlaif_ray.tracking.files import append_rows, plain, prepare_folder, read_json, read_rows, write_json
+from rlaif_ray.tracking.files import append_rows, keep_rows, plain, prepare_folder, read_json, read_rows, write_json
 from rlaif_ray.tracking.memory import PeakMemory
 from rlaif_ray.tracking.wandb_run import TrackingSettings, WandbRun, flat, keep_run_id
 
@@ -235,7 +235,8 @@ class Tracker:
         self._wandb.table(rows[: self._tracking.samples_per_step], step)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends a row to evaluations.jsonl; wandb shows it as `evaluation/...`."""
+        """Appends a row to evaluations.jsonl, in place of one of the same step; wandb shows it as `evaluation/...`."""
+        keep_rows(self._evaluations_path, step - 1)  # a run that went on from this step measures it again
         append_rows(self._evaluations_path, [{"step": step, **metrics}])
         numbers = {name: value for name, value in flat(plain(metrics), "evaluation/").items() if type(value) is not str}
         self._wandb.log(numbers, step)
