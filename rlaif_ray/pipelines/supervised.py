@@ -107,7 +107,8 @@ class SupervisedRun:
                     self.checkpoints.save(self.learner, state)
         if state.step < self.steps:
             self.checkpoints.save(self.learner, state)
-            self.checkpoints.wait()
+        self.checkpoints.wait()  # whatever is lost from here on, nothing is learned again
+        if state.step < self.steps:
             raise KeyboardInterrupt
 
 
