@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from rlaif_ray.types import Score
 
 if TYPE_CHECKING:
+    from rlaif_ray.storage import Place, StoredFile, StoredFolder
     from rlaif_ray.types import (
         Answer,
         Comparison,
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
         TokenAnswer,
         TokenQuery,
     )
+
+
+# Waits until files are written; what they are, by path. Raises what kept them from being written.
+WrittenFiles = Callable[[], "Mapping[str, StoredFile]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +107,13 @@ class Learner(Protocol):
         """Runs the epochs and minibatches of one iteration; returns metrics by name."""
         ...
 
-    def save_checkpoint(self, folder: str) -> None: ...
+    def save_checkpoint(self, place: Place) -> WrittenFiles:
+        """Copies its state to host memory, and writes it to files below `place` while it goes on."""
+        ...
 
-    def load_checkpoint(self, folder: str) -> None: ...
+    def load_checkpoint(self, folder: StoredFolder) -> None:
+        """Goes on from what was saved."""
+        ...
 
     def save_policy(self, folder: str) -> None:
         """Writes the policy as a Hugging Face folder (safetensors and tokenizer)."""

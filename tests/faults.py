@@ -1,5 +1,6 @@
-"""`rlaif train` with faults: a program that runs the real job and, as its loop enters a phase, sends a real signal to
-one of its processes. Run as `python -m tests.faults FAULTS RUN_DIR CONFIG... key=value...`; FAULTS is a JSON list.
+"""`rlaif train` or `rlaif sft` with faults: a program that runs the real job and, as its loop enters a phase, sends a
+real signal to one of its processes. Run as `python -m tests.faults FAULTS JOB RUN_DIR CONFIG... key=value...`; FAULTS
+is a JSON list.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 
 from rlaif_ray.config.load import load_job
-from rlaif_ray.pipelines import rl
+from rlaif_ray.pipelines import rl, supervised
 from rlaif_ray.runtime import cluster as clusters
 from rlaif_ray.tracking import StepMetrics, Tracker
 
@@ -80,7 +81,10 @@ class Faults:
         raise AssertionError("the replicas are not at full strength again")
 
 
-def main(faults: Faults, run_dir: Path, arguments: list[str]) -> None:
+JOBS = {"train": rl.train_rl, "sft": supervised.fine_tune}
+
+
+def main(faults: Faults, job: str, run_dir: Path, arguments: list[str]) -> None:
     real_init, real_phase, real_step, real_outside = (
         clusters.Cluster.__init__,
         StepMetrics.phase,
@@ -115,9 +119,9 @@ def main(faults: Faults, run_dir: Path, arguments: list[str]) -> None:
     clusters.Cluster.__init__ = init  # type: ignore[method-assign]
     StepMetrics.phase, Tracker.step, Tracker.phase = phase, step, outside  # type: ignore[method-assign,assignment]
     files = [Path(a) for a in arguments if "=" not in a]
-    rl.train_rl(load_job("train", files, [*(a for a in arguments if "=" in a), f"run_dir={run_dir}"]))
+    JOBS[job](load_job(job, files, [*(a for a in arguments if "=" in a), f"run_dir={run_dir}"]))
 
 
 if __name__ == "__main__":
-    given, folder, *rest = sys.argv[1:]
-    main(Faults(json.loads(given), Path(f"{folder}.faults.jsonl")), Path(folder), rest)
+    given, kind, folder, *rest = sys.argv[1:]
+    main(Faults(json.loads(given), Path(f"{folder}.faults.jsonl")), kind, Path(folder), rest)

@@ -59,7 +59,7 @@ class _Reader:
     """Turns YAML nodes into plain values and notes where each key came from."""
 
     def __init__(self, text: str, place: Callable[[int], str]) -> None:
-        self.loader = ConfigLoader(text)
+        self.text = text
         self.place = place  # line, from 1 -> how to name it
         self.origins: dict[Key, str] = {}
         self.problems: list[str] = []
@@ -67,9 +67,18 @@ class _Reader:
     def read(self, key: Key) -> Any:
         """The document's value; `key` is where it will stand. None when there is none, or it can't be read."""
         try:
+            self.loader = ConfigLoader(self.text)  # refuses control characters
+        except yaml.reader.ReaderError as error:
+            line = self.text.count("\n", 0, error.position) + 1
+            self.problems.append(
+                f"{self.place(line)} is not valid YAML: it has the character #x{error.character:04x}, which is no "
+                f"text. Remove it."
+            )
+            return None
+        try:
             node = self.loader.get_single_node()
             return None if node is None else self._value(node, key, ())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that is none; nesting
             mark = getattr(error, "problem_mark", None)
             line = mark.line + 1 if mark else 1
             what = " ".join(filter(None, [getattr(error, "context", None), getattr(error, "problem", None)])) or error

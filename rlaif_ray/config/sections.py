@@ -373,13 +373,31 @@ class ClusterConfig(Config):
 
 
 class CheckpointConfig(Config):
+    """What a run that ended goes on from."""
+
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints; 0: none."""
     keep: Annotated[int, Field(ge=1)] = 2
+    """How many stay; older ones are removed once a newer one is whole."""
+    path: str | None = None
+    """A folder that all nodes share, or an address such as s3://bucket/prefix, this run's alone; null: checkpoints/ in
+    run_dir. Keys and endpoints stand in the environment (AWS_PROFILE, AWS_ENDPOINT_URL, ...), not here."""
+    background: bool = True
+    """Write while training goes on: it stops only to copy the state to host memory, which has to hold it a second
+    time. false: it stops until all is written."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest complete checkpoint in run_dir, if there is one."""
+    """auto: go on from the newest whole checkpoint, if there is one; damaged ones are passed over."""
     grace_s: Annotated[float, Field(gt=0)] = 90.0
     """After SIGTERM (a preempted node, a stopped job) the run writes a checkpoint, and ends within so many seconds."""
+
+    def _problems(self) -> Iterator[str]:
+        masked = re.sub(r"://.*@", "://***@", self.path or "")
+        if masked != (self.path or ""):
+            yield (
+                f"checkpoint.path must have no user and password in it (got {masked}): they would stand in "
+                f"resolved.yaml and in logs. Put them into the environment, such as "
+                f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
 
 
 class HeldOutConfig(Config):

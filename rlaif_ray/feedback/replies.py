@@ -41,7 +41,7 @@ def read_reply(content: bytes) -> Reply:
     """Raises BadReplyError when `content` is no chat completion with a choice."""
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadReplyError("no JSON") from None
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices:
@@ -51,7 +51,7 @@ def read_reply(content: bytes) -> Reply:
         raise BadReplyError("a choice without a message")
     said = [choice["message"].get("content") for choice in choices]
     usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
-    counts = [n for key in ("prompt_tokens", "completion_tokens") if isinstance(n := usage.get(key), int)]
+    counts = [n for key in ("prompt_tokens", "completion_tokens") if type(n := usage.get(key)) is int and n >= 0]
     counted = len(counts) == 2
     return Reply(
         texts=tuple(text if isinstance(text, str) else "" for text in said),
@@ -111,11 +111,15 @@ def read_probabilities(positions: Sequence[dict[str, Any]], answers: Sequence[st
 def _candidates(position: dict[str, Any]) -> list[tuple[str, float]]:
     """Text and probability of the likeliest tokens at a position."""
     candidates = []
-    for candidate in position.get("top_logprobs") or ():
+    listed = position.get("top_logprobs") or ()
+    if not isinstance(listed, list | tuple) or not all(isinstance(candidate, dict) for candidate in listed):
+        raise BadReplyError("log-probabilities that are no list of tokens")
+    for candidate in listed:
         token, logprob = candidate.get("token"), candidate.get("logprob")
-        if not isinstance(token, str) or not isinstance(logprob, int | float) or math.isnan(logprob):
+        # A bool is an int to Python, and false would be certainty.
+        if not isinstance(token, str) or type(logprob) not in (int, float) or math.isnan(logprob):
             raise BadReplyError("a log-probability that is no number")
-        candidates.append((token, math.exp(min(logprob, 1.0))))
+        candidates.append((token, math.exp(max(-1e4, min(logprob, 1.0)))))
     if math.fsum(p for _, p in candidates) > 1.01:
         raise BadReplyError("log-probabilities of more than 1 in all")
     return candidates

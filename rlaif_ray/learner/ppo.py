@@ -23,6 +23,7 @@ from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
+from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, WeightGroups, save_model_folder
 from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
 from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer
@@ -82,6 +83,8 @@ class RlRank:
             frozen = CausalPolicy(load(load_causal_lm))
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = WeightGroups(self._model)
+        engines = {"policy": self._policy} | ({} if self._critic is None else {"critic": self._critic})
+        self.checkpoint = RankCheckpoint(engines, spec.rank)
 
     def _trainable(self, module: torch.nn.Module, model: Any, *, lr: float, **kwargs: Any) -> Any:
         if self._job.learner.gradient_checkpointing:
@@ -186,17 +189,6 @@ class RlRank:
                 _add(sums, value_loss=value_loss, value_clipped=value_clipped)
 
     # Files
-
-    def save_checkpoint(self, folder: str) -> None:
-        """Models, optimizers and schedules; all ranks write their shards under `folder`."""
-        self._policy.save_checkpoint(str(Path(folder) / "policy"), tag="state", save_latest=False)
-        if self._critic is not None:
-            self._critic.save_checkpoint(str(Path(folder) / "critic"), tag="state", save_latest=False)
-
-    def load_checkpoint(self, folder: str) -> None:
-        self._policy.load_checkpoint(str(Path(folder) / "policy"), tag="state")
-        if self._critic is not None:
-            self._critic.load_checkpoint(str(Path(folder) / "critic"), tag="state")
 
     def save_policy(self, folder: str) -> None:
         """Rank 0 writes a Hugging Face folder; under ZeRO-3 all ranks help gather."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlaif_ray.algorithm.losses import preference_loss
 from rlaif_ray.learner import engine as deepspeed_door
+from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder
 from rlaif_ray.learner.lora import add_adapters, merged_state
 from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
@@ -73,6 +74,7 @@ class SupervisedRank(ABC, Generic[Example]):
         self._engine = deepspeed_door.trainable_engine(
             module, job.learner, lr=job.learner.lr, total_steps=total_steps, precision=precision
         )
+        self.checkpoint = RankCheckpoint({"model": self._engine}, spec.rank)
 
     @abstractmethod
     def _load(self, name: str, **how: Any) -> Any:
@@ -109,13 +111,6 @@ class SupervisedRank(ABC, Generic[Example]):
         sums["lr"] = float(self._engine.get_lr()[0])  # read before the step, which moves the schedule on
         sums["grad_norm"] = deepspeed_door.optimizer_step(self._engine)
         return sums
-
-    def save_checkpoint(self, folder: str) -> None:
-        """Model, optimizer and schedule; all ranks write their shards under `folder`."""
-        self._engine.save_checkpoint(str(Path(folder) / "model"), tag="state", save_latest=False)
-
-    def load_checkpoint(self, folder: str) -> None:
-        self._engine.load_checkpoint(str(Path(folder) / "model"), tag="state")
 
     def _save_folder(self, folder: str, prepare: Callable[[Any, Any], None]) -> None:
         """Rank 0 writes a Hugging Face folder, config and tokenizer as `prepare` leaves them; all ranks help gather."""

@@ -1,27 +1,35 @@
-"""Checkpoints of an RL run: a folder that appears whole or not at all, and where to go on."""
+"""Checkpoints of a run: whole or not there, verified before they are gone on from, written while training goes on."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
+from rlaif_ray.config.resolved import versions
 from rlaif_ray.errors import CheckpointError, InputError
-from rlaif_ray.folders import publish_folder
+from rlaif_ray.storage import MANIFEST, Place, StoredFolder, draft, open_folder, publish, told
 
 if TYPE_CHECKING:
-    from rlaif_ray.config.sections import CheckpointConfig
+    from rlaif_ray.interfaces import WrittenFiles
 
 STATE = "state.json"
+UNFINISHED = ".partial-"  # how the names of folders begin that are being written, or removed
+END_S = 60.0  # how long a run that fails waits for a checkpoint that is being written
 
 
 class Checkpointed(Protocol):
-    """What writes its own part of a checkpoint."""
+    """What has its own part in a checkpoint."""
 
-    def save_checkpoint(self, folder: str) -> None: ...
+    def save_checkpoint(self, place: Place) -> WrittenFiles: ...
 
 
 @dataclass(slots=True)
@@ -32,6 +40,19 @@ class RunState:
     kl_coef: float = 0.0
     prompts: dict[str, Any] = field(default_factory=dict)  # PromptSource.state()
     held_out_before: list[float | None] | None = None
+    wandb_run_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is whole, every file of it verified."""
+
+    step: int
+    folder: StoredFolder
+    document: dict[str, Any]  # of state.json
+
+    def __str__(self) -> str:
+        return str(self.folder.place)
 
 
 def due(step: int, every: int, last: int | None = None) -> bool:
@@ -67,73 +88,280 @@ def must_match(job: TrainJob | SupervisedJob) -> dict[str, Any]:
     }
 
 
-def newest(run_dir: Path, cfg: CheckpointConfig | None = None) -> Path | None:
-    """The newest complete checkpoint of the run, if `cfg` lets it be resumed."""
-    found = [folder for folder in _complete(run_dir) if (folder / STATE).is_file()]
-    return found[-1] if found and (cfg is None or cfg.resume == "auto") else None
+# ---- Going on --------------------------------------------------------------------------------------------------------
 
 
-def start_over(run_dir: Path) -> None:
-    """Removes an earlier run's checkpoints: this run's are told from them by nothing but their steps."""
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-
-
-def _complete(run_dir: Path) -> list[Path]:
-    folders = [p for p in (run_dir / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def read_state(folder: Path, job: TrainJob | SupervisedJob, steps: int) -> RunState:
+def read_state(saved: Saved, job: TrainJob | SupervisedJob, steps: int) -> RunState:
     """The loop's state in a checkpoint of a run of so many steps.
 
     Raises:
         InputError: the config differs from the checkpoint's in something that can't change on the way.
-        CheckpointError: the state can't be read.
+        CheckpointError: the state is no such state.
     """
     try:
-        stored = json.loads((folder / STATE).read_text())
-        state = RunState(**stored["state"])
-        wanted = stored["must_match"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = RunState(**saved.document["state"])
+        wanted = dict(saved.document["must_match"])
+        if state.step != saved.step:
+            raise ValueError(f"its step is {state.step}")
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {folder} can't be read ({type(error).__name__}: {error}). "
-            f"Remove it to resume from an earlier one."
+            f"checkpoint {saved} can't be gone on from ({told(error)}): another version of rlaif_ray wrote it. Use "
+            f"that version, or checkpoint.resume=never or another run_dir to start over."
         ) from error
+    where = str(saved).rpartition("/step-")[0]
     changed = [
         f"{k} (checkpoint {wanted.get(k)!r}, got {v!r})" for k, v in must_match(job).items() if wanted.get(k) != v
     ]
     if changed:
         raise InputError(
-            f"run_dir {folder.parent.parent} has a checkpoint of another run: {'; '.join(changed)}. "
+            f"{where} has a checkpoint of another run: {'; '.join(changed)}. "
             f"Use its settings, another run_dir, or checkpoint.resume=never to start over."
         )
     if state.step > steps:
         raise InputError(
-            f"steps must be at least the {state.step} that run_dir {folder.parent.parent} has taken (got {steps}). "
+            f"steps must be at least the {state.step} of the checkpoint in {where} (got {steps}). "
             f"Raise it, or use another run_dir, or checkpoint.resume=never to start over."
         )
     return state
 
 
-def save(run_dir: Path, job: TrainJob | SupervisedJob, learner: Checkpointed, state: RunState) -> Path:
-    """Writes `checkpoints/step-N`: into a folder of another name, flushed, then renamed; then old ones go.
+def other_versions(saved: Saved) -> list[str]:
+    """Packages whose major version has changed since, such as "torch 2.13.0, now 3.0.0"."""
+    now = versions()
+    return [
+        f"{name} {then}, now {now[name]}"
+        for name, then in saved.document.get("versions", {}).items()
+        if name in now and then.split(".")[0] != now[name].split(".")[0]
+    ]
+
+
+def open_checkpoints(job: TrainJob | SupervisedJob, run_dir: Path) -> Checkpoints:
+    """The run's checkpoints, below checkpoint.path or in the run's own folder.
 
     Raises:
-        CheckpointError: it could not be written; earlier checkpoints are untouched.
+        InputError: checkpoint.path can't be reached, or not written.
     """
-    final = run_dir.absolute() / "checkpoints" / f"step-{state.step}"
-    partial = final.with_name(f".partial-{final.name}")
+    given = job.checkpoint.path
+    place = Place.of(given or run_dir / "checkpoints")
+    if given is not None:
+        probe = place / f"{UNFINISHED}probe"
+        try:
+            probe.write(b"")
+            probe.remove()
+        except CheckpointError as error:
+            raise InputError(
+                f"checkpoint.path must be a place that can be written (got {place}): {error} "
+                f"Correct the address or its permissions, or choose another with checkpoint.path=ADDRESS."
+            ) from error
+    return Checkpoints(job, place)
+
+
+class Checkpoints:
+    """The checkpoints of one run. At most one is being written at a time, by a thread; leaving `with` waits for it.
+
+    An error in writing comes out at the next call of `check`, `save` or `wait`.
+    """
+
+    def __init__(self, job: TrainJob | SupervisedJob, place: Place) -> None:
+        self._job, self._cfg, self.place = job, job.checkpoint, place
+        self._last: int | None = None  # the step that was saved last
+        self._writing: _Writing | None = None
+        self._held: list[str] = []  # notes that nobody listened to
+        self._note: Callable[[str], None] = self._held.append
+
+    def tell(self, note: Callable[[str], None]) -> None:
+        """`note` is told of what was found wrong so far, and from now on."""
+        for text in self._held:
+            note(text)
+        self._held, self._note = [], note
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif isinstance(error, Exception):  # whoever interrupts doesn't wait
+            self.settle()
+
+    def to_resume(self) -> Saved | None:
+        """The newest that is whole, if the config lets it be gone on from.
+
+        Raises:
+            CheckpointError: there are some, and all are damaged.
+        """
+        saved = self.newest() if self._cfg.resume == "auto" else None
+        if saved is not None:
+            for change in other_versions(saved):
+                self._note(f"the checkpoint was written with {change}")
+        return saved
+
+    def newest(self) -> Saved | None:
+        """The newest that is whole; None where there is none at all. What is damaged is passed over, with a note.
+
+        Raises:
+            CheckpointError: there are some, and all are damaged.
+        """
+        damaged = []
+        for step in reversed(self._steps()):
+            try:
+                saved = _open(self.place, step)
+            except CheckpointError as error:
+                damaged.append(str(error))
+                self._note(f"checkpoint step-{step} is passed over: {error}")
+                continue
+            self._last = step
+            return saved
+        self._last = None
+        if damaged:
+            raise CheckpointError(
+                f"of the {len(damaged)} checkpoints in {self.place} none can be gone on from: {' '.join(damaged)} "
+                f"Restore one, or use checkpoint.resume=never or another run_dir to start over."
+            )
+        return None
+
+    def start_over(self) -> None:
+        """Removes an earlier run's checkpoints: this run's are told from them by nothing but their steps."""
+        for name in self.place.names():
+            if _step_of(name) is not None or name.startswith(UNFINISHED):
+                (self.place / name).remove()
+
+    def save(self, learner: Checkpointed, state: RunState) -> None:
+        """Writes `step-N`, unless it is there; then old ones go. Returns once the learner has copied its state, or,
+        without checkpoint.background, once all is done.
+
+        Raises:
+            CheckpointError: this one or the one before could not be written; those before are intact.
+        """
+        self.wait()
+        step = state.step  # the loop goes on to change the state
+        if self._last == step:
+            return
+        final = self.place / f"step-{step}"
+        place = draft(final, uuid.uuid4().hex[:8])
+        document = {"state": asdict(state), "must_match": must_match(self._job), "versions": versions()}
+        data = json.dumps(document, indent=1).encode()
+        with _told_well(final):
+            written = learner.save_checkpoint(place)
+
+        def finish() -> None:
+            files = {**written(), STATE: (place / STATE).write(data)}
+            publish(StoredFolder(place, files), final, step=step)
+            self._prune(step)
+
+        self._last = step
+        self._writing = _Writing(finish, place, final)
+        if not self._cfg.background:
+            self.wait()
+
+    def check(self) -> None:
+        """Never waits.
+
+        Raises:
+            CheckpointError: the one that was being written could not be.
+            LearnerLostError: a learner rank was lost over it.
+        """
+        if self._writing is not None and self._writing.ended(0):
+            self.wait()
+
+    def wait(self) -> None:
+        """Until none is being written.
+
+        Raises:
+            CheckpointError: it could not be written, or not in time.
+            LearnerLostError: a learner rank was lost over it.
+        """
+        writing, limit_s = self._writing, self._job.cluster.call_timeout_s
+        if writing is None:
+            return
+        if not writing.ended(limit_s):
+            raise CheckpointError(
+                f"checkpoint {writing.final} was not written within cluster.call_timeout_s={limit_s:g} s. Look at "
+                f"that storage; raise the limit if it takes so long."
+            )
+        self._writing = None
+        if writing.error is not None:
+            self._last = None
+            with _told_well(writing.final):
+                raise writing.error
+
+    def settle(self) -> None:
+        """Until none is being written, for a while; what went wrong is no more than a note."""
+        writing, self._writing = self._writing, None
+        if writing is None or (writing.ended(END_S) and writing.error is None):
+            return
+        self._last = None
+        self._note(f"checkpoint {writing.final} was not written: {writing.error or 'it takes too long'}")
+
+    def _steps(self) -> list[int]:
+        """Of all that are there, damaged ones too."""
+        found = [step for name in self.place.names() if (step := _step_of(name)) is not None]
+        if self.place.folder is None:  # there, without a manifest it is an upload that was cut off
+            found = [step for step in found if MANIFEST in (self.place / f"step-{step}").names()]
+        return sorted(found)
+
+    def _prune(self, now: int) -> None:
+        """Removes all but the last few, and what was left unfinished."""
+        try:
+            steps = self._steps()
+            # Later ones are damaged: they stay until the run comes by again.
+            gone = [f"step-{step}" for step in [s for s in steps if s <= now][: -self._cfg.keep]]
+            for name in self.place.names():
+                cut_off = _step_of(name) is not None and _step_of(name) not in steps
+                if name in gone or cut_off or name.startswith(UNFINISHED):
+                    (self.place / name).remove()
+        except CheckpointError as error:
+            self._note(f"an old checkpoint stays: {error}")
+
+
+class _Writing:
+    """A checkpoint that is being written, by a thread."""
+
+    def __init__(self, finish: Callable[[], None], place: Place, final: Place) -> None:
+        self.final = final
+        self.error: BaseException | None = None
+        self._finish, self._place = finish, place
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def ended(self, within_s: float) -> bool:
+        self._thread.join(within_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._finish()
+        except BaseException as error:
+            self.error = error
+            with suppress(CheckpointError):
+                self._place.remove()  # it may be what fills the disk
+
+
+@contextmanager
+def _told_well(final: Place) -> Iterator[None]:
+    """Says of what kept a checkpoint from being written that the one before is intact, and how to go on."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        learner.save_checkpoint(str(partial))
-        (partial / STATE).write_text(json.dumps({"state": asdict(state), "must_match": must_match(job)}))
-        publish_folder(partial, final)
-    except OSError as error:
+        yield
+    except (CheckpointError, OSError) as error:
         raise CheckpointError(
-            f"checkpoint {final} could not be written ({error}): the one before is intact. "
-            f"Free space or correct permissions, then start the same command again."
+            f"checkpoint {final} could not be written: {error if isinstance(error, CheckpointError) else told(error)} "
+            f"The one before is intact. Free space or correct permissions, then start the same command again."
         ) from error
-    for old in _complete(run_dir)[: -job.checkpoint.keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def _open(root: Place, step: int) -> Saved:
+    folder, facts = open_folder(root / f"step-{step}")
+    if facts.get("step") != step:
+        raise CheckpointError(f"{root / f'step-{step}'} is of step {facts.get('step')}: it was renamed, or copied.")
+    try:
+        document = dict(json.loads(folder.read(STATE)))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder.place / STATE} can't be read ({told(error)}).") from error
+    return Saved(step, folder, document)
+
+
+def _step_of(name: str) -> int | None:
+    found = re.fullmatch(r"step-(0|[1-9][0-9]*)", name)
+    return int(found[1]) if found else None

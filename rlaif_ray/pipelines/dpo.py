@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
-from rlaif_ray.pipelines.supervised import open_run, turn_end
+from rlaif_ray.pipelines.supervised import run_supervised, turn_end
 from rlaif_ray.runtime.cluster import Cluster
 from rlaif_ray.tracking.progress import print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.learner.supervised import PairExample
+    from rlaif_ray.pipelines.supervised import SupervisedRun
     from rlaif_ray.runtime.groups import DpoGroup
 
 
@@ -23,7 +24,8 @@ def train_dpo(loaded: Loaded) -> dict[str, Any]:
     job, run_dir = loaded.config, loaded.run_dir
     inputs, _ = read_pairs(job, turn_end)
     note = f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out"
-    with open_run(loaded, len(inputs.train), inputs.data, note, Cluster.start_dpo_learner) as run:
+
+    def story(run: SupervisedRun) -> dict[str, Any]:
         learner: DpoGroup = run.learner
         with run.track.phase("reference"):  # before a checkpoint is loaded: the policy is still what it started from
             train, held_out = _refer(learner, inputs.train), _refer(learner, inputs.held_out)
@@ -33,9 +35,11 @@ def train_dpo(loaded: Loaded) -> dict[str, Any]:
             run.track.evaluation(run.steps, results)
         with run.track.phase("saving the policy"):
             learner.save_model(str((run_dir / "policy").absolute()))
-        summary = run.track.summary(
+        return run.track.summary(
             {"job": "dpo", "pairs": len(inputs.train), "left_out": inputs.left_out, "dpo": results}
         )
+
+    summary = run_supervised(loaded, len(inputs.train), inputs.data, note, Cluster.start_dpo_learner, story)
     print_table(run_dir.name, list(_lines(summary)), run_dir)
     return summary
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.learner.supervised import PairExample, ends_with
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
-from rlaif_ray.pipelines.supervised import open_run
+from rlaif_ray.pipelines.supervised import run_supervised
 from rlaif_ray.runtime.cluster import Cluster
 from rlaif_ray.tracking.progress import print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.pipelines.supervised import SupervisedRun
     from rlaif_ray.runtime.groups import RewardGroup
 
 
@@ -26,7 +27,8 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
     job, run_dir = loaded.config, loaded.run_dir
     inputs, human = read_pairs(job, ends_with, job.reward.human_path)
     note = f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out"
-    with open_run(loaded, len(inputs.train), inputs.data, note, Cluster.start_reward_learner) as run:
+
+    def story(run: SupervisedRun) -> dict[str, Any]:
         learner: RewardGroup = run.learner
         run.train(inputs.train, lambda: {"held_out": _measured(learner, inputs.held_out)})
         with run.track.phase("evaluation"):
@@ -35,7 +37,7 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
         with run.track.phase("saving the model"):
             center = _center(learner, inputs.train) if job.reward.center else None
             learner.save_model(str((run_dir / "reward_model").absolute()), center)
-        summary = run.track.summary(
+        return run.track.summary(
             {
                 "job": "reward-model",
                 "pairs": len(inputs.train),
@@ -44,6 +46,8 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
                 "reward_model": results,
             }
         )
+
+    summary = run_supervised(loaded, len(inputs.train), inputs.data, note, Cluster.start_reward_learner, story)
     print_table(run_dir.name, list(_lines(summary)), run_dir)
     return summary
 

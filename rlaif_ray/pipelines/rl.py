@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.prompts import PromptSource
-from rlaif_ray.errors import FeedbackError, LearnerLostError, Preempted, ReplicasLostError
+from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
-from rlaif_ray.pipelines import checkpoint
+from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
     add_advantages,
@@ -24,6 +23,7 @@ from rlaif_ray.pipelines.experience import (
 )
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, read_held_out
+from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.interfaces import Scorer
+    from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.pipelines.run_folder import Stopping
     from rlaif_ray.runtime.cluster import Cluster
     from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
@@ -48,34 +49,34 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
     make_folder(run_dir)  # its own before a checkpoint is looked for
-    start = find_start(job, inputs, checkpoint.newest(run_dir, job.checkpoint))
+    checkpoints = open_checkpoints(job, run_dir)
+    start = find_start(job, inputs, checkpoints.to_resume())
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": job.steps}
     with (
         stop_when_asked(job.checkpoint.grace_s) as stopping,
         open_cluster(job, leave=stopping) as cluster,  # before the tracker: wrong input costs an earlier run no files
-        open_tracker(run_dir, **tracking, resume_step=start.state.step, name=run_dir.name) as track,
+        open_tracker(run_dir, **tracking, **start.tracking(), name=run_dir.name) as track,
+        checkpoints,
     ):
         write_resolved(loaded)
+        checkpoints.tell(track.note)
         if start.checkpoint is None:
-            checkpoint.start_over(run_dir)
+            checkpoints.start_over()
         track.note("starting engines and learner")
         track.watch_processes(cluster.pids)
         rollouts = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context)
         feedback = start_feedback(inputs.feedback, cluster)
         held_out = HeldOut(job, inputs.held_out, rollouts, feedback, track)
         cluster.tell(track.note, leave=stopping.soon)
-        run = Run(job, run_dir, cluster, rollouts, feedback, held_out, track, stopping)
-        for restarts in itertools.count():
-            try:
-                summary = train_from(start, run)
-                break
-            except LearnerLostError as error:
-                if restarts == job.cluster.learner_restarts:
-                    raise
-                start = find_start(job, inputs, checkpoint.newest(run_dir))
-                track.note(f"{error}: starting the learner again from step {start.state.step}")
-                cluster.stop_learner()
-                track.rewind(start.state.step)
+        run = Run(job, run_dir, cluster, rollouts, feedback, held_out, track, stopping, checkpoints)
+        summary = with_restarts(
+            lambda found: train_from(find_start(job, inputs, found), run),
+            start.checkpoint,
+            limit=job.cluster.learner_restarts,
+            cluster=cluster,
+            checkpoints=checkpoints,
+            track=track,
+        )
     print_summary(summary, run_dir)
     return summary
 
@@ -92,6 +93,7 @@ class Run:
     held_out: HeldOut
     track: Tracker
     stopping: Stopping
+    checkpoints: Checkpoints
 
 
 def train_from(start: Start, run: Run) -> dict[str, Any]:
@@ -102,17 +104,19 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
         KeyboardInterrupt: the run was asked to stop; there is a checkpoint.
     """
     job, track, state, prompts = run.job, run.track, start.state, start.prompts
+    state.wandb_run_id = track.wandb_run_id
     learner = run.cluster.start_learner()
     run.cluster.wait()
     sync = run.cluster.connect(learner, run.rollouts)
     if start.checkpoint is not None:
-        learner.load_checkpoint(str(start.checkpoint))
+        learner.load_checkpoint(start.checkpoint.folder)
         track.note(f"resumed from {start.checkpoint}")
     try:
         sync.push(version=state.step)  # before the first rollout
         if state.held_out_before is None:
             state.held_out_before = run.held_out.measure(state.step)
         while state.step < job.steps and not run.stopping():
+            run.checkpoints.check()
             step = state.step + 1
             with track.step(step) as metrics:
                 with metrics.phase("rollout"):
@@ -136,11 +140,11 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
                 metrics.add(rates(completions, metrics.seconds))
                 state.kl_coef = next_kl_coef(state.kl_coef, kl, job.algorithm.kl, len(samples))
                 state.step, state.prompts = step, prompts.state()
-                if checkpoint.due(step, job.evaluation.every) and step < job.steps:
+                if due(step, job.evaluation.every) and step < job.steps:
                     run.held_out.measure(step, state.held_out_before)
-            if checkpoint.due(step, job.checkpoint.every, last=job.steps):  # after the step's row is on disk
+            if due(step, job.checkpoint.every, last=job.steps):  # after the step's row is on disk
                 with track.phase("checkpoint"):
-                    checkpoint.save(run.run_dir, job, learner, state)
+                    run.checkpoints.save(learner, state)
         if state.step == job.steps:
             run.held_out.measure(state.step, state.held_out_before)
     except (FeedbackError, Preempted, ReplicasLostError):  # all come between updates: the learner stands at a step
@@ -149,16 +153,17 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
     if state.step < job.steps:
         save_last(run, learner, state)
         raise KeyboardInterrupt
+    run.checkpoints.wait()
     with track.phase("saving the policy"):
         learner.save_policy(str((run.run_dir / "policy").absolute()))
     return track.summary({"job": "train", **run.held_out.summary()})
 
 
-def save_last(run: Run, learner: LearnerGroup, state: checkpoint.RunState) -> None:
+def save_last(run: Run, learner: LearnerGroup, state: RunState) -> None:
     """A checkpoint of the last step whose row is written, unless there is one, or nothing was learned yet."""
-    newest = checkpoint.newest(run.run_dir)
-    if state.step and state.step == run.track.last_step and (newest is None or newest.name != f"step-{state.step}"):
-        checkpoint.save(run.run_dir, run.job, learner, state)
+    if state.step and state.step == run.track.last_step:
+        run.checkpoints.save(learner, state)
+    run.checkpoints.wait()
 
 
 def plan_rl(loaded: Loaded) -> str:
@@ -171,12 +176,16 @@ def plan_rl(loaded: Loaded) -> str:
 class Start:
     """Where a run, or a new learner in it, begins."""
 
-    state: checkpoint.RunState
+    state: RunState
     prompts: PromptSource
-    checkpoint: Path | None  # to load; None: from the start
+    checkpoint: Saved | None  # to load; None: from the start
+
+    def tracking(self) -> dict[str, Any]:
+        """What the tracker goes on from."""
+        return {"resume_step": self.state.step, "wandb_run_id": self.state.wandb_run_id}
 
 
-def find_start(job: TrainJob, inputs: Inputs, found: Path | None) -> Start:
+def find_start(job: TrainJob, inputs: Inputs, found: Saved | None) -> Start:
     """Where the checkpoint that was found stands, or the beginning.
 
     Raises:
@@ -187,8 +196,8 @@ def find_start(job: TrainJob, inputs: Inputs, found: Path | None) -> Start:
         inputs.prompts, prompts_per_step=job.sampling.prompts_per_step, seed=job.seed, shuffle=job.data.shuffle
     )
     if found is None:
-        return Start(checkpoint.RunState(kl_coef=job.algorithm.kl.coef), prompts, None)
-    state = checkpoint.read_state(found, job, job.steps)
+        return Start(RunState(kl_coef=job.algorithm.kl.coef), prompts, None)
+    state = read_state(found, job, job.steps)
     prompts.restore(state.prompts)
     return Start(state, prompts, found)
 

@@ -6,7 +6,6 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,8 +15,9 @@ from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines import checkpoint
+from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.data_sections import SupervisedConfig
     from rlaif_ray.config.jobs import SftJob, SupervisedJob
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.runtime.groups import SftGroup
     from rlaif_ray.tracking import Tracker
 
@@ -50,22 +51,21 @@ def batch_of(cfg: SupervisedConfig, examples: Sequence[Example], step: int, seed
     return [examples[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
 
 
-def start_state(job: SupervisedJob, run_dir: Path, steps: int, data: str) -> tuple[checkpoint.RunState, Path | None]:
-    """Where a run begins, and the checkpoint that it goes on from; `data` is the data's fingerprint.
+def start_state(job: SupervisedJob, found: Saved | None, steps: int, data: str) -> RunState:
+    """Where a run begins, with the checkpoint that was found; `data` is the data's fingerprint.
 
     Raises:
         InputError: there is a checkpoint of another run, or of other data.
     """
-    resumed = checkpoint.newest(run_dir, job.checkpoint)
-    if resumed is None:
-        return checkpoint.RunState(prompts={"data": data}), None
-    state = checkpoint.read_state(resumed, job, steps)
+    if found is None:
+        return RunState(prompts={"data": data})
+    state = read_state(found, job, steps)
     if state.prompts["data"] != data:
         raise InputError(
-            f"{job.data.path} has changed since the checkpoint in run_dir {run_dir}: its batches would be other ones. "
+            f"{job.data.path} has changed since the checkpoint {found}: its batches would be other ones. "
             f"Restore the file, use another run_dir, or checkpoint.resume=never to start over."
         )
-    return state, resumed
+    return state
 
 
 @dataclass(slots=True)
@@ -76,10 +76,11 @@ class SupervisedRun:
     run_dir: Path
     track: Tracker
     learner: Any  # a SupervisedGroup
-    state: checkpoint.RunState
-    resumed: Path | None
+    state: RunState
+    resumed: Saved | None
     steps: int
     stopping: Callable[[], bool]
+    checkpoints: Checkpoints
 
     def train(self, examples: Sequence[Any], evaluate: Callable[[], dict[str, Any]]) -> None:
         """Takes all steps that are left; evaluates and writes checkpoints when they are due.
@@ -89,30 +90,39 @@ class SupervisedRun:
         """
         job, state = self.job, self.state
         if self.resumed is not None:
-            self.learner.load_checkpoint(str(self.resumed))
+            self.learner.load_checkpoint(self.resumed.folder)
             self.track.note(f"resumed from {self.resumed}")
         while state.step < self.steps and not self.stopping():
+            self.checkpoints.check()
             step = state.step + 1
             with self.track.step(step) as metrics:
                 with metrics.phase("update"):
                     metrics.add(self.learner.train(batch_of(job.training, examples, step, job.seed)))
                 state.step = step
-                if checkpoint.due(step, job.training.evaluate_every) and step < self.steps:
+                if due(step, job.training.evaluate_every) and step < self.steps:
                     with metrics.phase("evaluation"):
                         self.track.evaluation(step, evaluate())
-            if checkpoint.due(step, job.checkpoint.every, last=self.steps):
+            if due(step, job.checkpoint.every, last=self.steps):
                 with self.track.phase("checkpoint"):
-                    checkpoint.save(self.run_dir, job, self.learner, state)
+                    self.checkpoints.save(self.learner, state)
         if state.step < self.steps:
-            checkpoint.save(self.run_dir, job, self.learner, state)
+            self.checkpoints.save(self.learner, state)
+        self.checkpoints.wait()  # whatever is lost from here on, nothing is learned again
+        if state.step < self.steps:
             raise KeyboardInterrupt
 
 
-@contextmanager
-def open_run(
-    loaded: Loaded, examples: int, data: str, note: str, start: Callable[[Cluster, int], Any]
-) -> Iterator[SupervisedRun]:
-    """A run that is ready to train: cluster, tracker and learner are up.
+def run_supervised(
+    loaded: Loaded,
+    examples: int,
+    data: str,
+    note: str,
+    start: Callable[[Cluster, int], Any],
+    story: Callable[[SupervisedRun], dict[str, Any]],
+) -> dict[str, Any]:
+    """What `story` makes of a run that is ready to train: cluster, tracker and learner are up.
+
+    A learner that is lost starts again from the newest checkpoint, and so does the story.
 
     Args:
         examples: how many there are to learn from.
@@ -123,19 +133,40 @@ def open_run(
     job, run_dir = loaded.config, loaded.run_dir
     steps = total_steps(job.training, examples)
     make_folder(run_dir)  # its own before a checkpoint is looked for
-    state, resumed = start_state(job, run_dir, steps, data)
+    checkpoints = open_checkpoints(job, run_dir)
+    resumed = checkpoints.to_resume()
+    state = start_state(job, resumed, steps, data)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
     with (
-        stop_when_asked() as stopping,
+        stop_when_asked(job.checkpoint.grace_s) as stopping,
         open_cluster(job, leave=stopping) as cluster,
-        open_tracker(run_dir, **tracking, resume_step=state.step, name=run_dir.name) as track,
+        open_tracker(
+            run_dir, **tracking, resume_step=state.step, wandb_run_id=state.wandb_run_id, name=run_dir.name
+        ) as track,
+        checkpoints,
     ):
         write_resolved(loaded)
+        checkpoints.tell(track.note)
+        if resumed is None:
+            checkpoints.start_over()
         track.note(f"{note}; starting the learner")
-        learner = start(cluster, steps)
-        cluster.wait()
         track.watch_processes(cluster.pids)
-        yield SupervisedRun(job, run_dir, track, learner, state, resumed, steps, stopping)
+
+        def attempt(found: Saved | None) -> dict[str, Any]:
+            state = start_state(job, found, steps, data)
+            state.wandb_run_id = track.wandb_run_id
+            learner = start(cluster, steps)
+            cluster.wait()
+            return story(SupervisedRun(job, run_dir, track, learner, state, found, steps, stopping, checkpoints))
+
+        return with_restarts(
+            attempt,
+            resumed,
+            limit=job.cluster.learner_restarts,
+            cluster=cluster,
+            checkpoints=checkpoints,
+            track=track,
+        )
 
 
 def plan_supervised(loaded: Loaded) -> str:
@@ -161,7 +192,8 @@ def fine_tune(loaded: Loaded) -> dict[str, Any]:
     run_dir = loaded.run_dir
     inputs = read_sft_inputs(loaded.config)
     note = f"{len(inputs.train)} turns to learn, {len(inputs.held_out)} held out"
-    with open_run(loaded, len(inputs.train), inputs.data, note, Cluster.start_sft_learner) as run:
+
+    def story(run: SupervisedRun) -> dict[str, Any]:
         run.train(inputs.train, lambda: {"held_out": held_out_loss(run.learner, inputs.held_out)})
         with run.track.phase("evaluation"):
             results = held_out_loss(run.learner, inputs.held_out)
@@ -169,7 +201,9 @@ def fine_tune(loaded: Loaded) -> dict[str, Any]:
         with run.track.phase("saving the policy"):
             run.learner.save_model(str((run_dir / "policy").absolute()))
         found = {"job": "sft", "turns": len(inputs.train), "too_long": inputs.too_long, "sft": {"held_out": results}}
-        summary = run.track.summary(found)
+        return run.track.summary(found)
+
+    summary = run_supervised(loaded, len(inputs.train), inputs.data, note, Cluster.start_sft_learner, story)
     print_table(run_dir.name, list(_lines(summary)), run_dir)
     return summary
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlaif_ray.learner.finetune import SftExample
     from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.rollout.vllm_engine import EngineSpec
+    from rlaif_ray.storage import Place, StoredFile, StoredFolder
     from rlaif_ray.types import Completion, Experience, Prompt, Score, TokenAnswer, TokenQuery
 
 
@@ -175,11 +176,17 @@ class LearnerActor(Actor):
         free_cached(self._shares_gpu)
         return sums
 
-    def save_checkpoint(self, folder: str) -> None:
-        self._learner.save_checkpoint(folder)
+    def copy_checkpoint(self, beside: dict[str, Any]) -> None:
+        self._learner.checkpoint.copy(beside)
 
-    def load_checkpoint(self, folder: str) -> None:
-        self._learner.load_checkpoint(folder)
+    def write_checkpoint(self, place: Place) -> dict[str, StoredFile]:
+        """In a thread of its own, beside training; its return value is this rank's files."""
+        files: dict[str, StoredFile] = self._learner.checkpoint.write(place)
+        return files
+
+    def load_checkpoint(self, folder: StoredFolder) -> dict[str, Any]:
+        beside: dict[str, Any] = self._learner.checkpoint.load(folder)
+        return beside
 
     def save_policy(self, folder: str) -> None:
         self._learner.save_policy(folder)

@@ -25,7 +25,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
-from rlaif_ray.runtime.groups import DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
+from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
 from rlaif_ray.runtime.loopback import loopback_environment, on_loopback
 from rlaif_ray.runtime.memory_plan import sections
 from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, totals, wait_for_place
@@ -408,7 +408,7 @@ class Cluster:
             options["num_gpus"] = slot.gpus
         carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE", "HF_HOME", "RLAIF_CACHE") if k in os.environ}
         environment = loopback_environment() | environment | carried
-        options |= {"concurrency_groups": {HEALTH: 1}, "runtime_env": {"env_vars": environment}}
+        options |= {"concurrency_groups": {HEALTH: 1, WRITING: 1}, "runtime_env": {"env_vars": environment}}
         actor: Any = ray.remote(**options)(actor_class).remote()
         return actor
 

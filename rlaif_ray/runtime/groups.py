@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence, Sized
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
@@ -19,12 +17,14 @@ from rlaif_ray.types import Completion, Experience, Score, TokenAnswer
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
-    from rlaif_ray.interfaces import GenerationSettings
+    from rlaif_ray.interfaces import GenerationSettings, WrittenFiles
     from rlaif_ray.learner.finetune import SftExample
     from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.runtime.supervision import Replicas, Split, Watched
+    from rlaif_ray.storage import Place, StoredFile, StoredFolder
     from rlaif_ray.types import Prompt, Sample, TokenQuery
 
+WRITING = "writing"  # Ray's concurrency group of `write_checkpoint`
 QUARANTINED = "quarantined"  # the reason why a request that ends engines has no answer
 
 Example = TypeVar("Example", bound=Sized)
@@ -105,13 +105,45 @@ def in_runs(items: Sequence[int], parts: int) -> list[list[int]]:
     return [list(items[k * size : (k + 1) * size]) for k in range(parts)]
 
 
+class Ranks:
+    """The processes of a learner, and what is asked of all of them at once."""
+
+    def __init__(self, ranks: list[Watched], timeout_s: float) -> None:
+        self.watched = ranks
+        self.actors = [rank.actor for rank in ranks]
+        self._timeout_s = timeout_s
+
+    def all(self, verb: str, *arguments: Any) -> list[Any]:
+        """What each rank says."""
+        return self.gather(verb, [getattr(actor, verb).remote(*arguments) for actor in self.actors])
+
+    def gather(self, verb: str, refs: Sequence[Any]) -> list[Any]:
+        """The ranks' answers to calls of `verb`."""
+        return gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s, ranks=self.watched)
+
+    def save_checkpoint(self, place: Place, beside: dict[str, Any]) -> WrittenFiles:
+        """Returns once all ranks have copied their state to host memory; they write it while they train on."""
+        self.all("copy_checkpoint", beside)
+        refs = [actor.write_checkpoint.options(concurrency_group=WRITING).remote(place) for actor in self.actors]
+
+        def written() -> dict[str, StoredFile]:
+            return {name: file for files in self.gather("write_checkpoint", refs) for name, file in files.items()}
+
+        return written
+
+    def load_checkpoint(self, folder: StoredFolder) -> dict[str, Any]:
+        """What was saved beside it."""
+        beside: dict[str, Any] = self.all("load_checkpoint", folder)[0]
+        return beside
+
+
 class LearnerGroup:
     """The Learner over ranks: plans who computes what, and puts results together again."""
 
     def __init__(self, ranks: list[Watched], job: TrainJob, precision: str) -> None:
-        self.ranks = ranks
-        self.actors = [rank.actor for rank in ranks]
-        self._job, self._timeout_s = job, job.cluster.call_timeout_s
+        self._ranks = Ranks(ranks, job.cluster.call_timeout_s)
+        self.ranks, self.actors = ranks, self._ranks.actors
+        self._job = job
         choice = job.algorithm.old_logprobs
         self._own_logprobs = (
             choice == "learner"
@@ -130,7 +162,7 @@ class LearnerGroup:
             for actor, plan in zip(self.actors, plans, strict=True)
         ]
         found: dict[int, dict[str, torch.Tensor]] = {}
-        for part in gather(refs, who="learner ranks (annotate)", timeout_s=self._timeout_s, ranks=self.ranks):
+        for part in self._ranks.gather("annotate", refs):
             found |= part
         return _experience(samples, found)
 
@@ -153,33 +185,27 @@ class LearnerGroup:
                     schedule.append((tokens, plan))
         shared = ray.put(experience)
         refs = [actor.update.remote(shared, schedule) for actor, schedule in zip(self.actors, schedules, strict=True)]
-        parts = gather(refs, who="learner ranks (update)", timeout_s=self._timeout_s, ranks=self.ranks)
+        parts = self._ranks.gather("update", refs)
         self._updates += 1
         return _update_metrics(parts, steps=len(schedules[0]), experience=experience)
 
-    def save_checkpoint(self, folder: str) -> None:
-        self._all("save_checkpoint", folder)
-        Path(folder, "learner.json").write_text(json.dumps({"updates": self._updates, "ranks": len(self.actors)}))
+    def save_checkpoint(self, place: Place) -> WrittenFiles:
+        return self._ranks.save_checkpoint(place, {"updates": self._updates})
 
-    def load_checkpoint(self, folder: str) -> None:
-        self._all("load_checkpoint", folder)
-        self._updates = int(json.loads(Path(folder, "learner.json").read_text())["updates"])
+    def load_checkpoint(self, folder: StoredFolder) -> None:
+        self._updates = int(self._ranks.load_checkpoint(folder)["updates"])
 
     def save_policy(self, folder: str) -> None:
-        self._all("save_policy", folder)
-
-    def _all(self, verb: str, folder: str) -> None:
-        refs = [getattr(actor, verb).remote(folder) for actor in self.actors]
-        gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s, ranks=self.ranks)
+        self._ranks.all("save_policy", folder)
 
 
 class SupervisedGroup(Generic[Example]):
     """A model in supervised training over ranks."""
 
     def __init__(self, ranks: list[Watched], job: Any) -> None:
-        self.ranks = ranks
-        self.actors = [rank.actor for rank in ranks]
-        self._job, self._timeout_s = job, job.cluster.call_timeout_s
+        self._ranks = Ranks(ranks, job.cluster.call_timeout_s)
+        self.actors = self._ranks.actors
+        self._job = job
 
     def train(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer step; returns metrics by name."""
@@ -198,7 +224,7 @@ class SupervisedGroup(Generic[Example]):
         plans = plan_ranks(range(len(examples)), lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
         shared = ray.put(list(examples))
         refs = [getattr(actor, verb).remote(shared, plan) for actor, plan in zip(self.actors, plans, strict=True)]
-        return gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s, ranks=self.ranks)
+        return self._ranks.gather(verb, refs)
 
     def _of_each(self, verb: str, examples: Sequence[Sized]) -> list[Any]:
         """What the ranks say of each example, in order."""
@@ -207,18 +233,14 @@ class SupervisedGroup(Generic[Example]):
             found |= part
         return [found[i] for i in range(len(examples))]
 
-    def save_checkpoint(self, folder: str) -> None:
-        self._all("save_checkpoint", folder)
+    def save_checkpoint(self, place: Place) -> WrittenFiles:
+        return self._ranks.save_checkpoint(place, {})
 
-    def load_checkpoint(self, folder: str) -> None:
-        self._all("load_checkpoint", folder)
+    def load_checkpoint(self, folder: StoredFolder) -> None:
+        self._ranks.load_checkpoint(folder)
 
     def save_model(self, folder: str, center: dict[str, float] | None = None) -> None:
-        self._all("save_model", folder, center)
-
-    def _all(self, verb: str, *arguments: Any) -> None:
-        refs = [getattr(actor, verb).remote(*arguments) for actor in self.actors]
-        gather(refs, who=f"learner ranks ({verb})", timeout_s=self._timeout_s, ranks=self.ranks)
+        self._ranks.all("save_model", folder, center)
 
 
 class RewardGroup(SupervisedGroup["PairExample"]):

@@ -12,9 +12,9 @@ from typing import Any
 
 from rlaif_ray.errors import RunError
 from rlaif_ray.tracking.display import open_display
-from rlaif_ray.tracking.files import append_rows, plain, prepare_folder, read_json, read_rows, write_json
+from rlaif_ray.tracking.files import append_rows, keep_rows, plain, prepare_folder, read_json, read_rows, write_json
 from rlaif_ray.tracking.memory import PeakMemory
-from rlaif_ray.tracking.wandb_run import TrackingSettings, WandbRun, flat
+from rlaif_ray.tracking.wandb_run import TrackingSettings, WandbRun, flat, keep_run_id
 
 PHASES = ("rollout", "feedback", "annotate", "update", "weight_sync", "evaluation", "checkpoint")
 
@@ -26,6 +26,7 @@ def open_tracker(
     tracking: TrackingSettings,
     total_steps: int,
     resume_step: int = 0,
+    wandb_run_id: str | None = None,
     name: str,
 ) -> Tracker:
     """A tracker for `with`. Resumed after `resume_step`, it drops later rows that a killed process left.
@@ -33,12 +34,15 @@ def open_tracker(
     Args:
         config: the resolved config, shown in wandb without secrets.
         resume_step: the step of the checkpoint to go on from; 0 starts the files anew.
+        wandb_run_id: the resumed run's, for a run folder that doesn't know it: another machine's.
         name: of the run.
 
     Raises:
         InputError: `run_dir` can't be written.
     """
     assert 0 <= resume_step <= total_steps, f"resume_step {resume_step} outside 0..{total_steps}"
+    if wandb_run_id is not None and resume_step:
+        keep_run_id(run_dir, wandb_run_id)
     return Tracker(run_dir, config, tracking, total_steps, resume_step, name)
 
 
@@ -148,6 +152,11 @@ class Tracker:
         self._memory.watch(pids)
 
     @property
+    def wandb_run_id(self) -> str | None:
+        """By which wandb knows the run; None where it is off."""
+        return self._wandb.run_id
+
+    @property
     def last_step(self) -> int:
         """The last step whose row is written."""
         return self._last_step
@@ -226,7 +235,8 @@ class Tracker:
         self._wandb.table(rows[: self._tracking.samples_per_step], step)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends a row to evaluations.jsonl; wandb shows it as `evaluation/...`."""
+        """Appends a row to evaluations.jsonl, in place of one of the same step; wandb shows it as `evaluation/...`."""
+        keep_rows(self._evaluations_path, step - 1)  # a run that went on from this step measures it again
         append_rows(self._evaluations_path, [{"step": step, **metrics}])
         numbers = {name: value for name, value in flat(plain(metrics), "evaluation/").items() if type(value) is not str}
         self._wandb.log(numbers, step)

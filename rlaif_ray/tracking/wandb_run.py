@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking.files import plain
 
+RUN_ID = "wandb_run_id.txt"  # in the run folder
 _INIT_TIMEOUT_S = 30  # without a network wandb waits this long before we go offline
 _FINISH_TIMEOUT_S = 300.0  # for uploads at the end
 _FLUSH_S = 1.0  # what a killed process loses of the offline file; wandb's default is 15
@@ -30,6 +32,17 @@ class TrackingSettings(Protocol):
     def tags(self) -> tuple[str, ...]: ...
     @property
     def samples_per_step(self) -> int: ...
+
+
+def keep_run_id(run_dir: Path, run_id: str) -> None:
+    """So that a run folder on another machine goes on with the same wandb run; what it knows by itself stays.
+
+    An id that could not be one of ours is left out: it comes from a file, and ends in names of files.
+    """
+    path = run_dir / RUN_ID
+    if not path.exists() and re.fullmatch(r"[0-9a-f]{8}", run_id):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(run_id + "\n")
 
 
 class WandbRun:
@@ -55,6 +68,7 @@ class WandbRun:
         self._tracking = tracking
         self._warn = warn
         self._run: Any = None
+        self.run_id: str | None = None
         self.mode = _mode(tracking.wandb)
         if self.mode == "disabled":
             return
@@ -62,13 +76,14 @@ class WandbRun:
             self._open(without_secrets(config), name, resumed)
 
     def _open(self, config: dict[str, Any], name: str, resumed: bool) -> None:
-        id_path = self._dir / "wandb_run_id.txt"
+        id_path = self._dir / RUN_ID
         run_id = id_path.read_text().strip() if resumed and id_path.exists() else ""
         if not run_id:
             import secrets
 
             run_id = secrets.token_hex(4)
             id_path.write_text(run_id + "\n")
+        self.run_id = run_id
         if self.mode == "online":
             try:
                 self._run = self._init(run_id, config, name)

@@ -69,10 +69,11 @@ def faulty(
     run_dir: Path,
     faults: list[dict[str, Any]],
     *arguments: str | Path,
+    job: str = "train",
     environment: Mapping[str, str] | None = None,
 ) -> Program:
     """A run with faults, ended; nothing of it lives on."""
-    command = [sys.executable, "-m", "tests.faults", json.dumps(faults), run_dir, *arguments]
+    command = [sys.executable, "-m", "tests.faults", json.dumps(faults), job, run_dir, *arguments]
     program = start(command, run_dir.with_suffix(".out"), environment)
     try:
         return program.wait(900)
@@ -236,6 +237,44 @@ def reward_model(target: Path) -> Path:
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32).save_pretrained(target)
     AutoTokenizer.from_pretrained(base).save_pretrained(target)
     return target
+
+
+def test_fine_tuning_goes_on_too(folder: Path) -> None:
+    data = folder / "turns.jsonl"
+    turns = [
+        {"messages": [{"role": "user", "content": f"What is {k}?"}, {"role": "assistant", "content": f"It is {k}."}]}
+        for k in range(24)
+    ]
+    data.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    config = folder / "sft.yaml"
+    config.write_text(
+        f"policy: {{model: {cached_tiny_model(tied=True, context=4096)}}}\n"
+        f"data: {{path: {data}}}\n"
+        "sft: {batch_size: 6, epochs: 1, held_out_fraction: 0.2}\n"
+        "learner: {lr: 1.0e-3, ranks: 2, zero_stage: 2}\n"
+        "checkpoint: {every: 2}\n"
+        "cluster: {address: local}\n"
+    )
+    faults = [
+        {"step": 3, "phase": "update", "who": "learner rank 1", "signal": "SIGKILL"},
+        {"step": 4, "phase": "saving the policy", "who": "learner rank 0", "signal": "SIGKILL"},
+    ]
+    programs = [
+        faulty(folder / "sft", [], config, job="sft"),
+        faulty(folder / "sft-faults", faults, config, job="sft"),
+    ]
+    for program in programs:
+        assert program.exit_code == 0, program.stderr
+        assert program.left_over == []
+    assert len(struck(folder / "sft-faults")) == 2
+    assert "starting the learner again from step 2" in programs[1].stdout
+    assert "starting the learner again from step 4" in programs[1].stdout
+    without, ours = (
+        ([repeatable(row) for row in rows(folder / name / "metrics.jsonl")], rows(folder / name / "evaluations.jsonl"))
+        for name in ("sft", "sft-faults")
+    )
+    assert ours == without and [row["step"] for row in ours[1]] == [4]
+    assert weights_hash(folder / "sft-faults") == weights_hash(folder / "sft")
 
 
 def test_a_learner_that_is_lost_too_often_ends_the_run(folder: Path, config: Path) -> None:

@@ -88,7 +88,7 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program, Memor
     settings = (*SHORT, "rollout.replicas=2", f"steps={STEPS}", "checkpoint.every=5", "cluster.learner_restarts=99")
     shared = {path.name for path in Path("/dev/shm").iterdir()}
     faults = json.dumps(random_faults(seed=1))
-    command = [sys.executable, "-m", "tests.faults", faults, run_dir, tiny_config(folder), *settings]
+    command = [sys.executable, "-m", "tests.faults", faults, "train", run_dir, tiny_config(folder), *settings]
     program = start(command, run_dir.with_suffix(".out"))
     began = time.monotonic()
     try:

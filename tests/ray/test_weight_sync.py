@@ -38,6 +38,7 @@ from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
 from rlaif_ray.runtime.supervision import Limits, Replicas, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync
+from rlaif_ray.storage import Place, StoredFolder
 from rlaif_ray.types import Completion, Experience, Prompt, Sample, Score
 from tests import learner_ranks
 from tests.tiny import cached_tiny_model
@@ -366,14 +367,14 @@ def test_checkpoints_continue_to_the_bit(case: Case, tmp_path: Path) -> None:
         return sha256(learner_weights(learner)), sha256({"values": values})["values"]
 
     learner.update(first)  # so that the optimizers have a memory to lose
-    learner.save_checkpoint(str(tmp_path))
+    written = learner.save_checkpoint(Place.of(tmp_path))
     at_save = state()
     metrics = learner.update(second)
     further = state()
     learner.update(probe)  # and a step more to forget
     assert at_save != further != state()
 
-    learner.load_checkpoint(str(tmp_path))
+    learner.load_checkpoint(StoredFolder(Place.of(tmp_path), written()))
     assert state() == at_save
     assert learner.update(second) == metrics
     assert state() == further

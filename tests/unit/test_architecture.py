@@ -20,6 +20,7 @@ LEVEL_OF_ROOM = {
     "errors": 0,
     "folders": 0,
     "secrecy": 0,
+    "storage": 0,
     "config": 1,
     "algorithm": 1,
     "models": 1,
@@ -34,7 +35,9 @@ LEVEL_OF_ROOM = {
     "pipelines": 5,
     "cli": 6,
 }
-SAME_LEVEL = {("interfaces", "types"), ("folders", "errors")}  # protocols speak of nouns; everybody raises
+# Protocols speak of nouns; everybody raises; a stored folder is a folder.
+SAME_LEVEL = {("interfaces", "types"), ("interfaces", "storage"), ("folders", "errors"), ("storage", "errors")}
+SAME_LEVEL |= {("storage", "folders")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function

@@ -195,13 +195,15 @@ def tiny() -> str:
 
 def checkpoint_of(folder: Path, **changed: object) -> None:
     """A checkpoint of step 5 of the run that the case's config describes, but for what `changed` says."""
-    from rlaif_ray.pipelines.checkpoint import must_match
+    from rlaif_ray.pipelines.checkpoint import STATE, must_match
+    from rlaif_ray.storage import Place, StoredFolder, draft, publish
 
     values = {"policy": {"model": tiny()}, "feedback": {"type": "judge", "judge": {"model": tiny()}}}
-    state = folder / "run" / "checkpoints" / "step-5" / "state.json"
-    state.parent.mkdir(parents=True, exist_ok=True)
+    final = Place.of(folder / "run" / "checkpoints" / "step-5")
+    place = draft(final, "0")
     matching = must_match(TrainJob.model_validate(values)) | changed
-    state.write_text(json.dumps({"state": {"step": 5, "kl_coef": 0.05}, "must_match": matching}))
+    document = {"state": {"step": 5, "kl_coef": 0.05}, "must_match": matching, "versions": {}}
+    publish(StoredFolder(place, {STATE: (place / STATE).write(json.dumps(document).encode())}), final, step=5)
 
 
 def without(name: str) -> Callable[[Path], object]:

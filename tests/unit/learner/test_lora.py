@@ -15,6 +15,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.supervised import PairExample
+from rlaif_ray.storage import Place, StoredFolder
 from tests.learner_ranks import RankProcesses, full_weights, plain_logprobs
 from tests.tiny import cached_tiny_model
 
@@ -112,10 +113,11 @@ def resumed(spec: RankSpec, job: SftJob, folder: str) -> bool:
 
     straight = SftRank(job, spec, "fp32", total_steps=6)
     take(straight, 3)
-    straight.save_checkpoint(folder)
+    straight.checkpoint.copy()
+    files = straight.checkpoint.write(Place(folder))
     take(straight, 3)
     again = SftRank(job, spec, "fp32", total_steps=6)
-    again.load_checkpoint(folder)
+    again.checkpoint.load(StoredFolder(Place(folder), files))
     take(again, 3)
     one, other = full_weights(straight), full_weights(again)
     return all(torch.equal(one[name], other[name]) for name in one)

@@ -22,6 +22,7 @@ from rlaif_ray.data.batching import plan_ranks
 from rlaif_ray.evaluation.calibration import expected_calibration_error
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.supervised import PairExample, ends_with, separate_pad_token
+from rlaif_ray.storage import Place, StoredFolder
 from tests.learner_ranks import RankProcesses, full_weights
 from tests.tiny import cached_tiny_model, make_tokenizer
 
@@ -120,9 +121,11 @@ def resumed(spec: RankSpec, job: RewardModelJob, folder: str) -> tuple[str, str]
         return hashlib.sha256(b"".join(t.numpy().tobytes() for t in full_weights(rank).values())).hexdigest()
 
     straight = steps(RewardRank(job, spec, "fp32", total_steps=6), range(6))
-    steps(RewardRank(job, spec, "fp32", total_steps=6), range(3)).save_checkpoint(folder)
+    first = steps(RewardRank(job, spec, "fp32", total_steps=6), range(3))
+    first.checkpoint.copy()
+    files = first.checkpoint.write(Place(folder))
     second = RewardRank(job, spec, "fp32", total_steps=6)
-    second.load_checkpoint(folder)
+    second.checkpoint.load(StoredFolder(Place(folder), files))
     return digest(straight), digest(steps(second, range(3, 6)))
 
 

@@ -1,44 +1,73 @@
-"""Checkpoints appear whole or not at all, and are resumed by the run that wrote them only."""
+"""Checkpoints appear whole or not at all, are verified, and are resumed by the run that wrote them only."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlaif_ray.config.jobs import TrainJob
-from rlaif_ray.config.sections import CheckpointConfig
-from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.errors import CheckpointError, InputError, LearnerLostError
 from rlaif_ray.pipelines import checkpoint
-from rlaif_ray.pipelines.checkpoint import RunState
+from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, Saved, open_checkpoints, read_state
+from rlaif_ray.storage import Place, StoredFile
 
 
 class FakeLearner:
-    """Writes one file as its checkpoint; or half of it, and then the disk is full."""
+    """Writes one file as its checkpoint, when it may; or half of it, and then the disk is full."""
 
-    def __init__(self, *, full: bool = False) -> None:
-        self.full = full
+    def __init__(self, *, fails: BaseException | None = None, may: threading.Event | None = None) -> None:
+        self.fails, self.may = fails, may
+        self.weights = b"w" * 1000
 
-    def save_checkpoint(self, folder: str) -> None:
-        Path(folder, "policy").mkdir()
-        Path(folder, "policy", "weights").write_text("w")
-        if self.full:
-            raise OSError(28, "No space left on device")
+    def save_checkpoint(self, place: Place) -> Callable[[], dict[str, StoredFile]]:
+        copied = self.weights
+
+        def written() -> dict[str, StoredFile]:
+            if self.may is not None:
+                assert self.may.wait(10)
+            files = {"policy/weights": (place / "policy/weights").write(copied)}
+            if self.fails is not None:
+                raise self.fails
+            return files
+
+        return written
+
+
+FULL = OSError(28, "No space left on device")
 
 
 def job(**sections: Any) -> TrainJob:
-    return TrainJob.model_validate({"steps": 100, "checkpoint": {"every": 1, "keep": 2}} | sections)
+    checkpoints = {"every": 1, "keep": 2} | sections.pop("checkpoint", {})
+    return TrainJob.model_validate({"steps": 100, "checkpoint": checkpoints} | sections)
 
 
-def save(run_dir: Path, step: int, *, config: TrainJob | None = None, full: bool = False) -> Path:
-    state = RunState(step, 0.25, {"epoch": 1}, [0.5, None])
-    return checkpoint.save(run_dir, config or job(), FakeLearner(full=full), state)  # type: ignore[arg-type]
+def opened(run_dir: Path, **sections: Any) -> Checkpoints:
+    return open_checkpoints(job(**sections), run_dir)
 
 
-def read_state(folder: Path, config: TrainJob) -> RunState:
-    return checkpoint.read_state(folder, config, config.steps)
+def state_of(step: int) -> RunState:
+    return RunState(step, 0.25, {"epoch": 1}, [0.5, None], "0a1b2c3d")
+
+
+def save(run_dir: Path, *steps: int, learner: FakeLearner | None = None, **sections: Any) -> Path:
+    """Writes these, and waits."""
+    with opened(run_dir, **sections) as checkpoints:
+        for step in steps:
+            checkpoints.save(learner or FakeLearner(), state_of(step))
+    return run_dir / "checkpoints" / f"step-{steps[-1]}"
+
+
+def newest(run_dir: Path) -> Saved:
+    found = opened(run_dir).to_resume()
+    assert found is not None
+    return found
 
 
 def folders(run_dir: Path) -> list[str]:
@@ -48,36 +77,43 @@ def folders(run_dir: Path) -> list[str]:
 class TestSave:
     def test_what_is_saved_comes_back(self, tmp_path: Path) -> None:
         folder = save(tmp_path, 4)
-        assert folder == tmp_path / "checkpoints" / "step-4"
-        assert (folder / "policy" / "weights").read_text() == "w"
-        assert checkpoint.newest(tmp_path, CheckpointConfig()) == folder
-        assert read_state(folder, job()) == RunState(4, 0.25, {"epoch": 1}, [0.5, None])
+        found = newest(tmp_path)
+        assert str(found) == str(folder) and found.step == 4
+        assert found.folder.read("policy/weights") == b"w" * 1000
+        assert read_state(found, job(), 100) == state_of(4)
 
     def test_the_last_few_are_kept_counted_by_step(self, tmp_path: Path) -> None:
-        for step in (8, 9, 10, 11):
-            save(tmp_path, step)
+        save(tmp_path, 8, 9, 10, 11)
         assert folders(tmp_path) == ["step-10", "step-11"]
 
-    def test_the_same_step_again_replaces_it(self, tmp_path: Path) -> None:
-        (save(tmp_path, 4) / "old").touch()
-        save(tmp_path, 4)
-        assert folders(tmp_path) == ["step-4"]
-        assert not (tmp_path / "checkpoints" / "step-4" / "old").exists()
+    def test_a_step_that_was_saved_is_not_written_again(self, tmp_path: Path) -> None:
+        (save(tmp_path, 4) / "mark").touch()
+        with opened(tmp_path) as checkpoints:
+            assert checkpoints.to_resume() is not None
+            checkpoints.save(FakeLearner(), state_of(4))
+        assert (tmp_path / "checkpoints" / "step-4" / "mark").exists()
 
-    def test_a_failing_write_leaves_the_former_intact(self, tmp_path: Path) -> None:
-        former = save(tmp_path, 4)
-        with pytest.raises(CheckpointError, match=r"step-5 could not be written \(.*No space left.*\): .* Free space"):
-            save(tmp_path, 5, full=True)
-        assert checkpoint.newest(tmp_path, CheckpointConfig()) == former
-        assert read_state(former, job()).step == 4
+    def test_a_damaged_one_of_the_same_step_is_replaced(self, tmp_path: Path) -> None:
+        save(tmp_path, 3)
+        (save(tmp_path, 4) / "policy" / "weights").write_text("x")
+        with opened(tmp_path) as checkpoints:
+            found = checkpoints.to_resume()
+            assert found is not None and found.step == 3
+            checkpoints.save(FakeLearner(), state_of(4))
+        assert newest(tmp_path).step == 4 and folders(tmp_path) == ["step-3", "step-4"]
+
+    @pytest.mark.parametrize("background", [True, False])
+    def test_a_failing_write_leaves_the_former_intact(self, tmp_path: Path, background: bool) -> None:
+        save(tmp_path, 4)
+        with (
+            pytest.raises(CheckpointError, match=r"step-5 could not be written.*No space left.* intact\. Free space"),
+            opened(tmp_path, checkpoint={"background": background}) as checkpoints,
+        ):
+            checkpoints.save(FakeLearner(fails=FULL), state_of(5))
+            assert background, "it must have been told by now"
+        assert newest(tmp_path).step == 4
         save(tmp_path, 5)  # what the failure left is no obstacle
         assert folders(tmp_path) == ["step-4", "step-5"]
-
-    def test_a_failing_write_of_the_same_step_leaves_the_former_intact(self, tmp_path: Path) -> None:
-        former = save(tmp_path, 4)
-        with pytest.raises(CheckpointError):
-            save(tmp_path, 4, full=True)
-        assert read_state(former, job()).step == 4
 
     def test_an_unwritable_place(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoints").write_text("a file")
@@ -86,31 +122,185 @@ class TestSave:
 
     def test_a_relative_run_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        assert save(Path("run"), 1).is_absolute()  # actors have another working folder
-        assert folders(tmp_path / "run") == ["step-1"]
+        assert opened(Path("run")).place == Place(str(tmp_path / "run" / "checkpoints"))  # actors are elsewhere
+
+    def test_files_that_are_not_seen_here(self, tmp_path: Path) -> None:
+        """As of a rank on a node that doesn't share the folder."""
+
+        class Elsewhere(FakeLearner):
+            def save_checkpoint(self, place: Place) -> Callable[[], dict[str, StoredFile]]:
+                return lambda: {"policy/weights": StoredFile(5, "0" * 64)}
+
+        with pytest.raises(CheckpointError, match="policy/weights can't be read"):
+            save(tmp_path, 1, learner=Elsewhere())
+
+
+class TestBackground:
+    def test_training_goes_on_and_changes_nothing(self, tmp_path: Path) -> None:
+        may = threading.Event()
+        learner, state = FakeLearner(may=may), state_of(1)
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(learner, state)
+            checkpoints.check()
+            assert not (tmp_path / "checkpoints" / "step-1").exists()
+            state.step, state.kl_coef, learner.weights = 2, 9.0, b"later"
+            may.set()
+        found = newest(tmp_path)
+        assert (found.step, found.document["state"]["kl_coef"]) == (1, 0.25)
+        assert found.folder.read("policy/weights") == b"w" * 1000
+
+    def test_the_next_waits_for_it(self, tmp_path: Path) -> None:
+        may = threading.Event()
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(FakeLearner(may=may), state_of(1))
+            threading.Timer(0.2, may.set).start()
+            checkpoints.save(FakeLearner(), state_of(2))
+            assert newest(tmp_path).step >= 1
+        assert folders(tmp_path) == ["step-1", "step-2"]
+
+    def test_its_error_comes_out_at_the_next_step(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="No space left"), opened(tmp_path) as checkpoints:
+            checkpoints.save(FakeLearner(fails=FULL), state_of(1))
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                checkpoints.check()
+                time.sleep(0.01)
+
+    def test_a_deadline(self, tmp_path: Path) -> None:
+        may = threading.Event()
+        checkpoints = opened(tmp_path, cluster={"call_timeout_s": 0.05})
+        checkpoints.save(FakeLearner(may=may), state_of(1))
+        with pytest.raises(CheckpointError, match=r"not written within cluster.call_timeout_s=0.05"):
+            checkpoints.wait()
+        may.set()
+        checkpoints.settle()
+
+    def test_a_lost_learner_stays_one(self, tmp_path: Path) -> None:
+        """The run starts it again, and gives up what it was writing."""
+        save(tmp_path, 1)
+        told: list[str] = []
+        checkpoints = opened(tmp_path)
+        checkpoints.tell(told.append)
+        checkpoints.save(FakeLearner(fails=LearnerLostError("rank 0 died")), state_of(2))
+        with pytest.raises(LearnerLostError):
+            checkpoints.wait()
+        checkpoints.save(FakeLearner(fails=LearnerLostError("rank 0 died")), state_of(2))
+        checkpoints.settle()
+        assert told == [f"checkpoint {tmp_path}/checkpoints/step-2 was not written: rank 0 died"]
+        found = checkpoints.newest()
+        assert found is not None and found.step == 1
+        checkpoints.save(FakeLearner(), state_of(2))
+        checkpoints.wait()
+        assert folders(tmp_path) == ["step-1", "step-2"]
+
+    def test_an_error_waits_and_an_interrupt_does_not(self, tmp_path: Path) -> None:
+        may = threading.Event()
+        with pytest.raises(KeyboardInterrupt), opened(tmp_path) as checkpoints:
+            checkpoints.save(FakeLearner(may=may), state_of(1))
+            raise KeyboardInterrupt  # by now: the event is not set
+        threading.Timer(0.2, may.set).start()
+        with pytest.raises(ZeroDivisionError), opened(tmp_path) as checkpoints:
+            checkpoints.save(FakeLearner(may=may), state_of(2))
+            raise ZeroDivisionError
+        assert newest(tmp_path).step == 2
 
 
 class TestNewest:
     def test_none_without_a_folder(self, tmp_path: Path) -> None:
-        assert checkpoint.newest(tmp_path / "nowhere", CheckpointConfig()) is None
+        assert opened(tmp_path / "nowhere").to_resume() is None
 
     def test_by_number_not_by_name(self, tmp_path: Path) -> None:
-        for step in (9, 10):
-            save(tmp_path, step)
-        found = checkpoint.newest(tmp_path, CheckpointConfig())
-        assert found is not None and found.name == "step-10"
+        save(tmp_path, 9, 10)
+        assert newest(tmp_path).step == 10
 
-    def test_partial_and_foreign_folders_are_passed_over(self, tmp_path: Path) -> None:
+    def test_unfinished_and_foreign_folders_are_passed_over(self, tmp_path: Path) -> None:
         save(tmp_path, 3)
-        for name in (".partial-step-9", "step-8", "step-x", "step-", "other"):
+        for name in (".partial-step-9-ab", "step-x", "step-", "step-04", "step-²", "other"):
             (tmp_path / "checkpoints" / name).mkdir()
-        (tmp_path / "checkpoints" / ".partial-step-9" / "state.json").write_text("{}")
-        found = checkpoint.newest(tmp_path, CheckpointConfig())
-        assert found is not None and found.name == "step-3"
+        assert newest(tmp_path).step == 3
+        save(tmp_path, 5)
+        assert folders(tmp_path) == sorted(["other", "step-", "step-04", "step-3", "step-5", "step-x", "step-²"])
 
     def test_never(self, tmp_path: Path) -> None:
         save(tmp_path, 3)
-        assert checkpoint.newest(tmp_path, CheckpointConfig(resume="never")) is None
+        checkpoints = opened(tmp_path, checkpoint={"resume": "never"})
+        assert checkpoints.to_resume() is None
+        checkpoints.start_over()
+        assert folders(tmp_path) == []
+
+    def test_a_damaged_one_is_passed_over_and_named(self, tmp_path: Path) -> None:
+        save(tmp_path, 3, 4)
+        (tmp_path / "checkpoints" / "step-4" / "policy" / "weights").write_bytes(b"v" + b"w" * 999)
+        told: list[str] = []
+        checkpoints = opened(tmp_path)
+        found = checkpoints.to_resume()
+        checkpoints.tell(told.append)
+        assert found is not None and found.step == 3
+        assert len(told) == 1 and "step-4/policy/weights is damaged" in told[0]
+
+    def test_all_damaged_is_an_error_and_no_new_start(self, tmp_path: Path) -> None:
+        for folder in (save(tmp_path, 3), save(tmp_path, 4)):
+            (folder / "state.json").unlink()
+        with pytest.raises(CheckpointError, match=r"none can be gone on from: .*step-4.*step-3.*resume=never"):
+            opened(tmp_path).to_resume()
+
+    def test_one_of_an_older_version(self, tmp_path: Path) -> None:
+        """It had no manifest, and pickled states."""
+        folder = tmp_path / "checkpoints" / "step-7"
+        (folder / "policy" / "state").mkdir(parents=True)
+        (folder / "policy" / "state" / "mp_rank_00_model_states.pt").write_bytes(b"\x80\x02}q\x00.")
+        (folder / "state.json").write_text(json.dumps({"state": {"step": 7}, "must_match": {}}))
+        with pytest.raises(CheckpointError, match=r"step-7 has no manifest.json: .*older version"):
+            opened(tmp_path).to_resume()
+
+    def test_a_renamed_copy_is_not_taken_for_a_later_step(self, tmp_path: Path) -> None:
+        folder = save(tmp_path, 4)
+        shutil.copytree(folder, folder.with_name("step-9"))
+        assert newest(tmp_path).step == 4
+
+    def test_another_major_version_is_no_more_than_a_note(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 4)
+        now = checkpoint.versions()
+        major, _, rest = now["torch"].partition(".")
+        monkeypatch.setattr(checkpoint, "versions", lambda: now | {"torch": f"{int(major) + 1}.{rest}", "ray": "2.999"})
+        told: list[str] = []
+        checkpoints = opened(tmp_path)
+        found = checkpoints.to_resume()
+        checkpoints.tell(told.append)
+        assert found is not None and len(told) == 1 and f"torch {now['torch']}, now {int(major) + 1}." in told[0]
+
+
+class TestPath:
+    def test_a_folder_of_the_users(self, tmp_path: Path) -> None:
+        where = {"path": f"file://{tmp_path}/kept"}
+        save(tmp_path / "run", 4, checkpoint=where)
+        assert (tmp_path / "kept" / "step-4" / "manifest.json").is_file()
+        found = opened(tmp_path / "another", checkpoint=where).to_resume()  # such as on another machine
+        assert found is not None and found.step == 4
+
+    def test_only_checkpoints_are_removed_from_it(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("m")
+        where = {"path": str(tmp_path), "resume": "never"}
+        save(tmp_path, 4, checkpoint=where)
+        opened(tmp_path, checkpoint=where).start_over()
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+    def test_one_that_can_not_be_written_is_told_before_anything_starts(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(InputError, match=r"checkpoint.path must be a place that can be written \(got .*file/below"):
+            opened(tmp_path, checkpoint={"path": str(tmp_path / "file" / "below")})
+
+    @pytest.mark.parametrize("address", ["nosuch://bucket/x", "s3a3://x"])
+    def test_an_unknown_kind_of_address(self, tmp_path: Path, address: str) -> None:
+        with pytest.raises(InputError, match=f"checkpoint.path={address} can't be reached"):
+            opened(tmp_path, checkpoint={"path": address})
+
+    def test_a_password_in_it_is_refused_and_not_repeated(self) -> None:
+        with pytest.raises(ValueError, match="must have no user and password") as told:
+            job(checkpoint={"path": "s3://AKIAX:geheim/4@bucket/x"})
+        assert "geheim" not in str(told.value).partition("[type")[0]
 
 
 class TestReadState:
@@ -127,28 +317,28 @@ class TestReadState:
         ],
     )
     def test_a_checkpoint_of_another_run(self, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
-        folder = save(tmp_path, 3)
+        save(tmp_path, 3)
         with pytest.raises(InputError, match=f"checkpoint of another run: .*{says}.*checkpoint.resume=never"):
-            read_state(folder, job(**changed))
+            read_state(newest(tmp_path), job(**changed), 100)
 
     def test_what_may_change_on_the_way(self, tmp_path: Path) -> None:
-        folder = save(tmp_path, 3)
+        save(tmp_path, 3)
         changed = job(steps=500, learner={"lr": 1e-4}, rollout={"replicas": 3}, run_dir="elsewhere")
-        assert read_state(folder, changed).step == 3
+        assert read_state(newest(tmp_path), changed, 500).step == 3
 
     def test_fewer_steps_than_it_has_behind_it(self, tmp_path: Path) -> None:
-        folder = save(tmp_path, 3)
-        assert read_state(folder, job(steps=3)).step == 3
+        save(tmp_path, 3)
+        assert read_state(newest(tmp_path), job(), 3).step == 3
         with pytest.raises(InputError, match=r"steps must be at least the 3 .*\(got 2\).*another run_dir"):
-            read_state(folder, job(steps=2))
+            read_state(newest(tmp_path), job(), 2)
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": {"zzz": 1}, "must_match": {}}'])
-    def test_a_broken_file(self, tmp_path: Path, text: str) -> None:
-        folder = save(tmp_path, 3)
-        (folder / "state.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"step-3 can't be read .*Remove it to resume from an earlier one"):
-            read_state(folder, job())
+    @pytest.mark.parametrize("document", [{}, {"state": {"zzz": 1}, "must_match": {}}, {"state": [], "must_match": {}}])
+    def test_the_state_of_another_version(self, tmp_path: Path, document: dict[str, Any]) -> None:
+        saved = Saved(3, newest_folder(tmp_path), document)
+        with pytest.raises(CheckpointError, match=r"step-3 can't be gone on from .*another version"):
+            read_state(saved, job(), 100)
 
-    def test_the_state_is_plain_json(self, tmp_path: Path) -> None:
-        stored = json.loads((save(tmp_path, 3) / "state.json").read_text())
-        assert stored["state"]["kl_coef"] == 0.25
+
+def newest_folder(tmp_path: Path) -> Any:
+    save(tmp_path, 3)
+    return newest(tmp_path).folder

@@ -1,0 +1,241 @@
+"""Where checkpoints are kept: a file system, a full one, and a real S3 API (moto's server)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, open_checkpoints, read_state
+from rlaif_ray.storage import MANIFEST, Place, StoredFolder, _digest, draft, open_folder, publish, told
+from tests.unit.pipelines.test_checkpoint import FakeLearner, job, state_of
+
+KEY, SECRET = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI+K7MDENG+bPxRfiCYEXAMPLEKEY"
+
+
+def stored(final: Place, **files: bytes) -> None:
+    place = draft(final, "t0")
+    publish(StoredFolder(place, {name: (place / name).write(data) for name, data in files.items()}), final, step=1)
+
+
+# ---- Folders ---------------------------------------------------------------------------------------------------------
+
+
+class TestFolders:
+    def test_a_folder_that_is_not_published_is_not_there(self, tmp_path: Path) -> None:
+        final = Place(str(tmp_path / "step-1"))
+        (draft(final, "t0") / "a").write(b"1")
+        assert not (tmp_path / "step-1").exists()
+        with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+            open_folder(final)
+
+    def test_the_manifest_says_what_sha256sum_says(self, tmp_path: Path) -> None:
+        stored(Place(str(tmp_path / "step-1")), a=b"1" * 100_000)
+        content = json.loads((tmp_path / "step-1" / MANIFEST).read_text())
+        said = subprocess.run(["sha256sum", tmp_path / "step-1" / "a"], capture_output=True, text=True, check=True)
+        assert content["files"] == {"a": {"size": 100_000, "sha256": said.stdout.split()[0]}}
+
+    @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "x/../../a", "", "..", "a\0b"])
+    def test_a_manifest_that_names_files_elsewhere(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "a").write_bytes(b"1")
+        final = Place(str(tmp_path / "step-1"))
+        place = draft(final, "t0")
+        file = (place / "a").write(b"1")
+        publish(StoredFolder(place, {"a": file}), final, step=1)
+        path = tmp_path / "step-1" / MANIFEST
+        content = json.loads(path.read_text())
+        content["files"] = {name: content["files"]["a"]}
+        del content["sha256"]
+        path.write_text(json.dumps({**content, "sha256": _digest(content)}))
+        with pytest.raises(CheckpointError, match="names files outside of its folder"):
+            open_folder(final)
+
+    def test_a_very_long_name_is_an_error_of_ours(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            (Place(str(tmp_path)) / ("x" * 5000)).write(b"1")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    command = [str(mount), "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if mount is None or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    """The run ends with what to do; the checkpoint before is whole, and what was half written doesn't fill the disk."""
+    learner = FakeLearner()
+    learner.weights = os.urandom(100_000)
+    with open_checkpoints(job(), small_disk) as checkpoints:
+        checkpoints.save(learner, state_of(1))
+    learner.weights = os.urandom(200_000)
+    with (
+        pytest.raises(CheckpointError, match=r"step-2 could not be written: .*weights.*No space left.* intact\. Free"),
+        open_checkpoints(job(), small_disk) as checkpoints,
+    ):
+        checkpoints.save(learner, state_of(2))
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-1"]
+    learner.weights = os.urandom(100_000)  # there is room again
+    with open_checkpoints(job(), small_disk) as checkpoints:
+        found = checkpoints.to_resume()
+        assert found is not None and found.step == 1
+        checkpoints.save(learner, state_of(2))
+
+
+# ---- S3 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of a server that speaks S3, with a bucket."""
+    pytest.importorskip("s3fs")
+    from moto.server import ThreadedMotoServer
+
+    one = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    one.start()
+    host, port = one.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        set_environment(patch, f"http://{host}:{port}")
+        import s3fs
+
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+        yield f"http://{host}:{port}"
+        s3fs.S3FileSystem.clear_instance_cache()
+    one.stop()
+
+
+def set_environment(patch: pytest.MonkeyPatch, address: str) -> None:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": address,
+    }.items():
+        patch.setenv(name, value)
+
+
+def at(prefix: str) -> Checkpoints:
+    return open_checkpoints(job(checkpoint={"path": f"s3://bucket/{prefix}"}), Path("/nowhere"))
+
+
+def keys(prefix: str) -> list[str]:
+    import s3fs
+
+    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False).find(f"bucket/{prefix}")
+    return sorted(path.removeprefix(f"bucket/{prefix}/") for path in files)
+
+
+class TestS3:
+    def test_what_is_saved_comes_back(self, server: str) -> None:
+        with at("one") as checkpoints:
+            assert checkpoints.to_resume() is None
+            for step in (1, 2, 3):
+                checkpoints.save(FakeLearner(), state_of(step))
+        found = at("one").to_resume()
+        assert found is not None and found.step == 3
+        assert found.folder.read("policy/weights") == b"w" * 1000
+        assert read_state(found, job(), 100) == state_of(3)
+        left = keys("one")
+        assert {key.split("/")[0] for key in left} == {"step-2", "step-3"}  # keep: 2
+        assert len(left) == 6
+
+    def test_an_upload_that_was_cut_off_is_no_checkpoint(self, server: str) -> None:
+        with at("two") as checkpoints:
+            checkpoints.save(FakeLearner(), state_of(1))
+        place = draft(Place("s3://bucket/two/step-2"), "t0")
+        (place / "policy/weights").write(b"half")
+        found = at("two").to_resume()
+        assert found is not None and found.step == 1
+        with at("two") as checkpoints:
+            assert checkpoints.to_resume() is not None
+            checkpoints.save(FakeLearner(), state_of(2))
+        assert len([key for key in keys("two") if key.startswith("step-2/")]) == 3  # nothing of the half one
+
+    def test_a_first_upload_that_was_cut_off_starts_over(self, server: str) -> None:
+        (draft(Place("s3://bucket/none/step-2"), "t0") / "policy/weights").write(b"half")
+        assert at("none").to_resume() is None
+
+    def test_a_damaged_object_is_passed_over(self, server: str) -> None:
+        with at("three") as checkpoints:
+            for step in (1, 2):
+                checkpoints.save(FakeLearner(), state_of(step))
+        (weights,) = [key for key in keys("three") if key.startswith("step-2/") and key.endswith("weights")]
+        Place(f"s3://bucket/three/{weights}").write(b"v" * 1000)
+        told: list[str] = []
+        checkpoints = at("three")
+        checkpoints.tell(told.append)
+        found = checkpoints.to_resume()
+        assert found is not None and found.step == 1
+        assert len(told) == 1 and "weights is damaged: its content is not what was written" in told[0]
+
+    def test_a_file_of_several_parts(self, server: str) -> None:
+        """A learner's state, larger than one part of an upload."""
+        import torch
+
+        from rlaif_ray.learner.state_files import copy_to_host, read_state, write_state
+
+        state = {"weights": torch.arange(15 * 2**20, dtype=torch.int32)}
+        file = write_state(Place("s3://bucket/parts/a"), copy_to_host(state, {}))
+        found = read_state(StoredFolder(Place("s3://bucket/parts"), {"a": file}), "a", {})
+        assert torch.equal(found["weights"], state["weights"])
+
+    def test_a_bucket_that_is_not_there_is_told_before_anything_starts(self, server: str) -> None:
+        checkpoint = {"path": "s3://nobucket/x"}
+        with pytest.raises(InputError, match=r"checkpoint.path must be a place .*s3://nobucket/x") as error:
+            open_checkpoints(job(checkpoint=checkpoint), Path("/nowhere"))
+        assert KEY not in str(error.value) and SECRET not in str(error.value)
+
+
+def test_s3_that_dies_while_it_is_written_to(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clear, without secrets, and the checkpoint before is there when the server is back."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    other = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    other.start()
+    host, port = other.get_host_and_port()
+    set_environment(monkeypatch, f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with at("dying") as checkpoints:
+            checkpoints.save(FakeLearner(), RunState(1))
+            checkpoints.wait()
+            other.stop()
+            checkpoints.save(FakeLearner(), RunState(2))
+            with pytest.raises(
+                CheckpointError, match=r"step-2 could not be written: .*The one before is intact"
+            ) as error:
+                checkpoints.wait()
+        assert KEY not in str(error.value) and SECRET not in str(error.value)
+        assert f"127.0.0.1:{port}" in str(error.value)
+        again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+        again.start()
+        try:
+            found = at("dying").to_resume()
+            assert found is not None and found.step == 1
+        finally:
+            again.stop()
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_errors_are_told_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    error = OSError(f"https://me:pass@host/x failed with {SECRET}\nand more")
+    assert told(error) == "OSError: https://***@host/x failed with ***"
