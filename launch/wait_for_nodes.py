@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Waits until so many nodes of a Ray cluster are there, whose head has its temporary folder on this node.
 
-    python launch/wait_for_nodes.py /tmp/rlaif-12/ray 4
+    python launch/wait_for_nodes.py /tmp/rlaif-12/ray 4 [PID...]
 
-Exit code 1 when they are not there within RLAIF_NODES_TIMEOUT_S seconds (300).
+Exit code 1 when they are not there within RLAIF_NODES_TIMEOUT_S seconds (300), or one of the processes PID, which
+start Ray on them, has ended before that.
 """
 
 import logging
@@ -29,7 +30,7 @@ def registered(address_file: Path) -> list[str]:
     return sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"])
 
 
-def main(folder: str, wanted: int) -> int:
+def main(folder: str, wanted: int, starters: list[str]) -> int:
     limit_s = float(os.environ.get("RLAIF_NODES_TIMEOUT_S", "300"))
     began = told = time.monotonic()
     while True:
@@ -38,8 +39,10 @@ def main(folder: str, wanted: int) -> int:
         if len(there) >= wanted:
             return 0
         message = f"{len(there)} of {wanted} nodes registered ({', '.join(there) or 'none'})"
-        if now - began > limit_s:
-            print(f"slurm: {message} within RLAIF_NODES_TIMEOUT_S={limit_s:g} s. See {folder}/../*.log.", flush=True)
+        ended = not all(Path("/proc", pid).exists() for pid in starters)
+        if ended or now - began > limit_s:
+            why = "ray start has ended on one" if ended else f"RLAIF_NODES_TIMEOUT_S={limit_s:g} s are over"
+            print(f"slurm: {message}, and {why}. See the .log files in {Path(folder).parent}.", flush=True)
             return 1
         if now - told > TOLD_EVERY_S:
             told = now
@@ -48,4 +51,4 @@ def main(folder: str, wanted: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))

@@ -204,25 +204,27 @@ def test_the_exit_code_is_the_jobs(slurm: Slurm, tmp_path: Path) -> None:
     shutil.rmtree(folder)
 
 
-def test_nodes_that_do_not_come(slurm: Slurm, tmp_path: Path) -> None:
-    """Both are there, but Ray on the second can't be started."""
+@pytest.mark.parametrize(
+    ("instead", "why"), [("sleep 100", "RLAIF_NODES_TIMEOUT_S=60 s are over"), ("false", "ray start has ended on one")]
+)
+def test_nodes_that_do_not_come(slurm: Slurm, tmp_path: Path, instead: str, why: str) -> None:
+    """Both are there, but Ray on the second does not start, or ends."""
     broken = tmp_path / "bin"
     broken.mkdir()
     (broken / "srun").write_text(
-        f'#!/bin/bash\n[[ "$*" != *--address=* ]] || exec sleep 60\nexec {shutil.which("srun")} "$@"\n'
+        f'#!/bin/bash\n[[ "$*" != *--address=* ]] || exec {instead}\nexec {shutil.which("srun")} "$@"\n'
     )
     (broken / "srun").chmod(0o755)
-    environment = {"RLAIF_NODES_TIMEOUT_S": "25", "BASH_ENV": str(tmp_path / "env")}
+    environment = {"RLAIF_NODES_TIMEOUT_S": "60", "BASH_ENV": str(tmp_path / "env")}
     (tmp_path / "env").write_text(f"PATH={broken}:$PATH\n")
     job = slurm.submit(tmp_path / "job", "--nodes=2", "train", tiny_config(tmp_path), environment=environment)
     try:
-        told = job.wait_for("COMPLETED", "FAILED", "CANCELLED", timeout_s=120)
+        told = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
         assert (told["JobState"], told["ExitCode"]) == ("FAILED", "1:0")
         assert job.left_over() == []
     finally:
         job.end()
-    assert re.search(
-        r"^slurm: 1 of 2 nodes registered \(\S+\) within RLAIF_NODES_TIMEOUT_S=25 s", job.log.read_text(), re.M
-    )
-    for folder in re.findall(r"Ray's logs are in (\S+) on each node", job.log.read_text()):
+    log = job.log.read_text()
+    assert re.search(rf"^slurm: 1 of 2 nodes registered \(\S+\), and {why}\. See ", log, re.M), log
+    for folder in re.findall(r"Ray's logs are in (\S+) on each node", log):
         shutil.rmtree(folder)
