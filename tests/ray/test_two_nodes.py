@@ -47,6 +47,7 @@ class TwoNodes:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
+        self.folders: dict[str, Path] = {}  # Ray's own, by node
         port, dashboard = free_port(), free_port()
         self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         self.head = self._start("head", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=1")
@@ -57,6 +58,7 @@ class TwoNodes:
 
     def _start(self, name: str, *options: str) -> Program:
         private = self._stack.enter_context(tempfile.TemporaryDirectory(prefix=f"ray-{name}-"))  # short, for sockets
+        self.folders[name] = Path(private)
         common = ["--block", "--disable-usage-stats", f"--object-store-memory={2**27}"]
         common += [
             "--min-worker-port=0",
@@ -122,6 +124,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(folder: Path) -> Iterator[TwoNodes]:
     with ExitStack() as stack:
         yield TwoNodes(folder, stack)
+
+
+def test_nodes_that_are_missing_are_told(cluster: TwoNodes, folder: Path) -> None:
+    """As cluster/slurm.sbatch waits for them."""
+    command = [sys.executable, ROOT / "launch" / "wait_for_nodes.py", cluster.folders["head"]]
+    environment = {**ENVIRONMENT, "RLAIF_NODES_TIMEOUT_S": "1"}
+    there = start([*command, "1"], folder / "there.out", environment).wait(60)
+    assert (there.exit_code, there.stdout) == (0, ""), there.stderr
+    missing = start([*command, "2"], folder / "missing.out", environment).wait(60)
+    assert missing.exit_code == 1
+    assert re.match(
+        r"slurm: 1 of 2 nodes registered \(\S+\), and RLAIF_NODES_TIMEOUT_S=1 s are over\. See", missing.stdout
+    )
 
 
 def test_nodes_come_and_go(cluster: TwoNodes, folder: Path) -> None:
