@@ -8,6 +8,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CHROMIUM := /usr/bin/chromium
+SLURMD := /usr/sbin/slurmd
 READY := $(VENV)/.ready
 # Where torch's CPU builds live when the machine's own package sources have none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 # Test files run side by side: most of their time engines start, on one core each. Each takes about 4 GB.
 WORKERS ?= 2
 
-.PHONY: setup demo pipeline chromium test test-fast lint types check soak bench clean
+.PHONY: setup demo pipeline chromium slurm test test-fast lint types check soak bench clean
 
 setup: $(READY)
 
@@ -42,7 +43,13 @@ chromium:
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
 	  || echo "make: no $(CHROMIUM), and it can't be installed here: the report's browser tests are skipped"
 
-test: $(READY) chromium
+# For the tests of cluster/slurm.sbatch, which skip without it; never fails.
+slurm:
+	@[ -x $(SLURMD) ] || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null 2>&1 \
+	  || echo "make: no $(SLURMD), and it can't be installed here: the tests under Slurm are skipped"
+
+test: $(READY) chromium slurm
 	$(BIN)/python -m pytest tests -m "not benchmark and not gpu and not soak" -n $(WORKERS) --dist loadfile
 
 # Pure tests: no engine, no cluster, under a minute.

@@ -4,7 +4,8 @@
     python launch/submit.py --address http://HEAD:8265 train configs/demo/train.yaml steps=20 run_dir=/shared/runs/a
 
 Everything after the options is `rlaif`'s command line. The cluster's nodes need the package installed, or
-`--working-dir .` uploads this checkout.
+`--working-dir .` uploads this checkout. `ray job stop ID` ends the job: it writes a checkpoint, and the same command
+goes on from there.
 """
 
 import argparse
@@ -36,12 +37,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
     parser.add_argument("--working-dir", help="folder to upload to the cluster (configs and data files in it)")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="environment variable to pass on")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="variable to pass on; no secrets")
     parser.add_argument("--python", default="python", help="Python of the cluster's nodes (default: python)")
+    parser.add_argument(
+        "--stop-wait",
+        type=int,
+        default=120,
+        metavar="S",
+        help="seconds that `ray job stop` leaves it, above checkpoint.grace_s",
+    )
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and return")
     parser.add_argument("job", help="train, ...")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="config files and key=value settings")
     options = parser.parse_args()
+    secret = [name for name in options.env if name.upper().endswith(("_KEY", "_TOKEN", "_SECRET", "_PASSWORD"))]
+    if secret:
+        print(
+            f"submit: --env must not pass secrets (got {', '.join(secret)}): Ray writes what it passes into logs and "
+            f"its list of jobs. Set them in the environment in which the nodes start.",
+            file=sys.stderr,
+        )
+        return 2
+    missing = [name for name in options.env if name not in os.environ]
+    if missing:
+        print(f"submit: --env names variables that are not set here: {', '.join(missing)}", file=sys.stderr)
+        return 2
 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -62,11 +82,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    missing = [name for name in options.env if name not in os.environ]
-    if missing:
-        print(f"submit: --env names variables that are not set here: {', '.join(missing)}", file=sys.stderr)
-        return 2
-    runtime_env: dict[str, object] = {"env_vars": {name: os.environ[name] for name in options.env}}
+    # Read by Ray's process that starts the job and stops it; its default, 3 s, is too short for a checkpoint.
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(options.stop_wait)} | {name: os.environ[name] for name in options.env}
+    runtime_env: dict[str, object] = {"env_vars": variables}
     if options.working_dir:
         runtime_env["working_dir"] = options.working_dir
     command = shlex.join([options.python, "-m", "rlaif_ray.cli", options.job, *options.arguments])
@@ -91,9 +109,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"\nsubmit: stopped following; the job goes on. Stop it with: ray job stop {job_id}", file=sys.stderr)
         return 130
-    status = client.get_job_status(job_id)
-    print(f"{job_id}: {status}", flush=True)
-    return 0 if status == JobStatus.SUCCEEDED else 1
+    info = client.get_job_info(job_id)
+    print(f"{job_id}: {info.status}", flush=True)
+    if info.status == JobStatus.STOPPED:
+        return 130
+    return 0 if info.status == JobStatus.SUCCEEDED else info.driver_exit_code or 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from rlaif_ray.config.layers import Key, item_class, kind_of, variants
+from rlaif_ray.secrecy import secrets_in
 
 _ROUNDS = 20  # each leaves out what the rounds before found wrong; far more than nested classes can need
 
@@ -48,6 +49,10 @@ def validate(
     values = copy.deepcopy(values)
     texts: dict[str, None] = {}
     unsure: set[str] = set()
+    for secret in list(_secrets(values, origins)):  # left out first: what is said of the rest may quote it
+        texts[secret.text] = None
+        unsure.update(secret.unsure)
+        _drop(values, secret.drop or ())
     for _ in range(_ROUNDS):
         try:
             problems = list(_switches_for_numbers(model, values, origins))
@@ -63,6 +68,18 @@ def validate(
         if not dropped:
             break
     return None, list(texts)
+
+
+def _secrets(values: dict[str, Any], origins: Mapping[Key, str]) -> Iterator[_Problem]:
+    """What would be written into resolved.yaml and logs, and must not."""
+    for key, why in secrets_in(values):
+        origin = _origin(key, origins).partition("=")[0]  # an override is told with its value
+        yield _Problem(
+            f"{'.'.join(key)} must not hold a secret ({origin}; {why}): settings are written into logs and records. "
+            f"Put it into an environment variable, as judge.api_key_env, HF_TOKEN or WANDB_API_KEY.",
+            key,
+            (key[-1],),
+        )
 
 
 def _drop(values: dict[str, Any], key: Key) -> bool:

@@ -159,6 +159,11 @@ class OpenAIJudge(Config):
                 f"judge.max_cost needs judge.price_in or judge.price_out (got max_cost={self.max_cost:g} and no "
                 f"prices): nothing would ever be counted as spent. Set the endpoint's prices per million tokens."
             )
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            yield (
+                "judge.api_key_env must name an environment variable, in capitals (got something else, not shown as it "
+                "may be the key itself): settings are written into logs. Run export OPENAI_API_KEY=..., and name that."
+            )
 
 
 class LongerJudge(Config):

@@ -62,14 +62,32 @@ def join_ranks(spec: RankSpec, timeout_s: float) -> torch.device:
         device = torch.device("cuda", spec.local_rank)
         torch.cuda.set_device(device)
     deepspeed.logger.setLevel("WARNING")
-    deepspeed.init_distributed(
-        dist_backend="gloo" if spec.device == "cpu" else "nccl",
-        auto_mpi_discovery=False,
-        timeout=datetime.timedelta(seconds=timeout_s),
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "gloo" if spec.device == "cpu" else "nccl"
+    torch.distributed.init_process_group(
+        backend,
+        store=_store(spec, timeout),
         rank=spec.rank,
         world_size=spec.world_size,
+        timeout=timeout,
+        device_id=device if spec.device == "cuda" and spec.world_size > 1 else None,  # as DeepSpeed has it
     )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     return device
+
+
+def _store(spec: RankSpec, timeout: Any) -> Any:
+    """Where the ranks find each other. Torch's own would listen on every interface, this on the address alone."""
+    import socket
+
+    options: dict[str, Any] = {}
+    if spec.rank == 0:
+        family = socket.AF_INET6 if ":" in spec.address else socket.AF_INET
+        listener = socket.create_server((spec.address, spec.port), family=family)
+        options["master_listen_fd"] = listener.detach()  # the store closes it
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        spec.address, spec.port, spec.world_size, spec.rank == 0, timeout, wait_for_workers=False, **options
+    )
 
 
 @contextmanager

@@ -53,9 +53,9 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     start = find_start(job, inputs, checkpoints.to_resume())
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": job.steps}
     with (
-        open_cluster(job) as cluster,  # first: wrong input must not cost an earlier run its files
-        open_tracker(run_dir, **tracking, **start.tracking(), name=run_dir.name) as track,
         stop_when_asked(job.checkpoint.grace_s) as stopping,
+        open_cluster(job, leave=stopping) as cluster,  # before the tracker: wrong input costs an earlier run no files
+        open_tracker(run_dir, **tracking, **start.tracking(), name=run_dir.name) as track,
         checkpoints,
     ):
         write_resolved(loaded)

@@ -138,11 +138,11 @@ def run_supervised(
     state = start_state(job, resumed, steps, data)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
     with (
-        open_cluster(job) as cluster,
+        stop_when_asked(job.checkpoint.grace_s) as stopping,
+        open_cluster(job, leave=stopping) as cluster,
         open_tracker(
             run_dir, **tracking, resume_step=state.step, wandb_run_id=state.wandb_run_id, name=run_dir.name
         ) as track,
-        stop_when_asked(job.checkpoint.grace_s) as stopping,
         checkpoints,
     ):
         write_resolved(loaded)

@@ -134,9 +134,9 @@ class LearnerActor(Actor):
         """Address and a free port on this node, for rank 0's peers."""
         import ray
 
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
+        address: str = ray.util.get_node_ip_address()
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
+            return address, int(free.getsockname()[1])
 
     def start(
         self,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,8 +26,9 @@ from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
+from rlaif_ray.runtime.loopback import loopback_environment, on_loopback
 from rlaif_ray.runtime.memory_plan import sections
-from rlaif_ray.runtime.placement import Slot, actor_slots, job_needs, reserve, totals
+from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, totals, wait_for_place
 from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
@@ -43,11 +47,9 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @contextmanager
-def open_cluster(job: Any) -> Iterator[Cluster]:
-    """Ray with a place for every actor of the job (any of config/jobs.py).
-
-    A Ray that was started here ends here; actors end in any case.
-    """
+def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iterator[Cluster]:
+    """Ray with a place for every actor of the job (any of config/jobs.py). A Ray that was started here ends here;
+    actors end in any case. While places are waited for, `leave` says whether to give up (Preempted)."""
     started_here = _connect(job.cluster, [job])
     group = None
     cluster = None
@@ -57,7 +59,7 @@ def open_cluster(job: Any) -> Iterator[Cluster]:
             choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
         check_sleep(job, device)
         slots = actor_slots(job, device)
-        group = reserve(slots, job.cluster.start_timeout_s) if slots else None
+        group = reserve(slots, job.cluster.start_timeout_s, note=_say, leave=leave) if slots else None
         cluster = Cluster(job, device, slots, group)
         yield cluster
     finally:
@@ -98,13 +100,14 @@ def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
         return False
     device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
     cpus = max(totals(actor_slots(job, device))["CPU"] for job in jobs)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-        include_dashboard=False,
-        object_store_memory=int(cfg.object_store_gb * 2**30),
-        **quiet,
-    )
+    with on_loopback(), _sigterm_kept():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            include_dashboard=False,
+            object_store_memory=int(cfg.object_store_gb * 2**30),
+            **quiet,
+        )
     return True
 
 
@@ -120,12 +123,22 @@ def _join(given: str | None, address: str, quiet: dict[str, Any]) -> None:
             f"no Ray cluster answers at cluster.address={address}. Start one (ray start --head), {remedy}."
         )
     try:
-        ray.init(address=given, **quiet)
+        with _sigterm_kept():
+            ray.init(address=given, **quiet)
     except (ConnectionError, AuthenticationError) as error:
         raise InputError(
             f"the Ray cluster at cluster.address={address} can't be joined: {str(error).strip().splitlines()[0]}. "
             f"If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; else {remedy}."
         ) from error
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Gives SIGTERM back to whoever had asked for it: `ray.init` takes it for itself, and ends the process at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _answers(address: str) -> bool:
@@ -173,6 +186,11 @@ def chosen_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> Li
     return precision
 
 
+def _say(text: str) -> None:
+    """Shows a line, before there is a display."""
+    print(text, flush=True)
+
+
 class Cluster:
     """Starts the job's actors in their places."""
 
@@ -187,7 +205,11 @@ class Cluster:
         self._starting: list[Any] = []  # of the ranks
         self._sleepers: list[Any] = []  # starts of engines that sleep once they are up: others of their GPUs wait
         self._sync: Sync | None = None
-        self._note: Callable[[str], None] = lambda text: None
+        self._note: Callable[[str], None] = _say
+        self._leave: Callable[[], bool] = lambda: False
+        self._looked = time.monotonic()  # at the places
+        if group is not None:
+            self._watch.every_beat(self._tell_displaced)
 
     def start_rollouts(
         self, policy: PolicyConfig, cfg: EngineConfig, *, context: int, receives_weights: bool = True
@@ -284,6 +306,8 @@ class Cluster:
         """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""
         job = self._job
         precision = chosen_precision(job.policy.precision, self.device)
+        # Some places may have gone with their node, when it is not the first learner.
+        wait_for_place(self._group, self._slots, self._limits.start_s, leave=self._leave)
         slots = self._of("learner")
         base = RankSpec(0, len(slots), 0, "", 0, self.device, self._threads(len(slots)))
         environment = {
@@ -309,10 +333,18 @@ class Cluster:
         return self._ranks, job, precision
 
     def tell(self, note: Callable[[str], None], leave: Callable[[], bool]) -> None:
-        """`note` is told of losses from now on; `leave` says whether to give up waiting for replicas (Preempted)."""
-        self._note = note
+        """`note` is told of losses and waits from now on; `leave` says whether to give up waiting (Preempted)."""
+        self._note, self._leave = note, leave
         for replicas in self._replicas:
             replicas.leave = leave
+
+    def _tell_displaced(self) -> None:
+        """Says every few seconds what is missing, while a lost node's actors have no place."""
+        if time.monotonic() - self._looked > NOTE_S:
+            self._looked = time.monotonic()
+            told = displaced(self._group, self._slots)
+            if told is not None:
+                self._note(told)
 
     def wait(self) -> None:
         """Until every actor started so far is ready: they load side by side."""
@@ -375,7 +407,8 @@ class Cluster:
         if slot.gpus:
             options["num_gpus"] = slot.gpus
         carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE", "HF_HOME", "RLAIF_CACHE") if k in os.environ}
-        options |= {"concurrency_groups": {HEALTH: 1, WRITING: 1}, "runtime_env": {"env_vars": environment | carried}}
+        environment = loopback_environment() | environment | carried
+        options |= {"concurrency_groups": {HEALTH: 1, WRITING: 1}, "runtime_env": {"env_vars": environment}}
         actor: Any = ray.remote(**options)(actor_class).remote()
         return actor
 

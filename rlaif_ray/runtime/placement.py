@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.jobs import EvaluateJob, LabelJob, PairsJob, ReviseJob, SampleJob, SupervisedJob, TrainJob
 from rlaif_ray.config.sections import JudgeConfig, JudgeFeedback, MixtureFeedback, RewardModelFeedback
-from rlaif_ray.errors import PlacementError
+from rlaif_ray.errors import PlacementError, Preempted
 
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import ClusterConfig, FeedbackConfig
 
 CPU_SHARE = 0.25  # logical CPUs per actor on CPU: phases take turns on the same cores
-POLL_S = 2.0
+POLL_S = 1.0
+NOTE_S = 5.0  # between two notes of what is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +78,18 @@ def _judge_need(role: str, judge: JudgeConfig) -> Need:
 def actor_slots(job: Any, device: Literal["cpu", "cuda"]) -> list[Slot]:
     """Every actor of the job, in the order of its needs; where they share GPUs, one of each role after the other.
 
-    Ray fills a GPU with bundles as they come, so that a GPU gets an engine and a learner rank of the same index, and
-    never two ranks of the learner, which NCCL refuses.
+    Ray fills nodes with bundles as they come. On CPUs those between whom weights go through shared memory come first,
+    so that they get one node. Ray fills a GPU in the same way, so that it gets an engine and a learner rank of the same
+    index, and never two ranks of the learner, which NCCL refuses.
     """
     slots = [
         Slot(need.role, index, *_share(job.cluster, device, need.workers))
         for need in job_needs(job)
         for index in range(need.actors)
     ]
-    shared = device == "cuda" and job.cluster.gpus_per_actor < 1
-    return sorted(slots, key=lambda slot: slot.index) if shared else slots
+    if device == "cpu":
+        return sorted(slots, key=lambda slot: slot.role not in ("rollout", "learner"))
+    return sorted(slots, key=lambda slot: slot.index) if job.cluster.gpus_per_actor < 1 else slots
 
 
 def _share(cluster: ClusterConfig, device: str, workers: int) -> tuple[float, float]:
@@ -115,26 +119,85 @@ def placement_table(job: Any) -> str:
     return "\n".join(lines)
 
 
-def reserve(slots: list[Slot], timeout_s: float) -> Any:
-    """A placement group with one bundle per slot, ready to use.
+def reserve(
+    slots: list[Slot],
+    timeout_s: float,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+    leave: Callable[[], bool] = lambda: False,
+) -> Any:
+    """A placement group with one bundle per slot, ready to use; `note` and `leave` as in `wait_for_place`.
 
     Raises:
-        PlacementError: the cluster didn't give it in time; says what it has and what is missing.
+        PlacementError: the cluster didn't give it in time.
+        Preempted: `leave` said so.
     """
-    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     bundles = [{"CPU": s.cpus, **({"GPU": s.gpus} if s.gpus else {})} for s in slots]
     group = placement_group(bundles, strategy="PACK")
-    deadline = time.monotonic() + timeout_s
-    while not ray.wait([group.ready()], timeout=min(POLL_S, timeout_s))[0]:
-        if time.monotonic() < deadline:
-            continue
-        need, have = totals(slots), ray.cluster_resources()
+    try:
+        wait_for_place(group, slots, timeout_s, note=note, leave=leave)
+    except BaseException:
         remove_placement_group(group)
-        told = ", ".join(f"{have.get(k, 0):g} of {v:g} {k}s registered" for k, v in need.items() if v)
-        raise PlacementError(
-            f"the cluster did not give {len(slots)} actors their place within cluster.start_timeout_s="
-            f"{timeout_s:g} s: {told}. Add nodes, free resources, or lower replicas, tensor_parallel or learner.ranks."
-        )
+        raise
     return group
+
+
+def wait_for_place(
+    group: Any,
+    slots: list[Slot],
+    timeout_s: float,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+    leave: Callable[[], bool] = lambda: False,
+) -> None:
+    """Until every slot has its bundle, on the first nodes or, when some of them were lost, on others.
+
+    Args:
+        note: told every few seconds what the cluster has of what is needed.
+        leave: asked about each second whether to give up.
+
+    Raises:
+        PlacementError: it took longer than `timeout_s`; says what the cluster has and what is missing.
+        Preempted: `leave` said so.
+    """
+    began = told = time.monotonic()
+    while True:
+        if leave():
+            raise Preempted
+        if group.wait(POLL_S):
+            return
+        now = time.monotonic()
+        if now - began > timeout_s:
+            raise PlacementError(
+                f"the cluster did not give {len(slots)} actors their place within cluster.start_timeout_s="
+                f"{timeout_s:g} s: {_registered(slots)}. Look at `ray status`; add nodes, free resources, or lower "
+                f"replicas, tensor_parallel or learner.ranks."
+            )
+        if now - told > NOTE_S:
+            told = now
+            note(f"waiting for the places of {len(slots)} actors: {_registered(slots)}")
+
+
+def displaced(group: Any, slots: list[Slot]) -> str | None:
+    """What the cluster has of what is needed, while places are gone with their node; None when all are there."""
+    from ray.util.placement_group import placement_group_table
+
+    if placement_group_table(group)["state"] == "CREATED":
+        return None
+    return f"waiting for the places of {len(slots)} actors: {_registered(slots)}"
+
+
+def _registered(slots: list[Slot]) -> str:
+    """What the cluster has of what the slots need, such as "4 of 8 GPUs registered (1 free) on 2 nodes"."""
+    import ray
+
+    have, free = ray.cluster_resources(), ray.available_resources()
+    told = [
+        f"{have.get(name, 0):g} of {need:g} {name}s registered ({free.get(name, 0):g} free)"
+        for name, need in totals(slots).items()
+        if need
+    ]
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"{', '.join(told)} on {nodes} node{'s' if nodes != 1 else ''}"

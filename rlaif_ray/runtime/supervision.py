@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from rlaif_ray.errors import EngineError, Preempted, ReplicasLostError, RlaifError, RunError
 
@@ -123,8 +123,12 @@ def death(error: RayActorError) -> str:
 
 
 def node_died(error: RayActorError) -> bool:
-    """Whether the actor went with its node, as far as Ray says."""
-    return "node" in death(error).lower()
+    """Whether the actor went with its node, as far as Ray says.
+
+    Of a process that died Ray tells within a second; when it can only say that an actor is not to be reached, the node
+    or the network is gone.
+    """
+    return isinstance(error, ActorUnavailableError) or "node" in death(error).lower()
 
 
 class Watch:

@@ -9,6 +9,5 @@ memory.py     peak memory of the run's processes
 
 from rlaif_ray.tracking.display import print_summary
 from rlaif_ray.tracking.tracker import PHASES, StepMetrics, Tracker, open_tracker
-from rlaif_ray.tracking.wandb_run import without_secrets
 
-__all__ = ["PHASES", "StepMetrics", "Tracker", "open_tracker", "print_summary", "without_secrets"]
+__all__ = ["PHASES", "StepMetrics", "Tracker", "open_tracker", "print_summary"]

@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking.files import plain
 
-MASK = "***"
 RUN_ID = "wandb_run_id.txt"  # in the run folder
-_SECRET_WORDS = {"key", "token", "secret", "password", "apikey", "passwd", "secrets", "passwords", "authorization"}
-_CONTAINS = 8  # characters from which on a secret is also looked for inside longer values
 _INIT_TIMEOUT_S = 30  # without a network wandb waits this long before we go offline
 _FINISH_TIMEOUT_S = 300.0  # for uploads at the end
 _FLUSH_S = 1.0  # what a killed process loses of the offline file; wandb's default is 15
@@ -34,37 +32,6 @@ class TrackingSettings(Protocol):
     def tags(self) -> tuple[str, ...]: ...
     @property
     def samples_per_step(self) -> int: ...
-
-
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with secrets replaced by `***`.
-
-    Secret is what has a key with a whole word like key, token, secret or password in it (`api_key`, but not
-    `max_new_tokens`), what equals or contains an environment variable named *_KEY, *_TOKEN, *_SECRET or *_PASSWORD,
-    and the user and password of a URL.
-    """
-    names = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
-    known = {value for name, value in os.environ.items() if name.upper().endswith(names) and value}
-    return {str(key): _masked(value, _is_secret(str(key)), known) for key, value in config.items()}
-
-
-def _is_secret(key: str) -> bool:
-    words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
-    return not _SECRET_WORDS.isdisjoint(words) or {"api", "keys"} <= set(words)
-
-
-def _masked(value: Any, secret: bool, known: set[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _masked(inner, secret or _is_secret(str(key)), known) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(inner, secret, known) for inner in value]
-    if secret:
-        return None if value is None else MASK
-    if not isinstance(value, str):
-        return value
-    if value in known or any(len(each) >= _CONTAINS and each in value for each in known):
-        return MASK
-    return re.sub(r"://[^/@\s]+@", f"://{MASK}@", value)
 
 
 def keep_run_id(run_dir: Path, run_id: str) -> None:
@@ -96,6 +63,7 @@ class WandbRun:
         warn: Callable[[str], None],
     ) -> None:
         self.failures = 0  # calls that wandb failed
+        self._gone = False  # its process was ended under us: `ray job stop` sends SIGTERM to a job's whole family
         self._dir = run_dir
         self._tracking = tracking
         self._warn = warn
@@ -126,13 +94,13 @@ class WandbRun:
                     f"wandb is not reachable ({reason[:200]}): going on offline, upload later with `wandb sync`."
                 )
                 self.mode = "offline"
-                self._forget_failed_start()
+                self._forget_service()
         self._run = self._init(run_id, config, name)
 
-    def _forget_failed_start(self) -> None:
+    def _forget_service(self) -> None:
         import wandb
 
-        wandb.teardown(exit_code=1)  # its service keeps the id of a run that could not start, and refuses it afterwards
+        wandb.teardown(exit_code=1)  # it keeps the id of a run that could not start, and refuses it afterwards
 
     def _init(self, run_id: str, config: dict[str, Any], name: str) -> Any:
         import wandb
@@ -192,6 +160,9 @@ class WandbRun:
             with self._guarded("finish"), self._environment():
                 self._run.finish(exit_code=1 if failed else 0)
             self._run = None
+            if self._gone:
+                with self._guarded("end"):  # which also takes back what it would do, and say, at our exit
+                    self._forget_service()
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
@@ -199,6 +170,7 @@ class WandbRun:
             yield
         except Exception as error:  # whatever wandb raises: the run matters more than its mirror
             self.failures += 1
+            self._gone |= isinstance(error, ConnectionError)
             if self.failures == 1:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 self._warn(f"wandb could not {what} ({reason}): going on, the run's own files are complete.")

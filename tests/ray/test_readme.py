@@ -46,6 +46,8 @@ ADDED: dict[str, str | None] = {
     ".venv/bin/rlaif plan configs/cluster/8gpu.yaml": "",
     "launch/kuberay.sh": None,  # tests/unit/test_cluster_files.py, as the next
     "launch/ray_up.sh": None,
+    "launch/slurm.sh": None,  # and under a real Slurm in tests/ray/test_slurm.py
+    ".venv/bin/ray job stop --address http://HEAD:8265 JOB": None,  # tests/ray/test_two_nodes.py
     ".venv/bin/python launch/submit.py --address http://HEAD:8265 train configs/demo/train.yaml "
     "run_dir=/shared/runs/first": None,  # tests/ray/test_cluster.py, against a real head
 }

@@ -19,6 +19,7 @@ LEVEL_OF_ROOM = {
     "interfaces": 0,
     "errors": 0,
     "folders": 0,
+    "secrecy": 0,
     "storage": 0,
     "config": 1,
     "algorithm": 1,

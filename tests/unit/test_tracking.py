@@ -21,7 +21,8 @@ import pytest
 
 from rlaif_ray.config.sections import TrackingConfig
 from rlaif_ray.errors import InputError
-from rlaif_ray.tracking import Tracker, open_tracker, print_summary, without_secrets
+from rlaif_ray.secrecy import without_secrets
+from rlaif_ray.tracking import Tracker, open_tracker, print_summary
 from rlaif_ray.tracking.memory import PeakMemory
 
 OFF = TrackingConfig(wandb="disabled")

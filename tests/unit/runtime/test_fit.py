@@ -71,7 +71,7 @@ def test_shared_gpus_get_one_actor_of_each_role() -> None:
     _, tenants = place(actor_slots(config, "cuda"), 8)
     assert tenants == [["rollout", "judge", "learner"]] * 3
     on_cpus = [slot.role for slot in actor_slots(config, "cpu")]
-    assert on_cpus == ["rollout"] * 3 + ["judge"] * 3 + ["learner"] * 3
+    assert on_cpus == ["rollout"] * 3 + ["learner"] * 3 + ["judge"] * 3
 
 
 def test_bundles_of_a_large_job() -> None:

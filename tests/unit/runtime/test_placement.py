@@ -40,7 +40,7 @@ GPU_SHARED_BUT_PARALLEL = job(rollout={"tensor_parallel": 2}, cluster={"gpus_per
         pytest.param(
             CPU_DEFAULT,
             "cpu",
-            [Slot("rollout", 0, 0.25, 0), Slot("judge", 0, 0.25, 0), Slot("learner", 0, 0.25, 0)],
+            [Slot("rollout", 0, 0.25, 0), Slot("learner", 0, 0.25, 0), Slot("judge", 0, 0.25, 0)],
             id="cpu",
         ),
         pytest.param(
@@ -48,8 +48,8 @@ GPU_SHARED_BUT_PARALLEL = job(rollout={"tensor_parallel": 2}, cluster={"gpus_per
             "cpu",
             [
                 *(Slot("rollout", k, 2.0, 0) for k in range(2)),
-                *(Slot("judge", k, 2.0, 0) for k in range(3)),
                 *(Slot("learner", k, 2.0, 0) for k in range(2)),
+                *(Slot("judge", k, 2.0, 0) for k in range(3)),
             ],
             id="cpu-larger",
         ),
