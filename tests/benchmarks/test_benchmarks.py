@@ -27,6 +27,7 @@ SMALL = {
     " --kv-cache-gb 0.2 --rounds 1",
     "bench_sync": "--rounds 1",
     "bench_sync zero-3": "--rounds 1 --zero-stage 3 --ranks 2 --threads 1",
+    "bench_checkpoint": "--examples 4 --tokens 32 --rounds 1",
     "bench_learner": "--prompts 2 --completion-tokens 8 --matmul 256 --rounds 1",
 }
 
