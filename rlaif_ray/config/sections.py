@@ -7,7 +7,7 @@ each, and name every key they read: the loader holds a cross-check back while on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,6 +30,19 @@ class Config(BaseModel):
     def _problems(self) -> Iterator[str]:
         """What does not fit together, a line each."""
         return iter(())
+
+
+NAME_BYTES = 100  # of a name that files are named by
+
+
+def not_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
+    """Of names that results are kept under: what keeps them from being a file's name, or has them be one elsewhere."""
+    for name in names:
+        if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", name) or len(name.encode("utf-8", "replace")) > NAME_BYTES:
+            yield (
+                f"{key} must have names that can be a file's (got {name[:40]!r}): what belongs to them is kept in "
+                f"files of that name. Use at most {NAME_BYTES} letters, digits, - and _."
+            )
 
 
 Precision = Literal["auto", "fp32", "bf16"]
