@@ -403,15 +403,6 @@ class CheckpointConfig(Config):
     grace_s: Annotated[float, Field(gt=0)] = 90.0
     """After SIGTERM (a preempted node, a stopped job) the run writes a checkpoint, and ends within so many seconds."""
 
-    def _problems(self) -> Iterator[str]:
-        masked = re.sub(r"://.*@", "://***@", self.path or "")
-        if masked != (self.path or ""):
-            yield (
-                f"checkpoint.path must have no user and password in it (got {masked}): they would stand in "
-                f"resolved.yaml and in logs. Put them into the environment, such as "
-                f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-            )
-
 
 class HeldOutConfig(Config):
     """Prompts never trained on, answered before and after."""
