@@ -86,7 +86,15 @@ def restore_engine(engine: Any, stored: StoredFolder, name: str) -> None:
                 place_holder = Path(folder, TAG, Path(file).stem).with_suffix(".pt")
                 place_holder.parent.mkdir(exist_ok=True)
                 place_holder.touch()
-        path, _ = engine.load_checkpoint(folder, tag=TAG)
+        try:
+            path, _ = engine.load_checkpoint(folder, tag=TAG)
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{stored.place} does not fit the learner ({name}: {told(error)}): it was written with another model, "
+                f"precision or learner.deepspeed_overrides. Use those again, or another run_dir."
+            ) from error
     if path is None:
         raise CheckpointError(f"{stored.place} has nothing of {name} for this rank: it is of another layout.")
 

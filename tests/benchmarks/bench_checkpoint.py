@@ -61,7 +61,7 @@ def measure(args: Any) -> dict[str, Any]:
             writing.start()
             taken["beside"] = timed(lambda: rank.train(examples, plan))
             writing.join()
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            size = sum(path.stat().st_size for path in (folder / "background").rglob("*") if path.is_file())
             shutil.rmtree(folder / "background")
             taken["plain"] = timed(lambda size=size: write_plainly(folder / "plain", size))  # type: ignore[misc]
             taken["foreground"] = timed(lambda: save(rank, Place(str(folder / "foreground"))))

@@ -209,6 +209,9 @@ def test_dpo_goes_on_to_the_bit(ranks: RankProcesses, tmp_path: Path) -> None:
     policy = {"model": str(cached_tiny_model(tied=False))}
     job = DpoJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner})
     stored = assert_goes_on(ranks, job, tmp_path)
+    # Another precision, as on another machine: DeepSpeed's states have other shapes then.
+    other = job.model_copy(update={"policy": job.policy.model_copy(update={"precision": "bf16"})})
+    assert all("does not fit the learner (model: " in text for text in ranks.run(loaded, other, stored))
     # A file that changes after it was verified, as on a node that sees another one.
     path = tmp_path / "step-3" / "model" / "mp_rank_00_model_states.safetensors"
     data = bytearray(path.read_bytes())
