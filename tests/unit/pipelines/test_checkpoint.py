@@ -306,11 +306,6 @@ class TestPath:
         with pytest.raises(InputError, match=f"checkpoint.path={address} can't be reached"):
             opened(tmp_path, checkpoint={"path": address})
 
-    def test_a_password_in_it_is_refused_and_not_repeated(self) -> None:
-        with pytest.raises(ValueError, match="must have no user and password") as told:
-            job(checkpoint={"path": "s3://AKIAX:geheim/4@bucket/x"})
-        assert "geheim" not in str(told.value).partition("[type")[0]
-
 
 class TestReadState:
     @pytest.mark.parametrize(
