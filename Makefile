@@ -50,7 +50,8 @@ slurm:
 	  || echo "make: no $(SLURMD), and it can't be installed here: the tests under Slurm are skipped"
 
 test: $(READY) chromium slurm
-	$(BIN)/python -m pytest tests -m "not benchmark and not gpu and not soak" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests -m "not benchmark and not gpu and not soak" -n $(WORKERS) \
+	  --dist loadfile --no-loadscope-reorder
 
 # Pure tests: no engine, no cluster, under a minute.
 test-fast: $(READY)

@@ -40,6 +40,7 @@ from rlaif_ray.config.sections import (
     SamplingConfig,
     TrackingConfig,
     WeightSyncConfig,
+    not_file_names,
 )
 
 
@@ -132,6 +133,7 @@ class PairsJob(Config):
     """The file of records, .jsonl or .parquet; default pairs.jsonl in run_dir."""
 
     def _problems(self) -> Iterator[str]:
+        yield from not_file_names("other_policies", self.other_policies)
         if self.sampling.responses_per_prompt < 2 and not self.other_policies:
             yield (
                 f"sampling.responses_per_prompt must be at least 2 where there is one policy "
@@ -227,6 +229,7 @@ class EvaluateJob(Config):
     """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
 
     def _problems(self) -> Iterator[str]:
+        yield from not_file_names("arms", self.arms)
         if self.data is None and (self.reward_models or self.subset):
             yield ("reward_models and subset need data (got none): it is pairs that people labelled. Set data.path.")
         if len(self.arms) == 1 and self.harmless is None:

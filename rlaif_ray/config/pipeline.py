@@ -153,7 +153,7 @@ def _stage(name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: 
     """A stage's config: defaults < its files < what all stages share < its own values; None with problems."""
     own = pipeline.stages[name]
     job = own.get("job")
-    if not (name.replace("-", "").replace("_", "").isalnum() and name.isascii()):
+    if not (name.replace("-", "").replace("_", "").isalnum() and name.isascii() and len(name) <= 100):
         problems.append(
             f"the stage {name!r} must be named by letters, digits, - and _ alone: it is a folder's name. Rename it."
         )

@@ -7,7 +7,7 @@ each, and name every key they read: the loader holds a cross-check back while on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,6 +30,19 @@ class Config(BaseModel):
     def _problems(self) -> Iterator[str]:
         """What does not fit together, a line each."""
         return iter(())
+
+
+NAME_BYTES = 100  # of a name that files are named by
+
+
+def not_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
+    """Of names that results are kept under: what keeps them from being a file's name, or has them be one elsewhere."""
+    for name in names:
+        if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", name) or len(name.encode("utf-8", "replace")) > NAME_BYTES:
+            yield (
+                f"{key} must have names that can be a file's (got {name[:40]!r}): what belongs to them is kept in "
+                f"files of that name. Use at most {NAME_BYTES} letters, digits, - and _."
+            )
 
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -389,15 +402,6 @@ class CheckpointConfig(Config):
     """auto: go on from the newest whole checkpoint, if there is one; damaged ones are passed over."""
     grace_s: Annotated[float, Field(gt=0)] = 90.0
     """After SIGTERM (a preempted node, a stopped job) the run writes a checkpoint, and ends within so many seconds."""
-
-    def _problems(self) -> Iterator[str]:
-        masked = re.sub(r"://.*@", "://***@", self.path or "")
-        if masked != (self.path or ""):
-            yield (
-                f"checkpoint.path must have no user and password in it (got {masked}): they would stand in "
-                f"resolved.yaml and in logs. Put them into the environment, such as "
-                f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-            )
 
 
 class HeldOutConfig(Config):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
@@ -19,7 +19,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from rlaif_ray.errors import CheckpointError
 from rlaif_ray.learner.state_files import SUFFIX, HostState, copy_to_host, read_state
-from rlaif_ray.storage import StoredFolder
+from rlaif_ray.storage import StoredFolder, told
 
 TAG = "state"  # DeepSpeed's name of what it saves, part of every path it makes up
 # Classes of DeepSpeed's own that its states hold instances of: plain data, all of them.
@@ -59,8 +59,11 @@ def copy_engine(engine: Any) -> dict[str, HostState]:
             "an optimizer on NVMe can't be checkpointed: DeepSpeed keeps it in files of its own. Offload it to the "
             "CPU in learner.deepspeed_overrides, or set checkpoint.every=0."
         )
-    with _without_files(engine) as (states, folder):
-        engine.save_checkpoint(folder, tag=TAG, save_latest=False)
+    try:
+        with _without_files(engine) as (states, folder):
+            engine.save_checkpoint(folder, tag=TAG, save_latest=False)
+    except OSError as error:
+        raise CheckpointError(f"DeepSpeed can't use a folder in {gettempdir()} ({told(error)}).") from error
     return states.taken
 
 
@@ -83,7 +86,15 @@ def restore_engine(engine: Any, stored: StoredFolder, name: str) -> None:
                 place_holder = Path(folder, TAG, Path(file).stem).with_suffix(".pt")
                 place_holder.parent.mkdir(exist_ok=True)
                 place_holder.touch()
-        path, _ = engine.load_checkpoint(folder, tag=TAG)
+        try:
+            path, _ = engine.load_checkpoint(folder, tag=TAG)
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{stored.place} does not fit the learner ({name}: {told(error)}): it was written with another model, "
+                f"precision or learner.deepspeed_overrides. Use those again, or another run_dir."
+            ) from error
     if path is None:
         raise CheckpointError(f"{stored.place} has nothing of {name} for this rank: it is of another layout.")
 

@@ -64,14 +64,15 @@ def join_ranks(spec: RankSpec, timeout_s: float) -> torch.device:
     deepspeed.logger.setLevel("WARNING")
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "gloo" if spec.device == "cpu" else "nccl"
-    torch.distributed.init_process_group(
-        backend,
-        store=_store(spec, timeout),
-        rank=spec.rank,
-        world_size=spec.world_size,
-        timeout=timeout,
-        device_id=device if spec.device == "cuda" and spec.world_size > 1 else None,  # as DeepSpeed has it
-    )
+    if not torch.distributed.is_initialized():  # a process may hold one rank after another
+        torch.distributed.init_process_group(
+            backend,
+            store=_store(spec, timeout),
+            rank=spec.rank,
+            world_size=spec.world_size,
+            timeout=timeout,
+            device_id=device if spec.device == "cuda" and spec.world_size > 1 else None,  # as DeepSpeed has it
+        )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     return device
 

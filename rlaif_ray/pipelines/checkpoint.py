@@ -64,7 +64,7 @@ def must_match(job: TrainJob | SupervisedJob) -> dict[str, Any]:
     """Settings that a checkpoint can't be resumed under if they differ."""
     if isinstance(job, SupervisedJob):
         return {
-            "policy.model": job.policy.model,
+            **_same_model(job),
             "data.path": job.data.path,
             "data.limit": job.data.limit,
             "training": job.training.model_dump(mode="json", exclude={"evaluate_every", "human_path"}),
@@ -73,7 +73,7 @@ def must_match(job: TrainJob | SupervisedJob) -> dict[str, Any]:
             "seed": job.seed,
         }
     return {
-        "policy.model": job.policy.model,
+        **_same_model(job),
         "algorithm.type": job.algorithm.type,
         "learner.ranks": job.learner.ranks,
         "learner.zero_stage": job.learner.zero_stage,
@@ -86,6 +86,11 @@ def must_match(job: TrainJob | SupervisedJob) -> dict[str, Any]:
         "sampling.prompts_per_step": job.sampling.prompts_per_step,
         "seed": job.seed,
     }
+
+
+def _same_model(job: TrainJob | SupervisedJob) -> dict[str, Any]:
+    policy = job.policy
+    return {"policy.model": policy.model, "policy.revision": policy.revision, "policy.precision": policy.precision}
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------
@@ -165,6 +170,7 @@ class Checkpoints:
     def __init__(self, job: TrainJob | SupervisedJob, place: Place) -> None:
         self._job, self._cfg, self.place = job, job.checkpoint, place
         self._last: int | None = None  # the step that was saved last
+        self._damaged: set[int] = set()  # those that were passed over
         self._writing: _Writing | None = None
         self._held: list[str] = []  # notes that nobody listened to
         self._note: Callable[[str], None] = self._held.append
@@ -210,6 +216,7 @@ class Checkpoints:
                 saved = _open(self.place, step)
             except CheckpointError as error:
                 damaged.append(str(error))
+                self._damaged.add(step)
                 self._note(f"checkpoint step-{step} is passed over: {error}")
                 continue
             self._last = step
@@ -249,6 +256,7 @@ class Checkpoints:
         def finish() -> None:
             files = {**written(), STATE: (place / STATE).write(data)}
             publish(StoredFolder(place, files), final, step=step)
+            self._damaged.discard(step)
             self._prune(step)
 
         self._last = step
@@ -305,12 +313,13 @@ class Checkpoints:
     def _prune(self, now: int) -> None:
         """Removes all but the last few, and what was left unfinished."""
         try:
-            steps = self._steps()
-            # Later ones are damaged: they stay until the run comes by again.
-            gone = [f"step-{step}" for step in [s for s in steps if s <= now][: -self._cfg.keep]]
+            steps = [step for step in self._steps() if step not in self._damaged]
+            # Later ones than this are damaged: they stay until the run comes by again.
+            kept = {step for step in steps if step > now} | {*[s for s in steps if s <= now][-self._cfg.keep :]}
+            kept |= {step for step in self._damaged if step > now}
             for name in self.place.names():
-                cut_off = _step_of(name) is not None and _step_of(name) not in steps
-                if name in gone or cut_off or name.startswith(UNFINISHED):
+                step = _step_of(name)
+                if name.startswith(UNFINISHED) or (step is not None and step not in kept):
                     (self.place / name).remove()
         except CheckpointError as error:
             self._note(f"an old checkpoint stays: {error}")

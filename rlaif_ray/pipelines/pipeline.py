@@ -35,6 +35,7 @@ from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.pipelines.supervised import fine_tune
 from rlaif_ray.runtime.cluster import open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
+from rlaif_ray.storage import Place
 from rlaif_ray.tracking.display import clock, share
 from rlaif_ray.tracking.files import read_json, write_json
 from rlaif_ray.tracking.progress import print_columns
@@ -107,7 +108,7 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
     write_resolved(pipeline)
     if start is not None:
         for name in todo:
-            _put_aside(placed[name].folder)
+            _put_aside(placed[name])
     ran: dict[str, float] = {}
     if todo:
         jobs = [job for name in todo for job in jobs_of(placed[name])]
@@ -175,6 +176,8 @@ def run_stage(pipeline: Pipeline, placed: Mapping[str, Placed], name: str) -> fl
     stage = one.stage
     paths = {needed: str(placed[needed].artefact) for needed in stage.needs}
     values = put(stage.config.model_dump(), paths) | {"run_dir": str(one.folder)}
+    if (path := _checkpoint_path(one)) is not None:
+        values["checkpoint"]["path"] = path
     loaded = Loaded(
         job=stage.job,
         config=type(stage.config).model_validate(values),
@@ -270,8 +273,17 @@ def _texts(job: Any) -> Iterator[Any]:
                 yield load_template(scorer.template)
 
 
-def _put_aside(folder: Path) -> None:
-    """Makes room for the same stage once more; nothing is removed."""
+def _checkpoint_path(one: Placed) -> str | None:
+    """Below the address that stages may share, a folder of this one's own; None where checkpoints are in its folder."""
+    cfg = getattr(one.stage.config, "checkpoint", None)
+    return None if cfg is None or cfg.path is None else f"{cfg.path.rstrip('/')}/{one.folder.name}"
+
+
+def _put_aside(one: Placed) -> None:
+    """Makes room for the same stage once more; nothing is removed but checkpoints elsewhere: it would go on there."""
+    folder = one.folder
+    if (path := _checkpoint_path(one)) is not None:
+        Place.of(path).remove()
     if folder.exists():
         number = next(k for k in range(1, 10**6) if not folder.with_name(f"{folder.name}.{k}").exists())
         folder.rename(folder.with_name(f"{folder.name}.{number}"))

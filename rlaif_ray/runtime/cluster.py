@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
+from ray._private import worker
 from ray._private.utils import read_ray_address
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import remove_placement_group
@@ -92,6 +93,7 @@ def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    worker._worker_logs_enabled = False  # a thousand characters for every process that is lost: we tell it in one line
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cfg.address or os.environ.get("RAY_ADDRESS") or read_ray_address(None)
     named = bool(cfg.address or os.environ.get("RAY_ADDRESS"))

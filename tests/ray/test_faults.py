@@ -252,7 +252,7 @@ def test_fine_tuning_goes_on_too(folder: Path) -> None:
         f"data: {{path: {data}}}\n"
         "sft: {batch_size: 6, epochs: 1, held_out_fraction: 0.2}\n"
         "learner: {lr: 1.0e-3, ranks: 2, zero_stage: 2}\n"
-        "checkpoint: {every: 2}\n"
+        "checkpoint: {every: 2, background: false}\n"
         "cluster: {address: local}\n"
     )
     faults = [

@@ -18,6 +18,7 @@ from rlaif_ray.pipelines.pipeline import (
     WORK,
     Placed,
     Work,
+    _put_aside,
     choose,
     headline,
     place,
@@ -329,3 +330,27 @@ def test_a_stage_that_fails_is_named_and_keeps_its_kind_of_error(folder: Path, m
             run_stage(pipeline, placed, "revise")
         assert type(caught.value) is kind and str(caught.value) == says
     assert not (placed["revise"].folder / DONE).exists()
+
+
+def test_stages_that_share_a_checkpoint_address_have_a_folder_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one would find another's; doing a stage once more must not go on from what it left there."""
+    pipeline = load(folder, None, f"shared.checkpoint={{path: {folder / 'kept'}, every: 1}}")
+    placed = place(pipeline)
+    given: dict[str, str | None] = {}
+
+    def note(loaded: Any) -> dict[str, Any]:
+        given[loaded.job] = loaded.config.checkpoint.path
+        raise RunError("far enough")
+
+    for name in ("sft", "rm"):
+        job = placed[name].stage.job
+        monkeypatch.setitem(WORK, job, Work(note, "policy"))
+        with pytest.raises(RunError):
+            run_stage(pipeline, placed, name)
+        assert given[job] == str(folder / "kept" / placed[name].folder.name)
+    own = folder / "kept" / placed["sft"].folder.name
+    (own / "step-1").mkdir(parents=True)
+    _put_aside(placed["sft"])
+    assert not own.exists() and (folder / "kept").is_dir()

@@ -56,6 +56,16 @@ class TestFolders:
         with pytest.raises(CheckpointError, match="names files outside of its folder"):
             open_folder(final)
 
+    def test_a_manifest_that_lacks_a_file(self, tmp_path: Path) -> None:
+        """What is left is as it was written, and yet it is no whole checkpoint."""
+        stored(Place(str(tmp_path / "step-1")), a=b"1", b=b"2")
+        path = tmp_path / "step-1" / MANIFEST
+        content = json.loads(path.read_text())
+        del content["files"]["b"]
+        path.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=r"manifest.json is damaged"):
+            open_folder(Place(str(tmp_path / "step-1")))
+
     def test_a_very_long_name_is_an_error_of_ours(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="could not be written"):
             (Place(str(tmp_path)) / ("x" * 5000)).write(b"1")

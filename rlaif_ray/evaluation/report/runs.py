@@ -124,12 +124,14 @@ def _must_be_run(asked: Path, folder: Path) -> None:
 
 def _stage_folders(folder: Path, stages: Sequence[Json]) -> list[tuple[str, Path]]:
     """Those of the summary, then what was begun since; of a pipeline without a summary all that `latest` holds."""
-    told = [(str(s.get("name")), folder / "stages" / f"{s.get('name')}-{s.get('hash')}") for s in stages]
-    known = [one for one in told if one[1].is_dir()]
+    inside = {path.name: path for path in (folder / "stages").glob("*") if path.is_dir()}
+    told = [(str(s.get("name")), f"{s.get('name')}-{s.get('hash')}") for s in stages]
+    known = [(name, inside[own]) for name, own in told if own in inside]  # a summary may say anything
     summed_up = (folder / "summary.json").stat().st_mtime if known else 0.0
-    found = {path.resolve() for path in (folder / "latest").glob("*")} or {*(folder / "stages").glob("*")}
+    linked = {path.resolve() for path in (folder / "latest").glob("*")}
+    found = {path for path in inside.values() if path.resolve() in linked} or set(inside.values())
     if known:  # of these a stage that is going may not be in `latest` yet
-        found = {path for path in (folder / "stages").glob("*") if path.stat().st_mtime > summed_up}
+        found = {path for path in inside.values() if path.stat().st_mtime > summed_up}
     since = sorted((path.stat().st_mtime, path) for path in found if (path / "resolved.yaml").is_file())
     begun = [(path.name.rpartition("-")[0] or path.name, path) for _, path in since]
     return known + [one for one in begun if one not in known]

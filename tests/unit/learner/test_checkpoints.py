@@ -97,9 +97,10 @@ def make(job: Any, spec: RankSpec) -> Any:
     from rlaif_ray.learner.finetune import SftRank
     from rlaif_ray.learner.ppo import RlRank
 
+    precision: Any = "bf16" if job.policy.precision == "bf16" else "fp32"
     if isinstance(job, TrainJob):
-        return RlRank(job, spec, "fp32")
-    return (SftRank if isinstance(job, SftJob) else DpoRank)(job, spec, "fp32", total_steps=8)
+        return RlRank(job, spec, precision)
+    return (SftRank if isinstance(job, SftJob) else DpoRank)(job, spec, precision, total_steps=8)
 
 
 def end_of(rank: Any) -> dict[str, torch.Tensor]:
@@ -194,11 +195,23 @@ def test_adapters_with_dropout_go_on_to_the_bit(ranks: RankProcesses, tmp_path: 
     assert_goes_on(ranks, job, tmp_path)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_goes_on_to_the_bit(ranks: RankProcesses, stage: int, tmp_path: Path) -> None:
+    """What GPUs train in: DeepSpeed then keeps fp32 weights beside, in states of other shapes."""
+    learner = ADAM | {"ranks": ranks.count, "zero_stage": stage}  # type: ignore[attr-defined]
+    policy = {"model": str(cached_tiny_model(tied=True)), "precision": "bf16"}
+    job = SftJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner})
+    assert_goes_on(ranks, job, tmp_path)
+
+
 def test_dpo_goes_on_to_the_bit(ranks: RankProcesses, tmp_path: Path) -> None:
     learner = ADAM | {"ranks": ranks.count}  # type: ignore[attr-defined]
     policy = {"model": str(cached_tiny_model(tied=False))}
     job = DpoJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner})
     stored = assert_goes_on(ranks, job, tmp_path)
+    # Another precision, as on another machine: DeepSpeed's states have other shapes then.
+    other = job.model_copy(update={"policy": job.policy.model_copy(update={"precision": "bf16"})})
+    assert all("does not fit the learner (model: " in text for text in ranks.run(loaded, other, stored))
     # A file that changes after it was verified, as on a node that sees another one.
     path = tmp_path / "step-3" / "model" / "mp_rank_00_model_states.safetensors"
     data = bytearray(path.read_bytes())
