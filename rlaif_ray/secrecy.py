@@ -14,7 +14,9 @@ _SURELY = re.compile(
     r"(^|_)((api|access|auth|bearer|hf|private|secret|session)_?(keys?|tokens?)|secrets?|passwords?|passwd|authorization)$"
 )
 _CONTAINS = 8  # characters from which on a secret is also looked for inside longer values
-_LOGIN = re.compile(r"://[^/@\s]+@")
+_LOGIN = re.compile(
+    r"://([^/@\s]+|[^/@\s:]*:(?!\d+/)[^@\s]+)@"
+)  # AWS keys may have a / in them; a port may stand there
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def refused(config: str, folder: Path, *settings: str, job: str = "label") -> st
         (f"extra_body: {{headers: {{Authorization: Bearer {CANARY}}}}}", "judge.extra_body.headers.Authorization"),
         (f"extra_body: {{tools: [{{hfToken: {CANARY}}}]}}", "judge.extra_body.tools.hfToken"),
         (f"base_url: 'https://me:{CANARY}@host/v1'", "judge.base_url"),
+        (f"base_url: 's3://AKIAX:{CANARY}/4@bucket/x'", "judge.base_url"),
         (f"api_key: {CANARY}", "judge.api_key"),  # which is no setting at all
     ],
 )
@@ -72,6 +73,7 @@ def test_other_problems_are_told_beside_it(tmp_path: Path) -> None:
         "extra_body: {stop_token: END, max_tokens: 3, key_points: 'yes', token: x}",
         "base_url: 'http://localhost:8000/v1', api_key_env: MY_API_KEY",
         "extra_body: {user: me@example.org}",
+        "base_url: 'http://localhost:8000/v1/models@latest'",
     ],
 )
 def test_what_only_looks_like_one_is_taken(written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
