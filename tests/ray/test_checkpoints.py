@@ -15,11 +15,10 @@ import pytest
 
 from rlaif_ray.storage import MANIFEST, Place
 from tests.runs import Program, rows, start
+from tests.s3 import SECRET, s3_server
 from tests.tiny import cached_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-SECRET = "wJalrXUtnFEMI+K7MDENG+bPxRfiCYEXAMPLEKEY"
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +54,13 @@ def weights(run_dir: Path) -> str:
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The environment of a server that speaks S3, with a bucket."""
     s3fs = pytest.importorskip("s3fs")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-    yield environment
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+        yield server.environment
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_s3_and_another_machine(tmp_path: Path, data: Path, s3: dict[str, str]) -> None:

@@ -14,9 +14,8 @@ import pytest
 from rlaif_ray.errors import CheckpointError, InputError
 from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, open_checkpoints, read_state
 from rlaif_ray.storage import MANIFEST, Place, StoredFolder, _digest, draft, open_folder, publish, told
+from tests.s3 import KEY, SECRET, S3Server, s3_server
 from tests.unit.pipelines.test_checkpoint import FakeLearner, job, state_of
-
-KEY, SECRET = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI+K7MDENG+bPxRfiCYEXAMPLEKEY"
 
 
 def stored(final: Place, **files: bytes) -> None:
@@ -113,28 +112,17 @@ def test_a_full_disk(small_disk: Path) -> None:
 def server() -> Iterator[str]:
     """Address of a server that speaks S3, with a bucket."""
     pytest.importorskip("s3fs")
-    from moto.server import ThreadedMotoServer
-
-    one = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    one.start()
-    host, port = one.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        set_environment(patch, f"http://{host}:{port}")
+    with s3_server() as one, pytest.MonkeyPatch.context() as patch:
+        set_environment(patch, one)
         import s3fs
 
         s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-        yield f"http://{host}:{port}"
+        yield one.address
         s3fs.S3FileSystem.clear_instance_cache()
-    one.stop()
 
 
-def set_environment(patch: pytest.MonkeyPatch, address: str) -> None:
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": address,
-    }.items():
+def set_environment(patch: pytest.MonkeyPatch, server: S3Server) -> None:
+    for name, value in server.environment.items():
         patch.setenv(name, value)
 
 
@@ -213,16 +201,13 @@ class TestS3:
 def test_s3_that_dies_while_it_is_written_to(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clear, without secrets, and the checkpoint before is there when the server is back."""
     import s3fs
-    from moto.server import ThreadedMotoServer
 
-    other = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    other.start()
-    host, port = other.get_host_and_port()
-    set_environment(monkeypatch, f"http://{host}:{port}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()
-    try:
+    with s3_server() as other:
+        set_environment(monkeypatch, other)
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
         with at("dying") as checkpoints:
             checkpoints.save(FakeLearner(), RunState(1))
             checkpoints.wait()
@@ -233,16 +218,11 @@ def test_s3_that_dies_while_it_is_written_to(server: str, monkeypatch: pytest.Mo
             ) as error:
                 checkpoints.wait()
         assert KEY not in str(error.value) and SECRET not in str(error.value)
-        assert f"127.0.0.1:{port}" in str(error.value)
-        again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-        again.start()
-        try:
-            found = at("dying").to_resume()
-            assert found is not None and found.step == 1
-        finally:
-            again.stop()
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
+        assert other.address.removeprefix("http://") in str(error.value)
+        other.start()
+        found = at("dying").to_resume()
+        assert found is not None and found.step == 1
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_errors_are_told_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
