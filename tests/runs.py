@@ -80,7 +80,7 @@ class Program:
                 continue
         return found
 
-    def wait(self, timeout_s: float = 240.0) -> Program:
+    def wait(self, timeout_s: float = 900.0) -> Program:
         """Until it ends; then looks what it left behind."""
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None:
@@ -93,7 +93,7 @@ class Program:
         self.left_over = [" ".join(_cmdline(p))[:100] for p in alive]
         return self
 
-    def wait_for(self, happened: Callable[[], bool], timeout_s: float = 240.0) -> None:
+    def wait_for(self, happened: Callable[[], bool], timeout_s: float = 900.0) -> None:
         """Until something happened, which must be before the program ends."""
         deadline = time.monotonic() + timeout_s
         while not happened():
@@ -157,7 +157,7 @@ def start_train(*arguments: str | Path, run_dir: Path, environment: Mapping[str,
 
 
 def finish_train(
-    *arguments: str | Path, run_dir: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 240.0
+    *arguments: str | Path, run_dir: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 900.0
 ) -> Program:
     """Runs `rlaif train` to its end; nothing of it lives on."""
     program = start_train(*arguments, run_dir=run_dir, environment=environment)

@@ -15,9 +15,10 @@ from tests.ray.test_train import repeatable, weights_hash
 from tests.runs import Program, finish_train, rows, start, start_train, tiny_config
 from tests.tiny import cached_tiny_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
-SHORT = ("evaluation.held_out.path=null", "cluster.silent_after_s=6", "cluster.start_timeout_s=120")
+SILENT_S = 10
+SHORT = ("evaluation.held_out.path=null", f"cluster.silent_after_s={SILENT_S}", "cluster.start_timeout_s=120")
 
 # (phase, who, signal): one after the other in one run, each with every replica there.
 ENGINE_FAULTS = [
@@ -76,7 +77,7 @@ def faulty(
     command = [sys.executable, "-m", "tests.faults", json.dumps(faults), job, run_dir, *arguments]
     program = start(command, run_dir.with_suffix(".out"), environment)
     try:
-        return program.wait(900)
+        return program.wait(1800)
     finally:
         program.kill()
 
@@ -112,11 +113,11 @@ def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[A
     return {k: (ours.get(k), theirs.get(k)) for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
 
 
-def assert_noticed(run_dir: Path) -> None:
-    """A dead one within 5 s, a silent one within its deadline (6 s) and 5 more."""
+def assert_noticed(run_dir: Path, silent_s: float = SILENT_S) -> None:
+    """A dead one within 5 s, a silent one within its deadline and 5 more."""
     for fault in rows(run_dir.with_name(f"{run_dir.name}.faults.followed.jsonl")):
         print(fault)
-        assert fault["noticed_s"] < (5 if fault["signal"] == "SIGKILL" else 11), fault
+        assert fault["noticed_s"] < (5 if fault["signal"] == "SIGKILL" else silent_s + 5), fault
 
 
 class TestEngines:
@@ -166,7 +167,9 @@ class TestLearner:
 
     @pytest.fixture(scope="class")
     def runs(self, folder: Path, config: Path) -> tuple[Path, Program, Path]:
-        settings = (*SHORT, "steps=12", "checkpoint.every=2", "cluster.learner_restarts=9")
+        # No engine may be taken for a silent one on a busy machine: its requests, tried alone, have other last bits.
+        patient = f"cluster.silent_after_s={3 * SILENT_S}"
+        settings = (*SHORT, patient, "steps=12", "checkpoint.every=2", "cluster.learner_restarts=9")
         straight, run_dir = folder / "straight", folder / "learner"
         without = finish_train(config, *settings, run_dir=straight)
         assert without.exit_code == 0, without.stderr
@@ -178,7 +181,7 @@ class TestLearner:
         assert program.left_over == []
         assert [(f["phase"], f["who"], f["signal"]) for f in struck(run_dir)] == LEARNER_FAULTS
         assert all(len(f["pids"]) == 1 for f in struck(run_dir))
-        assert_noticed(run_dir)
+        assert_noticed(run_dir, 3 * SILENT_S)
         assert program.stdout.count("starting the learner again from step") == len(LEARNER_FAULTS)
 
     def test_the_end_is_that_of_a_run_without_faults(self, runs: tuple[Path, Program, Path]) -> None:
