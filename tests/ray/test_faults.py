@@ -298,7 +298,7 @@ def test_sigterm_writes_a_checkpoint_that_resumes(folder: Path, config: Path) ->
     try:
         program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2)
         program.process.send_signal(signal.SIGTERM)
-        program.wait(30)
+        program.wait(60)
     finally:
         program.kill()
     assert program.exit_code == 130, program.stderr

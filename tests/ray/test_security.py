@@ -66,7 +66,7 @@ def test_a_local_run_listens_on_loopback_and_keeps_secrets(tmp_path: Path) -> No
             program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2)
             sockets = listening(program)
             program.interrupt()
-            program.wait(60)
+            program.wait(180)
             assert program.exit_code == 130, program.stderr
             assert found_in(Path(private), {"LearnerActor"})  # so it would have been found
             assert found_in(Path(private), set(CANARIES.values())) == set()
@@ -102,7 +102,7 @@ def label(folder: Path, name: str, url: str, environment: dict[str, str]) -> Pro
     words = [Path(sys.executable).with_name("rlaif"), "label", folder / "label.yaml", f"run_dir={folder / name}"]
     program = start(words, folder / f"{name}.out", {**CANARIES, **environment})
     try:
-        return program.wait(120)
+        return program.wait(300)
     finally:
         program.kill()
 

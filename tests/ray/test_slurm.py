@@ -92,14 +92,14 @@ class Job:
         """What Slurm knows of it."""
         return dict(re.findall(r"(\w+)=(\S*)", self.slurm.ask("scontrol", "show", "job", str(self.number))))
 
-    def wait_for(self, *states: str, timeout_s: float = 240.0) -> dict[str, str]:
+    def wait_for(self, *states: str, timeout_s: float = 500.0) -> dict[str, str]:
         deadline = time.monotonic() + timeout_s
         while (told := self.told())["JobState"] not in states:
             assert time.monotonic() < deadline, f"{told['JobState']}:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.3)
         return told
 
-    def wait_for_rows(self, path: Path, count: int, timeout_s: float = 240.0) -> None:
+    def wait_for_rows(self, path: Path, count: int, timeout_s: float = 500.0) -> None:
         deadline = time.monotonic() + timeout_s
         while len(rows(path)) < count:
             ended = self.told()["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING")

@@ -90,7 +90,7 @@ class TwoNodes:
         command = [RAY, "job", "stop", "--no-wait", "--address", self.dashboard, job]
         inherited = {"PATH": "/usr/bin:/bin", "HOME": str(self._folder), **ENVIRONMENT}
         subprocess.run([str(word) for word in command], env=inherited, check=True, capture_output=True, timeout=60)
-        submitted.wait(100)
+        submitted.wait(300)
         return time.monotonic() - began
 
 
@@ -129,9 +129,9 @@ def cluster(folder: Path) -> Iterator[TwoNodes]:
 def test_nodes_that_are_missing_are_told(cluster: TwoNodes, folder: Path) -> None:
     """As cluster/slurm.sbatch waits for them."""
     command = [sys.executable, ROOT / "launch" / "wait_for_nodes.py", cluster.folders["head"]]
-    there = start([*command, "1"], folder / "there.out", ENVIRONMENT).wait(60)
+    there = start([*command, "1"], folder / "there.out", ENVIRONMENT).wait(180)
     assert (there.exit_code, there.stdout) == (0, ""), there.stderr
-    missing = start([*command, "2"], folder / "missing.out", {**ENVIRONMENT, "RLAIF_NODES_TIMEOUT_S": "1"}).wait(60)
+    missing = start([*command, "2"], folder / "missing.out", {**ENVIRONMENT, "RLAIF_NODES_TIMEOUT_S": "1"}).wait(180)
     assert missing.exit_code == 1
     assert re.match(
         r"slurm: 1 of 2 nodes registered \(\S+\), and RLAIF_NODES_TIMEOUT_S=1 s are over\. See", missing.stdout
