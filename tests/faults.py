@@ -25,7 +25,8 @@ from rlaif_ray.tracking import StepMetrics, Tracker
 
 class Faults:
     """Each is {"step", "phase", "who", "signal"}: `who` is such as "rollout engine 0", "learner rank 1", or "core of
-    rollout engine 0" for vLLM's own process beside the actor's."""
+    rollout engine 0" for vLLM's own process beside the actor's. With "forever" whoever takes its place is struck too.
+    """
 
     def __init__(self, faults: list[dict[str, Any]], log: Path) -> None:
         self.faults, self.log = faults, log
@@ -41,8 +42,8 @@ class Faults:
                 os.kill(pid, getattr(signal, fault["signal"]))
             with self.log.open("a") as file:
                 file.write(json.dumps({**fault, "pids": pids}) + "\n")
-            follower = threading.Thread(target=self.follow, args=(fault, self.struck(fault["who"])), daemon=True)
-            follower.start()
+            watch = self.strike_on if fault.get("forever") else self.follow
+            threading.Thread(target=watch, args=(fault, self.struck(fault["who"])), daemon=True).start()
 
     def follow(self, fault: dict[str, Any], struck: list[Any]) -> None:
         """Writes down in how many seconds the loss was noticed, and all were there again."""
@@ -55,6 +56,15 @@ class Faults:
         line = {**fault, "noticed_s": round(noticed_s, 2), "back_s": round(time.monotonic() - began, 2)}
         with self.log.with_suffix(".followed.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def strike_on(self, fault: dict[str, Any], struck: list[Any]) -> None:
+        """Until the run ends."""
+        while True:
+            for watched in self.struck(fault["who"]):
+                if watched not in struck and watched.last is not None:
+                    struck.append(watched)
+                    os.kill(watched.last.pid, getattr(signal, fault["signal"]))
+            time.sleep(0.05)
 
     def struck(self, who: str) -> list[Any]:
         return [w for w in self.cluster._watch._watched if w.name.startswith(who.removeprefix("core of "))]

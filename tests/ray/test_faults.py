@@ -290,6 +290,21 @@ def test_a_learner_that_is_lost_too_often_ends_the_run(folder: Path, config: Pat
     assert [row["step"] for row in rows(run_dir / "metrics.jsonl")] == [1]
 
 
+def test_the_run_ends_when_no_replica_comes_back(folder: Path, config: Path) -> None:
+    """With a checkpoint of the last step, from which it goes on once there is one again."""
+    run_dir = folder / "gone"
+    faults = [{"step": 3, "phase": "feedback", "who": "judge engine 0", "signal": "SIGKILL", "forever": True}]
+    program = faulty(run_dir, faults, config, *SHORT, "checkpoint.every=0", "steps=4")
+    assert program.exit_code == 1
+    assert "ReplicasLostError: no judge engine is left and no new one came" in program.stderr
+    assert "judge engine 0" in program.stderr and "given up after 3 starts" in program.stdout
+    assert program.left_over == []
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-2"]
+    again = finish_train(config, *SHORT, "checkpoint.every=0", "steps=4", run_dir=run_dir)
+    assert again.exit_code == 0, again.stderr
+    assert_whole(run_dir, 4)
+
+
 def test_sigterm_writes_a_checkpoint_that_resumes(folder: Path, config: Path) -> None:
     """As when a scheduler takes the node: at once, without waiting for the step, and with nothing to do twice."""
     run_dir = folder / "preempted"
