@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.tiny import cached_tiny_model
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from rlaif_ray.rollout.vllm_engine import VllmEngine
 
 pytest.register_assert_rewrite("tests.contracts")
+# How fast an example is on a shared machine is no test's business.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 ENGINE_CONTEXT = 4096  # room for the shipped judge templates in the tiny tokenizer's short tokens
 
