@@ -48,7 +48,7 @@ def measure(args: Any) -> dict[str, Any]:
         return GenerationSettings(args.samples_per_prompt, args.max_new_tokens, 1.0, seed=k, ignore_eos=True)
 
     with open_cluster(job) as cluster:
-        rollouts = cluster.start_rollouts(job.policy, job.rollout, context=context)
+        rollouts = cluster.start_rollouts(job.policy, job.rollout, context=context, receives_weights=False)
         spec = cluster._engine_spec(job.policy, job.rollout, context=context, transfer=None)
         cluster.wait()
         plain = PlainVllm(spec)

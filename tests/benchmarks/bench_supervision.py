@@ -40,7 +40,7 @@ def measure(args: Any) -> dict[str, Any]:
     job = make_job(args)
     context = args.max_prompt_tokens + args.max_new_tokens
     with open_cluster(job) as cluster:
-        rollouts = cluster.start_rollouts(job.policy, job.rollout, context=context)
+        rollouts = cluster.start_rollouts(job.policy, job.rollout, context=context, receives_weights=False)
         cluster.start_judges(job.feedback.judge, context=context)
         cluster.start_learner()
         cluster.wait()
