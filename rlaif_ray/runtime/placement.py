@@ -177,7 +177,7 @@ def wait_for_place(
             )
         if now - told > NOTE_S:
             told = now
-            note(f"waiting for the places of {len(slots)} actors: {_registered(slots)}")
+            note(_waiting(slots))
 
 
 def displaced(group: Any, slots: list[Slot]) -> str | None:
@@ -186,6 +186,10 @@ def displaced(group: Any, slots: list[Slot]) -> str | None:
 
     if placement_group_table(group)["state"] == "CREATED":
         return None
+    return _waiting(slots)
+
+
+def _waiting(slots: list[Slot]) -> str:
     return f"waiting for the places of {len(slots)} actors: {_registered(slots)}"
 
 

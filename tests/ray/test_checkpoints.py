@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlaif_ray.storage import MANIFEST, Place
+from tests.disks import small_tmpfs
 from tests.runs import Program, rows, start
 from tests.s3 import SECRET, s3_server
 from tests.tiny import cached_tiny_model
@@ -85,16 +83,8 @@ def test_s3_and_another_machine(tmp_path: Path, data: Path, s3: dict[str, str]) 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk with room for one checkpoint of the tiny model, and not for two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    command = [str(mount), "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(folder)]
-    if mount is None or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
+    with small_tmpfs(tmp_path / "disk", "1800k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path, data: Path, small_disk: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from rlaif_ray.errors import CheckpointError, InputError
 from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, open_checkpoints, read_state
 from rlaif_ray.storage import MANIFEST, Place, StoredFolder, _digest, draft, open_folder, publish, told
+from tests.disks import small_tmpfs
 from tests.s3 import KEY, SECRET, S3Server, s3_server
 from tests.unit.pipelines.test_checkpoint import FakeLearner, job, state_of
 
@@ -73,16 +73,8 @@ class TestFolders:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 256 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    command = [str(mount), "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if mount is None or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
+    with small_tmpfs(tmp_path / "disk", "256k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk(small_disk: Path) -> None:
