@@ -131,7 +131,7 @@ class LearnerActor(Actor):
     """One rank of the learner, and the sending end of the weight sync."""
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address and a free port on this node, for rank 0's peers."""
+        """Address and a free port on this node, for the peers of rank 0, whose answer counts."""
         import ray
 
         address: str = ray.util.get_node_ip_address()

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import EngineConfig
-from rlaif_ray.errors import InputError
+from rlaif_ray.errors import InputError, LearnerLostError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
@@ -30,7 +30,7 @@ from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGrou
 from rlaif_ray.runtime.loopback import loopback_environment, on_loopback
 from rlaif_ray.runtime.memory_plan import sections
 from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, totals, wait_for_place
-from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched
+from rlaif_ray.runtime.supervision import HEALTH, START_TRIES, Limits, Replicas, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 
@@ -308,31 +308,51 @@ class Cluster:
         """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""
         job = self._job
         precision = chosen_precision(job.policy.precision, self.device)
-        # Some places may have gone with their node, when it is not the first learner.
-        wait_for_place(self._group, self._slots, self._limits.start_s, leave=self._leave)
         slots = self._of("learner")
+        address, port = self._begin_ranks(slots)
+        specs = [
+            RankSpec(rank, len(slots), 0, address, port, self.device, self._threads(len(slots)))
+            for rank in range(len(slots))
+        ]
+        self._starting = [
+            rank.actor.start.remote(job, spec, precision, total_steps, *self._sleepers)
+            for rank, spec in zip(self._ranks, specs, strict=True)
+        ]
+        return self._ranks, job, precision
+
+    def _begin_ranks(self, slots: list[Slot]) -> tuple[str, int]:
+        """The processes of the ranks, up and watched; where rank 0 is to be met.
+
+        Ray may hear of a lost node seconds after we do, and until then still gives places there: what begins in one
+        dies of it, and begins again.
+
+        Raises:
+            LearnerLostError: one died each time.
+        """
         base = RankSpec(0, len(slots), 0, "", 0, self.device, self._threads(len(slots)))
         environment = {
             k: v
             for k, v in learner_environment(base).items()
             if k in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
         }
-        actors = [self._spawn(LearnerActor, slot, environment) for slot in slots]
-        address, port = gather(
-            [actors[0].rendezvous.remote()], who="learner rank 0", timeout_s=job.cluster.start_timeout_s
-        )[0]
-        specs = [
-            RankSpec(rank, len(slots), 0, address, port, self.device, self._threads(len(slots)))
-            for rank in range(len(slots))
-        ]
-        self._starting = [
-            a.start.remote(job, spec, precision, total_steps, *self._sleepers)
-            for a, spec in zip(actors, specs, strict=True)
-        ]
-        self._ranks = [Watched(f"learner rank {k}", actor, self._limits.silent_s) for k, actor in enumerate(actors)]
-        for rank in self._ranks:
-            self._watch.add(rank)
-        return self._ranks, job, precision
+        for left in reversed(range(START_TRIES)):
+            wait_for_place(self._group, self._slots, self._limits.start_s, leave=self._leave)
+            actors = [self._spawn(LearnerActor, slot, environment) for slot in slots]
+            self._ranks = [Watched(f"learner rank {k}", actor, self._limits.silent_s) for k, actor in enumerate(actors)]
+            for rank in self._ranks:
+                self._watch.add(rank)
+            asked = [actor.rendezvous.remote() for actor in actors]
+            try:
+                met = gather(asked, who="learner ranks (rendezvous)", timeout_s=self._limits.start_s, ranks=self._ranks)
+            except LearnerLostError as error:
+                self.stop_learner()
+                if not left:
+                    raise
+                self._note(f"{error}: beginning again")
+            else:
+                break
+        address, port = met[0]
+        return str(address), int(port)
 
     def tell(self, note: Callable[[str], None], leave: Callable[[], bool]) -> None:
         """`note` is told of losses and waits from now on; `leave` says whether to give up waiting (Preempted)."""
