@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Any
 
+SECRETS = ("_KEY", "_KEY_ID", "_TOKEN", "_SECRET", "_PASSWORD")  # as rlaif_ray.secrecy has them
 AGENT_WAIT_S = 120.0  # a head node that has just started takes a while until its agent accepts jobs
 
 
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("job", help="train, ...")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="config files and key=value settings")
     options = parser.parse_args()
-    secret = [name for name in options.env if name.upper().endswith(("_KEY", "_TOKEN", "_SECRET", "_PASSWORD"))]
+    secret = [name for name in options.env if name.upper().endswith(SECRETS)]
     if secret:
         print(
             f"submit: --env must not pass secrets (got {', '.join(secret)}): Ray writes what it passes into logs and "

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MASK = "***"
+VARIABLES = ("_KEY", "_KEY_ID", "_TOKEN", "_SECRET", "_PASSWORD")  # ends of names of environment variables
 _WORDS = {"key", "token", "secret", "password", "apikey", "passwd", "secrets", "passwords", "authorization"}
 # A key of a setting that surely holds a secret: `stop_token` has one of the words above, and is none.
 _SURELY = re.compile(
@@ -23,8 +24,8 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with secrets replaced by `***`.
 
     Secret is what has a key with a whole word like key, token, secret or password in it (`api_key`, but not
-    `max_new_tokens`), what equals or contains an environment variable named *_KEY, *_TOKEN, *_SECRET or *_PASSWORD,
-    and the user and password of a URL.
+    `max_new_tokens`), what equals or contains the value of an environment variable whose name ends in one of
+    VARIABLES, and the user and password of a URL.
     """
     known = _known()
     return {str(key): _masked(value, _is_secret(str(key)), known) for key, value in config.items()}
@@ -35,9 +36,21 @@ def secrets_in(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
     yield from _found(values, (), _known())
 
 
+def masked(text: str) -> str:
+    """`text` with the values of secret environment variables, and the users and passwords of URLs, replaced."""
+    for secret in sorted(_known(), key=len, reverse=True):  # one may be a part of another
+        if len(secret) >= _CONTAINS:
+            text = text.replace(secret, MASK)
+    return without_login(text)
+
+
+def without_login(text: str) -> str:
+    """`text` with the user and password of each URL replaced."""
+    return _LOGIN.sub(f"://{MASK}@", text)
+
+
 def _known() -> set[str]:
-    names = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
-    return {value for name, value in os.environ.items() if name.upper().endswith(names) and value}
+    return {value for name, value in os.environ.items() if name.upper().endswith(VARIABLES) and value}
 
 
 def _words(key: str) -> str:
@@ -61,7 +74,7 @@ def _masked(value: Any, secret: bool, known: set[str]) -> Any:
         return value
     if value in known or any(len(each) >= _CONTAINS and each in value for each in known):
         return MASK
-    return _LOGIN.sub(f"://{MASK}@", value)
+    return without_login(value)
 
 
 def _found(value: Any, key: tuple[str, ...], known: set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -74,7 +87,7 @@ def _found(value: Any, key: tuple[str, ...], known: set[str]) -> Iterator[tuple[
     elif isinstance(value, str) and value:
         # A path is no secret, though a variable such as SSH_KEY may hold it.
         if any(len(each) >= _CONTAINS and each in value and not each.startswith(("/", "~", ".")) for each in known):
-            yield key, "an environment variable named *_KEY, *_TOKEN, *_SECRET or *_PASSWORD has the same"
+            yield key, f"an environment variable named *{', *'.join(VARIABLES[:-1])} or *{VARIABLES[-1]} has the same"
         elif key and _SURELY.search(_words(key[-1])):
             yield key, "its name is that of a secret"
         elif _LOGIN.search(value):

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,12 +20,12 @@ from typing import Any, BinaryIO
 
 from rlaif_ray.errors import CheckpointError, InputError, RunError
 from rlaif_ray.folders import publish_folder
+from rlaif_ray.secrecy import masked, without_login
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 READ_BYTES = 8 << 20  # at a time
 READERS = 4  # files that are verified side by side
-_SHORT_SECRET = 8  # characters below which a variable's value is not looked for in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +116,15 @@ class Place:
         Raises:
             CheckpointError: it can't be written.
         """
-        with _failing(f"{self} could not be written"):
+        with _failing(f"{self} could not be written"), ThreadPoolExecutor(1, "sha256") as hasher:
             if self.folder is None:
                 filesystem, path = self._remote()
                 with filesystem.open(path, "wb") as file:
-                    yield HashedWriter(file)
+                    yield HashedWriter(file, hasher)
                 return
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with self.folder.open("wb") as file:
-                yield HashedWriter(file)
+                yield HashedWriter(file, hasher)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -193,12 +192,13 @@ class Place:
 class HashedWriter:
     """Writes to a file and knows what it has written."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._size, self._hash = file, 0, hashlib.sha256()
+    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor) -> None:
+        self._file, self._size, self._hash, self._hasher = file, 0, hashlib.sha256(), hasher
 
     def write(self, data: bytes | memoryview) -> None:
+        hashed = self._hasher.submit(self._hash.update, data)  # beside the writing: it takes as long
         self._file.write(data)
-        self._hash.update(data)
+        hashed.result()
         self._size += len(data)
 
     @property
@@ -324,20 +324,4 @@ def told(error: BaseException) -> str:
     """An error in one line, without logins and without the values of secret variables."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-    return without_login(_without(_secrets(), text))
-
-
-def without_login(text: str) -> str:
-    """`text` with the user and password of addresses masked."""
-    return re.sub(r"://[^/\s]*@", "://***@", text)
-
-
-def _secrets() -> Iterable[str]:
-    names = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_KEY_ID")
-    return [v for k, v in os.environ.items() if k.upper().endswith(names) and len(v) >= _SHORT_SECRET]
-
-
-def _without(secrets: Iterable[str], text: str) -> str:
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
+    return masked(text)

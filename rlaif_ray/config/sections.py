@@ -119,7 +119,8 @@ class EngineConfig(Config):
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """KV cache of an engine on CPU."""
     sleep: bool = False
-    """Between calls the engine gives its GPU memory back, weights to the host's memory, for others of the same GPU."""
+    """Between calls the engine gives its GPU memory back, weights to the host's memory, for others of the same GPU. A
+    lost one starts again in the next phase of its role, which then waits for it."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM as they are; they win over everything above."""
 
@@ -383,6 +384,10 @@ class ClusterConfig(Config):
     """How often a lost learner starts again from the last checkpoint, before the job ends."""
     object_store_gb: Annotated[float, Field(gt=0)] = 0.3
     """Of a local Ray."""
+
+    def shares_gpus(self, device: Literal["cpu", "cuda"]) -> bool:
+        """Whether actors of several roles are on one GPU."""
+        return device == "cuda" and self.gpus_per_actor < 1
 
 
 class CheckpointConfig(Config):

@@ -165,7 +165,7 @@ class LearnerActor(Actor):
             ranks: dict[type, Any] = {SftJob: SftRank, RewardModelJob: RewardRank, DpoJob: DpoRank}
             self._learner = ranks[type(job)](job, spec, precision, total_steps=total_steps, start_timeout_s=timeout_s)
         self._rank = spec.rank
-        self._shares_gpu = spec.device == "cuda" and job.cluster.gpus_per_actor < 1
+        self._shares_gpu = job.cluster.shares_gpus(spec.device)
         self._senders: list[Any] = []
 
     def annotate(self, prompts: Any, completions: Any, plan: RankPlan, with_policy: bool) -> Any:

@@ -173,7 +173,7 @@ def check_sleep(job: Any, device: Literal["cpu", "cuda"]) -> None:
     """
     engines = {key: cfg for cfg, key in sections(job).values()} | {"rollout": getattr(job, "rollout", None)}
     for key, cfg in engines.items():
-        if isinstance(cfg, EngineConfig) and cfg.sleep and (device == "cpu" or job.cluster.gpus_per_actor == 1):
+        if isinstance(cfg, EngineConfig) and cfg.sleep and not job.cluster.shares_gpus(device):
             raise InputError(
                 f"{key}.sleep=true needs GPUs that actors share (got cluster.gpus_per_actor="
                 f"{job.cluster.gpus_per_actor:g} on {'CPUs' if device == 'cpu' else 'GPUs'}): it frees memory for "
@@ -233,11 +233,11 @@ class Cluster:
         environment = {"TOKENIZERS_PARALLELISM": "false"}
         if self.device == "cpu":
             environment |= {"OMP_NUM_THREADS": str(self._threads(len(slots))), "CUDA_VISIBLE_DEVICES": ""}
-        threads = self._threads(len(slots))
+        threads, shares_gpu = self._threads(len(slots)), self._job.cluster.shares_gpus(self.device)
 
         def launch(k: int) -> tuple[Any, Any]:
             actor = self._spawn(RewardModelActor, slots[k], environment)
-            return actor, actor.start.remote(cfg, self.device, precision, threads, self._shares_gpus)
+            return actor, actor.start.remote(cfg, self.device, precision, threads, shares_gpu)
 
         return ScorerGroup(self._replicate(role, len(slots), launch))
 
@@ -271,10 +271,18 @@ class Cluster:
             return actor, ref
 
         takes_weights = spec.transfer_backend is not None
-        return EngineGroup(self._replicate(f"{role} engine", len(slots), launch, takes_weights=takes_weights))
+        return EngineGroup(
+            self._replicate(f"{role} engine", len(slots), launch, takes_weights=takes_weights, takes_turns=spec.sleep)
+        )
 
     def _replicate(
-        self, role: str, count: int, launch: Callable[[int], tuple[Any, Any]], *, takes_weights: bool = False
+        self,
+        role: str,
+        count: int,
+        launch: Callable[[int], tuple[Any, Any]],
+        *,
+        takes_weights: bool = False,
+        takes_turns: bool = False,
     ) -> Replicas:
         replicas = Replicas(
             role,
@@ -283,6 +291,7 @@ class Cluster:
             watch=self._watch,
             limits=self._limits,
             takes_weights=takes_weights,
+            takes_turns=takes_turns,
             note=lambda text: self._note(text),
         )
         self._replicas.append(replicas)
@@ -410,11 +419,6 @@ class Cluster:
     def pids(self) -> list[int]:
         """Processes of the actors on this node. Asks nothing of Ray: other threads call it, also after the end."""
         return [beat.pid for beat in self._watch.beats() if beat.node == self._node]
-
-    @property
-    def _shares_gpus(self) -> bool:
-        """Whether actors of several roles are on one GPU."""
-        return self.device == "cuda" and self._job.cluster.gpus_per_actor < 1
 
     def _of(self, role: str) -> list[Slot]:
         return [s for s in self._slots if s.role == role]

@@ -212,7 +212,7 @@ def _options(job: Any, plan: Plan, machine: Machine) -> Iterator[tuple[str, list
             engines[key] = section
     contexts = {one.key: one.memory.holds["context"] for p in plan.phases for one in p.actors if one.kind == "engine"}
     for key, engine in engines.items():
-        if job.cluster.gpus_per_actor < 1 and not engine.sleep:
+        if job.cluster.shares_gpus("cuda") and not engine.sleep:
             yield f"{key}.sleep", [True]
         yield f"{key}.tensor_parallel", _doubled(engine.tensor_parallel, machine.gpus_per_node)
         now = engine.gpu_memory_utilization
@@ -221,7 +221,7 @@ def _options(job: Any, plan: Plan, machine: Machine) -> Iterator[tuple[str, list
         yield f"{key}.max_context", _halved(contexts.get(key, 0), 1024)
     for key, scorer in scorers.items():
         yield f"{key}.tokens_per_batch", _halved(scorer.tokens_per_batch, 512)
-    if job.cluster.gpus_per_actor < 1:
+    if job.cluster.shares_gpus("cuda"):
         yield "cluster.gpus_per_actor", [1.0]
 
 

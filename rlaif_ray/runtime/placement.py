@@ -89,7 +89,7 @@ def actor_slots(job: Any, device: Literal["cpu", "cuda"]) -> list[Slot]:
     ]
     if device == "cpu":
         return sorted(slots, key=lambda slot: slot.role not in ("rollout", "learner"))
-    return sorted(slots, key=lambda slot: slot.index) if job.cluster.gpus_per_actor < 1 else slots
+    return sorted(slots, key=lambda slot: slot.index) if job.cluster.shares_gpus(device) else slots
 
 
 def _share(cluster: ClusterConfig, device: str, workers: int) -> tuple[float, float]:

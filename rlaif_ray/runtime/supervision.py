@@ -201,11 +201,14 @@ class Replicas:
         watch: Watch,
         limits: Limits,
         takes_weights: bool = False,
+        takes_turns: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`launch(k)` starts the k-th and returns the actor and the ref of its start.
 
         With `takes_weights` a replica serves only once `admit`, which whoever brings the weights sets, has let it.
+        With `takes_turns` others use its memory while these have no work: one starts only while they have, and the work
+        ends only once it is up.
         """
         self.role, self.count = role, count
         self.lost = 0  # replicas lost so far
@@ -214,6 +217,7 @@ class Replicas:
         self.admit: Callable[[list[Replica], bool], None] | None = None  # (newcomers, whether others are busy)
         self._launch, self._watch, self._limits = launch, watch, limits
         self._takes_weights, self._note = takes_weights, note
+        self._takes_turns, self._turn = takes_turns, True  # whether it is theirs
         self._lock = threading.RLock()
         self._failed_starts = [0] * count
         self._start_error: RlaifError | None = None
@@ -249,6 +253,7 @@ class Replicas:
             RlaifError: why one could not start.
         """
         deadline = time.monotonic() + self._limits.start_s + POLL_S
+        self._turn = True
         while len(self.usable()) < self.count:
             if self._start_error is not None:
                 raise self._start_error
@@ -259,15 +264,21 @@ class Replicas:
                     f"{', '.join(late)} did not start within cluster.start_timeout_s={self._limits.start_s:g} s "
                     f"({'; '.join(sorted(reasons)) or 'still loading'}). Look at their logs in Ray's session folder."
                 )
-            ray.wait([r.starting for r in self._replicas if r.starting is not None] or [ray.put(0)], timeout=POLL_S)
-            self.look_after()
+            self._await_starts()
+        self._turn = not self._takes_turns
+
+    def _await_starts(self) -> None:
+        """Sees who has started, at the latest after a moment."""
+        ray.wait([r.starting for r in self._replicas if r.starting is not None] or [ray.put(0)], timeout=POLL_S)
+        self.look_after()
 
     def look_after(self) -> None:
         """Notices who has become ready, and starts others for the lost."""
         with self._lock:
             for k, replica in enumerate(self._replicas):
                 self._see_start(k, replica)
-                if replica.watched.lost is not None and not self._stopped and self._failed_starts[k] < START_TRIES:
+                due = self._turn and not self._stopped and self._failed_starts[k] < START_TRIES
+                if replica.watched.lost is not None and due:
                     self._replace(k, replica)
 
     def _see_start(self, k: int, replica: Replica) -> None:
@@ -350,6 +361,29 @@ class Replicas:
             Preempted: `leave` said so.
             RlaifError: what an actor itself raised, when it is not the actor that failed.
         """
+        with self._their_turn():
+            return self._run(keys, ask, split, read)
+
+    @contextmanager
+    def _their_turn(self) -> Iterator[None]:
+        """Work; where they take turns with others, nobody is still starting when it has ended well."""
+        self._turn = True
+        self.look_after()
+        try:
+            yield
+            while self._takes_turns and any(r.starting is not None for r in self._replicas if r.watched.lost is None):
+                self._leave_if_asked()
+                self._await_starts()
+        finally:
+            self._turn = not self._takes_turns
+
+    def _run(
+        self,
+        keys: Sequence[Hashable],
+        ask: Callable[[Any, list[int]], Any],
+        split: Split,
+        read: Callable[[Any], list[Any]],
+    ) -> list[Any]:
         answers: list[Any] = [None] * len(keys)
         asked = [i for i, key in enumerate(keys) if key not in self._outlaws]
         work = _Work(deque(), split)

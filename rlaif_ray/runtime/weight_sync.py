@@ -36,7 +36,7 @@ def choose_backend(cfg: WeightSyncConfig, cluster: ClusterConfig, device: Litera
     if cfg.backend == "auto":
         if device == "cpu":
             return "shm"
-        return "ipc" if cluster.gpus_per_actor < 1 else "nccl"
+        return "ipc" if cluster.shares_gpus(device) else "nccl"
     if (cfg.backend == "shm") != (device == "cpu"):
         raise InputError(
             f"weight_sync.backend={cfg.backend} does not work on cluster.device={device}: shm is for CPUs, ipc and "

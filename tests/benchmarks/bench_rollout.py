@@ -12,23 +12,19 @@ from typing import Any
 from tests.benchmarks.measure import (
     PlainVllm,
     alternate,
-    arguments,
     json_output,
     machine,
     make_job,
     medians,
     project_prompts,
     ratio,
+    rollout_arguments,
 )
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser = rollout_arguments(__doc__, rounds=5, prompts=32)
     parser.add_argument("--samples-per-prompt", type=int, default=2)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--max-prompt-tokens", type=int, default=256)
-    parser.add_argument("--kv-cache-gb", type=float, default=0.5)
     args = parser.parse_args()
     with json_output() as emit:
         emit(measure(args))

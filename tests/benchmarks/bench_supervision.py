@@ -11,23 +11,18 @@ from typing import Any
 
 from tests.benchmarks.measure import (
     alternate,
-    arguments,
     json_output,
     machine,
     make_job,
     medians,
     project_prompts,
     ratio,
+    rollout_arguments,
 )
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=8)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--max-prompt-tokens", type=int, default=256)
-    parser.add_argument("--kv-cache-gb", type=float, default=0.5)
-    args = parser.parse_args()
+    args = rollout_arguments(__doc__, rounds=12, prompts=64).parse_args()
     with json_output() as emit:
         emit(measure(args))
 

@@ -36,6 +36,16 @@ def arguments(description: str | None, *, rounds: int) -> argparse.ArgumentParse
     return parser
 
 
+def rollout_arguments(description: str | None, *, rounds: int, prompts: int) -> argparse.ArgumentParser:
+    """What a benchmark that samples can be told."""
+    parser = arguments(description, rounds=rounds)
+    parser.add_argument("--prompts", type=int, default=prompts)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-prompt-tokens", type=int, default=256)
+    parser.add_argument("--kv-cache-gb", type=float, default=0.5)
+    return parser
+
+
 @contextmanager
 def json_output() -> Iterator[Callable[[dict[str, Any]], None]]:
     """Within it stdout carries the JSON lines of the function it gives, and nothing else: the rest goes to stderr."""

@@ -72,6 +72,8 @@ def test_a_local_run_listens_on_loopback_and_keeps_secrets(tmp_path: Path) -> No
             assert found_in(Path(private), set(CANARIES.values())) == set()
         finally:
             program.kill()
+    report = start([Path(sys.executable).with_name("rlaif"), "report", run_dir], tmp_path / "report.out", CANARIES)
+    assert report.wait(180).exit_code == 0 and (run_dir / "report.html").is_file(), report.stderr
     assert {address for _, address in sockets} <= LOOPBACK, sockets
     names = {name for name, _ in sockets}
     assert {"gcs_server", "raylet"} < names and any(name.startswith("ray::LearnerActor") for name in names)

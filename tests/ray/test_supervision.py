@@ -165,6 +165,25 @@ def test_a_call_without_an_answer_has_a_deadline(watch: Watch) -> None:
         group.stop()
 
 
+def test_those_that_take_turns_start_in_their_own(watch: Watch) -> None:
+    """Others use their memory in between; and the call ends only once all are up."""
+    group = Doublers(watch, 2, takes_turns=True)
+    try:
+        assert group.double([1, 2]) == [2, 4]
+        os.kill(group.pid(0), signal.SIGKILL)
+        group.until(lambda: len(group.serving()) == 1, 5.0)
+        time.sleep(3.0)  # several looks
+        assert (group.lost, group.notes) == (0, [])
+        assert group.double([1, 2, 3]) == [2, 4, 6]
+        assert group.lost == 1 and len(group.serving()) == 2
+        group.fails = "dies"
+        os.kill(group.pid(1), signal.SIGKILL)
+        group.until(lambda: len(group.serving()) == 1, 5.0)
+        assert group.double([1, 2]) == [2, 4] and group._failed_starts == [0, 3]  # given up, not waited for
+    finally:
+        group.stop()
+
+
 def test_none_left_and_no_new_one(watch: Watch) -> None:
     group = Doublers(watch, 1, start_s=20.0)
     try:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
 from rlaif_ray.config.load import load_job
+from rlaif_ray.secrecy import VARIABLES
 
 ROOT = Path(__file__).parents[2]
 CLUSTER, LAUNCH = ROOT / "cluster", ROOT / "launch"
@@ -146,6 +148,12 @@ def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
     (in_image,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", (CLUSTER / "Containerfile").read_text())
     (by_default,) = re.findall(r'"--stop-wait",\s+type=int,\s+default=(\d+)', (LAUNCH / "submit.py").read_text())
     assert int(in_image) == int(by_default) > grace_s
+
+
+def test_submit_knows_the_secret_variables() -> None:
+    """It runs where the package need not be installed."""
+    (names,) = re.findall(r"^SECRETS = (\(.*?\))", (LAUNCH / "submit.py").read_text(), re.M)
+    assert literal_eval(names) == VARIABLES
 
 
 def test_all_use_the_image_that_is_built() -> None:
