@@ -1,13 +1,12 @@
 """Where checkpoints are kept: a folder of a file system, or an address of an object store (any that fsspec knows).
 
-A folder of files is stored whole or not at all: its manifest names every file with size and SHA-256, and is written
+A folder of files is stored whole or not at all: its manifest names every file with size and checksum, and is written
 last. On a file system the folder also gets its name last; an object store has no rename, there the manifest alone
 says that it is there. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,12 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from xxhash import xxh3_128
+
 from rlaif_ray.errors import CheckpointError, InputError, RunError
 from rlaif_ray.folders import publish_folder
 from rlaif_ray.secrecy import masked, without_login
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 READ_BYTES = 8 << 20  # at a time
 READERS = 4  # files that are verified side by side
 
@@ -33,7 +34,7 @@ class StoredFile:
     """What a file must be, to be the one that was written."""
 
     size: int  # bytes
-    sha256: str  # in hex
+    xxh128: str  # XXH3 of 128 bits in hex, as `xxhsum -H2` says: against damage, ten times as fast as SHA-256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class StoredFolder:
         """
         place, expected = self.file(name)
         data = place.read()
-        if StoredFile(len(data), hashlib.sha256(data).hexdigest()) != expected:
+        if StoredFile(len(data), xxh3_128(data).hexdigest()) != expected:
             raise CheckpointError(f"{place} is damaged: it is not what was written.")
         return data
 
@@ -116,15 +117,15 @@ class Place:
         Raises:
             CheckpointError: it can't be written.
         """
-        with _failing(f"{self} could not be written"), ThreadPoolExecutor(1, "sha256") as hasher:
+        with _failing(f"{self} could not be written"):
             if self.folder is None:
                 filesystem, path = self._remote()
                 with filesystem.open(path, "wb") as file:
-                    yield HashedWriter(file, hasher)
+                    yield HashedWriter(file)
                 return
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with self.folder.open("wb") as file:
-                yield HashedWriter(file, hasher)
+                yield HashedWriter(file)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -192,13 +193,12 @@ class Place:
 class HashedWriter:
     """Writes to a file and knows what it has written."""
 
-    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor) -> None:
-        self._file, self._size, self._hash, self._hasher = file, 0, hashlib.sha256(), hasher
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size, self._hash = file, 0, xxh3_128()
 
     def write(self, data: bytes | memoryview) -> None:
-        hashed = self._hasher.submit(self._hash.update, data)  # beside the writing: it takes as long
         self._file.write(data)
-        hashed.result()
+        self._hash.update(data)
         self._size += len(data)
 
     @property
@@ -237,7 +237,7 @@ def publish(written: StoredFolder, final: Place, **facts: Any) -> None:
         "files": {name: asdict(file) for name, file in sorted(written.files.items())},
         **facts,
     }
-    data = json.dumps({**content, "sha256": _digest(content)}, indent=1).encode()
+    data = json.dumps({**content, "xxh128": _digest(content)}, indent=1).encode()
     if final.folder is None:
         (final / MANIFEST).write(data)
         for name in set(final.names()) - {MANIFEST, below}:  # another attempt's
@@ -260,8 +260,13 @@ def open_folder(place: Place, *, verify: bool = True) -> tuple[StoredFolder, dic
     try:
         with manifest.opened() as file:
             content = json.loads(file.read())
-        digest = content.pop("sha256")
-        if content["format"] != FORMAT or digest != _digest(content):
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{manifest} is of format {content['format']}, and this rlaif_ray reads {FORMAT}: go on with "
+                f"the version that wrote it."
+            )
+        digest = content.pop("xxh128")
+        if digest != _digest(content):
             raise CheckpointError(f"{manifest} is damaged: it is not what was written.")
         files = {name: StoredFile(**file) for name, file in content["files"].items()}
         below = content["below"]
@@ -286,19 +291,19 @@ def verified(place: Place, expected: StoredFile) -> None:
     Raises:
         CheckpointError: it is another than was written, or can't be read.
     """
-    digest = hashlib.sha256()
+    digest = xxh3_128()
     with _failing(f"{place} can't be read"):
         if (size := place.size()) != expected.size:
             raise CheckpointError(f"{place} is damaged: it has {size} bytes, {expected.size} were written.")
         with place.opened() as file:
             while data := file.read(READ_BYTES):
                 digest.update(data)
-    if digest.hexdigest() != expected.sha256:
+    if digest.hexdigest() != expected.xxh128:
         raise CheckpointError(f"{place} is damaged: its content is not what was written.")
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _stays_below(name: str) -> bool:

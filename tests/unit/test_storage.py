@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,11 +33,22 @@ class TestFolders:
         with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
             open_folder(final)
 
-    def test_the_manifest_says_what_sha256sum_says(self, tmp_path: Path) -> None:
-        stored(Place(str(tmp_path / "step-1")), a=b"1" * 100_000)
+    def test_the_manifest_says_what_others_say(self, tmp_path: Path) -> None:
+        """Values of the reference implementation (xxhsum -H2)."""
+        stored(Place(str(tmp_path / "step-1")), a=b"a", none=b"")
         content = json.loads((tmp_path / "step-1" / MANIFEST).read_text())
-        said = subprocess.run(["sha256sum", tmp_path / "step-1" / "a"], capture_output=True, text=True, check=True)
-        assert content["files"] == {"a": {"size": 100_000, "sha256": said.stdout.split()[0]}}
+        assert content["files"] == {
+            "a": {"size": 1, "xxh128": "a96faf705af16834e6c632b61e964e1f"},
+            "none": {"size": 0, "xxh128": "99aa06d3014798d86001c324468d497f"},
+        }
+
+    def test_a_manifest_of_another_format(self, tmp_path: Path) -> None:
+        final = Place(str(tmp_path / "step-1"))
+        stored(final, a=b"1")
+        path = tmp_path / "step-1" / MANIFEST
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+        with pytest.raises(CheckpointError, match=r"is of format 1, and this rlaif_ray reads 2: go on with"):
+            open_folder(final)
 
     @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "x/../../a", "", "..", "a\0b"])
     def test_a_manifest_that_names_files_elsewhere(self, tmp_path: Path, name: str) -> None:
@@ -50,8 +60,8 @@ class TestFolders:
         path = tmp_path / "step-1" / MANIFEST
         content = json.loads(path.read_text())
         content["files"] = {name: content["files"]["a"]}
-        del content["sha256"]
-        path.write_text(json.dumps({**content, "sha256": _digest(content)}))
+        del content["xxh128"]
+        path.write_text(json.dumps({**content, "xxh128": _digest(content)}))
         with pytest.raises(CheckpointError, match="names files outside of its folder"):
             open_folder(final)
 
