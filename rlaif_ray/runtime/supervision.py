@@ -9,6 +9,7 @@ was lost is tried once more, alone, and is never sent again if that one is lost 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -18,7 +19,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
 
 from rlaif_ray.errors import EngineError, Preempted, ReplicasLostError, RlaifError, RunError
 
@@ -77,7 +86,7 @@ class Watched:
             if ray.wait([self._asked], timeout=0)[0]:
                 self.last = ray.get(self._asked)
                 self._heard, self._asked = time.monotonic(), None
-        except RayActorError as error:
+        except RayError as error:
             self.lose(death(error), blameless=node_died(error))
             return
         silent_s = time.monotonic() - self._heard
@@ -115,20 +124,25 @@ def end_process(pid: int) -> None:
                 each.kill()
 
 
-def death(error: RayActorError) -> str:
+def death(error: RayError) -> str:
     """Why an actor died, in one line, out of Ray's many."""
+    if isinstance(error, OutOfMemoryError):
+        found = re.search(r"\S+ used / \S+ limit", str(error))
+        return f"was ended by Ray, since memory ran low ({found[0] if found else 'RAY_memory_usage_threshold'})"
+    if isinstance(error, ObjectLostError):
+        return "left an answer that went with its node"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = next((line for line in lines if line.startswith("The actor is dead because")), lines[0] if lines else "")
     return f"died ({' '.join(told.removeprefix('The actor is dead because ').split())[:160].rstrip('. ')})"
 
 
-def node_died(error: RayActorError) -> bool:
+def node_died(error: RayError) -> bool:
     """Whether the actor went with its node, as far as Ray says.
 
     Of a process that died Ray tells within a second; when it can only say that an actor is not to be reached, the node
     or the network is gone.
     """
-    return isinstance(error, ActorUnavailableError) or "node" in death(error).lower()
+    return isinstance(error, ActorUnavailableError | NodeDiedError | ObjectLostError) or "node" in death(error).lower()
 
 
 class Watch:
@@ -293,10 +307,10 @@ class Replicas:
             if isinstance(error.cause, RlaifError):
                 self._start_error = error.cause
             replica.watched.lose(f"could not start ({type(error.cause).__name__}: {error.cause})")
-        except RayActorError as error:
-            replica.watched.lose(death(error))
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             replica.watched.lose(f"did not start within {self._limits.start_s:g} s")
+        except RayError as error:
+            replica.watched.lose(death(error))
         else:
             self._failed_starts[k] = 0
             replica.watched.started()
@@ -441,10 +455,10 @@ class Replicas:
                 raise error.cause from error
             else:
                 raise RunError(f"{watched.name} failed: {type(error.cause).__name__}: {error.cause}") from error
-        except RayActorError as error:
-            watched.lose(death(error), blameless=node_died(error))
-        except ray.exceptions.GetTimeoutError:  # lost before it could answer
+        except GetTimeoutError:  # lost before it could answer
             pass
+        except RayError as error:
+            watched.lose(death(error), blameless=node_died(error))
 
     def _again(self, work: _Work, sent: _Sent, keys: Sequence[Hashable]) -> None:
         """What a lost replica left undone is done by others. Its requests are suspects, unless it was no fault of

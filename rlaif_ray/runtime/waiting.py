@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from rlaif_ray.errors import LearnerLostError, RlaifError, RunError
 from rlaif_ray.runtime.supervision import BEAT_S, POLL_S, death
@@ -58,7 +58,7 @@ def _raise_failure(ref: Any, who: str, ranks: Sequence[Watched]) -> None:
         if ranks and type(cause).__name__ in BROKEN_COLLECTIVE:
             raise LearnerLostError(told) from error
         raise RunError(told) from error
-    except RayActorError as error:
+    except RayError as error:
         _raise_loss(who, ranks)  # who ended it knows better why
         raise (LearnerLostError if ranks else RunError)(f"{who}: one {death(error)}") from error
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -324,3 +327,56 @@ def test_sigterm_writes_a_checkpoint_that_resumes(folder: Path, config: Path) ->
     assert again.exit_code == 0, again.stderr
     assert f"step-{last}" in again.stdout
     assert_whole(run_dir, last + 1)
+
+
+class PretendedMemory:
+    """/proc/meminfo of a program and all that it starts, with another figure of what is available."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "meminfo"
+        self._file.write_text(Path("/proc/meminfo").read_text())
+
+    def around(self, command: list[str | Path]) -> list[str | Path]:
+        """The command, in a mount namespace of its own; skips the test where there can be none."""
+        mounting = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /proc/meminfo && exec "$@"', self._file]
+        if shutil.which("unshare") is None or subprocess.run([*mounting, "true"], capture_output=True).returncode:
+            pytest.skip("needs the right to mount in a namespace of its own")
+        return [*mounting, *command]
+
+    def set_available(self, share: float) -> None:
+        """Of all memory. Written in place, since a mount is of the file and not of its name."""
+        text = self._file.read_text()
+        total = int(re.findall(r"^MemTotal: +(\d+) kB", text, re.M)[0])
+        with self._file.open("r+") as file:
+            file.write(
+                re.sub(r"^(MemAvailable: +)\d+", rf"\g<1>{int(total * share):09}", text, flags=re.M)[: len(text)]
+            )
+
+
+def test_a_node_whose_memory_runs_low(folder: Path, config: Path) -> None:
+    """Ray's memory monitor then ends an actor, and tells of it in another way than of one that died."""
+    run_dir, memory = folder / "low", PretendedMemory(folder)
+    memory.set_available(0.8)
+    words: list[str | Path] = [
+        config,
+        *SHORT,
+        "rollout.replicas=2",
+        "checkpoint.every=1",
+        "steps=20",
+        f"run_dir={run_dir}",
+    ]
+    program = start(
+        memory.around([Path(sys.executable).with_name("rlaif"), "train", *words]), run_dir.with_suffix(".out")
+    )
+    try:
+        program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 3)
+        memory.set_available(0.02)
+        program.wait_for(lambda: "memory ran low" in program.stdout, timeout_s=60)
+        memory.set_available(0.8)
+        program.wait()
+    finally:
+        program.kill()
+    assert program.exit_code == 0, program.stderr + program.stdout
+    assert program.left_over == []
+    assert re.search(r"was ended by Ray, since memory ran low \(\S+ used / \S+ limit\)", program.stdout)
+    assert_whole(run_dir, 20)

@@ -12,11 +12,12 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from rlaif_ray.errors import EngineError, InputError, LearnerLostError, Preempted, ReplicasLostError, RunError
 from rlaif_ray.runtime.actors import Actor
 from rlaif_ray.runtime.groups import in_runs
-from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched, end_process
+from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched, death, end_process, node_died
 from rlaif_ray.runtime.waiting import gather
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -118,6 +119,24 @@ def test_one_that_is_lost_is_noticed_and_replaced(two: Doublers, number: int, wi
     assert two.double([4, 5]) == [8, 10]
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert "doubler 0" in two.notes[0] and "starting another" in two.notes[0] and "ready again" in two.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "blameless"),
+    [
+        (RayActorError("00", "It died.\nThe actor is dead because it exited.\n more"), "died (it exited)", False),
+        (
+            RayActorError("00", "It died.\nThe actor is dead because its node has died."),
+            "died (its node has died)",
+            True,
+        ),
+        (ActorUnavailableError("no connection", None), "died (The actor", True),
+        (OutOfMemoryError("It was 5.49GB used / 23.54GB limit (0.2)"), "ran low (5.49GB used / 23.54GB limit)", False),
+        (ObjectLostError("00ff", None, ""), "went with its node", True),
+    ],
+)
+def test_what_ray_says_of_one_that_is_lost(error: RayError, told: str, blameless: bool) -> None:
+    assert told in death(error) and node_died(error) == blameless
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
