@@ -30,7 +30,8 @@ from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGrou
 from rlaif_ray.runtime.loopback import loopback_environment, on_loopback
 from rlaif_ray.runtime.memory_plan import sections
 from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, totals, wait_for_place
-from rlaif_ray.runtime.supervision import HEALTH, START_TRIES, Limits, Replicas, Watch, Watched
+from rlaif_ray.runtime.replicas import Replicas
+from rlaif_ray.runtime.supervision import HEALTH, START_TRIES, Limits, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 

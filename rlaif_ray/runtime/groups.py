@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rlaif_ray.interfaces import GenerationSettings, WrittenFiles
     from rlaif_ray.learner.finetune import SftExample
     from rlaif_ray.learner.supervised import PairExample
-    from rlaif_ray.runtime.supervision import Replicas, Split, Watched
+    from rlaif_ray.runtime.replicas import Replicas, Split
+    from rlaif_ray.runtime.supervision import Watched
     from rlaif_ray.storage import Place, StoredFile, StoredFolder
     from rlaif_ray.types import Prompt, Sample, TokenQuery
 

@@ -17,7 +17,7 @@ from rlaif_ray.types import SyncReport
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
     from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
-    from rlaif_ray.runtime.supervision import Replica
+    from rlaif_ray.runtime.replicas import Replica
 
 Backend = Literal["shm", "ipc", "nccl"]
 Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, shape)

@@ -105,7 +105,8 @@ def running_engine(spec: EngineSpec) -> Iterator[EngineGroup]:
     from rlaif_ray.rollout.vllm_engine import engine_environment
     from rlaif_ray.runtime.actors import EngineActor
     from rlaif_ray.runtime.groups import EngineGroup
-    from rlaif_ray.runtime.supervision import Limits, Replicas, Watch
+    from rlaif_ray.runtime.replicas import Replicas
+    from rlaif_ray.runtime.supervision import Limits, Watch
 
     actor, watch = _spawn(EngineActor, engine_environment(spec)), Watch()
     try:

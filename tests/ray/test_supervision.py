@@ -17,7 +17,8 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 from rlaif_ray.errors import EngineError, InputError, LearnerLostError, Preempted, ReplicasLostError, RunError
 from rlaif_ray.runtime.actors import Actor
 from rlaif_ray.runtime.groups import in_runs
-from rlaif_ray.runtime.supervision import HEALTH, Limits, Replicas, Watch, Watched, death, end_process, node_died
+from rlaif_ray.runtime.replicas import Replicas
+from rlaif_ray.runtime.supervision import HEALTH, Limits, Watch, Watched, death, end_process, node_died
 from rlaif_ray.runtime.waiting import gather
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -35,7 +35,8 @@ from rlaif_ray.rollout.weight_transfer import additive_checksum
 from rlaif_ray.runtime.actors import Actor, LearnerActor
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
-from rlaif_ray.runtime.supervision import Limits, Replicas, Watch, Watched
+from rlaif_ray.runtime.replicas import Replicas
+from rlaif_ray.runtime.supervision import Limits, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync
 from rlaif_ray.storage import Place, StoredFolder

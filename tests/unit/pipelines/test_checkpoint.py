@@ -203,10 +203,10 @@ class TestBackground:
         assert folders(tmp_path) == ["step-1", "step-2"]
 
     def test_an_error_waits_and_an_interrupt_does_not(self, tmp_path: Path) -> None:
-        may = threading.Event()
         with pytest.raises(KeyboardInterrupt), opened(tmp_path) as checkpoints:
-            checkpoints.save(FakeLearner(may=may), state_of(1))
-            raise KeyboardInterrupt  # by now: the event is not set
+            checkpoints.save(FakeLearner(may=threading.Event()), state_of(1))
+            raise KeyboardInterrupt  # by now: nobody sets the event
+        may = threading.Event()
         threading.Timer(0.2, may.set).start()
         with pytest.raises(ZeroDivisionError), opened(tmp_path) as checkpoints:
             checkpoints.save(FakeLearner(may=may), state_of(2))
