@@ -345,7 +345,8 @@ class Cluster:
             for k, v in learner_environment(base).items()
             if k in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
         }
-        for left in reversed(range(START_TRIES)):
+        tries = 0
+        while True:
             wait_for_place(self._group, self._slots, self._limits.start_s, leave=self._leave)
             actors = [self._spawn(LearnerActor, slot, environment) for slot in slots]
             self._ranks = [Watched(f"learner rank {k}", actor, self._limits.silent_s) for k, actor in enumerate(actors)]
@@ -353,16 +354,16 @@ class Cluster:
                 self._watch.add(rank)
             asked = [actor.rendezvous.remote() for actor in actors]
             try:
-                met = gather(asked, who="learner ranks (rendezvous)", timeout_s=self._limits.start_s, ranks=self._ranks)
+                address, port = gather(
+                    asked, who="learner ranks (rendezvous)", timeout_s=self._limits.start_s, ranks=self._ranks
+                )[0]
+                return address, port
             except LearnerLostError as error:
                 self.stop_learner()
-                if not left:
+                tries += 1
+                if tries == START_TRIES:
                     raise
                 self._note(f"{error}: beginning again")
-            else:
-                break
-        address, port = met[0]
-        return str(address), int(port)
 
     def tell(self, note: Callable[[str], None], leave: Callable[[], bool]) -> None:
         """`note` is told of losses and waits from now on; `leave` says whether to give up waiting (Preempted)."""

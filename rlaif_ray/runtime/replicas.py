@@ -72,7 +72,7 @@ class Replicas:
         self.admit: Callable[[list[Replica], bool], None] | None = None  # (newcomers, whether others are busy)
         self._launch, self._watch, self._limits = launch, watch, limits
         self._takes_weights, self._note = takes_weights, note
-        self._takes_turns, self._turn = takes_turns, True  # whether it is theirs
+        self._takes_turns, self._turn = takes_turns, True  # whether it is theirs: always, if they take none
         self._lock = threading.RLock()
         self._failed_starts = [0] * count
         self._start_error: RlaifError | None = None
@@ -108,19 +108,19 @@ class Replicas:
             RlaifError: why one could not start.
         """
         deadline = time.monotonic() + self._limits.start_s + POLL_S
-        self._turn = True
-        while len(self.usable()) < self.count:
-            if self._start_error is not None:
-                raise self._start_error
-            if max(self._failed_starts) >= START_TRIES or time.monotonic() > deadline:
-                late = [r.watched.name for r in self._replicas if not r.usable]
-                reasons = {r.watched.lost for r in self._replicas if r.watched.lost}
-                raise RunError(
-                    f"{', '.join(late)} did not start within cluster.start_timeout_s={self._limits.start_s:g} s "
-                    f"({'; '.join(sorted(reasons)) or 'still loading'}). Look at their logs in Ray's session folder."
-                )
-            self._await_starts()
-        self._turn = not self._takes_turns
+        with self._their_turn():
+            while len(self.usable()) < self.count:
+                if self._start_error is not None:
+                    raise self._start_error
+                if max(self._failed_starts) >= START_TRIES or time.monotonic() > deadline:
+                    late = [r.watched.name for r in self._replicas if not r.usable]
+                    reasons = {r.watched.lost for r in self._replicas if r.watched.lost}
+                    raise RunError(
+                        f"{', '.join(late)} did not start within cluster.start_timeout_s={self._limits.start_s:g} s "
+                        f"({'; '.join(sorted(reasons)) or 'still loading'}). Look at their logs in Ray's session "
+                        f"folder."
+                    )
+                self._await_starts()
 
     def _await_starts(self) -> None:
         """Sees who has started, at the latest after a moment."""
@@ -222,15 +222,18 @@ class Replicas:
     @contextmanager
     def _their_turn(self) -> Iterator[None]:
         """Work; where they take turns with others, nobody is still starting when it has ended well."""
+        if not self._takes_turns:
+            yield
+            return
         self._turn = True
         self.look_after()
         try:
             yield
-            while self._takes_turns and any(r.starting is not None for r in self._replicas if r.watched.lost is None):
+            while any(r.starting is not None for r in self._replicas if r.watched.lost is None):
                 self._leave_if_asked()
                 self._await_starts()
         finally:
-            self._turn = not self._takes_turns
+            self._turn = False
 
     def _run(
         self,

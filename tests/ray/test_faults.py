@@ -346,11 +346,11 @@ class PretendedMemory:
     def set_available(self, share: float) -> None:
         """Of all memory. Written in place, since a mount is of the file and not of its name."""
         text = self._file.read_text()
-        total = int(re.findall(r"^MemTotal: +(\d+) kB", text, re.M)[0])
+        (total,) = re.findall(r"^MemTotal: +(\d+) kB", text, re.M)
+        (old,) = re.findall(r"^MemAvailable:( +\d+) kB", text, re.M)
+        new = f"{int(int(total) * share):>{len(old)}}"  # of one length: nothing of the file before stays behind it
         with self._file.open("r+") as file:
-            file.write(
-                re.sub(r"^(MemAvailable: +)\d+", rf"\g<1>{int(total * share):09}", text, flags=re.M)[: len(text)]
-            )
+            file.write(text.replace(f"MemAvailable:{old}", f"MemAvailable:{new}"))
 
 
 def test_a_node_whose_memory_runs_low(folder: Path, config: Path) -> None:
