@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rlaif_ray.errors import EngineError, Preempted, ReplicasLostError, RlaifError, RunError
-from rlaif_ray.runtime.supervision import POLL_S, START_TRIES, Limits, Watch, Watched, death, node_died
+from rlaif_ray.runtime.supervision import POLL_S, START_TRIES, Limits, Watch, Watched, death, is_of_the_node
 
 TRIES = 2  # losses under one request before it is in quarantine
 
@@ -302,7 +302,7 @@ class Replicas:
         except GetTimeoutError:  # lost before it could answer
             pass
         except RayError as error:
-            watched.lose(death(error), blameless=node_died(error))
+            watched.lose(death(error), blameless=is_of_the_node(error))
 
     def _again(self, work: _Work, sent: _Sent, keys: Sequence[Hashable]) -> None:
         """What a lost replica left undone is done by others. Its requests are suspects, unless it was no fault of

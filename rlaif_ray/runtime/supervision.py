@@ -73,7 +73,7 @@ class Watched:
                 self.last = ray.get(self._asked)
                 self._heard, self._asked = time.monotonic(), None
         except RayError as error:
-            self.lose(death(error), blameless=node_died(error))
+            self.lose(death(error), blameless=is_of_the_node(error))
             return
         silent_s = time.monotonic() - self._heard
         if self.ready and silent_s > self._silent_s:
@@ -122,13 +122,14 @@ def death(error: RayError) -> str:
     return f"died ({' '.join(told.removeprefix('The actor is dead because ').split())[:160].rstrip('. ')})"
 
 
-def node_died(error: RayError) -> bool:
-    """Whether the actor went with its node, as far as Ray says.
+# Of a process that died Ray tells within a second; when it can only say that an actor is not to be reached, the node or
+# the network is gone. Who of a node has its memory, Ray's monitor can't tell: it ends one after the other.
+OF_THE_NODE = (ActorUnavailableError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 
-    Of a process that died Ray tells within a second; when it can only say that an actor is not to be reached, the node
-    or the network is gone.
-    """
-    return isinstance(error, ActorUnavailableError | NodeDiedError | ObjectLostError) or "node" in death(error).lower()
+
+def is_of_the_node(error: RayError) -> bool:
+    """Whether the actor was lost to its node's failure or shortage, as far as Ray says, and to nothing it was asked."""
+    return isinstance(error, OF_THE_NODE) or "node" in death(error).lower()
 
 
 class Watch:

@@ -18,7 +18,7 @@ from rlaif_ray.errors import EngineError, InputError, LearnerLostError, Preempte
 from rlaif_ray.runtime.actors import Actor
 from rlaif_ray.runtime.groups import in_runs
 from rlaif_ray.runtime.replicas import Replicas
-from rlaif_ray.runtime.supervision import HEALTH, Limits, Watch, Watched, death, end_process, node_died
+from rlaif_ray.runtime.supervision import HEALTH, Limits, Watch, Watched, death, end_process, is_of_the_node
 from rlaif_ray.runtime.waiting import gather
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -132,12 +132,12 @@ def test_one_that_is_lost_is_noticed_and_replaced(two: Doublers, number: int, wi
             True,
         ),
         (ActorUnavailableError("no connection", None), "died (The actor", True),
-        (OutOfMemoryError("It was 5.49GB used / 23.54GB limit (0.2)"), "ran low (5.49GB used / 23.54GB limit)", False),
+        (OutOfMemoryError("It was 5.49GB used / 23.54GB limit (0.2)"), "ran low (5.49GB used / 23.54GB limit)", True),
         (ObjectLostError("00ff", None, ""), "went with its node", True),
     ],
 )
 def test_what_ray_says_of_one_that_is_lost(error: RayError, told: str, blameless: bool) -> None:
-    assert told in death(error) and node_died(error) == blameless
+    assert told in death(error) and is_of_the_node(error) == blameless
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
