@@ -20,6 +20,7 @@ from torch import Tensor
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.lora import merged_state
 from rlaif_ray.types import Experience
+from tests.pace import scaled
 
 
 class RankProcesses:
@@ -45,7 +46,7 @@ class RankProcesses:
         for end in self._ends:
             end.send_bytes(pickle.dumps((function, args)))
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + scaled(timeout_s)
         while len(results) < len(self._ends):
             open_ends = [end for k, end in enumerate(self._ends) if k not in results]
             ready = wait(open_ends, timeout=max(0.0, deadline - time.monotonic()))
