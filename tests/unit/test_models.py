@@ -400,6 +400,7 @@ def start_conversion(cache: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_packaged_model_converts_once_and_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.metadata
