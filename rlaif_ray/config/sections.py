@@ -362,6 +362,22 @@ class WeightSyncConfig(Config):
     """At most this many MB (or one layer) are gathered and sent at a time."""
 
 
+class GuardConfig(Config):
+    """The check that engines, learner and saved folder compute the same model: the log-probabilities of a short fixed
+    text, by each of them, under the same weights. A difference ends the run."""
+
+    enabled: bool = True
+    """false: none of the checks below."""
+    every: Annotated[int, Field(ge=0)] = 50
+    """Steps between checks of engines and learner; besides, always at the start and after the first two steps. 0: only
+    then."""
+    saved: bool = True
+    """Load the saved model again and compare. It needs host memory for one more copy of the model, on rank 0's node."""
+    max_gap: Annotated[float, Field(gt=0)] | None = None
+    """Difference in nats that is still accepted; default: 0.001 at most in fp32, 0.05 on average in bf16. Raise it for
+    engines that are different on purpose, such as quantised ones."""
+
+
 class ClusterConfig(Config):
     """Where the job runs."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+from rlaif_ray.learner.agreement import Readings, Text, logprobs_of_saved, read_logprobs
 from rlaif_ray.learner.engine import CausalPolicy
 from rlaif_ray.learner.packing import build_input
 from rlaif_ray.learner.supervised import Sums, SupervisedRank
@@ -42,6 +43,12 @@ class CausalRank(SupervisedRank[Example]):
 
     def _module(self, model: Any) -> torch.nn.Module:
         return CausalPolicy(model)
+
+    def readings(self, texts: Sequence[Text]) -> Readings:
+        return read_logprobs(self._engine, self._model, texts, packed=self._packed, device=self.device)
+
+    def _readings_of(self, saved: Any, texts: Sequence[Text]) -> list[float]:
+        return logprobs_of_saved(saved, texts)
 
     def save_model(self, folder: str, center: object = None) -> None:
         """A Hugging Face folder for AutoModelForCausalLM; under ZeRO-3 all ranks help gather."""

@@ -50,7 +50,7 @@ class ModelInput:
     """A micro-batch as a model reads it. In either layout M targets have their logits at `rows`, `columns`."""
 
     tokens: Tensor  # packed (1, N), padded (S, L): int64
-    positions: Tensor  # the same shape: position of each token in its sample
+    positions: Tensor | None  # the same shape: position of each token in its sample; None: the model counts
     attention_mask: Tensor | None  # padded (S, L): 1 on tokens; packed: None
     attention: dict[str, Any]  # further arguments of the model's forward
     rows: Tensor  # (M,) row whose hidden state predicts each completion token

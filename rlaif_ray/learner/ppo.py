@@ -23,6 +23,7 @@ from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
+from rlaif_ray.learner.agreement import Readings, Text, logprobs_of_saved, read_logprobs
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, WeightGroups, save_model_folder
 from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
@@ -135,6 +136,10 @@ class RlRank:
         """(M,) log-probabilities and (M,) entropies at the sampling temperature."""
         return token_logprobs_and_entropy(model(batch), batch.targets, self._job.sampling.temperature)
 
+    def readings(self, texts: Sequence[Text]) -> Readings:
+        """The texts' log-probabilities by the policy as it is now; under ZeRO-3 all ranks ask."""
+        return read_logprobs(self._policy, self._model, texts, packed=self._packed, device=self.device)
+
     # Updates
 
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> Sums:
@@ -198,6 +203,14 @@ class RlRank:
         policy = self._job.policy
         tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
         save_model_folder(self._model, tokenizer, state, Path(folder))
+
+    def readings_of_saved(self, folder: str, texts: Sequence[Text]) -> list[float] | None:
+        """The texts' log-probabilities by what was saved there, on CPU; rank 0 alone loads it."""
+        if self._spec.rank != 0:
+            return None
+        code = self._job.policy.trust_remote_code
+        saved = load_causal_lm(folder, dtype=DTYPES[self._precision], attention="eager", trust_remote_code=code)
+        return logprobs_of_saved(saved, texts)
 
 
 class _Flat:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlaif_ray.algorithm.losses import preference_loss
 from rlaif_ray.learner import engine as deepspeed_door
+from rlaif_ray.learner.agreement import Readings, Text, read_rewards, rewards_of_saved
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder
 from rlaif_ray.learner.lora import add_adapters, merged_state
@@ -52,7 +53,7 @@ class SupervisedRank(ABC, Generic[Example]):
         `total_steps` is for the learning-rate schedule.
         """
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
-        self._spec = spec
+        self._spec, self._precision = spec, precision
         self._job: Any = job
         torch.manual_seed(job.seed)
         random.seed(job.seed)
@@ -87,6 +88,21 @@ class SupervisedRank(ABC, Generic[Example]):
     @abstractmethod
     def _losses(self, examples: Sequence[Example]) -> tuple[Tensor, Sums]:
         """(E,) losses, which carry the gradient, and sums of what else is to be logged."""
+
+    @abstractmethod
+    def readings(self, texts: Sequence[Text]) -> Readings:
+        """What the model as it is now says of the texts; under ZeRO-3 all ranks ask."""
+
+    @abstractmethod
+    def _readings_of(self, saved: Any, texts: Sequence[Text]) -> list[float]:
+        """The same by a model as transformers loads it."""
+
+    def readings_of_saved(self, folder: str, texts: Sequence[Text]) -> list[float] | None:
+        """What the model that was saved there says of the texts, on CPU; rank 0 alone loads it."""
+        if self._spec.rank != 0:
+            return None
+        code = self._code | {"revision": None}
+        return self._readings_of(self._load(folder, dtype=DTYPES[self._precision], attention="eager", **code), texts)
 
     def _size(self, examples: Sequence[Example]) -> int:
         """What the sum of a minibatch's losses is divided by."""
@@ -209,6 +225,12 @@ class RewardRank(SupervisedRank[PairExample]):
         responses = [response for e in examples for response in (e.response_a, e.response_b)]
         rewards = self._engine(reward_input(prompts, responses, packed=self._packed, device=self.device))
         return rewards[0::2], rewards[1::2]
+
+    def readings(self, texts: Sequence[Text]) -> Readings:
+        return read_rewards(self._engine, self._model, texts, reward_input, packed=self._packed, device=self.device)
+
+    def _readings_of(self, saved: Any, texts: Sequence[Text]) -> list[float]:
+        return rewards_of_saved(saved, texts)
 
     @torch.no_grad()
     def rewards(self, examples: Sequence[PairExample], plan: RankPlan) -> dict[int, tuple[float, float]]:

@@ -187,6 +187,7 @@ class VllmEngine:
                         logprobs=0,
                         ignore_eos=settings.ignore_eos,
                         detokenize=False,
+                        prompt_logprobs=0 if settings.prompt_logprobs else None,
                     )
                 )
         outputs = self._run(requests, parameters)
@@ -206,6 +207,10 @@ class VllmEngine:
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
             finished=result.finish_reason == "stop",
             weight_version=self.weight_version,
+            prompt_logprobs=tuple(
+                step[token].logprob
+                for step, token in zip((output.prompt_logprobs or ())[1:], prompt.tokens[1:], strict=False)
+            ),
         )
 
     def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.sections import RewardModelFeedback
     from rlaif_ray.data.batching import RankPlan
     from rlaif_ray.interfaces import GenerationSettings
+    from rlaif_ray.learner.agreement import Readings, Text
     from rlaif_ray.learner.engine import RankSpec
     from rlaif_ray.learner.finetune import SftExample
     from rlaif_ray.learner.supervised import PairExample
@@ -190,6 +191,14 @@ class LearnerActor(Actor):
 
     def save_policy(self, folder: str) -> None:
         self._learner.save_policy(folder)
+
+    def readings(self, texts: Sequence[Text]) -> Readings:
+        found: Readings = self._learner.readings(texts)
+        return found
+
+    def readings_of_saved(self, folder: str, texts: Sequence[Text]) -> list[float] | None:
+        found: list[float] | None = self._learner.readings_of_saved(folder, texts)
+        return found
 
     def train(self, examples: Sequence[Any], plan: RankPlan) -> dict[str, float]:
         sums: dict[str, float] = self._learner.train(examples, plan)
