@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.algorithm.losses import preference_loss
+from rlaif_ray.attention import PACKED, plan_attention
 from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder
 from rlaif_ray.learner.lora import add_adapters, merged_state
-from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
+from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
+from rlaif_ray.learner.probe import settle_attention
 from rlaif_ray.models import load_config, load_sequence_classifier, load_tokenizer
 
 if TYPE_CHECKING:
@@ -59,12 +61,12 @@ class SupervisedRank(ABC, Generic[Example]):
         register_packed_attention()
         policy = job.policy
         self._code: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
-        attention = choose_attention(policy.attention, load_config(policy.model, **self._code))
+        plan = plan_attention(policy.attention, load_config(policy.model, **self._code), policy.model)
         with deepspeed_door.sharded_loading(job.learner, precision):
-            self._model = self._load(policy.model, dtype=DTYPES[precision], attention=attention, **self._code)
+            how: dict[str, Any] = {"dtype": DTYPES[precision], "attention": plan.implementation, **self._code}
+            self._model = self._load(policy.model, **how)
         if job.learner.zero_stage != 3:
             self._model = self._model.to(self.device)
-        self._packed = deepspeed_door.uses_packing(self._model)
         if job.learner.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if job.training.lora is not None:
@@ -74,7 +76,22 @@ class SupervisedRank(ABC, Generic[Example]):
         self._engine = deepspeed_door.trainable_engine(
             module, job.learner, lr=job.learner.lr, total_steps=total_steps, precision=precision
         )
+        attention, note = settle_attention(
+            plan,
+            self._model,
+            self._probed,
+            name=policy.model,
+            device=self.device,
+            precision=precision,
+            sharded=job.learner.zero_stage == 3,
+        )
+        self._packed = attention == PACKED
+        self.notes = [note] if note else []  # to be told once
         self.checkpoint = RankCheckpoint({"model": self._engine}, spec.rank)
+
+    @abstractmethod
+    def _probed(self, batch: ModelInput) -> Tensor:
+        """Numbers of a micro-batch that tell whether its layout is right."""
 
     @abstractmethod
     def _load(self, name: str, **how: Any) -> Any:
@@ -163,16 +180,11 @@ class RewardModule(torch.nn.Module):
     def __init__(self, classifier: Any) -> None:
         super().__init__()
         self.classifier = classifier
+        self._arguments = Arguments(classifier.base_model)
 
     def forward(self, batch: ModelInput) -> Tensor:
         """(S,) fp32 rewards, of the tokens at `batch.rows`, `batch.columns`."""
-        hidden = self.classifier.base_model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **batch.attention,
-        ).last_hidden_state
+        hidden = self.classifier.base_model(**self._arguments.of(batch)).last_hidden_state
         rewards: Tensor = self.classifier.score(hidden[batch.rows, batch.columns])
         return rewards[:, 0].float()
 
@@ -190,6 +202,10 @@ class RewardRank(SupervisedRank[PairExample]):
 
     def _module(self, model: Any) -> torch.nn.Module:
         return RewardModule(model)
+
+    def _probed(self, batch: ModelInput) -> Tensor:
+        rewards: Tensor = self._engine(batch)  # one for each token that a completion token follows
+        return rewards
 
     def _losses(self, examples: Sequence[PairExample]) -> tuple[Tensor, Sums]:
         reward_a, reward_b = self._rewards(examples)

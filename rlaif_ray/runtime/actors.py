@@ -145,10 +145,10 @@ class LearnerActor(Actor):
         precision: Literal["fp32", "bf16"],
         total_steps: int | None = None,
         *after: Any,
-    ) -> None:
+    ) -> list[str]:
         """Loads what the job (one of config/jobs.py) trains; `total_steps` where they follow from the data.
 
-        Ray waits for `after` first.
+        Returns what the user should be told of how it was loaded. Ray waits for `after` first.
         """
         timeout_s = job.cluster.start_timeout_s
         self._learner: Any
@@ -167,6 +167,8 @@ class LearnerActor(Actor):
         self._rank = spec.rank
         self._shares_gpu = job.cluster.shares_gpus(spec.device)
         self._senders: list[Any] = []
+        notes: list[str] = self._learner.notes
+        return notes
 
     def annotate(self, prompts: Any, completions: Any, plan: RankPlan, with_policy: bool) -> Any:
         return self._learner.annotate(prompts, completions, plan, with_policy=with_policy)
