@@ -19,17 +19,21 @@ from rlaif_ray.errors import InputError
 
 PACKED = "rlaif_packed"  # name of our attention in transformers' registry (learner/packing.py)
 
+
+def _types(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 # Model types for which both packed attention and sdpa are right, unless their config has a term of _lost_terms.
-PACKABLE = frozenset(
+PACKABLE = _types(
     "apertus bitnet cohere cohere2 deepseek_v2 deepseek_v3 gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 "
     "glm4_moe gpt2 gpt_bigcode gpt_neox granite granitemoe llama minicpm3 minimax_m2 ministral ministral3 mistral "
-    "mixtral olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3 "
-    "starcoder2".split()
+    "mixtral olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3 starcoder2"
 )
 # Model types for which sdpa is right on padded samples, while packing is wrong or not possible.
-SDPA_ONLY = frozenset(
-    "deepseek_v32 doge falcon falcon_h1 granitemoehybrid jamba lfm2 llama4_text minimax nemotron nemotron_h qwen3_5_text "
-    "qwen3_next recurrent_gemma stablelm zamba2".split()
+SDPA_ONLY = _types(
+    "deepseek_v32 doge falcon falcon_h1 granitemoehybrid jamba kimi_linear lfm2 llama4_text minimax nemotron "
+    "nemotron_h qwen3_5_text qwen3_next recurrent_gemma stablelm zamba2"
 )
 # Attention-only models whose classes say that they take any attention, and don't.
 NOT_PACKABLE = {

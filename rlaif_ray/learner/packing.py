@@ -145,8 +145,16 @@ def _padded_input(
 
 # Arguments that transformers' models give every attention and that change nothing of what ours computes.
 HARMLESS = frozenset(
-    "cache_position logits_to_keep output_attentions output_hidden_states output_router_logits position_ids "
-    "return_dict use_cache".split()
+    {
+        "cache_position",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
 )
 
 
