@@ -60,7 +60,8 @@ class PolicyConfig(Config):
     precision: Precision = "auto"
     """Compute type of learner and rollout engines; auto: bf16 on GPUs, fp32 on CPUs (where bf16 is emulated)."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Learner's attention; auto: packed (no padding) where the model allows it, else sdpa."""
+    """Learner's attention; auto: packed (no padding) where the model allows it, else padded, with sdpa where that
+    computes every term of the model's attention and eager where not. What would give wrong numbers is refused."""
 
 
 class DataConfig(Config):

@@ -4,116 +4,73 @@ what was saved. What should agree is compared in pipelines/guard.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
-from rlaif_ray.learner.packing import ModelInput, build_input
+from rlaif_ray.learner.probe import alone_outputs, attention_of, evaluating, laid_out_outputs
 
-Text = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt and what follows it, in tokens; neither is empty
+if TYPE_CHECKING:
+    from rlaif_ray.learner.probe import Run, Text
 
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """The same numbers, computed twice: log-probabilities of all following tokens, or a reward per text."""
+    """The same numbers, one per completion token, computed twice."""
 
-    together: list[float]  # all texts in one micro-batch, as in training
-    alone: list[float]  # one text after the other, by transformers' reference attention
+    together: list[float]  # all samples in one micro-batch, as in training
+    alone: list[float]  # one sample after the other, by transformers' reference attention
     packed: bool  # whether the micro-batch was packed; else padded
 
 
-def read_logprobs(policy: Any, model: Any, texts: Sequence[Text], *, packed: bool, device: torch.device) -> Readings:
-    """Log-probabilities at temperature 1. `policy` is a CausalPolicy (or an engine of one) around `model`.
+def read(run: Run, module: Any, model: Any, text: Text, *, packed: bool, device: torch.device) -> Readings:
+    """What `run` computes of the text. `module` is what it runs (a DeepSpeed engine), `model` transformers' inside it.
 
-    A collective under ZeRO-3: all ranks call it with the same texts.
+    A collective under ZeRO-3: all ranks call it with the same text. Dropout is off meanwhile.
     """
-
-    def logprobs(batch: ModelInput) -> Tensor:
-        return token_logprobs_and_entropy(policy(batch), batch.targets, 1.0)[0]
-
-    return _read(logprobs, policy, model, texts, build_input, packed=packed, device=device)
-
-
-def read_rewards(
-    module: Any,
-    model: Any,
-    texts: Sequence[Text],
-    lay_out: Callable[..., ModelInput],
-    *,
-    packed: bool,
-    device: torch.device,
-) -> Readings:
-    """Rewards of whole texts. `module` gives them for what `lay_out` makes of prompts and responses; as above."""
-    return _read(module, module, model, texts, lay_out, packed=packed, device=device)
-
-
-def _read(
-    compute: Callable[[ModelInput], Tensor],
-    module: Any,
-    model: Any,
-    texts: Sequence[Text],
-    lay_out: Callable[..., ModelInput],
-    *,
-    packed: bool,
-    device: torch.device,
-) -> Readings:
-    prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
-    with torch.no_grad(), _without_dropout(module):
-        together = compute(lay_out(prompts, responses, packed=packed, device=device))
+    with evaluating(module):
+        together = laid_out_outputs(run, text, packed=packed, device=device)
         with reference_attention(model):
-            alone = [
-                # Nothing but the tokens: the model counts its positions and masks the future by itself.
-                compute(replace(lay_out([p], [r], packed=False, device=device), positions=None, attention_mask=None))
-                for p, r in texts
-            ]
-    return Readings(together.float().tolist(), torch.cat(alone).float().tolist(), packed)
-
-
-@contextmanager
-def _without_dropout(module: Any) -> Iterator[None]:
-    """Adapters may have some."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
+            alone = alone_outputs(run, text, device)
+    return Readings(together.tolist(), alone.tolist(), packed)
 
 
 @contextmanager
 def reference_attention(model: Any) -> Iterator[None]:
     """Within it the model computes attention with transformers' "eager" code, which has every term of every model;
     some models can't change theirs, and keep it."""
-    chosen = model.config._attn_implementation
-    if chosen == "eager" or not model._can_set_attn_implementation():
+    if model.config._attn_implementation == "eager" or not model._can_set_attn_implementation():
         yield
         return
-    model.set_attn_implementation("eager")
-    try:
+    with attention_of(model, "eager"):
         yield
-    finally:
-        model.set_attn_implementation(chosen)
 
 
 @torch.no_grad()
-def logprobs_of_saved(model: Any, texts: Sequence[Text]) -> list[float]:
-    """Log-probabilities of the tokens that follow the prompts, by a language model as transformers loads it."""
+def logprobs_of_saved(model: Any, text: Text) -> list[float]:
+    """Log-probabilities of the completion tokens by a language model as transformers loads it, given tokens alone."""
     found: list[float] = []
-    for prompt, response in texts:
-        logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        found += token_logprobs_and_entropy(logits, torch.tensor(response), 1.0)[0].tolist()
+    for prompt, completion in zip(text.prompts, text.completions, strict=True):
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
+        targets = torch.tensor(completion)
+        found += token_logprobs_and_entropy(logits[len(prompt) - 1 : -1], targets, 1.0)[0].tolist()
     return found
 
 
 @torch.no_grad()
-def rewards_of_saved(model: Any, texts: Sequence[Text]) -> list[float]:
-    """Rewards of whole texts, by a sequence classifier as transformers loads it."""
+def rewards_of_saved(model: Any, text: Text) -> list[float]:
+    """The reward before each sample's last token, by a sequence classifier as transformers loads it."""
     return [
-        float(model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, 0])
-        for prompt, response in texts
+        float(model(input_ids=torch.tensor([[*prompt, *completion[:-1]]]), use_cache=False).logits[0, 0])
+        for prompt, completion in zip(text.prompts, text.completions, strict=True)
     ]
+
+
+def before_last_tokens(numbers: list[float], text: Text) -> list[float]:
+    """Of numbers per completion token those of each sample's last one: what `rewards_of_saved` gives."""
+    return [numbers[end - 1] for end in accumulate(map(len, text.completions))]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlaif_ray.config.deepspeed import deepspeed_config
-from rlaif_ray.learner.packing import PACKED, ModelInput
+from rlaif_ray.learner.packing import Arguments, ModelInput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,19 +191,16 @@ class CausalPolicy(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self._arguments = Arguments(model)
 
     def forward(self, batch: ModelInput) -> Tensor:
         """(M, V) logits of the completion tokens."""
+        if not self._arguments.choose_logits:
+            every: Tensor = self.model(**self._arguments.of(batch)).logits
+            return every[batch.rows, batch.columns]
         packed = batch.attention_mask is None
         keep = batch.columns if packed else torch.arange(int(batch.columns.min()), int(batch.columns.max()) + 1)
-        logits = self.model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=keep.to(batch.tokens.device),
-            use_cache=False,
-            **batch.attention,
-        ).logits
+        logits = self.model(**self._arguments.of(batch), logits_to_keep=keep.to(batch.tokens.device)).logits
         picked: Tensor = logits[0] if packed else logits[batch.rows, batch.columns - keep[0].to(batch.columns.device)]
         return picked
 
@@ -214,6 +211,7 @@ class Critic(torch.nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body = body
+        self._arguments = Arguments(body)
         config = body.config.get_text_config()
         self.head = torch.nn.Linear(config.hidden_size, 1, dtype=body.dtype)
         # Zero, not random: the first advantages are then the returns themselves rather than a random baseline.
@@ -223,13 +221,7 @@ class Critic(torch.nn.Module):
 
     def forward(self, batch: ModelInput) -> Tensor:
         """(M,) fp32 values."""
-        hidden = self.body(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **batch.attention,
-        ).last_hidden_state
+        hidden = self.body(**self._arguments.of(batch)).last_hidden_state
         values: Tensor = self.head(hidden[batch.rows, batch.columns])
         return values[:, 0].float()
 
@@ -275,11 +267,6 @@ class WeightGroups:
         parameters = [self._parameters[name] for name in names]
         with full_weights(parameters, write=False):
             yield [p.data for p in parameters]
-
-
-def uses_packing(model: Any) -> bool:
-    """Whether the model's attention takes packed samples."""
-    return bool(model.config._attn_implementation == PACKED)
 
 
 def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], folder: Path) -> None:

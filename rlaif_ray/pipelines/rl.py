@@ -10,7 +10,7 @@ from rlaif_ray.data.prompts import PromptSource
 from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
-from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
+from rlaif_ray.pipelines.contexts import check_attention, engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
     add_advantages,
     batch_metrics,
@@ -227,6 +227,7 @@ def read_inputs(job: TrainJob) -> Inputs:
     Raises:
         InputError: any of them is wrong, or they don't fit together.
     """
+    check_attention(job.policy)
     tokenizer, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens)
     longest = min(room - job.sampling.max_new_tokens, job.data.max_prompt_tokens or room)
     feedback = read_feedback(job.feedback)

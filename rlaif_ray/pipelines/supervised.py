@@ -16,7 +16,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
-from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.contexts import check_attention, readable_context
 from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
@@ -166,6 +166,7 @@ def run_supervised(
             checkpoints.start_over()
         track.note(f"{note}; starting the learner")
         track.watch_processes(cluster.pids)
+        cluster.tell(track.note, leave=stopping.soon)
 
         def attempt(found: Saved | None) -> dict[str, Any]:
             state = start_state(job, found, steps, data)
@@ -233,6 +234,7 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
         InputError: the data or the model is wrong, or nothing is left to learn.
     """
     policy, cfg = job.policy, job.sft
+    check_attention(policy)
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
     render = ChatRenderer(tokenizer)

@@ -18,8 +18,9 @@ from rlaif_ray.types import Completion, Experience, Score, TokenAnswer
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.interfaces import GenerationSettings, WrittenFiles
-    from rlaif_ray.learner.agreement import Readings, Text
+    from rlaif_ray.learner.agreement import Readings
     from rlaif_ray.learner.finetune import SftExample
+    from rlaif_ray.learner.probe import Text
     from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.runtime.replicas import Replicas, Split
     from rlaif_ray.runtime.supervision import Watched
@@ -142,14 +143,14 @@ class Ranks:
         beside: dict[str, Any] = self.all("load_checkpoint", folder)[0]
         return beside
 
-    def readings(self, texts: Sequence[Text]) -> Readings:
-        """What the model as it is now says of the texts."""
-        found: Readings = self.all("readings", texts)[0]
+    def readings(self, text: Text) -> Readings:
+        """What the model as it is now says of the text."""
+        found: Readings = self.all("readings", text)[0]
         return found
 
-    def readings_of_saved(self, folder: str, texts: Sequence[Text]) -> list[float]:
-        """What the model that was saved there says of the texts."""
-        found: list[float] = self.all("readings_of_saved", folder, texts)[0]
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        """What the model that was saved there says of the text."""
+        found: list[float] = self.all("readings_of_saved", folder, text)[0]
         return found
 
 
@@ -214,11 +215,11 @@ class LearnerGroup:
     def save_policy(self, folder: str) -> None:
         self._ranks.all("save_policy", folder)
 
-    def readings(self, texts: Sequence[Text]) -> Readings:
-        return self._ranks.readings(texts)
+    def readings(self, text: Text) -> Readings:
+        return self._ranks.readings(text)
 
-    def readings_of_saved(self, folder: str, texts: Sequence[Text]) -> list[float]:
-        return self._ranks.readings_of_saved(folder, texts)
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        return self._ranks.readings_of_saved(folder, text)
 
 
 class SupervisedGroup(Generic[Example]):
@@ -264,11 +265,11 @@ class SupervisedGroup(Generic[Example]):
     def save_model(self, folder: str, center: dict[str, float] | None = None) -> None:
         self._ranks.all("save_model", folder, center)
 
-    def readings(self, texts: Sequence[Text]) -> Readings:
-        return self._ranks.readings(texts)
+    def readings(self, text: Text) -> Readings:
+        return self._ranks.readings(text)
 
-    def readings_of_saved(self, folder: str, texts: Sequence[Text]) -> list[float]:
-        return self._ranks.readings_of_saved(folder, texts)
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        return self._ranks.readings_of_saved(folder, text)
 
 
 class RewardGroup(SupervisedGroup["PairExample"]):
