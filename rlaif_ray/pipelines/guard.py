@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from rlaif_ray.config.jobs import RewardModelJob
 from rlaif_ray.errors import MismatchError
 from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.learner.agreement import before_last_tokens
+from rlaif_ray.learner.probe import Text
 from rlaif_ray.models import load_config, load_tokenizer
 from rlaif_ray.pipelines.agreement import WORST, Comparison, bound_for, compare
 from rlaif_ray.pipelines.checkpoint import due
@@ -21,7 +23,7 @@ from rlaif_ray.types import Completion, Prompt
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import SupervisedJob, TrainJob
-    from rlaif_ray.learner.agreement import Readings, Text
+    from rlaif_ray.learner.agreement import Readings
     from rlaif_ray.pipelines.checkpoint import Checkpoints
     from rlaif_ray.runtime.groups import EngineGroup
     from rlaif_ray.types import Experience
@@ -36,26 +38,26 @@ TEXT = (
 )
 
 
-def guard_texts(tokenizer: Any, room: int) -> list[Text]:
-    """(prompt, following tokens) of the fixed text, none longer than `room` tokens: of several lengths, so that both
-    packing and padding have something to get wrong, and two with the same prompt, which packing computes once."""
+def guard_text(tokenizer: Any, room: int) -> Text:
+    """The fixed text as samples, none longer than `room` tokens: of several lengths, so that both packing and padding
+    have something to get wrong, and two with the same prompt, which packing computes once."""
     tokens = tokenizer.encode(TEXT, add_special_tokens=False) or [tokenizer.eos_token_id]
     while len(tokens) < 58:
         tokens += tokens
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    texts = []
-    for prompt, following in (((0, 6), (6, 25)), ((0, 6), (30, 41)), ((12, 15), (41, 58)), ((50, 51), (52, 58))):
-        start = (*begin, *tokens[slice(*prompt)])[: max(1, room // 2)]
-        texts.append((start, tuple(tokens[slice(*following)][: max(1, room - len(start))])))
-    return texts
+    prompts, completions = [], []
+    for prompt, completion in (((0, 6), (6, 25)), ((0, 6), (30, 41)), ((12, 15), (41, 58)), ((50, 51), (52, 58))):
+        prompts.append((*begin, *tokens[slice(*prompt)])[: max(1, room // 2)])
+        completions.append(tuple(tokens[slice(*completion)][: max(1, room - len(prompts[-1]))]))
+    return Text(tuple(prompts), tuple(completions))
 
 
 class Learner(Protocol):
     """What the guard asks of a learner."""
 
-    def readings(self, texts: Sequence[Text]) -> Readings: ...
+    def readings(self, text: Text) -> Readings: ...
 
-    def readings_of_saved(self, folder: str, texts: Sequence[Text]) -> list[float]: ...
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]: ...
 
 
 class Guard:
@@ -70,7 +72,7 @@ class Guard:
         self._unit = "nats" if not isinstance(job, RewardModelJob) else "of the largest reward"
         self._bound = bound_for(precision, job.guard.max_gap)
         code = {"revision": job.policy.revision, "trust_remote_code": job.policy.trust_remote_code}
-        self._texts = guard_texts(load_tokenizer(job.policy.model, **code), room - GENERATED)
+        self._text = guard_text(load_tokenizer(job.policy.model, **code), room - GENERATED)
         self._model = described(job.policy.model, load_config(job.policy.model, **code))
         self._pushes = 0
         self._from_start = False  # whether the policy was the reference at the first push
@@ -87,19 +89,18 @@ class Guard:
             self._from_start = version == 0
         if not self._cfg.enabled or not (self._pushes <= FIRST_PUSHES or due(version, self._cfg.every)):
             return {}
-        prompts = [Prompt(f"guard-{i}", (), (*start, *rest)) for i, (start, rest) in enumerate(self._texts)]
+        samples = zip(self._text.prompts, self._text.completions, strict=True)
+        prompts = [Prompt(f"guard-{i}", (), (*start, *rest)) for i, (start, rest) in enumerate(samples)]
         settings = GenerationSettings(1, GENERATED, 1.0, seed=0, ignore_eos=True, prompt_logprobs=True)
         engine_gap = packing_gap = 0.0
-        read: dict[tuple[Text, ...], Readings] = {}
+        read: dict[Text, Readings] = {}
         for name, completions in rollouts.generate_on_each(prompts, settings).items():
             # Engines on unlike devices may draw unlike tokens; most often all have drawn the same.
-            texts = tuple(
-                (start, (*rest, *c.tokens)) for (start, rest), c in zip(self._texts, completions, strict=True)
-            )
-            if texts not in read:
-                read[texts] = self._learner.readings(texts)
-            found, together = read[texts], self._layout(read[texts])
-            readings = {ENGINE: engine_readings(self._texts, completions), together: found.together, ALONE: found.alone}
+            text = with_drawn(self._text, completions)
+            if text not in read:
+                read[text] = self._learner.readings(text)
+            found, together = read[text], self._layout(read[text])
+            readings = {ENGINE: engine_readings(self._text, completions), together: found.together, ALONE: found.alone}
             comparison = compare(readings, self._bound)
             if not comparison.agrees:
                 raise MismatchError(self._message(comparison, f"weight version {version}, {name}", together))
@@ -141,7 +142,7 @@ class Guard:
         """
         if not self._cfg.enabled:
             return {}
-        found = self._learner.readings(self._texts)
+        found = self._learner.readings(self._text)
         together = self._layout(found)
         comparison = compare(self._scaled({together: found.together, ALONE: found.alone}), self._bound)
         if not comparison.agrees:
@@ -156,8 +157,10 @@ class Guard:
         """
         if not (self._cfg.enabled and self._cfg.saved):
             return {}
-        trained = self._learner.readings(self._texts).alone
-        saved = self._learner.readings_of_saved(str(folder), self._texts)
+        trained = self._learner.readings(self._text).alone
+        if self._unit != "nats":
+            trained = before_last_tokens(trained, self._text)
+        saved = self._learner.readings_of_saved(str(folder), self._text)
         comparison = compare(self._scaled({SAVED: saved, ALONE: trained}), self._bound)
         if not comparison.agrees:
             checkpoint = checkpoints.newest()
@@ -207,10 +210,16 @@ class Guard:
         return f"Use another model, and report this one. {accept}"
 
 
-def engine_readings(texts: Sequence[Text], completions: Sequence[Completion]) -> list[float]:
-    """An engine's log-probabilities of what follows each prompt in the texts, and of what it added itself."""
+def with_drawn(text: Text, completions: Sequence[Completion]) -> Text:
+    """The text, each sample longer by what an engine drew after it."""
+    longer = [(*rest, *c.tokens) for rest, c in zip(text.completions, completions, strict=True)]
+    return Text(text.prompts, tuple(longer))
+
+
+def engine_readings(text: Text, completions: Sequence[Completion]) -> list[float]:
+    """An engine's log-probabilities of the completions in the text, and of what it drew after them."""
     found: list[float] = []
-    for (_, rest), completion in zip(texts, completions, strict=True):
+    for rest, completion in zip(text.completions, completions, strict=True):
         found += [*completion.prompt_logprobs[-len(rest) :], *completion.logprobs]
     return found
 

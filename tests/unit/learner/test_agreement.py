@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlaif_ray.attention import PACKED
 from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
-from rlaif_ray.learner.agreement import Readings
+from rlaif_ray.learner.agreement import Readings, before_last_tokens
 from rlaif_ray.learner.engine import RankSpec
-from rlaif_ray.learner.packing import PACKED
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.agreement import bound_for, compare
-from rlaif_ray.pipelines.guard import guard_texts
+from rlaif_ray.pipelines.guard import guard_text
 from tests.learner_ranks import RankProcesses, plain_logprobs
 from tests.tiny import cached_tiny_model
 
 pytestmark = pytest.mark.slow
 
 MODEL = cached_tiny_model(tied=True)
-TEXTS = guard_texts(load_tokenizer(MODEL), 512)
+TEXT = guard_text(load_tokenizer(MODEL), 512)
 BOUND = bound_for("fp32", None)
 JOBS: dict[str, type[Any]] = {"train": TrainJob, "sft": SftJob, "dpo": DpoJob, "reward-model": RewardModelJob}
 
@@ -72,8 +72,8 @@ def read(spec: RankSpec, kind: str, job: Any, folder: str | None = None, wrong: 
     if wrong == "attention":
         AttentionInterface.register(PACKED, leaking_attention)
     try:
-        before = rank.readings(TEXTS)
-        again = rank.readings(TEXTS)
+        before = rank.readings(TEXT)
+        again = rank.readings(TEXT)
     finally:
         AttentionInterface.register(PACKED, packed_attention)
     saved = None
@@ -85,7 +85,7 @@ def read(spec: RankSpec, kind: str, job: Any, folder: str | None = None, wrong: 
             name = next(name for name in weights if name.endswith("layers.1.mlp.down_proj.weight"))
             weights[name] = weights[name] + 0.01
             save_file(weights, file, metadata={"format": "pt"})
-        saved = rank.readings_of_saved(folder, TEXTS)
+        saved = rank.readings_of_saved(folder, TEXT)
     return {"readings": before, "again": again, "saved": saved, "attention": rank._model.config._attn_implementation}
 
 
@@ -118,16 +118,15 @@ def test_texts_together_are_texts_alone_and_as_saved(
     assert 0 < gap(readings) < 1e-4  # two ways of computing: close, and not a copy of one another
     assert found["again"] == readings  # reading leaves no trace
     assert found["attention"] == {"auto": PACKED}.get(attention, attention)
-    assert compare({"saved": found["saved"], "alone": readings.alone}, BOUND).worst < 1e-5
+    alone = readings.alone if kind != "reward-model" else before_last_tokens(readings.alone, TEXT)
+    assert compare({"saved": found["saved"], "alone": alone}, BOUND).worst < 1e-5
     if kind != "reward-model":
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
         with torch.no_grad():
-            plain = torch.cat(plain_logprobs(model, [p for p, _ in TEXTS], [r for _, r in TEXTS]))
+            plain = torch.cat(plain_logprobs(model, TEXT.prompts, TEXT.completions))
         assert readings.alone == pytest.approx(plain.tolist(), abs=1e-4)
-    else:
-        assert len(readings.alone) == len(set(readings.alone)) == len(TEXTS)
 
 
 @pytest.mark.parametrize("kind", list(JOBS))
@@ -140,7 +139,9 @@ def test_an_attention_that_leaks_shows(one_rank: RankProcesses, kind: str) -> No
 @pytest.mark.parametrize("kind", ["train", "reward-model"])
 def test_a_folder_with_other_weights_shows(one_rank: RankProcesses, kind: str, tmp_path: Path) -> None:
     [found] = one_rank.run(read, kind, job_of(kind), str(tmp_path / "saved"), "weights")
-    assert not compare({"saved": found["saved"], "alone": found["readings"].alone}, BOUND).agrees
+    alone = found["readings"].alone
+    alone = alone if kind == "train" else before_last_tokens(alone, TEXT)
+    assert not compare({"saved": found["saved"], "alone": alone}, BOUND).agrees
 
 
 @pytest.mark.parametrize("kind", ["train", "sft", "reward-model"])
@@ -151,7 +152,9 @@ def test_shards_are_read_whole_by_all_ranks_together(
     parts = two_ranks.run(read, kind, job_of(kind, stage=3, ranks=2), str(tmp_path / "saved"))
     assert parts[0]["readings"].alone == pytest.approx(base["readings"].alone, abs=1e-5)
     assert gap(parts[0]["readings"]) < 1e-4
-    assert parts[0]["saved"] == pytest.approx(base["readings"].alone, abs=1e-5)
+    alone = base["readings"].alone
+    alone = alone if kind != "reward-model" else before_last_tokens(alone, TEXT)
+    assert parts[0]["saved"] == pytest.approx(alone, abs=1e-5)
     assert parts[1]["saved"] is None
 
 

@@ -13,16 +13,17 @@ import torch
 from rlaif_ray.config.jobs import RewardModelJob, SftJob, TrainJob
 from rlaif_ray.errors import MismatchError
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.learner.agreement import Readings, Text
-from rlaif_ray.pipelines.guard import GENERATED, Guard, described, guard_texts
+from rlaif_ray.learner.agreement import Readings
+from rlaif_ray.learner.probe import Text
+from rlaif_ray.pipelines.guard import GENERATED, Guard, described, guard_text
 from rlaif_ray.types import Completion, Experience, Prompt
 from tests.tiny import cached_tiny_model, make_tokenizer
 
 MODEL = str(cached_tiny_model(tied=True))
 
 
-def true_logprobs(texts: Sequence[Text]) -> list[float]:
-    return [-1.0 - (token % 7) / 7 for _, rest in texts for token in rest]
+def true_logprobs(completions: Sequence[tuple[int, ...]]) -> list[float]:
+    return [-1.0 - (token % 7) / 7 for tokens in completions for token in tokens]
 
 
 @dataclass
@@ -32,20 +33,20 @@ class HandLearner:
     together: float = 0.0
     alone: float = 0.0
     saved: float = 0.0
-    asked: list[Sequence[Text]] = field(default_factory=list)
+    asked: list[Text] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
-    def _off(self, texts: Sequence[Text], by: float) -> list[float]:
-        *others, last = true_logprobs(texts)
+    def _off(self, text: Text, by: float) -> list[float]:
+        *others, last = true_logprobs(text.completions)
         return [*others, last + by]
 
-    def readings(self, texts: Sequence[Text]) -> Readings:
-        self.asked.append(texts)
-        return Readings(self._off(texts, self.together), self._off(texts, self.alone), packed=True)
+    def readings(self, text: Text) -> Readings:
+        self.asked.append(text)
+        return Readings(self._off(text, self.together), self._off(text, self.alone), packed=True)
 
-    def readings_of_saved(self, folder: str, texts: Sequence[Text]) -> list[float]:
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
         self.folders.append(folder)
-        return self._off(texts, self.saved)
+        return self._off(text, self.saved)
 
 
 @dataclass
@@ -66,11 +67,11 @@ class HandEngines:
                     prompt=p,
                     sample=0,
                     tokens=drawn,
-                    logprobs=tuple(true_logprobs([((), drawn)])),
+                    logprobs=tuple(true_logprobs([drawn])),
                     text="",
                     finished=False,
                     weight_version=0,
-                    prompt_logprobs=tuple(x + off for x in true_logprobs([((), p.tokens[1:])])),
+                    prompt_logprobs=tuple(x + off for x in true_logprobs([p.tokens[1:]])),
                 )
                 for p in prompts
             ]
@@ -87,14 +88,15 @@ def guard_of(learner: HandLearner, **guard: Any) -> Guard:
 
 def test_texts_are_short_unlike_and_two_share_a_prompt() -> None:
     tokenizer = make_tokenizer(None)
-    texts = guard_texts(tokenizer, 512)
-    assert texts == guard_texts(tokenizer, 512)
-    assert len({len(p) + len(r) for p, r in texts}) == len(texts) >= 3
-    assert len({p for p, _ in texts}) == len(texts) - 1
-    assert all(prompt[0] == tokenizer.bos_token_id for prompt, _ in texts)
-    assert sum(len(p) + len(r) for p, r in texts) < 100
+    text = guard_text(tokenizer, 512)
+    assert text == guard_text(tokenizer, 512)
+    lengths = [len(p) + len(c) for p, c in zip(text.prompts, text.completions, strict=True)]
+    assert len(set(lengths)) == len(lengths) >= 3 and sum(lengths) < 100
+    assert len(set(text.prompts)) == len(text.prompts) - 1
+    assert all(prompt[0] == tokenizer.bos_token_id for prompt in text.prompts)
     for room in (4, 5, 11):
-        assert all(p and r and len(p) + len(r) <= room for p, r in guard_texts(tokenizer, room))
+        short = guard_text(tokenizer, room)
+        assert all(p and c and len(p) + len(c) <= room for p, c in zip(short.prompts, short.completions, strict=True))
 
 
 def test_it_looks_at_the_start_after_two_steps_and_every_nth() -> None:
@@ -105,7 +107,7 @@ def test_it_looks_at_the_start_after_two_steps_and_every_nth() -> None:
     assert engines.asked == 5
     assert len(learner.asked) == 5  # both replicas drew the same: computed once
     # What the engine added is compared too.
-    assert all(rest[-GENERATED:] == tuple(range(20, 20 + GENERATED)) for _, rest in learner.asked[0])
+    assert all(rest[-GENERATED:] == tuple(range(20, 20 + GENERATED)) for rest in learner.asked[0].completions)
     resumed = guard_of(learner, every=0)
     assert [v for v in range(40, 50) if resumed.check_push(engines, v)] == [40, 41, 42]  # type: ignore[arg-type]
 
@@ -223,16 +225,24 @@ def test_packing_is_checked_before_supervised_steps() -> None:
 class Rewards(HandLearner):
     """Of a model whose rewards are large."""
 
-    def _off(self, texts: Sequence[Text], by: float) -> list[float]:
-        return [400.0 + by, *[-3.0] * (len(texts) - 1)]
+    def _off(self, text: Text, by: float) -> list[float]:
+        *others, last = [400.0 * x for x in true_logprobs(text.completions)]
+        return [*others, last + by]
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        *others, last = [400.0 * true_logprobs([tokens])[-1] for tokens in text.completions]
+        return [*others, last + self.saved]
 
 
 def test_rewards_are_compared_by_their_size() -> None:
     job = RewardModelJob.model_validate({"policy": {"model": MODEL}, "data": {"path": "x"}})
     gaps = Guard(job, Rewards(together=0.02), "fp32", 64).check_layout()
-    assert gaps == {"guard/packing_gap": pytest.approx(0.02 / 400)}
-    with pytest.raises(MismatchError, match=r"gap 0.005 of the largest reward"):
-        Guard(job, Rewards(together=2.0), "fp32", 64).check_layout()
+    assert 0.02 / 800 < gaps["guard/packing_gap"] < 0.02 / 400
+    with pytest.raises(MismatchError, match=r"gap 0.0\d+ of the largest reward"):
+        Guard(job, Rewards(together=9.0), "fp32", 64).check_layout()
+    assert Guard(job, Rewards(), "fp32", 64).check_saved(Path("x"), NO_CHECKPOINTS) == {"guard/saved_gap": 0.0}  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="not to be trusted"):
+        Guard(job, Rewards(saved=9.0), "fp32", 64).check_saved(Path("x"), NO_CHECKPOINTS)  # type: ignore[arg-type]
 
 
 class SomeCheckpoints:
