@@ -235,44 +235,11 @@ def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
 
 
-class WeightGroups:
-    """The policy's weights, whole, one layer group at a time: the trainer's side of a weight sync.
-
-    Follows the contract of vLLM's `WeightSource`: the same names in the same order on every rank, `metadata` without
-    a transfer, iteration as a collective. Under ZeRO-3 a group is gathered on entry and freed on leaving.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._parameters = dict(model.named_parameters())
-
-    def metadata(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, dtype, full shape) of every parameter, tied ones once."""
-        return [
-            (name, str(p.dtype).removeprefix("torch."), tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in self._parameters.items()
-        ]
-
-    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
-        """Every weight whole, on CPU, one at a time; {} where not kept. A collective under ZeRO-3."""
-        state = {}
-        for name in self._parameters:
-            with self.gathered([name]) as (tensor,):
-                if keep:
-                    state[name] = tensor.detach().cpu().clone()
-        return state
-
-    @contextmanager
-    def gathered(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        """The full tensors of one group. A collective under ZeRO-3: every rank enters with the same names."""
-        parameters = [self._parameters[name] for name in names]
-        with full_weights(parameters, write=False):
-            yield [p.data for p in parameters]
-
-
 def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """Writes a Hugging Face folder: `state` are the whole weights, `model` gives class and config."""
+    """Writes a Hugging Face folder: `state` is the whole state under checkpoint names (model_state.py), `model` gives
+    class and config."""
     model.config.use_cache = True  # off while training, on for whoever loads it
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    model.save_pretrained(folder, state_dict=state, save_original_format=False)  # its names are the checkpoint's
     model.config.use_cache = False
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner alone; models are there to be shared

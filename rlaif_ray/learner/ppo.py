@@ -26,7 +26,8 @@ from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read
 from rlaif_ray.learner.checkpoints import RankCheckpoint
-from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, WeightGroups, save_model_folder
+from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, save_model_folder
+from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import Text, logprobs_of, settle_attention
 from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer
@@ -95,7 +96,7 @@ class RlRank:
         if needs_reference(job.algorithm):
             frozen = CausalPolicy(load(load_causal_lm, attention))
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
-        self.weights = WeightGroups(self._model)
+        self.weights = ModelState(self._model)
         engines = {"policy": self._policy} | ({} if self._critic is None else {"critic": self._critic})
         self.checkpoint = RankCheckpoint(engines, spec.rank)
 

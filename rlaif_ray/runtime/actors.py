@@ -222,9 +222,10 @@ class LearnerActor(Actor):
     def save_model(self, folder: str, center: dict[str, float] | None) -> None:
         self._learner.save_model(folder, center)
 
-    def weight_metadata(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        metadata: list[tuple[str, str, tuple[int, ...]]] = self._learner.weights.metadata()
-        return metadata
+    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]], bool]:
+        """(name, dtype, shape) of all that a push sends, the names that go together, whether buffers are among it."""
+        weights = self._learner.weights
+        return weights.metadata(), weights.groups(), weights.has_buffers
 
     def open_senders(self, backend: str, options: dict[str, Any]) -> None:
         """Opens this end of the transport, with two places for buckets where one is filled while one is read.

@@ -29,7 +29,8 @@ from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import WeightSyncConfig
 from rlaif_ray.errors import RunError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.learner.engine import RankSpec, WeightGroups
+from rlaif_ray.learner.engine import RankSpec
+from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.pipelines.experience import add_advantages, check_fresh
 from rlaif_ray.rollout.weight_transfer import additive_checksum
 from rlaif_ray.runtime.actors import Actor, LearnerActor
@@ -396,7 +397,7 @@ class SilentEngine(Actor):
 
 
 def hold_a_small_model(actor: Any) -> None:
-    actor._learner = SimpleNamespace(weights=WeightGroups(torch.nn.Linear(3, 3)))
+    actor._learner = SimpleNamespace(weights=ModelState(torch.nn.Linear(3, 3)))
     actor._rank, actor._senders = 0, []
 
 
