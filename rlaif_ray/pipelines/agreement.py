@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-FP32_GAP = 1e-3  # nats, of any token: about a hundred times what rounding does, a hundredth of what a wrong mask does
-BF16_GAP = 0.05  # nats, on average: one token alone may be off by several times as much from rounding
-WORST = 10  # times the bound: what one token of many may be off by
+# Of any token, in nats: about a hundred times what rounding does, a hundredth of what a wrong mask does.
+FP32_GAP = 1e-3
+# On average, in nats: in bf16 single tokens are far off by rounding alone, of experts more so, where the routing tips
+# over. Ma et al. 2510.11370 measure a KL between engine and trainer of 6.4e-4 for a dense model and 1.5e-3 for experts;
+# of a normal error of variance 2 KL that is 0.03 and 0.04 on average.
+BF16_GAP = 0.1
+WORST = 10  # times the bound in fp32: what one token of a whole step's may be off by
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,8 +268,12 @@ def test_a_saved_folder_that_is_another_model_is_not_to_be_trusted(tmp_path: Pat
 
 def test_bf16_is_compared_on_average() -> None:
     job = train_job()
-    assert Guard(job, HandLearner(together=0.4), "bf16", 512).check_layout()
-    with pytest.raises(MismatchError, match=r"in bf16 0.05 on average"):
+    guard = Guard(job, HandLearner(together=0.4), "bf16", 512)
+    assert guard.check_layout()
+    guard.check_update(UPDATED | {"policy/first_ratio_error": 3.0, "rollout/logprob_gap": 0.03}, experience_of(0.0))
+    with pytest.raises(MismatchError, match="rollout/logprob_gap"):
+        Guard(job, HandLearner(), "bf16", 512).check_update(UPDATED | {"rollout/logprob_gap": 0.2}, experience_of(0.0))
+    with pytest.raises(MismatchError, match=r"in bf16 0.1 on average"):
         Guard(job, HandLearner(together=8.0), "bf16", 512).check_layout()
 
 
