@@ -65,6 +65,8 @@ def unknown_to_vllm(config: Any) -> bool:
         return False
     if any(name in known[part] for name in architectures for part in _GENERATING):
         return False
+    if keeps_state(config):
+        return True  # transformers' code gets nothing but attention from vLLM
     import transformers
 
     classes = [getattr(transformers, name, None) for name in architectures]

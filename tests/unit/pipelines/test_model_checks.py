@@ -41,7 +41,12 @@ def folder_of(root: Path, config: str, architecture: str, **values: Any) -> str:
 
 def train_job(model: str, **sections: Any) -> TrainJob:
     return TrainJob.model_validate(
-        {"policy": {"model": model}, "feedback": {"judge": {"model": TINY}}, "cluster": {"device": "cpu"}, **sections}
+        {
+            "policy": {"model": model},
+            "feedback": {"type": "judge", "judge": {"model": TINY}},
+            "cluster": {"device": "cpu"},
+            **sections,
+        }
     )
 
 
@@ -65,9 +70,9 @@ def test_so_is_a_judge_wherever_it_stands(case: str, tmp_path: Path) -> None:
     judge, cpu = {"model": model}, {"device": "cpu"}
     mixture = {"type": "mixture", "scorers": {"kind": {"scorer": {"type": "judge", "judge": judge}}}}
     jobs = {
-        "feedback.judge": train_job(TINY, feedback={"judge": judge}),
+        "feedback.judge": train_job(TINY, feedback={"type": "judge", "judge": judge}),
         "feedback.scorers.kind.scorer.judge": train_job(TINY, feedback=mixture),
-        "judge": LabelJob.model_validate({"data": {"path": "x"}, "judge": judge, "cluster": cpu}),
+        "judge": LabelJob.model_validate({"data": {"path": "x"}, "judge": judge | {"type": "vllm"}, "cluster": cpu}),
         "arms.new": EvaluateJob.model_validate(
             {"judge": {"type": "longer"}, "arms": {"new": judge, "old": {"path": "x.jsonl"}}, "cluster": cpu}
         ),
@@ -92,16 +97,16 @@ def test_what_works_passes(tmp_path: Path) -> None:
 
 def test_images_are_no_reason_where_torchvision_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = folder_of(tmp_path, "Gemma3Config", "Gemma3ForConditionalGeneration")
-    judged = train_job(TINY, feedback={"judge": {"model": model}}, cluster={"device": "gpu"})
+    judged = train_job(TINY, feedback={"type": "judge", "judge": {"model": model}}, cluster={"device": "gpu"})
     check_models(judged)  # the cluster's nodes may have it
     monkeypatch.setattr(model_checks, "find_spec", lambda name: object())
-    check_models(train_job(TINY, feedback={"judge": {"model": model}}))
+    check_models(train_job(TINY, feedback={"type": "judge", "judge": {"model": model}}))
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     t5, bert = (folder_of(tmp_path, *CASES[case][:2]) for case in ("t5", "bert"))
     with pytest.raises(InputError) as caught:
-        check_models(train_job(t5, feedback={"judge": {"model": bert}}), train_job(t5))
+        check_models(train_job(t5, feedback={"type": "judge", "judge": {"model": bert}}), train_job(t5))
     lines = str(caught.value).splitlines()
     assert [line.split(".model=")[0] for line in lines] == ["policy", "feedback.judge"]
 
