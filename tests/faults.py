@@ -21,6 +21,7 @@ from rlaif_ray.config.load import load_job
 from rlaif_ray.pipelines import rl, supervised
 from rlaif_ray.runtime import cluster as clusters
 from rlaif_ray.tracking import StepMetrics, Tracker
+from tests.pace import scaled
 
 
 class Faults:
@@ -83,7 +84,7 @@ class Faults:
 
     def wait_until_all_are_there(self) -> None:
         """So that every fault meets a full set: engines take longer to start than steps do."""
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + scaled(150)
         while time.monotonic() < deadline:
             if self.at_full_strength():
                 return

@@ -20,21 +20,26 @@ from torch import Tensor
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.lora import merged_state
 from rlaif_ray.types import Experience
+from tests.pace import scaled
 
 
 class RankProcesses:
     """`count` spawned processes, one per learner rank; they stay up from call to call, so imports are paid once."""
 
     def __init__(self, count: int) -> None:
+        self.count = count
+        self._start()
+
+    def _start(self) -> None:
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
         context = multiprocessing.get_context("spawn")
         self._ends: list[Connection] = []
         self._processes = []
-        for rank in range(count):
+        for rank in range(self.count):
             here, there = context.Pipe()
-            spec = RankSpec(rank, count, 0, "127.0.0.1", port, "cpu", threads=1)
+            spec = RankSpec(rank, self.count, 0, "127.0.0.1", port, "cpu", threads=1)
             process = context.Process(target=_serve, args=(there, spec), daemon=True)
             process.start()
             self._ends.append(here)
@@ -44,18 +49,27 @@ class RankProcesses:
         """`function(spec, *args)` on every rank at the same time; results by rank. Functions travel by name."""
         for end in self._ends:
             end.send_bytes(pickle.dumps((function, args)))
+        try:
+            results = self._answers(timeout_s)
+        except BaseException:  # one that failed leaves its peers in a collective: the next test gets new processes
+            self.close()
+            self._start()
+            raise
+        return [results[rank] for rank in range(self.count)]
+
+    def _answers(self, timeout_s: float) -> dict[int, Any]:
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout_s
-        while len(results) < len(self._ends):
-            open_ends = [end for k, end in enumerate(self._ends) if k not in results]
-            ready = wait(open_ends, timeout=max(0.0, deadline - time.monotonic()))
-            assert ready, f"ranks {sorted(set(range(len(self._ends))) - set(results))} gave no answer in {timeout_s} s"
-            for end in ready:
-                rank = self._ends.index(end)  # type: ignore[arg-type]
-                ok, answer = pickle.loads(self._ends[rank].recv_bytes())
-                assert ok, f"rank {rank} failed:\n{answer}"
-                results[rank] = answer
-        return [results[rank] for rank in range(len(self._ends))]
+        deadline = time.monotonic() + scaled(timeout_s)
+        while len(results) < self.count:
+            waited_for = {k: end for k, end in enumerate(self._ends) if k not in results}
+            ready = wait(list(waited_for.values()), timeout=max(0.0, deadline - time.monotonic()))
+            assert ready, f"ranks {sorted(waited_for)} gave no answer in {timeout_s} s"
+            for rank, end in waited_for.items():
+                if end in ready:
+                    ok, answer = pickle.loads(end.recv_bytes())
+                    assert ok, f"rank {rank} failed:\n{answer}"
+                    results[rank] = answer
+        return results
 
     def close(self) -> None:
         for process in self._processes:

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from tests.pace import scaled
 from tests.tiny import cached_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,12 +83,12 @@ class Program:
 
     def wait(self, timeout_s: float = 900.0) -> Program:
         """Until it ends; then looks what it left behind."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + scaled(timeout_s)
         while self.process.poll() is None:
             assert time.monotonic() < deadline, f"it did not end in {timeout_s} s:\n{self.stdout[-2000:]}"
             time.sleep(0.25)
         self.exit_code = self.process.returncode
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + scaled(10)
         while (alive := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         self.left_over = [" ".join(_cmdline(p))[:100] for p in alive]
@@ -95,7 +96,7 @@ class Program:
 
     def wait_for(self, happened: Callable[[], bool], timeout_s: float = 900.0) -> None:
         """Until something happened, which must be before the program ends."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + scaled(timeout_s)
         while not happened():
             assert self.process.poll() is None, f"it ended early:\n{self.stdout[-2000:]}\n{self.stderr[-2000:]}"
             assert time.monotonic() < deadline, f"it did not happen in {timeout_s} s:\n{self.stdout[-2000:]}"

@@ -62,6 +62,9 @@ def join_ranks(spec: RankSpec, timeout_s: float) -> torch.device:
         device = torch.device("cuda", spec.local_rank)
         torch.cuda.set_device(device)
     deepspeed.logger.setLevel("WARNING")
+    # DeepSpeed would compile a C++ extension for this one (a minute, a compiler, and a lock that outlives a killed
+    # process). It serves `inference_all_reduce` alone, which training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "gloo" if spec.device == "cpu" else "nccl"
     if not torch.distributed.is_initialized():  # a process may hold one rank after another

@@ -16,7 +16,7 @@ from tests.runs import Program, rows, start
 from tests.s3 import SECRET, s3_server
 from tests.tiny import cached_tiny_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

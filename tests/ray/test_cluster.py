@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pace import scaled
 from tests.runs import ROOT, Program, finish_train, rows, start, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -88,7 +89,7 @@ def assert_complete(run_dir: Path) -> None:
 
 def actors_gone(cluster: RayCluster, timeout_s: float = 20.0) -> bool:
     """No actor of ours is left; idle workers may be."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + scaled(timeout_s)
     while time.monotonic() < deadline:
         titles = [" ".join(process.cmdline()) for process in cluster.head.processes()]
         if not any(re.search(r"ray::(Engine|Learner)Actor", title) for title in titles):
@@ -111,6 +112,7 @@ def test_a_submitted_job_runs_and_is_followed(cluster: RayCluster, folder: Path,
     assert actors_gone(cluster) and answers(int(cluster.address.rpartition(":")[2]))
 
 
+@pytest.mark.long
 def test_a_submitted_job_that_fails_says_why(cluster: RayCluster, folder: Path, config: Path) -> None:
     where = ("--address", cluster.dashboard, "--python", sys.executable)
     program = submit(folder / "wrong.out", *where, "train", config, "stepz=2")
@@ -118,6 +120,7 @@ def test_a_submitted_job_that_fails_says_why(cluster: RayCluster, folder: Path, 
     assert "Did you mean steps?" in program.stdout and "FAILED" in program.stdout
 
 
+@pytest.mark.long
 def test_ray_address_joins_a_cluster_and_leaves_it_running(cluster: RayCluster, folder: Path, config: Path) -> None:
     run_dir = folder / "joined"
     settings = (*SHORT, "cluster.address=null", "algorithm.type=reinforce")
@@ -129,6 +132,7 @@ def test_ray_address_joins_a_cluster_and_leaves_it_running(cluster: RayCluster, 
     assert actors_gone(cluster) and answers(int(cluster.address.rpartition(":")[2]))
 
 
+@pytest.mark.long
 def test_a_place_that_can_not_be_had(cluster: RayCluster, folder: Path, config: Path) -> None:
     settings = ("learner.ranks=2", "cluster.cpus_per_actor=64", "cluster.start_timeout_s=5")
     address = f"cluster.address={cluster.address}"
@@ -141,6 +145,7 @@ def test_a_place_that_can_not_be_had(cluster: RayCluster, folder: Path, config: 
     assert answers(int(cluster.address.rpartition(":")[2]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
@@ -162,6 +167,7 @@ def test_what_the_cluster_can_not_do(
     assert {path.name: path.read_text() for path in run_dir.iterdir()} == {"metrics.jsonl": '{"step": 1}\n'}
 
 
+@pytest.mark.long
 def test_no_cluster_answers(folder: Path, config: Path) -> None:
     run_dir, address = folder / "nobody", f"127.0.0.1:{free_port()}"
     run_dir.mkdir()
@@ -174,6 +180,7 @@ def test_no_cluster_answers(folder: Path, config: Path) -> None:
     assert {path.name: path.read_text() for path in run_dir.iterdir()} == {"metrics.jsonl": '{"step": 1}\n'}
 
 
+@pytest.mark.long
 def test_submitting_without_the_token(cluster: RayCluster, folder: Path, config: Path) -> None:
     where = ("--address", cluster.dashboard)
     program = submit(folder / "no-token.out", *where, "train", config, environment={"RAY_AUTH_MODE": "disabled"})
@@ -182,6 +189,7 @@ def test_submitting_without_the_token(cluster: RayCluster, folder: Path, config:
     assert "RAY_AUTH_MODE=token" in program.stderr and len(program.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_submitting_to_no_cluster(folder: Path, config: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     program = submit(folder / "nobody.out", "--address", address, "train", config)

@@ -14,7 +14,7 @@ from rlaif_ray.data.prompts import PACKAGED
 from tests.ray.test_preference_jobs import CLUSTER, done, lines, model
 from tests.runs import ROOT, Program, start
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

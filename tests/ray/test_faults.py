@@ -14,14 +14,19 @@ from typing import Any
 
 import pytest
 
+from tests.pace import scaled
 from tests.ray.test_train import repeatable, weights_hash
 from tests.runs import Program, finish_train, rows, start, start_train, tiny_config
 from tests.tiny import cached_tiny_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(2400)]
 
-SILENT_S = 10
-SHORT = ("evaluation.held_out.path=null", f"cluster.silent_after_s={SILENT_S}", "cluster.start_timeout_s=120")
+SILENT_S = round(scaled(10))
+SHORT = (
+    "evaluation.held_out.path=null",
+    f"cluster.silent_after_s={SILENT_S}",
+    f"cluster.start_timeout_s={scaled(120):.0f}",
+)
 
 # (phase, who, signal): one after the other in one run, each with every replica there.
 ENGINE_FAULTS = [
@@ -120,7 +125,7 @@ def assert_noticed(run_dir: Path, silent_s: float = SILENT_S) -> None:
     """A dead one within 5 s, a silent one within its deadline and 5 more."""
     for fault in rows(run_dir.with_name(f"{run_dir.name}.faults.followed.jsonl")):
         print(fault)
-        assert fault["noticed_s"] < (5 if fault["signal"] == "SIGKILL" else silent_s + 5), fault
+        assert fault["noticed_s"] < (0 if fault["signal"] == "SIGKILL" else silent_s) + scaled(5), fault
 
 
 class TestEngines:

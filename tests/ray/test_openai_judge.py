@@ -27,12 +27,13 @@ from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Answer, Message, Question
 from tests.conftest import ENGINE_CONTEXT
 from tests.endpoint import FaultProxy
+from tests.pace import scaled
 from tests.tiny import cached_tiny_model, make_tokenizer
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 
 KEY, ENV = "sk-served-7d1a", "JUDGE_TEST_KEY"
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = scaled(300.0)
 # What the tiny model says to these begins with a word; to those, with a space, a quote or a bracket.
 TEXTS = ["Name a fruit.", "Say 1 or 2.", "Why is the sky blue?", "Tell me a story.", "How are you?", "Write a poem."]
 SPACED = ["Is it kind?", "Ok", "What is a tree?", "Is it good?"]
@@ -122,7 +123,7 @@ def ask(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made: list[OpenAIAsker] = []
 
     def make(**values: Any) -> OpenAIAsker:
-        values = {"model": "tiny", "base_url": proxy.url, "api_key_env": ENV, "timeout_s": 60.0, **values}
+        values = {"model": "tiny", "base_url": proxy.url, "api_key_env": ENV, "timeout_s": scaled(60.0), **values}
         made.append(OpenAIAsker(OpenAIJudge.model_validate({"type": "openai", **values})))
         return made[-1]
 
@@ -266,7 +267,7 @@ def test_sampled_explanations_follow_from_their_seeds(ask: Any) -> None:
 def test_a_fault_is_retried_and_never_a_judgement(
     ask: Any, proxy: FaultProxy, model: Any, tokenizer: Any, kind: str, failure: str
 ) -> None:
-    asker = ask(max_retries=1, timeout_s=10.0)
+    asker = ask(max_retries=1, timeout_s=scaled(10.0))
     likely = likeliest(next_words(model, tokenizer, prompt(tokenizer, TEXTS[1]))[0])
     asked = [Question(turns(TEXTS[1]), "", likely)]
     ((_, right),) = asker.answer(asked)

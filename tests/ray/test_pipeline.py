@@ -175,6 +175,7 @@ UNDER_WAY: dict[str, Callable[[Path], bool]] = {
 }
 
 
+@pytest.mark.long
 def test_killed_in_every_stage_it_ends_with_the_same(folder: Path, straight: Path) -> None:
     run = folder / "killed"
     for name in ORDER:
@@ -191,6 +192,7 @@ def test_killed_in_every_stage_it_ends_with_the_same(folder: Path, straight: Pat
     assert artefacts(run) == artefacts(straight)
 
 
+@pytest.mark.long
 def test_a_changed_constitution_redoes_what_depends_on_it(folder: Path, straight: Path) -> None:
     """Only the comparison question changes, and revisions know nothing of it, but their draw may: so all but nothing
     that hangs on the constitution stays."""
@@ -215,6 +217,7 @@ def test_a_changed_constitution_redoes_what_depends_on_it(folder: Path, straight
     )
 
 
+@pytest.mark.long
 def test_from_does_a_stage_and_what_builds_on_it_again(folder: Path, straight: Path) -> None:
     done(pipeline(folder, "straight"))  # whatever a test before looked at
     before = artefacts(straight)
@@ -227,12 +230,14 @@ def test_from_does_a_stage_and_what_builds_on_it_again(folder: Path, straight: P
     assert hashlib.sha256((aside / "stage.json").read_bytes()).hexdigest() == old
 
 
+@pytest.mark.long
 def test_only_needs_what_it_builds_on(folder: Path) -> None:
     program = pipeline(folder, "empty", "--only", "label").wait()
     assert program.exit_code == 2 and "builds on pairs, which isn't done" in program.stderr
     assert not (folder / "empty").exists()
 
 
+@pytest.mark.long
 def test_a_stage_with_wrong_input_keeps_those_before_it(folder: Path, straight: Path) -> None:
     done(pipeline(folder, "straight"))
     before = stages(straight)

@@ -1,4 +1,7 @@
-"""pairs -> label -> reward-model -> train on real engines, straight and killed half way; wrong input on the way."""
+"""pairs -> label -> reward-model -> train on real engines, straight; a killed labelling; wrong input on the way.
+
+All of them killed half way: tests/ray/test_pipeline.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from rlaif_ray.feedback.remembered import Memory
 from tests.runs import ROOT, Program, start
 from tests.tiny import cached_tiny_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 PROMPTS = 150
 CLUSTER = "cluster.address=local"
@@ -221,15 +224,6 @@ def test_a_policy_trains_against_it(folder: Path, straight_model: Path) -> None:
 # ---- Killed ----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_pairs_go_on(folder: Path, pairs_file: Path) -> None:
-    program = pairs(folder, "pairs-killed")
-    state = folder / "pairs-killed.jsonl.state" / "responses"
-    program.wait_for(lambda: lines(state / "other.jsonl") > 0)
-    program.kill()
-    done(pairs(folder, "pairs-killed"))
-    assert (folder / "pairs-killed.jsonl").read_bytes() == pairs_file.read_bytes()
-
-
 def test_a_killed_labelling_does_only_what_is_missing(folder: Path, pairs_file: Path, labels_file: Path) -> None:
     output = folder / "labels-killed.jsonl"
     program = label(folder, "labels-killed", pairs_file)
@@ -260,18 +254,6 @@ def test_another_judge_may_not_go_on_in_the_same_file(folder: Path, pairs_file: 
     program.wait()
     assert program.exit_code == 2 and "holds results of another run" in program.stderr
     assert "Traceback" not in program.stderr and labels_file.read_bytes() == before
-
-
-def test_a_killed_reward_model_goes_on(folder: Path, straight_model: Path, labels_file: Path) -> None:
-    settings = ("checkpoint.every=2", "tracking.wandb=disabled")
-    program = reward_model(folder, "rm-killed", labels_file, *settings)
-    program.wait_for(lambda: (folder / "rm-killed" / "checkpoints" / "step-4").exists())
-    program.kill()
-    done(reward_model(folder, "rm-killed", labels_file, *settings))
-    killed, straight = (f / "reward_model" / "model.safetensors" for f in (folder / "rm-killed", straight_model))
-    assert sha256(killed) == sha256(straight)
-    after, before = (json.loads((f / "summary.json").read_text()) for f in (folder / "rm-killed", straight_model))
-    assert after["reward_model"] == before["reward_model"]
 
 
 # ---- Ways of asking --------------------------------------------------------------------------------------------------

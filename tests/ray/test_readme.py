@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pace import scaled
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 TINY = (
@@ -24,6 +26,7 @@ PREFERENCES = "cluster.address=local output={run_dir}/pairs.jsonl run_dir={run_d
 ADDED: dict[str, str | None] = {
     "make demo": f"ARGS='{TINY} run_dir={{run_dir}}'",
     "make test": None,  # this very run
+    "make test-all": None,
     ".venv/bin/rlaif train configs/demo/train.yaml --dry-run": "",
     ".venv/bin/rlaif train configs/demo/train.yaml steps=2 run_dir=runs/short": f"{TINY} run_dir={{run_dir}}",
     ".venv/bin/rlaif pairs configs/demo/pairs.yaml": f"data.limit=3 sampling.max_new_tokens=4 {PREFERENCES}",
@@ -67,7 +70,15 @@ def test_every_command_is_known() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c, added in ADDED.items() if added is not None])
+@pytest.mark.parametrize(
+    "command",
+    [
+        # What starts nothing takes seconds; the others load the embedded model of 135M parameters.
+        pytest.param(command, marks=[] if "--dry-run" in command or "rlaif plan" in command else pytest.mark.long)
+        for command, added in ADDED.items()
+        if added is not None
+    ],
+)
 def test_command_runs(command: str, tmp_path: Path) -> None:
     assert (ROOT / ".venv/bin/rlaif").exists(), "set up with make first"
     labelled = tmp_path / "labelled.jsonl"
@@ -80,7 +91,7 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=scaled(580),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     if "--dry-run" in command:

@@ -21,7 +21,7 @@ from tests.endpoint import FakeEndpoint, FaultProxy
 from tests.ray.test_cluster import submit
 from tests.runs import Program, rows, start, start_train, tiny_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 JUDGE_KEY = "JUDGE_ENDPOINT_KEY"
 CANARIES = {

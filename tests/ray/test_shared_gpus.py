@@ -13,8 +13,9 @@ from rlaif_ray.runtime.actors import Actor
 from rlaif_ray.runtime.fit import place
 from rlaif_ray.runtime.placement import actor_slots, reserve
 from rlaif_ray.runtime.weight_sync import must_share_gpus
+from tests.pace import scaled
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 GPUS = 8
 
@@ -60,7 +61,7 @@ def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
     job = TrainJob.model_validate({"feedback": feedback, **sections})
     slots = actor_slots(job, "cuda")
     _, planned = place(slots, GPUS)
-    group = reserve(slots, timeout_s=60)
+    group = reserve(slots, timeout_s=scaled(60))
 
     @ray.remote
     def gpus() -> list[int]:
@@ -73,7 +74,7 @@ def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
         for k, slot in enumerate(slots)
     ]
     tenants: dict[int, list[str]] = {}
-    for slot, given in zip(slots, ray.get(asked, timeout=120), strict=True):
+    for slot, given in zip(slots, ray.get(asked, timeout=scaled(120)), strict=True):
         for gpu in given:
             tenants.setdefault(gpu, []).append(slot.role)
     remove_placement_group(group)
@@ -88,14 +89,14 @@ def test_an_engine_gets_weights_from_the_rank_of_its_gpu(ray: Any, ranks: int, l
     sections = {"rollout": {"replicas": 4}, "learner": {"ranks": ranks}, "cluster": {"gpus_per_actor": 0.33}}
     job = TrainJob.model_validate({"feedback": {"type": "judge", "judge": {"replicas": 4}}, **sections})
     slots = actor_slots(job, "cuda")
-    group = reserve(slots, timeout_s=60)
+    group = reserve(slots, timeout_s=scaled(60))
     actors = [
         ray.remote(
             num_cpus=slot.cpus, num_gpus=slot.gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group, k)
         )(Actor).remote()
         for k, slot in enumerate(slots)
     ]
-    gpus = dict(zip(slots, ray.get([actor.gpus.remote() for actor in actors], timeout=120), strict=True))
+    gpus = dict(zip(slots, ray.get([actor.gpus.remote() for actor in actors], timeout=scaled(120)), strict=True))
     for actor in actors:
         ray.kill(actor)
     remove_placement_group(group)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pace import scaled
 from tests.ray.test_cluster import free_port
 from tests.runs import ROOT, Program, rows, start, tiny_config
 
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.slurm,
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(MISSING), reason=f"needs Debian's slurm-wlm and munge: no {', '.join(MISSING)} here"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd needs root"),
@@ -67,13 +69,15 @@ class Slurm:
 
     def ask(self, *words: str) -> str:
         environment = {**os.environ, "SLURM_CONF": str(self.conf)}
-        return subprocess.run(words, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(
+            words, env=environment, check=True, capture_output=True, text=True, timeout=scaled(60)
+        ).stdout
 
     def submit(self, output: Path, *arguments: str | Path, environment: dict[str, str]) -> Job:
         options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={output}.log"]
         inherited = {"SLURM_CONF": str(self.conf), **environment}
         program = start([ROOT / "launch" / "slurm.sh", *options, *arguments], output, inherited)
-        assert program.process.wait(60) == 0, program.stderr
+        assert program.process.wait(scaled(60)) == 0, program.stderr
         found = re.match(r"submitted (\d+); its log: (\S+)$", program.stdout, re.M)
         assert found is not None and found[2] == f"{output}.log"
         return Job(self, int(found[1]), program, Path(found[2]))
@@ -93,14 +97,14 @@ class Job:
         return dict(re.findall(r"(\w+)=(\S*)", self.slurm.ask("scontrol", "show", "job", str(self.number))))
 
     def wait_for(self, *states: str, timeout_s: float = 500.0) -> dict[str, str]:
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + scaled(timeout_s)
         while (told := self.told())["JobState"] not in states:
             assert time.monotonic() < deadline, f"{told['JobState']}:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.3)
         return told
 
     def wait_for_rows(self, path: Path, count: int, timeout_s: float = 500.0) -> None:
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + scaled(timeout_s)
         while len(rows(path)) < count:
             ended = self.told()["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING")
             assert not ended and time.monotonic() < deadline, self.log.read_text()[-3000:]
@@ -108,7 +112,7 @@ class Job:
 
     def left_over(self) -> list[str]:
         """Its processes, some seconds after its end."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + scaled(10)
         while (alive := self.program.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return [" ".join(process.cmdline())[:100] for process in alive]
@@ -144,7 +148,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             if daemon == "munged":
                 program.wait_for((folder / "munge" / "socket").exists, timeout_s=30)
         found = Slurm(conf)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + scaled(60)
         while (states := found.ask("sinfo", "--noheader", "--Node", "--format=%T").split()) != ["idle", "idle"]:
             assert time.monotonic() < deadline, states
             time.sleep(0.3)

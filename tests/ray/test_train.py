@@ -7,7 +7,6 @@ import json
 import math
 import multiprocessing
 import re
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rlaif_ray.feedback.judge import check_context
 from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.types import TokenAnswer, TokenQuery
+from tests.pace import scaled
 from tests.runs import Program, finish_train, rows, start_train, tiny_config
 from tests.tiny import cached_tiny_model
 from tests.unit.test_tracking import history, read_wandb
@@ -209,6 +209,7 @@ class TestStraight:
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "policy")
         assert tokenizer.chat_template and tokenizer.pad_token != tokenizer.eos_token
 
+    @pytest.mark.long
     def test_the_policy_loads_in_vllm_and_agrees_with_transformers(self, run_dir: Path) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -216,7 +217,7 @@ class TestStraight:
         query = TokenQuery(tuple(range(40, 60)), tuple(range(100)))
         # In a process of its own: vLLM's groups are the process's, and would end with this engine for others in it.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            answer = pool.submit(ask_vllm, str(policy), query).result(timeout=300)
+            answer = pool.submit(ask_vllm, str(policy), query).result(timeout=scaled(300))
         assert answer.failure is None and all(math.isfinite(value) for value in answer.logprobs)
         model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
         with torch.inference_mode():
@@ -244,20 +245,39 @@ def weights_hash(run_dir: Path) -> dict[str, str]:
 
 
 class TestResume:
-    """The same six steps, killed in step 5, interrupted by Ctrl-C after that, and finished: bit for bit the same."""
+    """The same six steps, killed in step 5 and finished: bit for bit the same."""
 
     @pytest.fixture(scope="class")
-    def parts(self, folder: Path, config: Path) -> Iterator[tuple[Path, list[Any]]]:
+    def parts(self, folder: Path, config: Path) -> tuple[Path, Program, list[int], list[int], Program]:
         run_dir = folder / "resumed"
-        seen: list[Any] = []
-
         killed = start_train(config, run_dir=run_dir)
         try:
             killed.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 4)
         finally:
             killed.kill()
-        seen.append((killed, [row["step"] for row in rows(run_dir / "metrics.jsonl")], checkpoints(run_dir)))
+        steps, folders = [row["step"] for row in rows(run_dir / "metrics.jsonl")], checkpoints(run_dir)
+        return run_dir, killed, steps, folders, finish_train(config, run_dir=run_dir)
 
+    def test_it_was_killed_between_two_checkpoints(self, parts: tuple[Any, ...]) -> None:
+        _, killed, steps, folders, _ = parts
+        assert killed.process.returncode == -9
+        assert steps[-1] in (4, 5) and folders == [3]
+
+    def test_the_end_is_that_of_a_straight_run(self, parts: tuple[Any, ...], straight: tuple[Path, Program]) -> None:
+        run_dir, _, _, _, finished = parts
+        assert "resumed from" in finished.stdout and "step-3" in finished.stdout
+        assert_same_end(run_dir, finished, straight[0])
+
+    def test_wandb_knows_one_run(self, parts: tuple[Any, ...]) -> None:
+        run_dir = parts[0]
+        ids = {path.name.rsplit("-", 1)[1] for path in run_dir.glob("wandb/offline-run-*")}
+        assert ids == {(run_dir / "wandb_run_id.txt").read_text().strip()}
+
+    @pytest.mark.long
+    def test_ctrl_c_writes_a_checkpoint_of_the_step(
+        self, folder: Path, config: Path, straight: tuple[Path, Program]
+    ) -> None:
+        run_dir = folder / "interrupted"
         interrupted = start_train(config, run_dir=run_dir)
         try:
             interrupted.wait_for(lambda: "step 4/6" in interrupted.stdout)
@@ -265,46 +285,17 @@ class TestResume:
             interrupted.wait()
         finally:
             interrupted.kill()
-        seen.append((interrupted, [row["step"] for row in rows(run_dir / "metrics.jsonl")], checkpoints(run_dir)))
-
-        seen.append((finish_train(config, run_dir=run_dir), None, None))
-        yield run_dir, seen
-
-    def test_it_was_killed_between_two_checkpoints(self, parts: tuple[Path, list[Any]]) -> None:
-        _, ((killed, steps, folders), *_) = parts
-        assert killed.process.returncode == -9
-        assert steps[-1] in (4, 5) and folders == [3]
-
-    def test_ctrl_c_writes_a_checkpoint_of_the_step(self, parts: tuple[Path, list[Any]]) -> None:
-        run_dir, (_, (interrupted, steps, folders), _) = parts
         assert interrupted.exit_code == 130, interrupted.stderr
-        assert "resumed from" in interrupted.stdout and "step-3" in interrupted.stdout
+        steps = [row["step"] for row in rows(run_dir / "metrics.jsonl")]
         assert steps in ([1, 2, 3, 4], [1, 2, 3, 4, 5])
-        assert folders == [3, steps[-1]]
+        assert checkpoints(run_dir) == [3, steps[-1]]
         assert interrupted.left_over == []
         assert interrupted.stderr.startswith("rlaif: interrupted.\n")
-        assert f"resume: rlaif train {parts[0].parent / 'tiny.yaml'} run_dir={run_dir}" in interrupted.stderr
+        assert f"resume: rlaif train {folder / 'tiny.yaml'} run_dir={run_dir}" in interrupted.stderr
         assert "Traceback" not in interrupted.stdout + interrupted.stderr
+        assert_same_end(run_dir, finish_train(config, run_dir=run_dir), straight[0])
 
-    def test_the_end_is_that_of_a_straight_run(
-        self, parts: tuple[Path, list[Any]], straight: tuple[Path, Program]
-    ) -> None:
-        (run_dir, (*_, (finished, _, _))), (other, _) = parts, straight
-        assert finished.exit_code == 0, finished.stderr
-        assert finished.left_over == []
-        for ours, theirs in zip(rows(run_dir / "metrics.jsonl"), rows(other / "metrics.jsonl"), strict=True):
-            assert repeatable(ours) == repeatable(theirs)
-        assert rows(run_dir / "samples.jsonl") == rows(other / "samples.jsonl")
-        assert rows(run_dir / "evaluations.jsonl")[-1] == rows(other / "evaluations.jsonl")[-1]
-        assert weights_hash(run_dir) == weights_hash(other)
-        ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (run_dir, other))
-        assert (ours["steps"], ours["held_out"], ours["reward"]) == (6, theirs["held_out"], theirs["reward"])
-
-    def test_wandb_knows_one_run(self, parts: tuple[Path, list[Any]]) -> None:
-        run_dir, _ = parts
-        ids = {path.name.rsplit("-", 1)[1] for path in run_dir.glob("wandb/offline-run-*")}
-        assert ids == {(run_dir / "wandb_run_id.txt").read_text().strip()}
-
+    @pytest.mark.long
     def test_another_run_may_not_go_on_from_it(self, straight: tuple[Path, Program], config: Path) -> None:
         run_dir, _ = straight
         before = contents(run_dir)
@@ -313,6 +304,19 @@ class TestResume:
         for words in ("seed (checkpoint 0, got 1)", "another run_dir", "checkpoint.resume=never"):
             assert words in again.stderr
         assert contents(run_dir) == before
+
+
+def assert_same_end(run_dir: Path, finished: Program, other: Path) -> None:
+    """The bits of a run that went straight through."""
+    assert finished.exit_code == 0, finished.stderr
+    assert finished.left_over == []
+    for ours, theirs in zip(rows(run_dir / "metrics.jsonl"), rows(other / "metrics.jsonl"), strict=True):
+        assert repeatable(ours) == repeatable(theirs)
+    assert rows(run_dir / "samples.jsonl") == rows(other / "samples.jsonl")
+    assert rows(run_dir / "evaluations.jsonl")[-1] == rows(other / "evaluations.jsonl")[-1]
+    assert weights_hash(run_dir) == weights_hash(other)
+    ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (run_dir, other))
+    assert (ours["steps"], ours["held_out"], ours["reward"]) == (6, theirs["held_out"], theirs["reward"])
 
 
 def checkpoints(run_dir: Path) -> list[int]:
@@ -324,6 +328,7 @@ def contents(run_dir: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.long
 class TestVariants:
     def test_ranks_shards_and_replicas_change_nothing(
         self, folder: Path, config: Path, straight: tuple[Path, Program]

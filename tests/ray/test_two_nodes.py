@@ -16,10 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.pace import scaled
 from tests.ray.test_cluster import answers, free_port
 from tests.runs import ROOT, Program, rows, start, tiny_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 RAY = Path(sys.executable).with_name("ray")
 ENVIRONMENT = {
@@ -37,7 +38,7 @@ SETTINGS = (
     "rollout.replicas=2",
     "evaluation.held_out.path=null",
     "checkpoint.every=5",
-    "cluster.silent_after_s=20",
+    f"cluster.silent_after_s={scaled(20):.0f}",
     "steps=5000",
 )
 
@@ -89,7 +90,9 @@ class TwoNodes:
         began = time.monotonic()
         command = [RAY, "job", "stop", "--no-wait", "--address", self.dashboard, job]
         inherited = {"PATH": "/usr/bin:/bin", "HOME": str(self._folder), **ENVIRONMENT}
-        subprocess.run([str(word) for word in command], env=inherited, check=True, capture_output=True, timeout=60)
+        subprocess.run(
+            [str(word) for word in command], env=inherited, check=True, capture_output=True, timeout=scaled(60)
+        )
         submitted.wait(300)
         return time.monotonic() - began
 
@@ -109,7 +112,7 @@ def raylet(node: Program) -> psutil.Process:
 
 
 def until(happened: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + scaled(timeout_s)
     while not happened() and time.monotonic() < deadline:
         time.sleep(0.2)
     return happened()

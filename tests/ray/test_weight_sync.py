@@ -44,6 +44,7 @@ from rlaif_ray.runtime.weight_sync import Sync
 from rlaif_ray.storage import Place, StoredFolder
 from rlaif_ray.types import Completion, Experience, Prompt, Sample, Score
 from tests import learner_ranks
+from tests.pace import scaled
 from tests.tiny import cached_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
@@ -68,7 +69,12 @@ def tiny_job(kind: str, stage: int) -> TrainJob:
             "rollout": {"kv_cache_gb": 0.1, "replicas": KINDS[kind]},
             "algorithm": {"type": "ppo", "minibatches": 2, "old_logprobs": "learner"},
             "learner": {"zero_stage": stage, "ranks": STAGES[stage], "lr": 1e-2, "deepspeed_overrides": overrides},
-            "cluster": {"address": "local", "threads_per_actor": 1, "start_timeout_s": 300, "call_timeout_s": 120},
+            "cluster": {
+                "address": "local",
+                "threads_per_actor": 1,
+                "start_timeout_s": scaled(300),
+                "call_timeout_s": scaled(120),
+            },
         }
     )
 
@@ -105,7 +111,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
         tied.wait()
         untied.wait()
         # Of the engine itself: the group lets nobody sample before a push.
-        from_disk = ray.get(engines["tied"].actors[0].generate.remote(PROMPTS, settings(seed=5)), timeout=60)
+        from_disk = ray.get(engines["tied"].actors[0].generate.remote(PROMPTS, settings(seed=5)), timeout=scaled(60))
         sync = tied.connect(learners[2], engines["tied"])
         sync.push(0)
         synced = sample(engines["tied"], seed=5)
@@ -147,7 +153,9 @@ def case(request: pytest.FixtureRequest, processes: Processes) -> Iterator[Case]
     actors = [rank.actor for rank in ranks]
     # The processes met long ago, so address and port are not used again.
     specs = [RankSpec(rank, len(actors), 0, "", 0, "cpu", 1) for rank in range(len(actors))]
-    ray.get([actor.start.remote(job, spec, "fp32") for actor, spec in zip(actors, specs, strict=True)], timeout=120)
+    ray.get(
+        [actor.start.remote(job, spec, "fp32") for actor, spec in zip(actors, specs, strict=True)], timeout=scaled(120)
+    )
     learner, engines = LearnerGroup(ranks, job, "fp32"), processes.engines[kind]
     case = Case(processes, kind, job, learner, engines, connect(learner, engines, job.weight_sync))
     yield case
@@ -155,7 +163,7 @@ def case(request: pytest.FixtureRequest, processes: Processes) -> Iterator[Case]
 
 
 def connect(learner: LearnerGroup, engines: EngineGroup, cfg: WeightSyncConfig) -> Sync:
-    return Sync(learner, engines, cfg, "shm", engine_workers=1, timeout_s=60)
+    return Sync(learner, engines, cfg, "shm", engine_workers=1, timeout_s=scaled(60))
 
 
 def made_up_completions() -> list[Completion]:
@@ -172,7 +180,7 @@ def made_up_completions() -> list[Completion]:
 def greedy(engines: EngineGroup) -> list[list[int]]:
     """Greedy tokens per prompt; every replica is asked for all prompts, and they agree."""
     settings = GenerationSettings(1, ANSWER, temperature=0.0, seed=0, ignore_eos=True)
-    answers = ray.get([engine.generate.remote(PROMPTS, settings) for engine in engines.actors], timeout=60)
+    answers = ray.get([engine.generate.remote(PROMPTS, settings) for engine in engines.actors], timeout=scaled(60))
     first, *others = ([list(c.tokens) for c in answer] for answer in answers)
     assert all(other == first for other in others), "the replicas differ"
     return first
@@ -210,7 +218,7 @@ def experience_of(learner: LearnerGroup, job: TrainJob, completions: Sequence[Co
 def learner_weights(learner: LearnerGroup) -> dict[str, Tensor]:
     """The policy's weights as the learner holds them, gathered by all ranks."""
     refs = [actor.__ray_call__.remote(lambda a: learner_ranks.full_weights(a._learner)) for actor in learner.actors]
-    weights: dict[str, Tensor] = ray.get(refs, timeout=60)[0]
+    weights: dict[str, Tensor] = ray.get(refs, timeout=scaled(60))[0]
     return weights
 
 
@@ -256,7 +264,7 @@ def test_engines_follow_the_learner(case: Case, tmp_path: Path) -> None:
     assert report.checksum == f"{additive_checksum(weights):016x}"
     for engine in case.engines.actors:
         call = engine.__ray_call__.remote(lambda a: a._engine._llm.collective_rpc("received_checksum"))
-        assert [f"{c:016x}" for c in ray.get(call, timeout=60)] == [report.checksum]
+        assert [f"{c:016x}" for c in ray.get(call, timeout=scaled(60))] == [report.checksum]
 
 
 def test_the_guard_sees_engines_that_did_not_follow(case: Case) -> None:
@@ -322,20 +330,20 @@ def mend_senders(actor: Any) -> None:
 def test_a_corrupted_segment_is_noticed(case: Case) -> None:
     case.push()
     expected = greedy(case.engines)
-    ray.get(case.learner.actors[0].__ray_call__.remote(break_senders), timeout=60)
+    ray.get(case.learner.actors[0].__ray_call__.remote(break_senders), timeout=scaled(60))
     with pytest.raises(StaleWeightsError, match="rollout engine 0 has other weights than the learner"):
         case.push()
-    ray.get(case.learner.actors[0].__ray_call__.remote(mend_senders), timeout=60)
+    ray.get(case.learner.actors[0].__ray_call__.remote(mend_senders), timeout=scaled(60))
     case.push()
     assert greedy(case.engines) == expected
 
 
 def test_a_push_that_breaks_off_leaves_no_valid_version(case: Case) -> None:
     case.push()
-    ray.get([engine.start_update.remote() for engine in case.engines.actors], timeout=60)
+    ray.get([engine.start_update.remote() for engine in case.engines.actors], timeout=scaled(60))
     calls = [engine.__ray_call__.remote(lambda a: a._engine.weight_version) for engine in case.engines.actors]
-    assert ray.get(calls, timeout=60) == [-1] * len(calls)
-    ray.get([engine.finish_update.remote(-1) for engine in case.engines.actors], timeout=60)
+    assert ray.get(calls, timeout=scaled(60)) == [-1] * len(calls)
+    ray.get([engine.finish_update.remote(-1) for engine in case.engines.actors], timeout=scaled(60))
     case.push()
     check_fresh(sample(case.engines, seed=0), case.version)
 
@@ -422,7 +430,7 @@ def test_closing_says_that_the_learner_died(processes: Processes) -> None:
     environment = {"env_vars": {"DS_ACCELERATOR": "cpu"}}
     rank = ray.remote(num_cpus=0, runtime_env=environment)(LearnerActor).remote()
     engine = ray.remote(num_cpus=0, runtime_env=environment)(SilentEngine).remote()
-    ray.get(rank.__ray_call__.remote(hold_a_small_model), timeout=120)
+    ray.get(rank.__ray_call__.remote(hold_a_small_model), timeout=scaled(120))
     job = tiny_job("tied", 0)
     watch = Watch()
     launched = (engine, ray.put(None))
@@ -436,7 +444,7 @@ def test_closing_says_that_the_learner_died(processes: Processes) -> None:
     ray.kill(rank)
     with pytest.raises(RunError, match="learner"):  # killing takes a moment
         for _ in range(600):
-            gather([rank.process.remote()], who="learner", timeout_s=60)
+            gather([rank.process.remote()], who="learner", timeout_s=scaled(60))
             time.sleep(0.1)
     with pytest.raises(RunError, match="close weight sync"):
         sync.close()

@@ -20,6 +20,7 @@ from rlaif_ray.cli import app
 from rlaif_ray.config.jobs import JOBS
 from rlaif_ray.config.load import Loaded, load_job
 from rlaif_ray.errors import InputError, StaleWeightsError
+from tests.pace import scaled
 
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "wandb")
 
@@ -181,7 +182,7 @@ def test_importing_the_program_imports_nothing_heavy() -> None:
         "import sys, rlaif_ray.cli, rlaif_ray.config.load, rlaif_ray.config.resolved, rlaif_ray.config.deepspeed;"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=scaled(60))
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
@@ -190,7 +191,7 @@ def test_help_comes_at_once() -> None:
     for _ in range(3):  # a busy machine may disturb one of them
         begin = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "rlaif_ray.cli", "--help"], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "rlaif_ray.cli", "--help"], capture_output=True, text=True, timeout=scaled(60)
         )
         fastest = min(fastest, time.perf_counter() - begin)
         assert done.returncode == 0 and "train" in done.stdout

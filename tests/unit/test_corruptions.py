@@ -171,6 +171,7 @@ def wreck(draw: st.DrawFn, root: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_checkpoints(original: Path, tmp_path: Path) -> None:
     """The newest that is exactly as it was written, of the step that its name says; where none is, an error."""
     written = {step: contents(original / f"step-{step}") for step in STEPS}

@@ -28,6 +28,7 @@ from rlaif_ray.models import (
     zero_dropout_in_config,
     zero_dropout_in_modules,
 )
+from tests.pace import scaled
 from tests.tiny import cached_tiny_model, make_tiny_model, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -339,7 +340,7 @@ def start_builder(folder: Path, log: Path, pause_s: float) -> subprocess.Popen[s
 
 
 def wait_for(condition: object, what: str, deadline_s: float = 60.0) -> None:
-    end = time.monotonic() + deadline_s
+    end = time.monotonic() + scaled(deadline_s)
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, f"{what} did not happen in {deadline_s:.0f} s"
         time.sleep(0.02)
@@ -352,7 +353,7 @@ def leftovers(folder: Path) -> list[Path]:
 def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
     folder, log = tmp_path / "made", tmp_path / "log"
     builders = [start_builder(folder, log, pause_s=1.0) for _ in range(3)]
-    answers = {builder.communicate(timeout=60)[0] for builder in builders}
+    answers = {builder.communicate(timeout=scaled(60))[0] for builder in builders}
     assert len(answers) == 1 and answers.pop().startswith("['config.json', 'weights']")
     assert log.read_text() == "built\n"
     assert leftovers(folder) == []
@@ -367,7 +368,7 @@ def test_a_killed_builder_leaves_nothing_that_counts_as_made(tmp_path: Path) -> 
     assert second.poll() is None
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    out, err = second.communicate(timeout=60)
+    out, err = second.communicate(timeout=scaled(60))
     assert out.startswith("['config.json', 'weights']"), err
     assert log.read_text() == "built\n" * 2
     assert leftovers(folder) == []
@@ -399,6 +400,7 @@ def start_conversion(cache: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_packaged_model_converts_once_and_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.metadata
@@ -419,7 +421,7 @@ def test_the_packaged_model_converts_once_and_right(tmp_path: Path, monkeypatch:
     assert len(leftovers(folder)) == 1
 
     # Two start at once: one folder, whole, and nothing of the killed one.
-    answers = [process.communicate(timeout=300) for process in [start_conversion(tmp_path) for _ in range(2)]]
+    answers = [process.communicate(timeout=scaled(300)) for process in [start_conversion(tmp_path) for _ in range(2)]]
     assert [out for out, _ in answers] == [f"{folder}\n"] * 2
     assert sum("Converting" in err and "once" in err for _, err in answers) >= 1
     assert leftovers(folder) == []

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from rlaif_ray.data.preferences import PreferenceRecord, read_preferences
 from rlaif_ray.data.record_files import RecordWriter, arrow_schema, write_records
 from rlaif_ray.errors import InputError, RunError
+from tests.pace import scaled
 from tests.unit.data.records import record, records
 
 ENDINGS = ["jsonl", "parquet"]
@@ -162,7 +163,7 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
     file = tmp_path / "f.jsonl"
     process = subprocess.Popen([sys.executable, "-c", code, str(file)], cwd=Path(__file__).parents[3])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + scaled(60)
         while not (file.exists() and file.stat().st_size > 200_000):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rlaif_ray.evaluation.report.page import write_report
+from tests.pace import scaled
 from tests.unit.evaluation.run_folders import NASTY, evaluation_run, training_run, write_rows
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CHROMIUM = Path("/usr/bin/chromium")  # playwright's own download needs a network
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is missing: apt-get install chromium"),
 ]
 
@@ -71,7 +73,7 @@ class Opened:
 
     def found(self, count: str) -> None:
         """Waits until the samples' count says this."""
-        self.page.wait_for_selector(f"#count:has-text('{count}')", timeout=5000)
+        self.page.wait_for_selector(f"#count:has-text('{count}')", timeout=scaled(5000))
 
     def keep(self, name: str, folder: Path) -> None:
         """A screenshot, beside the test's files and where RLAIF_SCREENSHOTS says."""
@@ -119,7 +121,7 @@ def test_search_and_filters(browser: Browser, report: Path) -> None:
     assert page.locator("#cards mark").first.inner_text() == "Prompt 1 of step 42:"
     assert page.locator("#cards .response").count() == 4
     page.fill("[name=search]", "ZEBRA")  # in a rationale, which opens
-    page.wait_for_selector("#cards details[open] mark:has-text('zebra')", timeout=5000)
+    page.wait_for_selector("#cards details[open] mark:has-text('zebra')", timeout=scaled(5000))
     page.fill("[name=search]", "")
     page.fill("[name=step_low]", "79")
     opened.found(f"4 of {groups}")
@@ -128,16 +130,16 @@ def test_search_and_filters(browser: Browser, report: Path) -> None:
     opened.found(f"1 of {groups}")
     page.select_option("[name=run]", "")
     page.select_option("[name=show]", "place")
-    page.wait_for_selector("#cards .verdicts:has-text('the place decides')", timeout=5000)
+    page.wait_for_selector("#cards .verdicts:has-text('the place decides')", timeout=scaled(5000))
     page.select_option("[name=show]", "people")
-    page.wait_for_selector("#cards .verdicts:has-text('against the judge')", timeout=5000)
+    page.wait_for_selector("#cards .verdicts:has-text('against the judge')", timeout=scaled(5000))
     page.select_option("[name=show]", "failed")
     opened.found(f"91 of {groups}")  # every 7th of 640, in groups of 4
     assert "failed: refused" in page.locator("#cards").inner_text()
     page.select_option("[name=show]", "")
     page.fill("[name=score_low]", "0.99")
     page.select_option("[name=order]", "high")
-    page.wait_for_selector("#cards article:first-child .score:has-text('0.99')", timeout=5000)
+    page.wait_for_selector("#cards article:first-child .score:has-text('0.99')", timeout=scaled(5000))
     scores = page.locator("#cards article").first.locator(".score").all_inner_texts()
     assert max(float(score) for score in scores if not score.startswith("failed")) >= 0.99
     opened.close()

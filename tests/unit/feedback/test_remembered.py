@@ -18,6 +18,7 @@ from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Explanation, Message, Question
 from tests.asker import FakeAsker
+from tests.pace import scaled
 
 GREEDY = GenerationSettings(samples_per_prompt=2, max_new_tokens=8, temperature=0.0, seed=0)
 
@@ -112,7 +113,7 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(tmp_path: Path) -> N
     told = tmp_path / "told"
     process = multiprocessing.get_context("spawn").Process(target=_ask_until_killed, args=(tmp_path / "m.sqlite", told))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + scaled(60)
     while time.monotonic() < deadline and (not told.exists() or told.read_text().count("\n") < 20):
         time.sleep(0.02)
     assert process.pid is not None

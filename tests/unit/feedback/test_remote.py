@@ -23,6 +23,7 @@ from rlaif_ray.feedback.replies import BadReplyError, parse_answer, read_probabi
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Answer, Message, Question
 from tests.endpoint import FakeEndpoint, FaultProxy, Said, completion, one
+from tests.pace import scaled
 
 KEY = "sk-test-4f1d8e2b7c"
 ENV = "JUDGE_TEST_KEY"
@@ -36,7 +37,7 @@ def question(text: str = "Which?", *, prefix: str = "", answers: tuple[str, ...]
 
 def judge(url: str, **values: Any) -> OpenAIJudge:
     return OpenAIJudge.model_validate(
-        {"type": "openai", "model": "judge-1", "base_url": url, "api_key_env": ENV, "timeout_s": 5.0, **values}
+        {"type": "openai", "model": "judge-1", "base_url": url, "api_key_env": ENV, "timeout_s": scaled(5.0), **values}
     )
 
 
@@ -283,7 +284,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_passes_is_retried_within_bounds(ask: Ask, name: str) -> None:
     kind, values, failure = FAULTS[name]
     with FakeEndpoint() as endpoint, FaultProxy(endpoint.url) as proxy:
-        asker = ask(proxy.url, max_retries=2, timeout_s=0.3)
+        asker = ask(proxy.url, max_retries=2, timeout_s=scaled(0.3))
         proxy.inject(kind, times=2, **values)
         assert only(asker).probabilities == pytest.approx((0.75, 0.25))
         assert (proxy.requests, len(endpoint.bodies)) == (3, 1)
@@ -744,7 +745,7 @@ def test_the_key_is_nowhere(ask: Ask, caplog: pytest.LogCaptureFixture, capfd: p
         FakeEndpoint(lambda body: Said(texts=["1"], logprobs=False)) as endpoint,
         FaultProxy(endpoint.url) as proxy,
     ):
-        asker = ask(proxy.url, max_retries=1, timeout_s=0.3)
+        asker = ask(proxy.url, max_retries=1, timeout_s=scaled(0.3))
         faults: list[tuple[str, dict[str, Any]]] = [(kind, values) for kind, values, _ in FAULTS.values()]
         faults += [(status, {**values, "message": f"not {KEY}"}) for status, (values, _, _) in REFUSALS.items()]
         faults += [("400", {"message": f"not {KEY}"}), ("body", {"text": json.dumps({"error": KEY})}), ("none", {})]

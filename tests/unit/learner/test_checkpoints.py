@@ -33,12 +33,10 @@ PAIRS = [DpoExample(PairExample(t.prompt, t.response, t.response[::-1], 0.8), -3
 BESIDE = {"updates": 3}
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def ranks(request: pytest.FixtureRequest) -> Iterator[RankProcesses]:
-    processes = RankProcesses(request.param)
-    processes.count = request.param  # type: ignore[attr-defined]
-    yield processes
-    processes.close()
+@pytest.fixture(scope="module", params=["one_rank", "two_ranks"])
+def ranks(request: pytest.FixtureRequest) -> RankProcesses:
+    processes: RankProcesses = request.getfixturevalue(request.param)
+    return processes
 
 
 # What runs in the learner's processes

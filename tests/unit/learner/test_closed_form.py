@@ -8,7 +8,6 @@ advantages; only the sampling of the one token is torch's own, from the log-prob
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,6 @@ VOCABULARY, PROMPT = 16, (3, 1, 4)
 BETA = {"ppo": 0.5, "reinforce": 0.5, "rloo": 0.5, "grpo": 1.0}  # grpo's fixed point needs beta > max r - E[r]
 SAMPLES, STEPS = 256, 150
 REWARDS = torch.cos(torch.arange(VOCABULARY) * 1.7)  # in [-1, 1], no two alike
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankProcesses]:
-    processes = RankProcesses(1)
-    yield processes
-    processes.close()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +121,7 @@ def test_the_fixed_points_solve_their_equations() -> None:
         pytest.param({"type": "grpo", "scale_by_std": False}, id="grpo"),
     ],
 )
-def test_training_meets_the_closed_form(algorithm: dict[str, Any], toy: Path, ranks: RankProcesses) -> None:
+def test_training_meets_the_closed_form(algorithm: dict[str, Any], toy: Path, one_rank: RankProcesses) -> None:
     kind = algorithm["type"]
     estimator = "k3" if kind == "grpo" else "k1"
     job = TrainJob.model_validate(
@@ -140,7 +132,7 @@ def test_training_meets_the_closed_form(algorithm: dict[str, Any], toy: Path, ra
             "steps": STEPS,
         }
     )
-    first, last = ranks.run(train_toy, job)[0]
+    first, last = one_rank.run(train_toy, job)[0]
     target = fixed_point(kind, first)
     assert total_variation(first.exp(), target) > 0.2, "it starts too near to fail"
     assert total_variation(last.exp(), target) < 0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,6 @@ def random_pairs(count: int, seed: int = 0) -> list[PairExample]:
 
 
 PAIRS = random_pairs(7)
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
 
 
 def plan_of(spec: RankSpec, job: DpoJob, examples: Sequence[Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,6 @@ def sft_job(**lora: Any) -> SftJob:
     learner = ADAM | lora.pop("learner", {})
     policy = {"model": str(cached_tiny_model(tied=True, spread=0.04))}
     return SftJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner, "sft": {"lora": lora}})
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
 
 
 def plan_of(spec: RankSpec, job: Any, examples: Any) -> Any:

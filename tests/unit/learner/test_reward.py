@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,6 @@ def random_pairs(count: int, seed: int = 0) -> list[PairExample]:
 
 
 PAIRS = random_pairs(7)
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
 
 
 # What runs in the learner's processes
@@ -330,6 +316,7 @@ def test_soft_labels_of_known_utilities_give_their_ranks(one_rank: RankProcesses
     assert correlation >= 0.95
 
 
+@pytest.mark.long
 def test_soft_labels_are_better_calibrated_than_hard_ones_drawn_from_them(one_rank: RankProcesses) -> None:
     soft_errors, hard_errors = [], []
     job = reward_job(learner=LEARNING, policy=CALM)

@@ -174,20 +174,6 @@ def test_without_eos_nothing_ends() -> None:
 STEP, BIG = 0.02, 1e3  # AdamW that is all but SGD, as in test_update.py
 
 
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
-
-
 def base_folder(folder: Path, **special: str) -> Path:
     """The tiny model with another tokenizer; its config says the same of padding and end."""
     import shutil

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,6 @@ def random_turns(count: int, seed: int = 0) -> list[SftExample]:
 
 
 TURNS = random_turns(7)
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
 
 
 def plan_of(spec: RankSpec, job: SftJob, examples: Sequence[SftExample]) -> Any:

@@ -6,7 +6,7 @@ moves a weight by lr * g / (|g| + eps), so that a gradient of the wrong size sho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -59,20 +59,6 @@ def tiny_job(algorithm: dict[str, Any], *, learner: dict[str, Any] | None = None
     return TrainJob.model_validate(
         {"policy": policy, "sampling": sampling, "algorithm": algorithm, "learner": sgd | (learner or {}), **sections}
     )
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
 
 
 # What runs in the learner's processes

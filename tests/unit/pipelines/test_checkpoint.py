@@ -17,6 +17,7 @@ from rlaif_ray.errors import CheckpointError, InputError, LearnerLostError
 from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, Saved, open_checkpoints, read_state
 from rlaif_ray.storage import Place, StoredFile
+from tests.pace import scaled
 
 
 class FakeLearner:
@@ -170,7 +171,7 @@ class TestBackground:
     def test_its_error_comes_out_at_the_next_step(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="No space left"), opened(tmp_path) as checkpoints:
             checkpoints.save(FakeLearner(fails=FULL), state_of(1))
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + scaled(10)
             while time.monotonic() < deadline:
                 checkpoints.check()
                 time.sleep(0.01)
