@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +86,6 @@ def read(spec: RankSpec, kind: str, job: Any, folder: str | None = None, wrong: 
             save_file(weights, file, metadata={"format": "pt"})
         saved = rank.readings_of_saved(folder, TEXT)
     return {"readings": before, "again": again, "saved": saved, "attention": rank._model.config._attn_implementation}
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
 
 
 def gap(found: Readings) -> float:
