@@ -78,7 +78,7 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
 
     `device` is None where it isn't known yet.
     """
-    kind = _wrong_kind(config)
+    kind = _wrong_kind(config, writes=use.trained or use.sampled)
     if kind is not None:
         return kind
     if use.trained:
@@ -94,14 +94,16 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
     return None
 
 
-def _wrong_kind(config: Any) -> str | None:
-    """Models that write no text from left to right after a prompt."""
+def _wrong_kind(config: Any, *, writes: bool) -> str | None:
+    """Models that don't go from left to right; `writes`: the model is to write text, else to give rewards."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+    use = "prompt and response are one sequence here" if writes else "a reward is read at the last token of a decoder"
     if config.is_encoder_decoder:
-        return f"it is an encoder-decoder, and prompt and response are one sequence here. {INSTEAD}."
+        return f"it is an encoder-decoder, and {use}. {INSTEAD}."
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        return f"it is an encoder, which fills gaps in a text and writes none. {INSTEAD}."
+        what = "which fills gaps in a text and writes none" if writes else f"and {use}"
+        return f"it is an encoder, {what}. {INSTEAD}."
     return None
 
 

@@ -197,6 +197,7 @@ class LearnerActor(Actor):
 
     def readings(self, text: Text) -> Readings:
         found: Readings = self._learner.readings(text)
+        free_cached(self._shares_gpu)
         return found
 
     def readings_of_saved(self, folder: str, text: Text) -> list[float] | None:

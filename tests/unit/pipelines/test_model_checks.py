@@ -131,9 +131,14 @@ def test_what_an_engine_is_known_to_get_wrong_is_refused_where_it_does(
     check_models(elsewhere)  # nobody knows yet what is there
 
 
-def test_a_reward_model_is_no_language_model() -> None:
+def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
     job = RewardModelJob.model_validate({"policy": {"model": TINY}, "data": {"path": "x"}})
     assert [(use.key, use.trained, use.sampled) for use in uses(job)] == [("policy", False, False)]
+    check_models(job)
+    for case in ("t5", "bert"):
+        of = {"model": folder_of(tmp_path, *CASES[case][:2])}
+        with pytest.raises(InputError, match=r"a reward is read at the last token of a decoder\. Use a decoder-only"):
+            check_models(RewardModelJob.model_validate({"policy": of, "data": {"path": "x"}}))
 
 
 @pytest.mark.parametrize("how", [["--dry-run"], []])
