@@ -55,7 +55,7 @@ class AttentionPlan:
 
     kernel: str  # attn_implementation for padded samples
     packing: Literal["right", "wrong", "unknown"]
-    reason: str = ""  # why packing is wrong
+    reason: str = ""  # why packing is wrong; "" where the user chose otherwise
     required: bool = False  # the user asked for packing
 
     @property
@@ -78,7 +78,7 @@ def plan_attention(requested: str, config: Any, name: str) -> AttentionPlan:
             f"Use policy.attention=auto or eager."
         )
     if requested not in ("auto", "packed"):
-        return AttentionPlan(requested, "wrong", f"policy.attention={requested}")
+        return AttentionPlan(requested, "wrong")
     reason = _never_packed(config)
     if requested == "packed" and reason:
         raise InputError(

@@ -322,7 +322,7 @@ def register_packed_attention() -> None:
 
 def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
     """No mask is built: the layout and each layer's window say all there is to say. `local_size`: the window."""
-    if _observed is not None and local_size is not None:
+    if _observed is not None and local_size:  # 0: for layers that the model does not have
         _observed.mask_sizes.add(local_size)
 
 
