@@ -95,6 +95,25 @@ def padded_kernel(config: Any) -> str:
     return "sdpa" if known and not _lost_terms(config) else "eager"
 
 
+def longest_exact(config: Any) -> int | None:
+    """Tokens up to which padding changes nothing in a sample; None: any number.
+
+    An index (DeepSeek-V3.2) picks the tokens that attention reads. Where several have the same score, which it picks
+    depends on the width of the batch; up to index_topk tokens it picks all.
+    """
+    return getattr(_text(config), "index_topk", None) or None
+
+
+def check_length(config: Any, name: str, longest: int) -> None:
+    """Raises InputError when samples of `longest` tokens are too long to be computed beside others."""
+    exact = longest_exact(config)
+    if exact is not None and longest > exact:
+        raise InputError(
+            f"samples of {name} must have at most {exact} tokens, its index_topk (got {longest}): beyond, which tokens "
+            f"its attention reads depends on the other samples of the batch. Use shorter ones, or another model."
+        )
+
+
 def _text(config: Any) -> Any:
     return config.get_text_config()
 

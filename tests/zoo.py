@@ -75,8 +75,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         | EXPERTS
         | LATENT
         | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
-        # With few heads many scores of the index are exactly 0, and which of them are chosen depends on padding.
-        | {"index_topk": 4, "index_n_heads": 8, "index_head_dim": 16},
+        | {"index_topk": 40, "index_n_heads": 2, "index_head_dim": 16},
     ),
     # classes with attention of their own
     "gptj": (

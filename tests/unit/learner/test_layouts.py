@@ -156,6 +156,14 @@ def test_packed_attention_swallows_no_argument(arguments: dict[str, Any], named:
     packed_attention(module, qkv, qkv, qkv, **usual | harmless)
 
 
+def test_samples_whose_tokens_an_index_would_pick_by_batch_are_refused() -> None:
+    model = zoo_model("deepseek_v32", index_topk=16)
+    policy = CausalPolicy(model)
+    policy(build_input([(5,) * 10], [(6,) * 6], packed=False, device=CPU))
+    with pytest.raises(InputError, match=r"at most 16 tokens.*got 17"):
+        policy(build_input([(5,) * 10], [(6,) * 7], packed=False, device=CPU))
+
+
 def test_gaps() -> None:
     gap = compare(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 2.0, 3.4]))
     assert gap.mean == pytest.approx(0.1) and gap.worst == pytest.approx(0.4)
