@@ -55,7 +55,7 @@ class AttentionPlan:
 
     kernel: str  # attn_implementation for padded samples
     packing: Literal["right", "wrong", "unknown"]
-    reason: str = ""  # why packing is wrong
+    reason: str = ""  # why packing is wrong; "" where the user chose otherwise
     required: bool = False  # the user asked for packing
 
     @property
@@ -78,7 +78,7 @@ def plan_attention(requested: str, config: Any, name: str) -> AttentionPlan:
             f"Use policy.attention=auto or eager."
         )
     if requested not in ("auto", "packed"):
-        return AttentionPlan(requested, "wrong", f"policy.attention={requested}")
+        return AttentionPlan(requested, "wrong")
     reason = _never_packed(config)
     if requested == "packed" and reason:
         raise InputError(
@@ -93,6 +93,25 @@ def padded_kernel(config: Any) -> str:
     """The attn_implementation for padded samples that computes every term of the model's attention."""
     known = _known(config) or (_is_transformers_own(config) and _text(config).model_type in SDPA_ONLY)
     return "sdpa" if known and not _lost_terms(config) else "eager"
+
+
+def longest_exact(config: Any) -> int | None:
+    """Tokens up to which padding changes nothing in a sample; None: any number.
+
+    An index (DeepSeek-V3.2) picks the tokens that attention reads. Where several have the same score, which it picks
+    depends on the width of the batch; up to index_topk tokens it picks all.
+    """
+    return getattr(_text(config), "index_topk", None) or None
+
+
+def check_length(config: Any, name: str, longest: int) -> None:
+    """Raises InputError when samples of `longest` tokens are too long to be computed beside others."""
+    exact = longest_exact(config)
+    if exact is not None and longest > exact:
+        raise InputError(
+            f"samples of {name} must have at most {exact} tokens, its index_topk (got {longest}): beyond, which tokens "
+            f"its attention reads depends on the other samples of the batch. Use shorter ones, or another model."
+        )
 
 
 def _text(config: Any) -> Any:

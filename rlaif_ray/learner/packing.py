@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlaif_ray.attention import PACKED
+from rlaif_ray.attention import PACKED, check_length
 from rlaif_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def register_packed_attention() -> None:
 
 def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
     """No mask is built: the layout and each layer's window say all there is to say. `local_size`: the window."""
-    if _observed is not None and local_size is not None:
+    if _observed is not None and local_size:  # 0: for layers that the model does not have
         _observed.mask_sizes.add(local_size)
 
 
@@ -333,6 +333,7 @@ class Arguments:
     def __init__(self, model: torch.nn.Module) -> None:
         # Of the class: DeepSpeed and hooks put wrappers of their own on the object.
         self._names = set(inspect.signature(type(model).forward).parameters)
+        self._config: Any = model.config
 
     @property
     def choose_logits(self) -> bool:
@@ -340,7 +341,12 @@ class Arguments:
         return "logits_to_keep" in self._names
 
     def of(self, batch: ModelInput) -> dict[str, Any]:
-        """Keyword arguments. Without positions a padded model counts for itself, from each row's beginning."""
+        """Keyword arguments. Without positions a padded model counts for itself, from each row's beginning.
+
+        Raises:
+            InputError: the model can't compute such samples together.
+        """
+        check_length(self._config, self._config.name_or_path, batch.tokens.shape[1])
         found = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
         if "position_ids" in self._names:
             found["position_ids"] = batch.positions

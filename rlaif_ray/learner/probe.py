@@ -48,8 +48,12 @@ class Gap:
     worst: float
 
     def within(self, precision: Precision) -> bool:
-        """Whether rounding explains it. In bf16, one number may be far off for rounding alone, their mean not."""
-        return self.worst <= 1e-3 if precision == "fp32" else self.mean <= 0.05
+        """Whether rounding explains it.
+
+        In bf16 a single number may be far off; for the means of two kernels 0.07 nats were measured, on text as
+        improbable as probe_text.
+        """
+        return self.worst <= 1e-3 if precision == "fp32" else self.mean <= 0.15
 
 
 def probe_text(vocabulary: int) -> Text:
@@ -148,8 +152,8 @@ def settle_attention(
             f"policy.attention=packed is wrong for {name}: {reason}. Use policy.attention=auto, which pads this "
             f"model's samples."
         )
-    told = "" if reason.startswith("policy.attention=") else f"samples of {name} are padded, not packed: {reason}"
-    return plan.kernel, told
+    told = f"samples of {name} are padded, not packed, and attention is {plan.kernel}: {reason}"
+    return plan.kernel, told if reason else ""
 
 
 def _probe(

@@ -45,7 +45,6 @@ def read_pairs(
         InputError: the data or the model is wrong, or nothing is left to train on.
     """
     policy, cfg = job.policy, job.reward if isinstance(job, RewardModelJob) else job.dpo
-    check_attention(policy)
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, cfg.max_tokens, f"{job.section}.max_tokens")
     left_out: dict[str, int] = {}
@@ -66,6 +65,8 @@ def read_pairs(
     if human_path is not None:
         by_people = _ExampleWriter(tokenizer, room, cfg.labels, ending(tokenizer), {}, human=True)
         human = [e for r in read_preferences(human_path) if (e := by_people(r)) is not None]
+    longest = max(len(e.prompt) + max(len(e.response_a), len(e.response_b)) for e in [*train, *held_out, *human])
+    check_attention(policy, longest)
     return PairInputs(train, held_out, left_out, fingerprint(job.data.path)), human
 
 

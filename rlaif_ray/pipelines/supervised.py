@@ -234,7 +234,6 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
         InputError: the data or the model is wrong, or nothing is left to learn.
     """
     policy, cfg = job.policy, job.sft
-    check_attention(policy)
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
     render = ChatRenderer(tokenizer)
@@ -251,6 +250,7 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
             f"{job.data.path} has no turn to learn (got {len(held_out)} held out, {too_long} too long for {room} "
             f"tokens). Raise sft.max_tokens, or lower sft.held_out_fraction."
         )
+    check_attention(policy, max(map(len, [*train, *held_out])))
     return SftInputs(train, held_out, too_long, fingerprint(job.data.path))
 
 
