@@ -33,5 +33,8 @@ def engine_refusal(config: Any, device: Device) -> str | None:
     for model_type in dict.fromkeys((config.model_type, text.model_type)):
         known = UNSUPPORTED.get(model_type)
         if known is not None and device in known.devices:
-            return f"model type {model_type} can't be sampled on cluster.device={device}: vLLM {known.reason}. {known.instead}"
+            return (
+                f"model type {model_type} can't be sampled on cluster.device={device}: vLLM {known.reason}. "
+                f"{known.instead}"
+            )
     return None
