@@ -28,6 +28,8 @@ WIDTH: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+# Without what these classes don't know: vLLM would read it all the same, and compute another model.
+FULL = {name: value for name, value in WIDTH.items() if name != "num_key_value_heads"}
 OLD = {"vocab_size": PADDED, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LATENT = {
@@ -47,10 +49,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", WIDTH | {"head_dim": 32}),
     "gpt2": ("GPT2Config", OLD),
     "gptj": ("GPTJConfig", OLD | {"rotary_dim": 16}),
-    "opt": ("OPTConfig", WIDTH | {"ffn_dim": 128, "word_embed_proj_dim": 128}),
-    "falcon": ("FalconConfig", WIDTH | {"alibi": False}),
+    "opt": ("OPTConfig", FULL | {"ffn_dim": 128, "word_embed_proj_dim": 128}),
+    "falcon": ("FalconConfig", FULL | {"alibi": False}),
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4}),
-    "gpt_neox": ("GPTNeoXConfig", WIDTH),
+    "gpt_neox": ("GPTNeoXConfig", FULL),
     "qwen3_moe": ("Qwen3MoeConfig", WIDTH | ROUTED | {"num_experts": 4, "head_dim": 32}),
     "qwen2_moe": ("Qwen2MoeConfig", WIDTH | ROUTED | {"num_experts": 4, "shared_expert_intermediate_size": 64}),
     "olmoe": ("OlmoeConfig", WIDTH | {"num_experts": 4, "num_experts_per_tok": 2}),
