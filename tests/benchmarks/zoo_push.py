@@ -35,7 +35,7 @@ ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LATENT = {
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
+    "qk_rope_head_dim": 32,
     "v_head_dim": 32,
     "num_key_value_heads": 4,
 }
