@@ -19,19 +19,40 @@ class Unsupported:
     devices: tuple[Device, ...]  # where it doesn't
     reason: str  # completes "vLLM 0.32 ..."
     instead: str  # a whole sentence
+    only_updates: bool = False  # it runs with the weights of its folder (a judge), and doesn't take new ones
 
 
-UNSUPPORTED: dict[str, Unsupported] = {}  # by the config's model_type
+# By the config's model_type.
+UNSUPPORTED: dict[str, Unsupported] = {
+    "gpt_oss": Unsupported(
+        ("cuda",),
+        "loses new experts and attention sinks of an update (its loader writes them past the weight loaders), and "
+        "would sample from the old ones",
+        "Train it with cluster.device=cpu, or train another model; as a judge it works.",
+        only_updates=True,
+    ),
+    "mimo_v2_flash": Unsupported(
+        ("cuda",),
+        "loses new attention sinks of an update (its loader writes them past the weight loaders), and would sample "
+        "with the old ones",
+        "Train another model; as a judge it works.",
+        only_updates=True,
+    ),
+}
 
 
-def engine_refusal(config: Any, device: Device) -> str | None:
+def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True) -> str | None:
     """Why vLLM must not be started with this model on this device, and the remedy; None where nothing is known.
 
-    `config` is the model's config as transformers gives it. Pure: nothing is imported or loaded.
+    `config` is the model's config as transformers gives it; `takes_weights` says whether new weights will be pushed.
+    Pure: nothing is imported or loaded.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for model_type in dict.fromkeys((config.model_type, text.model_type)):
         known = UNSUPPORTED.get(model_type)
-        if known is not None and device in known.devices:
-            return f"model type {model_type} can't be sampled on cluster.device={device}: vLLM {known.reason}. {known.instead}"
+        if known is not None and device in known.devices and (takes_weights or not known.only_updates):
+            return (
+                f"model type {model_type} can't be used on cluster.device={device}: vLLM 0.32 {known.reason}. "
+                f"{known.instead}"
+            )
     return None

@@ -92,9 +92,10 @@ class Reload:
             if prefix in self._direct:
                 if info.can_load() and self._loaded is not None:
                     found += [name for name in own if name not in self._loaded]
-            elif own and info.can_load() and info.load_numel_total and info.load_numel <= 0:
-                if id(module) not in shared and not is_deferred_attention_layer(module):
-                    found += own
+                continue
+            loadable = info.can_load() and info.load_numel_total and not is_deferred_attention_layer(module)
+            if loadable and info.load_numel <= 0 and id(module) not in shared:
+                found += own
         return found
 
 
@@ -138,6 +139,5 @@ def _own_what_waits(model: nn.Module, storages: set[int]) -> None:
     for module in model.modules():
         for _, arguments in vllm_reload.get_layerwise_info(module).loaded_weights:
             for key, value in arguments.arguments.items():
-                if isinstance(value, Tensor) and not value.is_meta:
-                    if value.untyped_storage().data_ptr() in storages:
-                        arguments.arguments[key] = value.clone()
+                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in storages:
+                    arguments.arguments[key] = value.clone()

@@ -26,6 +26,7 @@ LEVEL_OF_ROOM = {
     "algorithm": 1,
     "models": 1,
     "model_shapes": 1,
+    "model_support": 1,
     "tracking": 1,
     "data": 2,
     "feedback": 2,

@@ -1,4 +1,4 @@
-"""What leaves the learner is the whole state under the checkpoint's names: what is saved loads and computes the same."""
+"""What leaves the learner is the whole state under checkpoint names: what is saved loads and computes the same."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlaif_ray.learner.engine import save_model_folder
-from rlaif_ray.learner.lora import merged_state
-from rlaif_ray.learner.model_state import ModelState, layer_groups, model_entries
+from rlaif_ray.learner.model_state import ModelState, model_entries
 from rlaif_ray.models import load_causal_lm
 from tests.tiny import VOCABULARY, make_tokenizer
 
@@ -28,7 +27,13 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+EXPERTS = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 # Each with something that is no parameter, or is fused, renamed or tied in transformers and not in its files.
