@@ -13,8 +13,8 @@ FP32_GAP = 1e-3
 # On average, in nats: in bf16 single tokens are far off by rounding alone. Measured on the guard's text, packed against
 # alone: 0.05 for SmolLM2-135M (worst token 0.21), 0.01-0.02 for tiny models. Between engine and trainer Ma et al.
 # 2510.11370 find a KL of 6.4e-4 for a dense model and 1.5e-3 for one of experts, whose routing tips over: of a normal
-# error with variance 2 KL that is 0.03 and 0.04. Wrong masks and stale weights are off by 0.1 to 7.
-BF16_GAP = 0.1
+# error with variance 2 KL that is 0.03 and 0.04.
+BF16_GAP = 0.15
 WORST = 10  # times the bound in fp32: what one token of a whole step's may be off by
 
 

@@ -90,7 +90,7 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
         except InputError as error:
             return str(error)
     if use.sampled:
-        return _unsampled(config, device)
+        return _unsampled(config, device, takes_weights=use.trained)
     return None
 
 
@@ -128,8 +128,8 @@ def _untrainable(config: Any) -> str | None:
     return f"transformers' AutoModelForCausalLM has no language model of this type. {INSTEAD}."
 
 
-def _unsampled(config: Any, device: Literal["cpu", "cuda"] | None) -> str | None:
-    """Models that vLLM can't run."""
+def _unsampled(config: Any, device: Literal["cpu", "cuda"] | None, *, takes_weights: bool) -> str | None:
+    """Models that vLLM can't run, or not with weights that are pushed."""
     if unknown_to_vllm(config):
         return (
             f"this vLLM has no {' or '.join(config.architectures)}, and can't run transformers' code in its place. "
@@ -141,7 +141,7 @@ def _unsampled(config: Any, device: Literal["cpu", "cuda"] | None) -> str | None
             "of the same family that reads text alone, such as Qwen/Qwen2.5-7B-Instruct or google/gemma-3-1b-it, or "
             "install the torchvision that belongs to this torch."
         )
-    return None if device is None else engine_refusal(config, device)
+    return None if device is None else engine_refusal(config, device, takes_weights=takes_weights)
 
 
 def _type(config: Any) -> str:

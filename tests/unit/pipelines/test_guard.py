@@ -273,8 +273,8 @@ def test_bf16_is_compared_on_average() -> None:
     guard.check_update(UPDATED | {"policy/first_ratio_error": 3.0, "rollout/logprob_gap": 0.03}, experience_of(0.0))
     with pytest.raises(MismatchError, match="rollout/logprob_gap"):
         Guard(job, HandLearner(), "bf16", 512).check_update(UPDATED | {"rollout/logprob_gap": 0.2}, experience_of(0.0))
-    with pytest.raises(MismatchError, match=r"in bf16 0.1 on average"):
-        Guard(job, HandLearner(together=8.0), "bf16", 512).check_layout()
+    with pytest.raises(MismatchError, match=r"in bf16 0.15 on average"):
+        Guard(job, HandLearner(together=20.0), "bf16", 512).check_layout()
 
 
 def test_a_model_is_described_by_its_kinds_of_layers() -> None:

@@ -129,6 +129,11 @@ def test_what_an_engine_is_known_to_get_wrong_is_refused_where_it_does(
     check_models(train_job(TINY, cluster={"device": "gpu"}))
     elsewhere = train_job(TINY, cluster={"device": "auto", "address": "10.0.0.1:6379"})
     check_models(elsewhere)  # nobody knows yet what is there
+    as_judge = model_support.Unsupported(("cpu",), "loses updates", "Use it as a judge.", only_updates=True)
+    monkeypatch.setitem(model_support.UNSUPPORTED, "llama", as_judge)
+    with pytest.raises(InputError) as caught:
+        check_models(train_job(TINY))  # policy and judge are one model here
+    assert [line.split(".model=")[0] for line in str(caught.value).splitlines()] == ["policy"]
 
 
 def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
