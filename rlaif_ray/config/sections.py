@@ -375,8 +375,8 @@ class GuardConfig(Config):
     saved: bool = True
     """Load the saved model again and compare. It needs host memory for one more copy of the model, on rank 0's node."""
     max_gap: Annotated[float, Field(gt=0)] | None = None
-    """Difference in nats that is still accepted; default: 0.001 for any token in fp32, 0.15 on average in bf16. Raise it for
-    engines that are different on purpose, such as quantised ones."""
+    """Difference in nats that is still accepted; default: 0.001 for any token in fp32, 0.15 on average in bf16. Raise
+    it for engines that are different on purpose, such as quantised ones."""
 
 
 class ClusterConfig(Config):
