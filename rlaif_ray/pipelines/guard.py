@@ -71,7 +71,10 @@ class Guard:
         self._precision: Literal["fp32", "bf16"] = precision
         self._unit = "nats" if not isinstance(job, RewardModelJob) else "of the largest reward"
         self._bound = bound_for(precision, job.guard.max_gap)
-        code = {"revision": job.policy.revision, "trust_remote_code": job.policy.trust_remote_code}
+        code: dict[str, Any] = {
+            "revision": job.policy.revision,
+            "trust_remote_code": job.policy.trust_remote_code,
+        }
         self._text = guard_text(load_tokenizer(job.policy.model, **code), room - GENERATED)
         self._model = described(job.policy.model, load_config(job.policy.model, **code))
         self._pushes = 0
