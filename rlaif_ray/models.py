@@ -395,7 +395,7 @@ def zero_dropout_in_config(config: PreTrainedConfig) -> None:
         if isinstance(value, PreTrainedConfig):
             zero_dropout_in_config(value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and _is_noise(field):
-            setattr(config, field, 0.0)
+            setattr(config, field, type(value)(0))  # MPT's must be int
 
 
 def _is_noise(field: str) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlaif_ray.attention import longest_exact, padded_kernel
 from rlaif_ray.errors import InputError
 from rlaif_ray.models import context_length, load_config, load_sequence_classifier, load_tokenizer
 from rlaif_ray.types import Score
@@ -58,14 +59,15 @@ class RewardModelScorer:
         self._tokenizer: Any = load_tokenizer(cfg.model, **code)
         self._renderer = make_renderer(self._tokenizer)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        model, _ = load_sequence_classifier(cfg.model, dtype=dtype, attention="sdpa", **code)
+        kernel = padded_kernel(load_config(cfg.model, **code))
+        model, _ = load_sequence_classifier(cfg.model, dtype=dtype, attention=kernel, **code)
         self._model: Any = model.to(device).eval()  # type: ignore[arg-type]
         config: Any = model.config
         # A classifier from elsewhere says nothing of either: its rewards count as they are, after the usual EOS.
         self._mean = float((getattr(config, "reward_center", None) or {}).get("mean", 0.0))
         eos = self._tokenizer.eos_token_id
         self._ends = (eos,) if eos is not None and getattr(config, "reward_ends_with_eos", True) else ()
-        self._room = cfg.max_context or context_length(config) or 2**31
+        self._room = min(cfg.max_context or context_length(config) or 2**31, longest_exact(config) or 2**31)
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in order; too long ones and what is no number are failures."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlaif_ray.errors import InputError
-from rlaif_ray.learner.engine import full_weights
+from rlaif_ray.learner.model_state import ModelState, StateEntry, model_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,27 +46,37 @@ def add_adapters(model: Any, cfg: LoraConfig, seed: int) -> None:
 
 
 def merged_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
-    """Every weight whole and on CPU, under the names it had without adapters, with these added in; {} where not kept.
+    """The whole state on CPU, under its checkpoint's names, with adapters added in; {} where not kept.
 
-    One layer at a time, a collective under ZeRO-3: all ranks call it.
+    One layer group at a time, a collective under ZeRO-3: all ranks call it.
     """
-    state: dict[str, Tensor] = {}
+    return ModelState(model, merged_entries(model)).full_state(keep=keep)
+
+
+def merged_entries(model: Any) -> list[StateEntry]:
+    """The model's state under the names that it had without adapters, each weight with its adapter added in."""
     adapted = dict(_adapted_layers(model))
-    for name, layer in adapted.items():
-        with torch.no_grad(), full_weights(list(layer.parameters()), write=False):
-            if keep:
-                weight = layer.base_layer.weight
-                # As the layer computes: base weights as they are, the adapter's product in fp32, one rounding.
-                delta = layer.get_delta_weight("default").float()
-                state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype).cpu()
-                if layer.base_layer.bias is not None:
-                    state[f"{name}.bias"] = layer.base_layer.bias.detach().cpu().clone()
-    for name, parameter in model.named_parameters():
-        if not any(name.startswith(f"{layer}.") for layer in adapted):
-            with full_weights([parameter], write=False):
-                if keep:
-                    state[name] = parameter.detach().cpu().clone()
-    return state
+    entries = []
+    for entry in model_entries(model):
+        layer = next((name for name in adapted if entry.name.startswith(f"{name}.")), None)
+        if layer is None:
+            entries.append(entry)
+            continue
+        own = entry.name.removeprefix(f"{layer}.")
+        if own == "base_layer.weight":
+            entries.append(_merged_weight(f"{layer}.weight", entry, adapted[layer]))
+        elif own.startswith("base_layer."):
+            entries.append(replace(entry, name=f"{layer}.{own.removeprefix('base_layer.')}"))
+    return entries
+
+
+def _merged_weight(name: str, base: StateEntry, layer: Any) -> StateEntry:
+    def value() -> Tensor:
+        # As the layer computes: base weights as they are, the adapter's product in fp32, one rounding.
+        weight, delta = base.value(), layer.get_delta_weight("default").float()
+        return (weight.float() + delta).to(weight.dtype)
+
+    return replace(base, name=name, needs=tuple(layer.parameters()), value=value)
 
 
 def _adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats, brier, expected_calibration_error, pairwise_accuracy, preference
 from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.contexts import check_attention, readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint
 from rlaif_ray.pipelines.supervised import drawn_by_text
 from rlaif_ray.tracking.display import share
@@ -65,6 +65,8 @@ def read_pairs(
     if human_path is not None:
         by_people = _ExampleWriter(tokenizer, room, cfg.labels, ending(tokenizer), {}, human=True)
         human = [e for r in read_preferences(human_path) if (e := by_people(r)) is not None]
+    longest = max(len(e.prompt) + max(len(e.response_a), len(e.response_b)) for e in [*train, *held_out, *human])
+    check_attention(policy, longest)
     return PairInputs(train, held_out, left_out, fingerprint(job.data.path)), human
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.benchmarks.rl_step import template_of
 from tests.tiny import cached_tiny_model
+from tests.zoo import zoo_model
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = 4096  # room for a judge's template in the tiny tokenizer's short tokens
@@ -96,3 +97,16 @@ def test_template_text_with_markers_stays_word_for_word(tmp_path: Path) -> None:
         text.replace("{prompt}", "P").replace("{response}", "R").strip()
     )
     assert template.answer_prefix == "SCORE="
+
+
+@pytest.mark.benchmark
+def test_the_zoo_table_has_a_line_for_each_model(tmp_path: Path) -> None:
+    from tests.benchmarks.zoo_table import table
+
+    for name in ("llama", "lfm2"):
+        zoo_model(name).save_pretrained(tmp_path / name)
+    title, _, *rows = table(tmp_path, ["llama", "lfm2", "gone"], ["layout", "gap", "scoring"])
+    assert title == "| architecture | layout | gap | scoring |"
+    assert rows[0].startswith("| llama | packed | ") and rows[0].endswith("| sdpa |")
+    assert rows[1].startswith("| lfm2 | padded, sdpa (conv layers mix samples of one row) | ")
+    assert rows[2].startswith("| gone | refused: ")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
-from rlaif_ray.learner.engine import CausalPolicy, Critic, uses_packing
-from rlaif_ray.learner.packing import PACKED, build_input, packed_attention, register_packed_attention
+from rlaif_ray.attention import PACKED
+from rlaif_ray.learner.engine import CausalPolicy, Critic
+from rlaif_ray.learner.packing import build_input, packed_attention, register_packed_attention
 from rlaif_ray.models import load_backbone, load_causal_lm
 from tests.gpu.device import DEVICE, REHEARSAL, gpu_model
 from tests.learner_ranks import random_samples
@@ -98,7 +99,7 @@ def test_policy_equals_padded(batch: str) -> None:
 
     def through(attention: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         model = load(attention, dtype=dtype)
-        laid_out = build_input(prompts, completions, packed=uses_packing(model), device=DEVICE)
+        laid_out = build_input(prompts, completions, packed=model.config._attn_implementation == PACKED, device=DEVICE)
         logprobs, _ = token_logprobs_and_entropy(CausalPolicy(model)(laid_out), laid_out.targets, 0.7)
         (logprobs * weights).sum().backward()
         return logprobs.detach(), gradients(model)

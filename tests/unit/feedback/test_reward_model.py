@@ -17,7 +17,8 @@ from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer, RewardModelScorer, check_reward_model
 from rlaif_ray.types import Completion, Message, Prompt, Score
-from tests.tiny import IM_END, PAD, cached_tiny_model
+from tests.tiny import IM_END, PAD, cached_tiny_model, make_tokenizer
+from tests.zoo import zoo_model
 
 ROOM = 200  # tokens of context of the reward model
 TEXTS = ["yes", "It is the better answer, because you help.", "10", "no " * 20, "A", ""]
@@ -75,7 +76,7 @@ def by_transformers(folder: Path, completions: Sequence[Completion], *, eos: boo
     """Raw rewards, one sequence at a time: nothing is padded, so the classifier reads its last token."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rewards = []
     for c in completions:
@@ -247,3 +248,13 @@ def test_a_part_of_weight_zero_is_only_watched() -> None:
         [completion("a")]
     )
     assert scores[0].value == 0.5 and scores[0].evidence["parts"]["length"]["value"] == -1.0
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "bloom", "arcee"])
+def test_scores_have_every_term_of_the_models_attention(name: str, tmp_path: Path) -> None:
+    """Soft caps and sinks, which sdpa leaves out; classes without sdpa; one that nobody tried."""
+    zoo_model(name, "eager", "AutoModelForSequenceClassification", num_labels=1).save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
+    completions = [completion(text) for text in TEXTS]
+    rewards = [score.value for score in scorer(tmp_path).score(completions)]
+    assert rewards == pytest.approx(by_transformers(tmp_path, completions), abs=1e-4)

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from rlaif_ray.config.jobs import DpoJob, SftJob, TrainJob
 from rlaif_ray.data.batching import plan_ranks
@@ -20,10 +21,11 @@ from rlaif_ray.errors import CheckpointError
 from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.finetune import SftExample
+from rlaif_ray.learner.model_state import model_entries
 from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.storage import Place, StoredFolder, open_folder, publish
 from tests.learner_ranks import RankProcesses, full_weights, make_experience, random_samples
-from tests.tiny import cached_tiny_model
+from tests.tiny import VOCABULARY, cached_tiny_model, make_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +33,13 @@ ADAM = {"lr": 1e-2, "eps": 1e-8, "warmup_steps": 1, "schedule": "cosine", "token
 TURNS = [SftExample(tuple(range(5 + i, 12 + i)), tuple(range(100 + 3 * i, 109 + 3 * i))) for i in range(6)]
 PAIRS = [DpoExample(PairExample(t.prompt, t.response, t.response[::-1], 0.8), -30.0, -31.0) for t in TURNS]
 BESIDE = {"updates": 3}
+DEEPSEEK: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16},
+    **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
 
 
 @pytest.fixture(scope="module", params=["one_rank", "two_ranks"])
@@ -114,9 +123,17 @@ def end_of(rank: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def move_buffers(rank: Any) -> None:
+    """Other values than the model's folder has, so that a checkpoint without buffers would show."""
+    for entry in model_entries(rank._model):
+        if entry.is_buffer:
+            entry.needs[0].add_(0.1)
+
+
 def straight(spec: RankSpec, job: Any, folder: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Six steps with a checkpoint after three, which is written after the fourth: this rank's files, and the end."""
     rank = make(job, spec)
+    move_buffers(rank)
     take(rank, job, spec, range(3))
     with no_pickles():
         rank.checkpoint.copy(BESIDE)
@@ -198,6 +215,20 @@ def test_bf16_goes_on_to_the_bit(ranks: RankProcesses, stage: int, tmp_path: Pat
     """What GPUs train in: DeepSpeed then keeps fp32 weights beside, in states of other shapes."""
     learner = ADAM | {"ranks": ranks.count, "zero_stage": stage}  # type: ignore[attr-defined]
     policy = {"model": str(cached_tiny_model(tied=True)), "precision": "bf16"}
+    job = SftJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner})
+    assert_goes_on(ranks, job, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_buffers_and_experts_go_on_to_the_bit(ranks: RankProcesses, stage: int, tmp_path: Path) -> None:
+    model = DeepseekV3Config(**DEEPSEEK)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(model, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    # Without the threshold DeepSpeed keeps all of so small a model whole.
+    overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+    learner = ADAM | {"ranks": ranks.count, "zero_stage": stage, "deepspeed_overrides": overrides}  # type: ignore[attr-defined]
+    policy = {"model": str(tmp_path / "model"), "attention": "eager"}
     job = SftJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner})
     assert_goes_on(ranks, job, tmp_path)
 

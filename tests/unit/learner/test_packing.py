@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
-from rlaif_ray.learner.engine import CausalPolicy, Critic, uses_packing
-from rlaif_ray.learner.packing import PACKED, build_input, choose_attention, register_packed_attention
+from rlaif_ray.attention import PACKED
+from rlaif_ray.learner.engine import CausalPolicy, Critic
+from rlaif_ray.learner.packing import build_input, register_packed_attention
 from rlaif_ray.models import load_backbone, load_causal_lm
 from tests.learner_ranks import plain_hidden, plain_logprobs, random_samples
 from tests.tiny import cached_tiny_model
@@ -99,8 +100,7 @@ def assert_same_gradients(got: torch.nn.Module, want: torch.nn.Module) -> None:
 def test_policy_equals_transformers_sample_by_sample(model_folder: str, batch: str, attention: str) -> None:
     prompts, completions = BATCHES[batch]
     model, plain = load(model_folder, attention), load(model_folder, "eager")
-    assert uses_packing(model) == (attention == PACKED)
-    laid_out = build_input(prompts, completions, packed=uses_packing(model), device="cpu")
+    laid_out = build_input(prompts, completions, packed=attention == PACKED, device="cpu")
     assert laid_out.targets.tolist() == [t for c in completions for t in c]
 
     logprobs, _ = token_logprobs_and_entropy(CausalPolicy(model)(laid_out), laid_out.targets, 0.7)
@@ -165,7 +165,7 @@ def test_sliding_window_is_felt(mistral: Path) -> None:
 def test_loss_equals_transformers_own_with_labels(model_folder: str, attention: str) -> None:
     prompts, completions = BATCHES["mixed"]
     model, plain = load(model_folder, attention), load(model_folder, "sdpa")
-    laid_out = build_input(prompts, completions, packed=uses_packing(model), device="cpu")
+    laid_out = build_input(prompts, completions, packed=attention == PACKED, device="cpu")
     logprobs, _ = token_logprobs_and_entropy(CausalPolicy(model)(laid_out), laid_out.targets, 1.0)
 
     width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
@@ -192,40 +192,9 @@ def test_gradient_checkpointing_changes_no_gradient(attention: str) -> None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         calls: list[int] = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        laid_out = build_input(prompts, completions, packed=uses_packing(model), device="cpu")
+        laid_out = build_input(prompts, completions, packed=attention == PACKED, device="cpu")
         logprobs, _ = token_logprobs_and_entropy(CausalPolicy(model)(laid_out), laid_out.targets, 1.0)
         (logprobs * weights_by_token(completions)).sum().backward()
         runs.append((model, len(calls)))
     assert [calls for _, calls in runs] == [1, 2]  # the second forward pass is the recomputation
     assert_same_gradients(runs[1][0], runs[0][0])
-
-
-class _Config:
-    def __init__(self, **fields: Any) -> None:
-        self.__dict__.update(fields)
-
-
-LLAMA = _Config(model_type="llama")
-SOFTCAPPED = _Config(model_type="gemma2", attn_logit_softcapping=50.0)
-
-
-@pytest.mark.parametrize(
-    ("requested", "config", "chosen"),
-    [
-        ("auto", LLAMA, PACKED),
-        ("auto", _Config(model_type="qwen3"), PACKED),
-        ("auto", _Config(model_type="gemma3_text", attn_logit_softcapping=None), PACKED),
-        ("auto", SOFTCAPPED, "sdpa"),
-        ("auto", _Config(model_type="grok", attn_logit_softcap=30.0), "sdpa"),
-        ("auto", _Config(model_type="gpt_oss"), "sdpa"),
-        ("auto", _Config(model_type="bloom"), "sdpa"),
-        ("auto", _Config(model_type="mpt"), "sdpa"),
-        ("auto", _Config(model_type="falcon"), "sdpa"),
-        ("packed", SOFTCAPPED, PACKED),
-        ("sdpa", LLAMA, "sdpa"),
-        ("eager", LLAMA, "eager"),
-        ("flash_attention_2", LLAMA, "flash_attention_2"),
-    ],
-)
-def test_choose_attention(requested: str, config: Any, chosen: str) -> None:
-    assert choose_attention(requested, config) == chosen

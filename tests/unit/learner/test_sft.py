@@ -16,6 +16,7 @@ from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.finetune import SftExample
 from tests.learner_ranks import RankProcesses, full_weights
 from tests.tiny import cached_tiny_model
+from tests.zoo import zoo_model
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +88,38 @@ def test_loss_and_step_are_those_of_transformers(one_rank: RankProcesses) -> Non
         assert parameter.grad is not None
         expected = parameter.detach() - STEP * EPS * parameter.grad / (parameter.grad.abs() + EPS)
         torch.testing.assert_close(found["weights"][name], expected, atol=2e-6, rtol=1e-5)
+
+
+def settled(spec: RankSpec, job: SftJob) -> Any:
+    from rlaif_ray.learner.finetune import SftRank
+
+    rank = SftRank(job, spec, "fp32", total_steps=2)
+    sums = rank.train(TURNS, plan_of(spec, job, TURNS))  # after the probe, which takes no part in training
+    return rank._packed, rank.notes, sums, rank.losses(TURNS, plan_of(spec, job, TURNS))
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [("arcee", True), ("lfm2", False)],  # nobody tried it: probed; of layers that carry a state
+)
+def test_the_layout_of_other_architectures_is_found_out_sharded_too(
+    one_rank: RankProcesses, two_ranks: RankProcesses, tmp_path: Path, name: str, packed: bool
+) -> None:
+    plain = zoo_model(name)
+    plain.save_pretrained(tmp_path)
+    policy = {"model": str(tmp_path)}
+    loss = hand_loss(plain, TURNS).item() * sum(len(e.response) for e in TURNS)
+    [alone] = one_rank.run(settled, sft_job(policy=policy))
+    shared = two_ranks.run(settled, sft_job(policy=policy, learner={"zero_stage": 3}))
+    after = {}
+    for found in (alone, *shared):
+        assert found[0] == packed
+        assert [str(tmp_path) in note and "conv layers" in note for note in found[1]] == ([] if packed else [True])
+    assert alone[2]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert sum(found[2]["loss"] for found in shared) == pytest.approx(loss, rel=1e-5)
+    for found in shared:
+        after |= found[3]
+    assert after == pytest.approx(alone[3], rel=1e-4)
 
 
 @pytest.mark.parametrize("budget", [1, 30, 10_000])

@@ -1,0 +1,58 @@
+"""Which models an engine can't compute, and what works instead: known before anything starts.
+
+Found by tests/benchmarks/zoo_push.py, which compares vLLM with transformers on tiny models of each architecture. The
+comparison at the start of a run is the last word; this table only says sooner what is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """Why a model type doesn't run, and what does."""
+
+    devices: tuple[Device, ...]  # where it doesn't
+    reason: str  # completes "vLLM 0.32 ..."
+    instead: str  # a whole sentence
+    only_updates: bool = False  # it runs with the weights of its folder (a judge), and doesn't take new ones
+
+
+# By the config's model_type.
+UNSUPPORTED: dict[str, Unsupported] = {
+    "gpt_oss": Unsupported(
+        ("cuda",),
+        "loses new experts and attention sinks of an update (its loader writes them past the weight loaders), and "
+        "would sample from the old ones",
+        "Train it with cluster.device=cpu, or train another model; as a judge it works.",
+        only_updates=True,
+    ),
+    "mimo_v2_flash": Unsupported(
+        ("cuda",),
+        "loses new attention sinks of an update (its loader writes them past the weight loaders), and would sample "
+        "with the old ones",
+        "Train another model; as a judge it works.",
+        only_updates=True,
+    ),
+}
+
+
+def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True) -> str | None:
+    """Why vLLM must not be started with this model on this device, and the remedy; None where nothing is known.
+
+    `config` is the model's config as transformers gives it; `takes_weights` says whether new weights will be pushed.
+    Pure: nothing is imported or loaded.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for model_type in dict.fromkeys((config.model_type, text.model_type)):
+        known = UNSUPPORTED.get(model_type)
+        if known is not None and device in known.devices and (takes_weights or not known.only_updates):
+            return (
+                f"model type {model_type} can't be used on cluster.device={device}: vLLM 0.32 {known.reason}. "
+                f"{known.instead}"
+            )
+    return None

@@ -1,0 +1,25 @@
+"""vLLM on CPU computes what was pushed: experts under other names and packed, a shared head, a padded vocabulary."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+def test_experts_and_shared_heads_follow_the_learner() -> None:
+    """One process for both, not this one: closing an engine closes the process's distributed state."""
+    pytest.importorskip("vllm")
+    command = [sys.executable, "-m", "tests.benchmarks.zoo_push", "qwen3_moe", "gpt2"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
+    assert [row[0] for row in rows] == ["qwen3_moe", "gpt2"], done.stdout + done.stderr
+    for name, *gaps in rows:
+        load, push, again, moved = (float(gap) for gap in gaps)
+        assert max(load, push, again) < 1e-3 < 0.1 < moved, f"{name}: {gaps}"
+    assert done.returncode == 0
