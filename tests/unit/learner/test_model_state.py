@@ -34,7 +34,14 @@ EXPERTS = {
     "moe_intermediate_size": 16,
     "n_shared_experts": 1,
 }
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 # Each with something that is no parameter, or is fused, renamed or tied in transformers and not in its files.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
