@@ -48,15 +48,18 @@ class AdapterPlan:
         return f"{said}; without adapters: {_spoken(self.left_out)}" if self.left_out else said
 
 
-def plan_adapters(model: Any, cfg: LoraConfig, name: str) -> AdapterPlan:
+def plan_adapters(model: Any, cfg: LoraConfig, name: str, *, sharded: bool) -> AdapterPlan:
     """Which layers of a model get adapters: all that peft adapts and merges exactly, or those in `cfg.targets`.
 
-    Never an output head. No weight is read: `model` may be on the meta device.
+    Never an output head. No weight is read: `model` may be on the meta device. `sharded`: it is trained with ZeRO-3.
 
     Raises:
         InputError: a target names no layer or one without adapters, or no layer can have any.
     """
-    fits, unfit = _sort_layers(model, cfg)
+    no_experts = "fused experts take adapters with lora.dropout=0 only" if cfg.dropout > 0 else None
+    if sharded:  # peft swaps a weight while the layer runs, and DeepSpeed would not gather it
+        no_experts = "fused experts take adapters with learner.zero_stage=2 or less only"
+    fits, unfit = _sort_layers(model, no_experts)
     if not fits:
         raise InputError(
             f"model {name} can't be trained with adapters: {type(model).__name__} has no layer that takes them "
@@ -77,8 +80,11 @@ def plan_adapters(model: Any, cfg: LoraConfig, name: str) -> AdapterPlan:
     )
 
 
-def _sort_layers(model: Any, cfg: LoraConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights that take adapters, by path, and why other matrices don't; embeddings and heads are in neither."""
+def _sort_layers(model: Any, no_experts: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights that take adapters, by path, and why other matrices don't; embeddings and heads are in neither.
+
+    `no_experts`: why fused experts don't, if they don't.
+    """
     fits: dict[str, Tensor] = {}
     unfit: dict[str, str] = {}
     for path, module in _decoder_modules(model):
@@ -94,10 +100,10 @@ def _sort_layers(model: Any, cfg: LoraConfig) -> tuple[dict[str, Tensor], dict[s
             continue
         fused = {name for name, weight in weights.items() if len(_shape(weight)) == 3} if _is_experts(module) else set()
         for name, weight in weights.items():
-            if name in fused and cfg.dropout == 0:
+            if name in fused and no_experts is None:
                 fits[f"{path}.{name}"] = weight
             elif name in fused:
-                unfit[f"{path}.{name}"] = "fused experts take adapters with lora.dropout=0 only"
+                unfit[f"{path}.{name}"] = no_experts or ""
             elif not name.endswith("bias"):
                 unfit[path] = f"{type(module).__name__} is no linear layer"
     return fits, unfit
@@ -171,8 +177,9 @@ def _check_targets(targets: Sequence[str], fits: Mapping[str, Any], unfit: Mappi
 
 
 def _named(path: str, targets: Sequence[str]) -> bool:
-    """Whether a target is the end of a path; of a fused weight's also the end of its layer's."""
-    ends = [path, path.rpartition(".")[0]] if _last(path) in ("gate_up_proj", "up_proj", "down_proj") else [path]
+    """Whether a target is the end of a path; that of a fused weight may be named by its layer, `experts`."""
+    layer = path.rpartition(".")[0]
+    ends = [path, layer] if layer.endswith(".experts") else [path]
     return any(end == target or end.endswith(f".{target}") for end in ends for target in targets)
 
 
@@ -197,7 +204,7 @@ def _shape(weight: Tensor) -> tuple[int, ...]:
 # ---- Putting them in -------------------------------------------------------------------------------------------------
 
 
-def add_adapters(model: Any, cfg: LoraConfig, seed: int, name: str = "of this job") -> AdapterPlan:
+def add_adapters(model: Any, cfg: LoraConfig, seed: int, name: str) -> AdapterPlan:
     """Puts adapters into a model and freezes its own weights, except for a reward head.
 
     The model's class doesn't change. An adapter adds alpha / rank * B A x, B zero at first (Hu et al. 2106.09685,
@@ -209,7 +216,7 @@ def add_adapters(model: Any, cfg: LoraConfig, seed: int, name: str = "of this jo
     from peft import LoraConfig as Adapters
     from peft import inject_adapter_in_model
 
-    plan = plan_adapters(model, cfg, name)
+    plan = plan_adapters(model, cfg, name, sharded=any(hasattr(p, "ds_id") for p in model.parameters()))
     # peft rewrites targets by the type of a transformers model (experts that it knows by their old names). The plan is
     # by path and needs no rewriting, so peft sees a module without a config.
     shell = torch.nn.Module()

@@ -15,8 +15,8 @@ def training_mode(*modules: nn.Module) -> Iterator[None]:
     """Within it the dropout of adapters and gradient checkpointing are on, and nothing else.
 
     A model is in evaluation mode otherwise, so nothing that is measured (rewards, held-out losses, reference
-    log-probabilities) has noise in it. Noise that a model would add of its own (dropout, jitter of the routing, PhiMoE's
-    sampled experts) stays off in training too: what is trained is then what the engine computes.
+    log-probabilities) has noise in it. Noise that a model would add of its own (dropout, jitter of the routing, experts
+    that PhiMoE samples) stays off in training too: what is trained is then what the engine computes.
     """
     switched = [part for module in modules for part in _training_parts(module)]
     for part in switched:

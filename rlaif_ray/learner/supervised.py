@@ -230,8 +230,9 @@ class RewardRank(SupervisedRank[PairExample]):
         return found
 
     def save_model(self, folder: str, center: dict[str, float] | None) -> None:
-        """A Hugging Face folder for `load_sequence_classifier`, and for transformers' AutoModelForSequenceClassification
-        where it knows the model's type; under ZeRO-3 all ranks help gather.
+        """A Hugging Face folder for `load_sequence_classifier`; under ZeRO-3 all ranks help gather.
+
+        transformers' AutoModelForSequenceClassification loads it as well where it knows the model's type.
 
         `center` has the mean and standard deviation of reference rewards; scorers of ours subtract the mean, and
         transformers takes no notice. TRL needs no more than the one label.

@@ -191,7 +191,9 @@ def trained_part(job: SupervisedJob) -> str | None:
         return None
     code: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
     model = empty_model(policy.model, classifier=is_reward_model, **code)
-    return None if lora is None else str(plan_adapters(model, lora, policy.model))
+    if lora is None:
+        return None
+    return str(plan_adapters(model, lora, policy.model, sharded=job.learner.zero_stage == 3))
 
 
 # ---- Fine-tuning -----------------------------------------------------------------------------------------------------

@@ -196,7 +196,9 @@ def test_what_is_trained_is_what_is_saved(
 
     case, folder = CASES[name], folder_of(name, folders, tmp_path_factory)
     cfg = LoraConfig(rank=2)
-    planned = plan_adapters(empty_model(folder, classifier=False), cfg, name)  # what is told before the start
+    planned = plan_adapters(
+        empty_model(folder, classifier=False), cfg, name, sharded=False
+    )  # what is told before the start
     assert last_names(planned) == case.adapted
     assert len(planned.experts) == case.experts
     assert set(case.left_out) <= set(planned.left_out)
@@ -245,7 +247,10 @@ def test_a_reward_model_of_any_decoder(
         assert key == "score.weight" or torch.equal(tensor, language_model[key])
     init_head(model, 0)
     plan = add_adapters(model, LoraConfig(rank=2), 0, name)
-    assert plan.trained == plan_adapters(empty_model(folder, classifier=True), LoraConfig(rank=2), name).trained
+    assert (
+        plan.trained
+        == plan_adapters(empty_model(folder, classifier=True), LoraConfig(rank=2), name, sharded=False).trained
+    )
     assert {key for key, p in model.named_parameters() if p.requires_grad and ".lora_" not in key} == {"score.weight"}
     module = RewardModule(model)
     prompts, responses = [(5, 9, 33), (7, 12)], [(20, 31), (4, 11, 6)]
@@ -283,9 +288,11 @@ def test_who_can_have_no_reward_head_is_told_why(
 # ---- Targets ---------------------------------------------------------------------------------------------------------
 
 
-def planned(name: str, folders: dict[str, Path], factory: pytest.TempPathFactory, **lora: Any) -> AdapterPlan:
+def planned(
+    name: str, folders: dict[str, Path], factory: pytest.TempPathFactory, *, sharded: bool = False, **lora: Any
+) -> AdapterPlan:
     model = empty_model(folder_of(name, folders, factory), classifier=False)
-    return plan_adapters(model, LoraConfig(rank=2, **lora), "m")
+    return plan_adapters(model, LoraConfig(rank=2, **lora), "m", sharded=sharded)
 
 
 def test_targets_are_ends_of_paths(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -315,6 +322,8 @@ def test_experts_take_no_dropout(folders: dict[str, Path], tmp_path_factory: pyt
     assert "experts.gate_up_proj (fused experts take adapters with lora.dropout=0 only)" in str(plan)
     with pytest.raises(InputError, match="got experts of model m: fused experts take"):
         planned("olmoe", folders, tmp_path_factory, dropout=0.1, targets=("experts",))
+    plan = planned("olmoe", folders, tmp_path_factory, sharded=True)
+    assert not plan.experts and "experts.down_proj (fused experts take adapters with learner.zero_stage=2" in str(plan)
 
 
 class Gated(torch.nn.Linear):
@@ -336,7 +345,7 @@ def test_a_merge_that_would_be_wrong_is_refused_before_training(
             Gated.__name__ = classes
         return model
 
-    plan = plan_adapters(gated("Gated"), LoraConfig(rank=2), "m")  # by its class
+    plan = plan_adapters(gated("Gated"), LoraConfig(rank=2), "m", sharded=False)  # by its class
     assert last_names(plan) == LLAMA - {"up_proj"} and "Gated computes more than a linear layer" in str(plan)
     model = gated("FalconLinear")  # a class that is taken for one of another name: the trial sees it
     add_adapters(model, LoraConfig(rank=2), 0, "m")
@@ -345,16 +354,14 @@ def test_a_merge_that_would_be_wrong_is_refused_before_training(
     assert "lora.targets" in str(raised.value)
 
 
-def test_no_layer_for_adapters_is_an_error(
-    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_no_layer_for_adapters_is_an_error(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> None:
     model: Any = load_causal_lm(folder_of("llama", folders, tmp_path_factory), dtype=torch.float32, attention="eager")
     Gated.__name__ = "Gated"
     for module in model.model.modules():
         if isinstance(module, torch.nn.Linear):
             module.__class__ = Gated
     with pytest.raises(InputError, match=r"model m can't be trained with adapters.*Leave lora out"):
-        plan_adapters(model, LoraConfig(), "m")
+        plan_adapters(model, LoraConfig(), "m", sharded=False)
 
 
 # ---- Modes -----------------------------------------------------------------------------------------------------------
