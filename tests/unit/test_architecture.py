@@ -20,6 +20,7 @@ LEVEL_OF_ROOM = {
     "errors": 0,
     "folders": 0,
     "reward_head": 0,
+    "dropout": 0,
     "secrecy": 0,
     "storage": 0,
     "config": 1,
