@@ -301,6 +301,7 @@ def _run(
 
         files, overrides = _split(arguments)
         loaded = load(files, overrides) if load is not None else load_job(job, files, overrides)
+        import_module("rlaif_ray.pipelines.model_checks").check_models(*_jobs(loaded))
         if plan is not None:
             typer.echo(_resolved(loaded))
             typer.echo(plan(loaded))
@@ -313,6 +314,12 @@ def _run(
         raise  # the reader of our output left, as `head` does; click knows what to do
     except Exception as error:
         raise typer.Exit(_report(job, error, None if plan else loaded)) from None
+
+
+def _jobs(loaded: Any) -> list[Any]:
+    """The configs of the jobs that will run: one, or a pipeline's stages."""
+    stages = getattr(loaded, "stages", None)
+    return [loaded.config] if stages is None else [stage.config for stage in stages]
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -8,6 +8,7 @@
             LearnerLostError          a learner rank died or went silent: the job goes on from its last checkpoint
             FeedbackError             too few completions could be scored to go on
             StaleWeightsError         a completion, or an engine, has other weights than it should
+            MismatchError             engine, learner or saved folder compute the model differently
             PlacementError            the cluster did not give the resources asked for in time
             CheckpointError           a checkpoint could not be written or read
 
@@ -47,6 +48,10 @@ class FeedbackError(RunError):
 
 class StaleWeightsError(RunError):
     """A completion or an engine carries another weight version, or other weights, than the loop expects."""
+
+
+class MismatchError(RunError):
+    """An engine, the learner's batched computation or a saved folder gives other numbers than the model itself."""
 
 
 class PlacementError(RunError):

@@ -39,6 +39,7 @@ class GenerationSettings:
     temperature: float
     seed: int  # every sample's own seed derives from this, the prompt's id and the sample index
     ignore_eos: bool = False  # force exactly max_new_tokens (benchmarks)
+    prompt_logprobs: bool = False  # also read the log-probabilities of the prompt's own tokens
 
 
 class Generator(Protocol):

@@ -42,6 +42,7 @@ class Completion:
     finished: bool  # ended by the model (end-of-sequence), not cut at the token limit
     weight_version: int  # of the weights that sampled it
     failure: str | None = None  # "quarantined": the prompt ends engines, and there is no answer
+    prompt_logprobs: tuple[float, ...] = ()  # on request: of the prompt's tokens but the first, at temperature 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from rlaif_ray.config.sections import (
     EngineConfig,
     EvaluationConfig,
     FeedbackConfig,
+    GuardConfig,
     JudgeConfig,
     JudgeFeedback,
     LearnerConfig,
@@ -55,6 +56,7 @@ class TrainJob(Config):
     algorithm: AlgorithmConfig = PpoConfig()
     learner: LearnerConfig = LearnerConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    guard: GuardConfig = GuardConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -263,6 +265,7 @@ class SupervisedJob(Config):
     """The language model it starts from."""
     data: PreferenceDataConfig
     learner: LearnerConfig = LearnerConfig(lr=1e-5)
+    guard: GuardConfig = GuardConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -60,7 +60,8 @@ class PolicyConfig(Config):
     precision: Precision = "auto"
     """Compute type of learner and rollout engines; auto: bf16 on GPUs, fp32 on CPUs (where bf16 is emulated)."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Learner's attention; auto: packed (no padding) where the model allows it, else sdpa."""
+    """Learner's attention; auto: packed (no padding) where the model allows it, else padded, with sdpa where that
+    computes every term of the model's attention and eager where not. What would give wrong numbers is refused."""
 
 
 class DataConfig(Config):
@@ -360,6 +361,22 @@ class WeightSyncConfig(Config):
     """auto: shm on CPUs; on GPUs ipc where learner and engine share one, else nccl."""
     bucket_mb: Annotated[int, Field(ge=1)] = 64
     """At most this many MB (or one layer) are gathered and sent at a time."""
+
+
+class GuardConfig(Config):
+    """The check that engines, learner and saved folder compute the same model: the log-probabilities of a short fixed
+    text, by each of them, under the same weights. A difference ends the run."""
+
+    enabled: bool = True
+    """false: none of the checks below."""
+    every: Annotated[int, Field(ge=0)] = 50
+    """Steps between checks of engines and learner; besides, always at the start and after the first two steps. 0: only
+    then."""
+    saved: bool = True
+    """Load the saved model again and compare. It needs host memory for one more copy of the model, on rank 0's node."""
+    max_gap: Annotated[float, Field(gt=0)] | None = None
+    """Difference in nats that is still accepted; default: 0.001 for any token in fp32, 0.1 on average in bf16. Raise it for
+    engines that are different on purpose, such as quantised ones."""
 
 
 class ClusterConfig(Config):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlaif_ray.attention import padded_kernel
 from rlaif_ray.errors import InputError
 from rlaif_ray.models import context_length, load_config, load_sequence_classifier, load_tokenizer
 from rlaif_ray.types import Score
@@ -58,7 +59,8 @@ class RewardModelScorer:
         self._tokenizer: Any = load_tokenizer(cfg.model, **code)
         self._renderer = make_renderer(self._tokenizer)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        model, _ = load_sequence_classifier(cfg.model, dtype=dtype, attention="sdpa", **code)
+        kernel = padded_kernel(load_config(cfg.model, **code))
+        model, _ = load_sequence_classifier(cfg.model, dtype=dtype, attention=kernel, **code)
         self._model: Any = model.to(device).eval()  # type: ignore[arg-type]
         config: Any = model.config
         # A classifier from elsewhere says nothing of either: its rewards count as they are, after the usual EOS.

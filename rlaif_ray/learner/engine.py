@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlaif_ray.config.deepspeed import deepspeed_config
-from rlaif_ray.learner.packing import PACKED, ModelInput
+from rlaif_ray.learner.packing import Arguments, ModelInput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,19 +191,16 @@ class CausalPolicy(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self._arguments = Arguments(model)
 
     def forward(self, batch: ModelInput) -> Tensor:
         """(M, V) logits of the completion tokens."""
+        if not self._arguments.choose_logits:
+            every: Tensor = self.model(**self._arguments.of(batch)).logits
+            return every[batch.rows, batch.columns]
         packed = batch.attention_mask is None
         keep = batch.columns if packed else torch.arange(int(batch.columns.min()), int(batch.columns.max()) + 1)
-        logits = self.model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=keep.to(batch.tokens.device),
-            use_cache=False,
-            **batch.attention,
-        ).logits
+        logits = self.model(**self._arguments.of(batch), logits_to_keep=keep.to(batch.tokens.device)).logits
         picked: Tensor = logits[0] if packed else logits[batch.rows, batch.columns - keep[0].to(batch.columns.device)]
         return picked
 
@@ -214,6 +211,7 @@ class Critic(torch.nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body = body
+        self._arguments = Arguments(body)
         config = body.config.get_text_config()
         self.head = torch.nn.Linear(config.hidden_size, 1, dtype=body.dtype)
         # Zero, not random: the first advantages are then the returns themselves rather than a random baseline.
@@ -223,13 +221,7 @@ class Critic(torch.nn.Module):
 
     def forward(self, batch: ModelInput) -> Tensor:
         """(M,) fp32 values."""
-        hidden = self.body(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **batch.attention,
-        ).last_hidden_state
+        hidden = self.body(**self._arguments.of(batch)).last_hidden_state
         values: Tensor = self.head(hidden[batch.rows, batch.columns])
         return values[:, 0].float()
 
@@ -243,49 +235,11 @@ def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
 
 
-class WeightGroups:
-    """The policy's weights, whole, one layer group at a time: the trainer's side of a weight sync.
-
-    Follows the contract of vLLM's `WeightSource`: the same names in the same order on every rank, `metadata` without
-    a transfer, iteration as a collective. Under ZeRO-3 a group is gathered on entry and freed on leaving.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._parameters = dict(model.named_parameters())
-
-    def metadata(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, dtype, full shape) of every parameter, tied ones once."""
-        return [
-            (name, str(p.dtype).removeprefix("torch."), tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in self._parameters.items()
-        ]
-
-    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
-        """Every weight whole, on CPU, one at a time; {} where not kept. A collective under ZeRO-3."""
-        state = {}
-        for name in self._parameters:
-            with self.gathered([name]) as (tensor,):
-                if keep:
-                    state[name] = tensor.detach().cpu().clone()
-        return state
-
-    @contextmanager
-    def gathered(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        """The full tensors of one group. A collective under ZeRO-3: every rank enters with the same names."""
-        parameters = [self._parameters[name] for name in names]
-        with full_weights(parameters, write=False):
-            yield [p.data for p in parameters]
-
-
-def uses_packing(model: Any) -> bool:
-    """Whether the model's attention takes packed samples."""
-    return bool(model.config._attn_implementation == PACKED)
-
-
 def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """Writes a Hugging Face folder: `state` are the whole weights, `model` gives class and config."""
+    """Writes a Hugging Face folder: `state` is the whole state under checkpoint names (model_state.py), `model` gives
+    class and config."""
     model.config.use_cache = True  # off while training, on for whoever loads it
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    model.save_pretrained(folder, state_dict=state, save_original_format=False)  # its names are the checkpoint's
     model.config.use_cache = False
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner alone; models are there to be shared

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+from rlaif_ray.learner.agreement import logprobs_of_saved
 from rlaif_ray.learner.engine import CausalPolicy
-from rlaif_ray.learner.packing import build_input
+from rlaif_ray.learner.packing import ModelInput, build_input
+from rlaif_ray.learner.probe import logprobs_of
 from rlaif_ray.learner.supervised import Sums, SupervisedRank
 from rlaif_ray.models import load_causal_lm
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import SftJob
     from rlaif_ray.data.batching import RankPlan
+    from rlaif_ray.learner.probe import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,12 @@ class CausalRank(SupervisedRank[Example]):
 
     def _module(self, model: Any) -> torch.nn.Module:
         return CausalPolicy(model)
+
+    def _probed(self, batch: ModelInput) -> Tensor:
+        return logprobs_of(self._engine)(batch)
+
+    def _readings_of(self, saved: Any, text: Text) -> list[float]:
+        return logprobs_of_saved(saved, text)
 
     def save_model(self, folder: str, center: object = None) -> None:
         """A Hugging Face folder for AutoModelForCausalLM; under ZeRO-3 all ranks help gather."""

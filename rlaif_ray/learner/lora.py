@@ -8,13 +8,14 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import full_weights
+from rlaif_ray.learner.model_state import ModelState, StateEntry, model_entries
 from rlaif_ray.models import count_parameters
 
 if TYPE_CHECKING:
@@ -276,32 +277,30 @@ def _merged(layer: Any, weight: Tensor) -> Tensor:
 
 
 def merged_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
-    """Every weight whole and on CPU, under the names it had without adapters, with these added in; {} where not kept.
+    """The whole state on CPU, under its checkpoint's names, with adapters added in; {} where not kept.
 
-    One at a time, a collective under ZeRO-3: all ranks call it.
+    One layer group at a time, a collective under ZeRO-3: all ranks call it.
     """
-    state: dict[str, Tensor] = {}
+    return ModelState(model, merged_entries(model)).full_state(keep=keep)
+
+
+def merged_entries(model: Any) -> list[StateEntry]:
+    """The model's state under the names that it had without adapters, each weight with its adapter added in."""
     layers = dict(_adapted_layers(model))
     adapted = {id(_weight(layer)): layer for layer in layers.values()}
     adapters = {id(factor) for layer in layers.values() for factor in _factors(layer)}
-    for name, tensor in _persistent_tensors(model):
-        if id(tensor) in adapters:
-            continue
-        layer = adapted.get(id(tensor))
-        with torch.no_grad(), full_weights([tensor, *(_factors(layer) if layer else ())], write=False):
-            if keep:
-                whole = tensor.detach() if layer is None else _merged(layer, tensor.detach())
-                state[_own_name(name, layers)] = whole.cpu().clone()
-    return state
+    entries = []
+    for entry in model_entries(model):
+        [tensor] = entry.needs
+        if id(tensor) not in adapters:
+            named = replace(entry, name=_own_name(entry.name, layers))
+            layer = adapted.get(id(tensor))
+            entries.append(named if layer is None else _merged_entry(named, layer))
+    return entries
 
 
-def _persistent_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, tied ones once, and the buffers that belong to a checkpoint."""
-    yield from model.named_parameters()
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}".lstrip("."), buffer
+def _merged_entry(base: StateEntry, layer: Any) -> StateEntry:
+    return replace(base, needs=(*base.needs, *_factors(layer)), value=lambda: _merged(layer, base.value()))
 
 
 def _own_name(name: str, layers: Mapping[str, Any]) -> str:

@@ -10,17 +10,20 @@ Letters: S samples of a micro-batch, N tokens of the packed row, M completion to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlaif_ray.attention import PACKED
+from rlaif_ray.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-PACKED = "rlaif_packed"  # name of our attention in transformers' registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,46 +143,112 @@ def _padded_input(
     )
 
 
+# Arguments that transformers' models give every attention and that change nothing of what ours computes.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+@dataclass(slots=True)
+class Observed:
+    """What packed attention was asked for and can't do, in the passes of a probe."""
+
+    problems: set[str] = field(default_factory=set)
+    mask_sizes: set[int] = field(default_factory=set)  # windows or chunks that masks were made for, tokens
+    windows: set[int] = field(default_factory=set)  # windows that attention was told of
+
+    def problem(self) -> str:
+        """Why the model can't be packed; "" for nothing seen."""
+        if self.problems:
+            return " and ".join(sorted(self.problems))
+        untold = sorted(self.mask_sizes - self.windows)
+        return f"its masks limit attention to {untold[0]} tokens, and its attention is not told" if untold else ""
+
+
+_observed: Observed | None = None
+
+
+@contextmanager
+def observed_packing() -> Iterator[Observed]:
+    """Inside, packed attention notes what it can't compute rather than raise: a pass that breaks off leaves
+    ZeRO-3's weights gathered."""
+    global _observed
+    _observed = Observed()
+    try:
+        yield _observed
+    finally:
+        _observed = None
+
+
+def _refuse_unknown(
+    module: torch.nn.Module, mask: Tensor | None, layout: PackedLayout | None, arguments: Mapping[str, Any]
+) -> None:
+    """Raises InputError where attention is asked for something that packed attention doesn't compute."""
+    unknown = [name for name, value in arguments.items() if not _is_harmless(name, value)]
+    if mask is not None:
+        unknown.append("attention_mask")
+    if getattr(module, "is_causal", True) is False and "is_causal" not in arguments:
+        unknown.append("is_causal=False")
+    problems = [f"packed attention does not compute {name}" for name in unknown]
+    if layout is None:
+        problems.append("it does not hand the bounds of samples to its attention")
+    if _observed is not None:
+        _observed.problems.update(problems)
+    elif problems:
+        config = getattr(module, "config", None)
+        name = getattr(config, "name_or_path", "") or getattr(config, "model_type", "?")
+        raise InputError(
+            f"samples of model {name} can't be packed (in {type(module).__name__}): {problems[0]}. Its numbers would "
+            f"be wrong. Use policy.attention=auto or eager."
+        )
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    """Whether an argument changes nothing of what is computed here: None is a term that this layer doesn't have."""
+    if value is None or name in HARMLESS:
+        return True
+    return bool((name == "dropout" and value == 0.0) or (name == "is_causal" and value is True))
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,  # (1, heads, N, head_dim)
     key: Tensor,  # (1, key-value heads, N, head_dim)
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     *,
     packed_layout: PackedLayout | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sample; transformers' attention interface. Returns (1, N, heads, head_dim).
 
-    On GPUs PyTorch's variable-length flash attention, on CPUs one fused call per segment: in both no score between
-    two samples is ever computed.
+    On GPUs PyTorch's variable-length flash attention where it can, else one fused call per segment: in both no score
+    between two samples is ever computed.
+
+    Raises:
+        InputError: the model gives an argument that would change the result, and that is not computed here.
     """
-    layout = packed_layout
-    assert layout is not None, "the model did not pass the packed layout on to its attention"
+    _refuse_unknown(module, attention_mask, packed_layout, arguments)
+    layout = packed_layout or _whole_row(query)
+    if _observed is not None and sliding_window is not None:
+        _observed.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest_key else None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # the fused CPU kernel takes equal head counts only, and so does torch 2.11's on GPUs
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(
-            query[0].transpose(0, 1),
-            key[0][:, layout.keys].transpose(0, 1),
-            value[0][:, layout.keys].transpose(0, 1),
-            layout.cumulative_queries,
-            layout.cumulative_keys,
-            layout.longest_query,
-            layout.longest_key,
-            scale=scaling,
-            # Aligned at the end of queries and keys: a completion's first token sees all of its prompt.
-            window_size=(window - 1 if window else -1, 0),
-        )
-        assert isinstance(out, torch.Tensor)
-        return out[None], None
+    if _has_flash(query, value):
+        return _flash(query, key, value, layout, scaling, window), None
     pieces = []
     for s in layout.segments:
         own = slice(s.start, s.end)
@@ -202,6 +271,39 @@ def packed_attention(
     return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None
 
 
+def _has_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's variable-length flash attention takes these: half precision, one head size, at most 256."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
+) -> Tensor:
+    """(1, N, heads, head_dim); keys and values have as many heads as queries."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0][:, layout.keys].transpose(0, 1),
+        value[0][:, layout.keys].transpose(0, 1),
+        layout.cumulative_queries,
+        layout.cumulative_keys,
+        layout.longest_query,
+        layout.longest_key,
+        scale=scaling,
+        # Aligned at the end of queries and keys: a completion's first token sees all of its prompt.
+        window_size=(window - 1 if window else -1, 0),
+    )
+    assert isinstance(out, torch.Tensor)
+    return out[None]
+
+
+def _whole_row(query: Tensor) -> PackedLayout:
+    """One segment: for a probe's pass through a model that does not pass the layout on, whose result nobody uses."""
+    return _layout([Segment(0, query.shape[2], 0, 0)], query.device)
+
+
 def _visible(length: int, prefix: int, window: int | None, device: torch.device) -> Tensor:
     """(length, prefix + length) bool, True where a token may look: back to the start, or `window` tokens."""
     distance = torch.arange(prefix, prefix + length, device=device)[:, None] - torch.arange(
@@ -215,19 +317,33 @@ def register_packed_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(PACKED, packed_attention)
-    # No mask is built: the layout says all there is to say.
-    AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(PACKED, _no_mask)
 
 
-def choose_attention(requested: str, config: Any) -> str:
-    """The attn_implementation for a model: `requested`, or for "auto" packed attention where the model allows it.
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
+    """No mask is built: the layout and each layer's window say all there is to say. `local_size`: the window."""
+    if _observed is not None and local_size is not None:
+        _observed.mask_sizes.add(local_size)
 
-    Not for models whose attention has terms that a fused kernel doesn't (soft-capped scores, sinks, biases).
-    """
-    special = any(getattr(config, name, None) for name in ("attn_logit_softcapping", "attn_logit_softcap"))
-    special = special or getattr(config, "model_type", "") in ("gpt_oss", "bloom", "mpt", "falcon")
-    if requested == "packed":
-        return PACKED
-    if requested != "auto":
-        return requested
-    return "sdpa" if special else PACKED
+
+class Arguments:
+    """What a model's forward pass takes of a micro-batch: old and recurrent ones know no positions, or no choice of
+    logits."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        # Of the class: DeepSpeed and hooks put wrappers of their own on the object.
+        self._names = set(inspect.signature(type(model).forward).parameters)
+
+    @property
+    def choose_logits(self) -> bool:
+        """Whether it computes logits only where asked to."""
+        return "logits_to_keep" in self._names
+
+    def of(self, batch: ModelInput) -> dict[str, Any]:
+        """Keyword arguments. Without positions a padded model counts for itself, from each row's beginning."""
+        found = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
+        if "position_ids" in self._names:
+            found["position_ids"] = batch.positions
+        elif batch.attention_mask is None:
+            raise InputError("samples can't be packed for a model without position_ids. Use policy.attention=auto.")
+        return found | batch.attention

@@ -19,14 +19,18 @@ from torch import Tensor
 
 from rlaif_ray.algorithm import kl, losses
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+from rlaif_ray.attention import PACKED, plan_attention
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
+from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read
 from rlaif_ray.learner.checkpoints import RankCheckpoint
-from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, WeightGroups, save_model_folder
+from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, save_model_folder
+from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
-from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
+from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
+from rlaif_ray.learner.probe import Text, logprobs_of, settle_attention
 from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer
 from rlaif_ray.types import Experience
 
@@ -58,9 +62,9 @@ class RlRank:
         register_packed_attention()
         policy = job.policy
         config = load_config(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
-        attention = choose_attention(policy.attention, config)
+        plan = plan_attention(policy.attention, config, policy.model)
 
-        def load(loader: Callable[..., Any]) -> Any:
+        def load(loader: Callable[..., Any], attention: str) -> Any:
             with deepspeed_door.sharded_loading(job.learner, precision):
                 model = loader(
                     policy.model,
@@ -72,18 +76,28 @@ class RlRank:
             return model if job.learner.zero_stage == 3 else model.to(self.device)
 
         train: dict[str, Any] = {"total_steps": job.optimizer_steps, "precision": precision}
-        self._model = load(load_causal_lm)
-        self._packed = deepspeed_door.uses_packing(self._model)
+        self._model = load(load_causal_lm, plan.implementation)
         self._policy = self._trainable(CausalPolicy(self._model), self._model, lr=job.learner.lr, **train)
+        attention, note = settle_attention(  # of all three: they are the same model
+            plan,
+            self._model,
+            logprobs_of(self._policy),
+            name=policy.model,
+            device=self.device,
+            precision=precision,
+            sharded=job.learner.zero_stage == 3,
+        )
+        self._packed = attention == PACKED
+        self.notes = [note] if note else []  # to be told once
         self._critic, self._reference = None, None
         if needs_critic(job.algorithm):
-            body = load(load_backbone)
+            body = load(load_backbone, attention)
             critic_lr = job.learner.critic_lr or job.learner.lr
             self._critic = self._trainable(Critic(body).to(self.device), body, lr=critic_lr, **train)
         if needs_reference(job.algorithm):
-            frozen = CausalPolicy(load(load_causal_lm))
+            frozen = CausalPolicy(load(load_causal_lm, attention))
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
-        self.weights = WeightGroups(self._model)
+        self.weights = ModelState(self._model)
         engines = {"policy": self._policy} | ({} if self._critic is None else {"critic": self._critic})
         self.checkpoint = RankCheckpoint(engines, spec.rank)
 
@@ -135,6 +149,11 @@ class RlRank:
     def _logprobs(self, model: Any, batch: ModelInput) -> tuple[Tensor, Tensor]:
         """(M,) log-probabilities and (M,) entropies at the sampling temperature."""
         return token_logprobs_and_entropy(model(batch), batch.targets, self._job.sampling.temperature)
+
+    def readings(self, text: Text) -> Readings:
+        """The text's log-probabilities by the policy as it is now; under ZeRO-3 all ranks ask."""
+        run = logprobs_of(self._policy)
+        return read(run, self._policy, self._model, text, packed=self._packed, device=self.device)
 
     # Updates
 
@@ -201,6 +220,14 @@ class RlRank:
         policy = self._job.policy
         tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
         save_model_folder(self._model, tokenizer, state, Path(folder))
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float] | None:
+        """The text's log-probabilities by what was saved there, on CPU; rank 0 alone loads it."""
+        if self._spec.rank != 0:
+            return None
+        code = self._job.policy.trust_remote_code
+        saved = load_causal_lm(folder, dtype=DTYPES[self._precision], attention="eager", trust_remote_code=code)
+        return logprobs_of_saved(saved, text)
 
 
 class _Flat:

@@ -19,18 +19,22 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.algorithm.losses import preference_loss
+from rlaif_ray.attention import PACKED, plan_attention
 from rlaif_ray.learner import engine as deepspeed_door
+from rlaif_ray.learner.agreement import Readings, read, rewards_of_saved
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder
 from rlaif_ray.learner.lora import add_adapters, merged_state, try_merge
 from rlaif_ray.learner.modes import training_mode
-from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
+from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
+from rlaif_ray.learner.probe import settle_attention
 from rlaif_ray.models import load_config, load_sequence_classifier, load_tokenizer
 from rlaif_ray.reward_head import model_card
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob
     from rlaif_ray.data.batching import RankPlan
+    from rlaif_ray.learner.probe import Text
 
 Sums = dict[str, float]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,19 +58,19 @@ class SupervisedRank(ABC, Generic[Example]):
         `total_steps` is for the learning-rate schedule.
         """
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
-        self._spec = spec
+        self._spec, self._precision = spec, precision
         self._job: Any = job
         torch.manual_seed(job.seed)
         random.seed(job.seed)
         register_packed_attention()
         policy = job.policy
         self._code: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
-        attention = choose_attention(policy.attention, load_config(policy.model, **self._code))
+        plan = plan_attention(policy.attention, load_config(policy.model, **self._code), policy.model)
         with deepspeed_door.sharded_loading(job.learner, precision):
-            self._model = self._load(policy.model, dtype=DTYPES[precision], attention=attention, **self._code)
+            how: dict[str, Any] = {"dtype": DTYPES[precision], "attention": plan.implementation, **self._code}
+            self._model = self._load(policy.model, **how)
         if job.learner.zero_stage != 3:
             self._model = self._model.to(self.device)
-        self._packed = deepspeed_door.uses_packing(self._model)
         if job.learner.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if job.training.lora is not None:
@@ -75,12 +79,27 @@ class SupervisedRank(ABC, Generic[Example]):
         self._engine = deepspeed_door.trainable_engine(
             self._learner, job.learner, lr=job.learner.lr, total_steps=total_steps, precision=precision
         )
+        attention, note = settle_attention(
+            plan,
+            self._model,
+            self._probed,
+            name=policy.model,
+            device=self.device,
+            precision=precision,
+            sharded=job.learner.zero_stage == 3,
+        )
+        self._packed = attention == PACKED
+        self.notes = [note] if note else []  # to be told once
         if job.training.lora is not None:
             tokens = torch.Generator().manual_seed(job.seed)
             text = torch.randint(self._model.config.get_text_config().vocab_size, (16,), generator=tokens).tolist()
             batch = build_input([text[:8]], [text[8:]], packed=self._packed, device=self.device)
             try_merge(self._model, lambda: self._engine(batch), policy.model, seed=job.seed)
         self.checkpoint = RankCheckpoint({"model": self._engine}, spec.rank)
+
+    @abstractmethod
+    def _probed(self, batch: ModelInput) -> Tensor:
+        """Numbers of a micro-batch that tell whether its layout is right."""
 
     @abstractmethod
     def _load(self, name: str, **how: Any) -> Any:
@@ -93,6 +112,21 @@ class SupervisedRank(ABC, Generic[Example]):
     @abstractmethod
     def _losses(self, examples: Sequence[Example]) -> tuple[Tensor, Sums]:
         """(E,) losses, which carry the gradient, and sums of what else is to be logged."""
+
+    @abstractmethod
+    def _readings_of(self, saved: Any, text: Text) -> list[float]:
+        """What a model as transformers loads it says of the text."""
+
+    def readings(self, text: Text) -> Readings:
+        """The text's numbers by the model as it is now; under ZeRO-3 all ranks ask."""
+        return read(self._probed, self._engine, self._model, text, packed=self._packed, device=self.device)
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float] | None:
+        """What the model that was saved there says of the text, on CPU; rank 0 alone loads it."""
+        if self._spec.rank != 0:
+            return None
+        code = self._code | {"revision": None}
+        return self._readings_of(self._load(folder, dtype=DTYPES[self._precision], attention="eager", **code), text)
 
     def _size(self, examples: Sequence[Example]) -> int:
         """What the sum of a minibatch's losses is divided by."""
@@ -172,16 +206,11 @@ class RewardModule(torch.nn.Module):
     def __init__(self, classifier: Any) -> None:
         super().__init__()
         self.classifier = classifier
+        self._arguments = Arguments(classifier.base_model)
 
     def forward(self, batch: ModelInput) -> Tensor:
         """(S,) fp32 rewards, of the tokens at `batch.rows`, `batch.columns`."""
-        hidden = self.classifier.base_model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **batch.attention,
-        ).last_hidden_state
+        hidden = self.classifier.base_model(**self._arguments.of(batch)).last_hidden_state
         rewards: Tensor = self.classifier.score(hidden[batch.rows, batch.columns])
         return rewards[:, 0].float()
 
@@ -199,6 +228,10 @@ class RewardRank(SupervisedRank[PairExample]):
 
     def _module(self, model: Any) -> torch.nn.Module:
         return RewardModule(model)
+
+    def _probed(self, batch: ModelInput) -> Tensor:
+        rewards: Tensor = self._engine(batch)  # one for each token that a completion token follows
+        return rewards
 
     def _losses(self, examples: Sequence[PairExample]) -> tuple[Tensor, Sums]:
         reward_a, reward_b = self._rewards(examples)
@@ -218,6 +251,9 @@ class RewardRank(SupervisedRank[PairExample]):
         responses = [response for e in examples for response in (e.response_a, e.response_b)]
         rewards = self._engine(reward_input(prompts, responses, packed=self._packed, device=self.device))
         return rewards[0::2], rewards[1::2]
+
+    def _readings_of(self, saved: Any, text: Text) -> list[float]:
+        return rewards_of_saved(saved, text)
 
     @torch.no_grad()
     def rewards(self, examples: Sequence[PairExample], plan: RankPlan) -> dict[int, tuple[float, float]]:

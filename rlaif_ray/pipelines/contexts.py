@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.attention import plan_attention
 from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import InputError
 from rlaif_ray.models import context_length, load_config, load_tokenizer
@@ -30,6 +31,12 @@ def readable_context(model: Any, wanted: int | None, key: str) -> int:
             f"{key} must not exceed the {has} tokens that {model.model} can read (got {wanted}). Lower it."
         )
     return wanted or has or 2048
+
+
+def check_attention(policy: PolicyConfig) -> None:
+    """Raises InputError when policy.attention would give other numbers than the model's: before anything starts."""
+    config = load_config(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    plan_attention(policy.attention, config, policy.model)
 
 
 def judge_context(judge: Any, key: str) -> int:

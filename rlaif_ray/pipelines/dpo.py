@@ -34,9 +34,9 @@ def train_dpo(loaded: Loaded) -> dict[str, Any]:
             results = {"held_out": _measured(learner, held_out, job.dpo.beta)}
             run.track.evaluation(run.steps, results)
         with run.track.phase("saving the policy"):
-            learner.save_model(str((run_dir / "policy").absolute()))
+            saved = run.save("policy")
         return run.track.summary(
-            {"job": "dpo", "pairs": len(inputs.train), "left_out": inputs.left_out, "dpo": results}
+            {"job": "dpo", "pairs": len(inputs.train), "left_out": inputs.left_out, "dpo": results} | saved
         )
 
     summary = run_supervised(loaded, len(inputs.train), inputs.data, note, Cluster.start_dpo_learner, story)

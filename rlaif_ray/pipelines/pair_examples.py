@@ -13,7 +13,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats, brier, expected_calibration_error, pairwise_accuracy, preference
 from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.contexts import check_attention, readable_context
 from rlaif_ray.pipelines.run_folder import fingerprint
 from rlaif_ray.pipelines.supervised import drawn_by_text
 from rlaif_ray.tracking.display import share
@@ -45,6 +45,7 @@ def read_pairs(
         InputError: the data or the model is wrong, or nothing is left to train on.
     """
     policy, cfg = job.policy, job.reward if isinstance(job, RewardModelJob) else job.dpo
+    check_attention(policy)
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, cfg.max_tokens, f"{job.section}.max_tokens")
     left_out: dict[str, int] = {}

@@ -36,7 +36,7 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
             run.track.evaluation(run.steps, results)
         with run.track.phase("saving the model"):
             center = _center(learner, inputs.train) if job.reward.center else None
-            learner.save_model(str((run_dir / "reward_model").absolute()), center)
+            saved = run.save("reward_model", center)
         return run.track.summary(
             {
                 "job": "reward-model",
@@ -44,6 +44,7 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
                 "left_out": inputs.left_out,
                 "reward_center": center,
                 "reward_model": results,
+                **saved,
             }
         )
 

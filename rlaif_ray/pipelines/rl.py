@@ -10,7 +10,7 @@ from rlaif_ray.data.prompts import PromptSource
 from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
-from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
+from rlaif_ray.pipelines.contexts import check_attention, engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
     add_advantages,
     batch_metrics,
@@ -22,10 +22,11 @@ from rlaif_ray.pipelines.experience import (
     sample_rows,
 )
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, read_held_out
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
-from rlaif_ray.runtime.cluster import open_cluster
+from rlaif_ray.runtime.cluster import chosen_precision, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker, print_summary
 
@@ -68,7 +69,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         feedback = start_feedback(inputs.feedback, cluster)
         held_out = HeldOut(job, inputs.held_out, rollouts, feedback, track)
         cluster.tell(track.note, leave=stopping.soon)
-        run = Run(job, run_dir, cluster, rollouts, feedback, held_out, track, stopping, checkpoints)
+        run = Run(job, run_dir, inputs.context, cluster, rollouts, feedback, held_out, track, stopping, checkpoints)
         summary = with_restarts(
             lambda found: train_from(find_start(job, inputs, found), run),
             start.checkpoint,
@@ -87,6 +88,7 @@ class Run:
 
     job: TrainJob
     run_dir: Path
+    context: int  # tokens of a rollout engine
     cluster: Cluster
     rollouts: EngineGroup
     feedback: Scorer
@@ -101,6 +103,7 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
 
     Raises:
         LearnerLostError: a learner rank died or went silent.
+        MismatchError: engine, learner or saved folder compute the policy differently.
         KeyboardInterrupt: the run was asked to stop; there is a checkpoint.
     """
     job, track, state, prompts = run.job, run.track, start.state, start.prompts
@@ -108,11 +111,13 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
     learner = run.cluster.start_learner()
     run.cluster.wait()
     sync = run.cluster.connect(learner, run.rollouts)
+    guard = Guard(job, learner, chosen_precision(job.policy.precision, run.cluster.device), run.context)
     if start.checkpoint is not None:
         learner.load_checkpoint(start.checkpoint.folder)
         track.note(f"resumed from {start.checkpoint}")
     try:
         sync.push(version=state.step)  # before the first rollout
+        guard.check_push(run.rollouts, state.step)
         if state.held_out_before is None:
             state.held_out_before = run.held_out.measure(state.step)
         while state.step < job.steps and not run.stopping():
@@ -130,9 +135,11 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
                     experience = learner.annotate(samples)
                     experience = add_advantages(experience, job.algorithm, state.kl_coef)
                 with metrics.phase("update"):
-                    metrics.add(learner.update(experience))
+                    updated = learner.update(experience)
+                    guard.check_update(updated, experience)
                 with metrics.phase("weight_sync"):
                     pushed = sync.push(version=step)
+                metrics.add(updated | guard.check_push(run.rollouts, step))
                 kl = mean_kl(experience, job.algorithm.kl)
                 metrics.add(batch_metrics(completions, scores) | run.rollouts.metrics())
                 metrics.add({"kl/mean": kl, "kl/coef": state.kl_coef})
@@ -155,8 +162,10 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
         raise KeyboardInterrupt
     run.checkpoints.wait()
     with track.phase("saving the policy"):
-        learner.save_policy(str((run.run_dir / "policy").absolute()))
-    return track.summary({"job": "train", **run.held_out.summary()})
+        folder = (run.run_dir / "policy").absolute()
+        learner.save_policy(str(folder))
+        saved = guard.check_saved(folder, run.checkpoints)
+    return track.summary({"job": "train", **run.held_out.summary(), **saved})
 
 
 def save_last(run: Run, learner: LearnerGroup, state: RunState) -> None:
@@ -218,6 +227,7 @@ def read_inputs(job: TrainJob) -> Inputs:
     Raises:
         InputError: any of them is wrong, or they don't fit together.
     """
+    check_attention(job.policy)
     tokenizer, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens)
     longest = min(room - job.sampling.max_new_tokens, job.data.max_prompt_tokens or room)
     feedback = read_feedback(job.feedback)

@@ -17,10 +17,11 @@ from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.lora import plan_adapters
 from rlaif_ray.models import empty_model, load_tokenizer
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
-from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.contexts import check_attention, readable_context
+from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
-from rlaif_ray.runtime.cluster import Cluster, open_cluster
+from rlaif_ray.runtime.cluster import Cluster, chosen_precision, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
 from rlaif_ray.tracking.progress import print_table
@@ -82,6 +83,18 @@ class SupervisedRun:
     steps: int
     stopping: Callable[[], bool]
     checkpoints: Checkpoints
+    guard: Guard
+    gaps: dict[str, float]  # that the guard found before the first step
+
+    def save(self, name: str, center: dict[str, float] | None = None) -> dict[str, float]:
+        """Saves the model into this folder of the run, and checks what is in it; returns the gap for the summary.
+
+        Raises:
+            MismatchError: it is not the model that was trained.
+        """
+        folder = (self.run_dir / name).absolute()
+        self.learner.save_model(str(folder), center)
+        return self.guard.check_saved(folder, self.checkpoints)
 
     def train(self, examples: Sequence[Any], evaluate: Callable[[], dict[str, Any]]) -> None:
         """Takes all steps that are left; evaluates and writes checkpoints when they are due.
@@ -99,6 +112,7 @@ class SupervisedRun:
             with self.track.step(step) as metrics:
                 with metrics.phase("update"):
                     metrics.add(self.learner.train(batch_of(job.training, examples, step, job.seed)))
+                metrics.add(self.gaps if step == 1 else {})
                 state.step = step
                 if due(step, job.training.evaluate_every) and step < self.steps:
                     with metrics.phase("evaluation"):
@@ -134,6 +148,7 @@ def run_supervised(
     job, run_dir = loaded.config, loaded.run_dir
     trained = trained_part(job)
     steps = total_steps(job.training, examples)
+    room = readable_context(job.policy, job.training.max_tokens, f"{job.section}.max_tokens")
     make_folder(run_dir)  # its own before a checkpoint is looked for
     checkpoints = open_checkpoints(job, run_dir)
     resumed = checkpoints.to_resume()
@@ -155,13 +170,17 @@ def run_supervised(
             track.note(trained)
         track.note(f"{note}; starting the learner")
         track.watch_processes(cluster.pids)
+        cluster.tell(track.note, leave=stopping.soon)
 
         def attempt(found: Saved | None) -> dict[str, Any]:
             state = start_state(job, found, steps, data)
             state.wandb_run_id = track.wandb_run_id
             learner = start(cluster, steps)
             cluster.wait()
-            return story(SupervisedRun(job, run_dir, track, learner, state, found, steps, stopping, checkpoints))
+            guard = Guard(job, learner, chosen_precision(job.policy.precision, cluster.device), room)
+            gaps = guard.check_layout()
+            run = SupervisedRun(job, run_dir, track, learner, state, found, steps, stopping, checkpoints, guard, gaps)
+            return story(run)
 
         return with_restarts(
             attempt,
@@ -221,9 +240,9 @@ def fine_tune(loaded: Loaded) -> dict[str, Any]:
             results = held_out_loss(run.learner, inputs.held_out)
             run.track.evaluation(run.steps, {"held_out": results})
         with run.track.phase("saving the policy"):
-            run.learner.save_model(str((run_dir / "policy").absolute()))
+            saved = run.save("policy")
         found = {"job": "sft", "turns": len(inputs.train), "too_long": inputs.too_long, "sft": {"held_out": results}}
-        return run.track.summary(found)
+        return run.track.summary(found | saved)
 
     summary = run_supervised(loaded, len(inputs.train), inputs.data, note, Cluster.start_sft_learner, story)
     print_table(run_dir.name, list(_lines(summary)), run_dir)
@@ -237,6 +256,7 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
         InputError: the data or the model is wrong, or nothing is left to learn.
     """
     policy, cfg = job.policy, job.sft
+    check_attention(policy)
     tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
     room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
     render = ChatRenderer(tokenizer)

@@ -104,6 +104,7 @@ class ScriptedGenerator:
             text=self._decode(tokens),
             finished=not settings.ignore_eos and tokens[-1] == self._tokenizer.eos_token_id,
             weight_version=self.weight_version,
+            prompt_logprobs=self._read(prompt.tokens[:1], prompt.tokens[1:], 1.0) if settings.prompt_logprobs else (),
         )
 
     def _say(self, text: str, limit: int, ignore_eos: bool) -> tuple[int, ...]:

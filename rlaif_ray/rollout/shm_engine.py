@@ -13,6 +13,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from rlaif_ray.rollout.reload import Reload
 from rlaif_ray.rollout.weight_transfer import additive_checksum
 
 
@@ -33,7 +34,7 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):
 
 
 class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """Maps the learner's segment and loads from it in place, by vLLM's layerwise reload."""
+    """Maps the learner's segment and loads from it in place (reload.py)."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
@@ -42,15 +43,14 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         super().__init__(*args, **kwargs)
         self._mapped: tuple[str, int, torch.Tensor] | None = None  # path, inode, bytes
         self.received_checksum = 0
+        self._reload: Reload | None = None
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         """No rendezvous: each message names its file."""
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         self.received_checksum = 0
-        initialize_layerwise_reload(self.model)
+        self._reload = Reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # The base class synchronises an accelerator afterwards; there is none.
@@ -59,8 +59,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
         weights = list(self._views(update_info))
         self.received_checksum = (self.received_checksum + additive_checksum([t for _, t in weights])) % 2**63
-        load: Any = self.model.load_weights  # vLLM's models have it, torch's Module does not say so
-        load(iter(weights))
+        assert self._reload is not None, "vLLM starts an update first"
+        self._reload.load(weights)
 
     def _views(self, info: ShmUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
         segment = self._segment(info.path)
@@ -82,18 +82,9 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         return self._mapped[2]
 
     def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._repack_tied_head()
-
-    def _repack_tied_head(self) -> None:
-        """With tied embeddings the layerwise reload refreshes the shared weight but not the copy that the CPU
-        kernels packed for the output head at load, so that the engine would sample from the old head. Pack again."""
-        head = getattr(self.model, "lm_head", None)
-        embedding = getattr(getattr(self.model, "model", None), "embed_tokens", None)
-        if head is not None and embedding is not None and (head is embedding or head.weight is embedding.weight):
-            head.quant_method.process_weights_after_loading(head)
+        assert self._reload is not None, "vLLM starts an update first"
+        reload, self._reload = self._reload, None
+        reload.finish(self.model_config)
 
     def shutdown(self) -> None:
         self._mapped = None

@@ -12,8 +12,10 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
-from rlaif_ray.errors import EngineError
+from rlaif_ray.errors import EngineError, InputError
 from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.models import load_config
+from rlaif_ray.rollout.support import state_arguments
 from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
 
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes: the finer, the more of a prefix is shared
@@ -61,8 +63,8 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     return environment
 
 
-def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
-    """Arguments of vLLM's `LLM`; pure."""
+def engine_arguments(spec: EngineSpec, config: Any | None = None) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM`; pure. `config` is the model's, as transformers gives it, where it knows the model."""
     arguments: dict[str, Any] = {
         "model": spec.model,
         "revision": spec.revision,
@@ -92,7 +94,15 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         arguments["enable_sleep_mode"] = True
     if spec.transfer_backend is not None:
         arguments["weight_transfer_config"] = {"backend": spec.transfer_backend}
-    return arguments | spec.engine_kwargs
+    return arguments | state_arguments(config) | spec.engine_kwargs
+
+
+def _config(spec: EngineSpec) -> Any | None:
+    """The model's config; None for one that vLLM knows and transformers doesn't."""
+    try:
+        return load_config(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    except InputError:
+        return None
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
@@ -134,7 +144,7 @@ class VllmEngine:
 
         register()
         try:
-            self._llm = LLM(**engine_arguments(spec))
+            self._llm = LLM(**engine_arguments(spec, _config(spec)))
         except Exception as error:
             raise EngineError(f"vLLM could not start with {spec.model}: {type(error).__name__}: {error}") from error
         self._tokenizer = self._llm.get_tokenizer()
@@ -187,6 +197,7 @@ class VllmEngine:
                         logprobs=0,
                         ignore_eos=settings.ignore_eos,
                         detokenize=False,
+                        prompt_logprobs=0 if settings.prompt_logprobs else None,
                     )
                 )
         outputs = self._run(requests, parameters)
@@ -206,6 +217,10 @@ class VllmEngine:
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
             finished=result.finish_reason == "stop",
             weight_version=self.weight_version,
+            prompt_logprobs=tuple(
+                step[token].logprob
+                for step, token in zip((output.prompt_logprobs or ())[1:], prompt.tokens[1:], strict=False)
+            ),
         )
 
     def token_logprobs(self, queries: Sequence[TokenQuery]) -> list[TokenAnswer]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def additive_checksum(tensors: Sequence[Tensor]) -> int:
     """
     import torch
 
-    views = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+    views = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     total = 0
     for tensor in tensors:
         flat = tensor.detach().contiguous().view(-1)
@@ -46,18 +45,6 @@ def additive_checksum(tensors: Sequence[Tensor]) -> int:
         bits = flat.view(torch.int64 if wide else views[flat.element_size()])
         total += int(bits.sum(dtype=torch.int64))
     return total % 2**63
-
-
-def layer_groups(names: Sequence[str]) -> list[list[str]]:
-    """Partition of parameter names, in their order, into what is gathered and sent together: what stands before the
-    layers, each layer by the outermost number in its names, and what stands after."""
-
-    def layer(name: str) -> tuple[str, ...] | None:
-        parts = name.split(".")
-        first = next((k for k, part in enumerate(parts) if part.isdigit()), None)
-        return None if first is None else tuple(parts[: first + 1])
-
-    return [list(group) for _, group in groupby(names, key=layer)]
 
 
 def describe(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from rlaif_ray.config.sections import RewardModelFeedback
     from rlaif_ray.data.batching import RankPlan
     from rlaif_ray.interfaces import GenerationSettings
+    from rlaif_ray.learner.agreement import Readings
     from rlaif_ray.learner.engine import RankSpec
     from rlaif_ray.learner.finetune import SftExample
+    from rlaif_ray.learner.probe import Text
     from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.rollout.vllm_engine import EngineSpec
     from rlaif_ray.storage import Place, StoredFile, StoredFolder
@@ -145,10 +147,10 @@ class LearnerActor(Actor):
         precision: Literal["fp32", "bf16"],
         total_steps: int | None = None,
         *after: Any,
-    ) -> None:
+    ) -> list[str]:
         """Loads what the job (one of config/jobs.py) trains; `total_steps` where they follow from the data.
 
-        Ray waits for `after` first.
+        Returns what the user should be told of how it was loaded. Ray waits for `after` first.
         """
         timeout_s = job.cluster.start_timeout_s
         self._learner: Any
@@ -167,6 +169,8 @@ class LearnerActor(Actor):
         self._rank = spec.rank
         self._shares_gpu = job.cluster.shares_gpus(spec.device)
         self._senders: list[Any] = []
+        notes: list[str] = self._learner.notes
+        return notes
 
     def annotate(self, prompts: Any, completions: Any, plan: RankPlan, with_policy: bool) -> Any:
         return self._learner.annotate(prompts, completions, plan, with_policy=with_policy)
@@ -191,6 +195,14 @@ class LearnerActor(Actor):
     def save_policy(self, folder: str) -> None:
         self._learner.save_policy(folder)
 
+    def readings(self, text: Text) -> Readings:
+        found: Readings = self._learner.readings(text)
+        return found
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float] | None:
+        found: list[float] | None = self._learner.readings_of_saved(folder, text)
+        return found
+
     def train(self, examples: Sequence[Any], plan: RankPlan) -> dict[str, float]:
         sums: dict[str, float] = self._learner.train(examples, plan)
         return sums
@@ -210,9 +222,10 @@ class LearnerActor(Actor):
     def save_model(self, folder: str, center: dict[str, float] | None) -> None:
         self._learner.save_model(folder, center)
 
-    def weight_metadata(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        metadata: list[tuple[str, str, tuple[int, ...]]] = self._learner.weights.metadata()
-        return metadata
+    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]], bool]:
+        """(name, dtype, shape) of all that a push sends, the names that go together, whether buffers are among it."""
+        weights = self._learner.weights
+        return weights.metadata(), weights.groups(), weights.has_buffers
 
     def open_senders(self, backend: str, options: dict[str, Any]) -> None:
         """Opens this end of the transport, with two places for buckets where one is filled while one is read.

@@ -384,8 +384,10 @@ class Cluster:
         for replicas in self._replicas:
             replicas.wait_started()
         self._sleepers = []
-        gather(self._starting, who="learner ranks (start)", timeout_s=self._limits.start_s, ranks=self._ranks)
+        told = gather(self._starting, who="learner ranks (start)", timeout_s=self._limits.start_s, ranks=self._ranks)
         self._starting = []
+        for note in told[0] if told else []:  # each rank says the same
+            self._note(note)
         for rank in self._ranks:
             rank.started()
 

@@ -18,7 +18,9 @@ from rlaif_ray.types import Completion, Experience, Score, TokenAnswer
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.interfaces import GenerationSettings, WrittenFiles
+    from rlaif_ray.learner.agreement import Readings
     from rlaif_ray.learner.finetune import SftExample
+    from rlaif_ray.learner.probe import Text
     from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.runtime.replicas import Replicas, Split
     from rlaif_ray.runtime.supervision import Watched
@@ -59,6 +61,10 @@ class EngineGroup:
             for prompt, own in zip(prompts, answers, strict=True)
             for completion in (self._given_up(prompt, per_prompt) if own is None else own)
         ]
+
+    def generate_on_each(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> dict[str, list[Completion]]:
+        """Completions of all prompts by every replica that serves, by its name; without those that are lost over it."""
+        return self.replicas.ask_each(lambda engine: engine.generate.remote(prompts, settings))
 
     def _given_up(self, prompt: Prompt, count: int) -> list[Completion]:
         return [Completion(prompt, k, (), (), "", False, self.weight_version, QUARANTINED) for k in range(count)]
@@ -137,6 +143,16 @@ class Ranks:
         beside: dict[str, Any] = self.all("load_checkpoint", folder)[0]
         return beside
 
+    def readings(self, text: Text) -> Readings:
+        """What the model as it is now says of the text."""
+        found: Readings = self.all("readings", text)[0]
+        return found
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        """What the model that was saved there says of the text."""
+        found: list[float] = self.all("readings_of_saved", folder, text)[0]
+        return found
+
 
 class LearnerGroup:
     """The Learner over ranks: plans who computes what, and puts results together again."""
@@ -199,6 +215,12 @@ class LearnerGroup:
     def save_policy(self, folder: str) -> None:
         self._ranks.all("save_policy", folder)
 
+    def readings(self, text: Text) -> Readings:
+        return self._ranks.readings(text)
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        return self._ranks.readings_of_saved(folder, text)
+
 
 class SupervisedGroup(Generic[Example]):
     """A model in supervised training over ranks."""
@@ -242,6 +264,12 @@ class SupervisedGroup(Generic[Example]):
 
     def save_model(self, folder: str, center: dict[str, float] | None = None) -> None:
         self._ranks.all("save_model", folder, center)
+
+    def readings(self, text: Text) -> Readings:
+        return self._ranks.readings(text)
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        return self._ranks.readings_of_saved(folder, text)
 
 
 class RewardGroup(SupervisedGroup["PairExample"]):

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,6 +195,15 @@ class Replicas:
                     replica.watched.lose(f"did not answer within {timeout_s:g} s")
             return self._answer(ref, sent)
         raise EngineError(f"{replica.watched.name} {replica.watched.lost}")
+
+    def ask_each(self, ask: Callable[[Any], Any]) -> dict[str, Any]:
+        """What every replica that serves answers, by its name; without those that are lost over it."""
+        asked = [(replica, ask(replica.actor)) for replica in self.serving()]
+        found = {}
+        for replica, ref in asked:
+            with suppress(EngineError):  # it is lost, and replaced
+                found[replica.watched.name] = self.answer(replica, ref, self._limits.call_s)
+        return found
 
     def run(
         self,

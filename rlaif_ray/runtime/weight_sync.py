@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from rlaif_ray.errors import EngineError, InputError, LearnerLostError, StaleWeightsError
-from rlaif_ray.rollout.weight_transfer import layer_groups, with_handles_of_all
+from rlaif_ray.rollout.weight_transfer import with_handles_of_all
 from rlaif_ray.runtime.supervision import HEALTH
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.types import SyncReport
@@ -24,7 +24,8 @@ Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, shape)
 Gpu = tuple[str, str]  # (node, GPU of the node)
 CLOSE_TIMEOUT_S = 10.0
 ANSWER_S = 10.0  # for a sign of life before a collective
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
+BYTES |= {"int8": 1, "uint8": 1, "bool": 1}
 
 
 def choose_backend(cfg: WeightSyncConfig, cluster: ClusterConfig, device: Literal["cpu", "cuda"]) -> Backend:
@@ -100,9 +101,10 @@ class Sync:
         self._learner, self._rollouts = learner, rollouts
         self._ranks = learner.actors
         self._backend, self._workers, self._timeout_s = backend, engine_workers, timeout_s
-        self._metadata: Metadata = self._of_ranks([self._ranks[0].weight_metadata.remote()])[0]
-        names = [name for name, _, _ in self._metadata]
-        self._buckets = make_buckets(layer_groups(names), self._metadata, cfg.bucket_mb * 2**20)
+        found = self._of_ranks([self._ranks[0].weight_metadata.remote()])[0]
+        self._metadata: Metadata = found[0]
+        self._has_buffers: bool = found[2]
+        self._buckets = make_buckets(found[1], self._metadata, cfg.bucket_mb * 2**20)
         self._bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in self._metadata)
         self._connected: list[Replica] = []
         self._open = False
@@ -221,8 +223,10 @@ class Sync:
             raise
         version = self._version
         for engine, found in self._of_engines(engines, lambda e: e.finish_update.remote(version)):
-            # Workers of a tensor-parallel engine on GPUs each hold a part, and replicate some: not comparable.
-            if (self._backend == "shm" or len(found) == 1) and any(c != checksum for c in found):
+            # Workers of a tensor-parallel engine on GPUs each hold a part, and replicate some; and what is a buffer
+            # here may be a parameter there, or of another type: not comparable.
+            comparable = self._backend == "shm" or (len(found) == 1 and not self._has_buffers)
+            if comparable and any(c != checksum for c in found):
                 raise StaleWeightsError(
                     f"{engine.watched.name} has other weights than the learner after the sync to version {version} "
                     f"(checksums {found}, learner {checksum}): it must not sample. Report this with the model's name."

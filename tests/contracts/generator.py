@@ -76,6 +76,21 @@ class GeneratorContract:
             assert max(completion.logprobs) <= 0.0
             assert completion.logprobs == pytest.approx(reference_logprobs(subject, completion, temperature), abs=1e-4)
 
+    def test_prompt_logprobs_are_the_models_own_at_any_temperature(
+        self, subject: Subject, prompts: list[Prompt]
+    ) -> None:
+        settings = replace(SETTINGS, temperature=0.7, samples_per_prompt=2, prompt_logprobs=True)
+        plain = subject.generator.generate(prompts, replace(settings, prompt_logprobs=False))
+        found = subject.generator.generate(prompts, settings)
+        assert [c.tokens for c in found] == [c.tokens for c in plain]  # reading them changes nothing
+        assert all(c.prompt_logprobs == () for c in plain)
+        for completion in found:
+            tokens = completion.prompt.tokens
+            expected = [
+                float(torch.log_softmax(subject.next_logits(tokens[:i]), -1)[tokens[i]]) for i in range(1, len(tokens))
+            ]
+            assert completion.prompt_logprobs == pytest.approx(expected, abs=1e-4)
+
     def test_a_seed_gives_its_tokens_in_any_batch(self, subject: Subject, prompts: list[Prompt]) -> None:
         tokens = [c.tokens for c in subject.generator.generate(prompts, SETTINGS)]
         assert [c.tokens for c in subject.generator.generate(prompts, SETTINGS)] == tokens

@@ -58,7 +58,7 @@ METRICS = {
     "time/weight_sync_s",
     "time/step_s",
 }
-TIMED = re.compile(r"^time/|per_s$|memory")  # what no two runs have in common
+TIMED = re.compile(r"^time/|per_s$|memory|^guard/")  # what no two runs have in common, or depends on their starts
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,12 @@ class TestStraight:
             scores = [sample["score"] for sample in samples if sample["step"] == row["step"]]
             assert row["reward/mean"] == pytest.approx(sum(scores) / 8)
 
+    def test_engine_and_learner_were_compared_at_the_start(self, run_dir: Path) -> None:
+        found = rows(run_dir / "metrics.jsonl")
+        compared = [row["step"] for row in found if "guard/engine_gap" in row]
+        assert compared == [1, 2]
+        assert all(row[name] < 1e-4 for row in found[:2] for name in ("guard/engine_gap", "guard/packing_gap"))
+
     def test_summary(self, run_dir: Path) -> None:
         summary = json.loads((run_dir / "summary.json").read_text())
         assert (summary["steps"], summary["total_steps"], summary["wandb_failures"]) == (6, 6, 0)
@@ -157,6 +163,7 @@ class TestStraight:
         assert 1 < summary["peak_rss_gb"] < 10  # two engines and a learner, not only the driver
         assert sum(summary["phase_share"].values()) == pytest.approx(1)
         assert {"rollout", "feedback", "annotate", "update", "weight_sync", "other"} <= summary["phase_share"].keys()
+        assert 0 <= summary["guard/saved_gap"] < 1e-4
         held_out = summary["held_out"]
         for interval in (held_out["before"], held_out["after"], held_out["gain"]):
             assert interval["n"] == 6

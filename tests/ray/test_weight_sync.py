@@ -27,10 +27,12 @@ from transformers import AutoModelForCausalLM
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import WeightSyncConfig
-from rlaif_ray.errors import RunError, StaleWeightsError
+from rlaif_ray.errors import MismatchError, RunError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.learner.engine import RankSpec, WeightGroups
+from rlaif_ray.learner.engine import RankSpec
+from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.pipelines.experience import add_advantages, check_fresh
+from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.rollout.weight_transfer import additive_checksum
 from rlaif_ray.runtime.actors import Actor, LearnerActor
 from rlaif_ray.runtime.cluster import open_cluster
@@ -257,6 +259,22 @@ def test_engines_follow_the_learner(case: Case, tmp_path: Path) -> None:
         assert [f"{c:016x}" for c in ray.get(call, timeout=60)] == [report.checksum]
 
 
+def test_the_guard_sees_engines_that_did_not_follow(case: Case) -> None:
+    case.push()
+    guard = Guard(case.job, case.learner, "fp32", CONTEXT)
+    gaps = guard.check_push(case.engines, case.version)
+    assert gaps.keys() == {"guard/engine_gap", "guard/packing_gap"}
+    assert all(0 < gap < 1e-4 for gap in gaps.values())  # arithmetic of other programs, and the same model
+    case.update(seed=4)  # the learner has moved on, and the engines have not
+    replica = "rollout engine 0"
+    with pytest.raises(
+        MismatchError, match=rf"the engine differs from .*, which agree .*version {case.version}, {replica}"
+    ):
+        guard.check_push(case.engines, case.version)
+    case.push()
+    assert guard.check_push(case.engines, case.version)["guard/engine_gap"] < 1e-4
+
+
 def test_many_small_buckets_give_the_same(case: Case, tmp_path: Path) -> None:
     case.push()
     before = greedy(case.engines)
@@ -396,7 +414,7 @@ class SilentEngine(Actor):
 
 
 def hold_a_small_model(actor: Any) -> None:
-    actor._learner = SimpleNamespace(weights=WeightGroups(torch.nn.Linear(3, 3)))
+    actor._learner = SimpleNamespace(weights=ModelState(torch.nn.Linear(3, 3)))
     actor._rank, actor._senders = 0, []
 
 

@@ -23,6 +23,7 @@ LEVEL_OF_ROOM = {
     "dropout": 0,
     "secrecy": 0,
     "storage": 0,
+    "attention": 1,
     "config": 1,
     "algorithm": 1,
     "models": 1,

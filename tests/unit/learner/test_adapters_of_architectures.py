@@ -15,7 +15,8 @@ import torch
 from rlaif_ray.config.data_sections import LoraConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import save_model_folder
-from rlaif_ray.learner.lora import AdapterPlan, add_adapters, merged_state, plan_adapters, try_merge
+from rlaif_ray.learner.lora import AdapterPlan, add_adapters, merged_entries, merged_state, plan_adapters, try_merge
+from rlaif_ray.learner.model_state import model_entries
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.supervised import RewardModule, init_head, reward_input
 from rlaif_ray.models import empty_model, load_causal_lm, load_sequence_classifier
@@ -184,6 +185,11 @@ def learn(model: Any, loss: Any, steps: int = 2) -> None:
         optimizer.zero_grad()
 
 
+@torch.no_grad()
+def merged_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {entry.name: entry.value() for entry in merged_entries(model)}
+
+
 def last_names(plan: AdapterPlan) -> set[str]:
     return {next(n for n in reversed(p.split(".")) if not n.isdigit()) for p in (*plan.layers, *plan.experts)}
 
@@ -205,24 +211,23 @@ def test_what_is_trained_is_what_is_saved(
     assert all(word in str(planned) for word in case.left_out)
 
     model: Any = load_causal_lm(folder, dtype=torch.float32, attention="eager").eval()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = {entry.name: entry.value().clone() for entry in model_entries(model)}
     plan = add_adapters(model, cfg, 0, name)
     assert (plan.layers, plan.experts) == (planned.layers, planned.experts)
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert all(".lora_" in key for key in trainable)
     assert plan.trained == planned.trained == sum(p.numel() for p in trainable.values())
     try_merge(model, lambda: logits(model), name, seed=0)
-    for key, tensor in merged_state(model, keep=True).items():
-        assert torch.equal(tensor, before[key]), f"{key} was not put back"
+    put_back = merged_weights(model)
+    assert put_back.keys() == before.keys() and all(torch.equal(put_back[key], before[key]) for key in before)
 
     learn(model, lambda: torch.nn.functional.cross_entropy(logits(model)[:-1], TEXT[0, 1:]))
     with torch.no_grad():
         trained = logits(model).log_softmax(-1)
-    state = merged_state(model, keep=True)
     adapted = {f"{path}.weight" for path in plan.layers} | set(plan.experts)
-    changed = {key for key in state if not torch.equal(state[key], before[key])}
+    changed = {key for key, weight in merged_weights(model).items() if not torch.equal(weight, before[key])}
     assert changed and changed <= adapted
-    save_model_folder(model, make_tokenizer(None), state, tmp_path)
+    save_model_folder(model, make_tokenizer(None), merged_state(model, keep=True), tmp_path)
     saved, report = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )

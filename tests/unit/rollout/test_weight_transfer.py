@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlaif_ray.rollout.weight_transfer import ShmSender, additive_checksum, layer_groups, with_handles_of_all
+from rlaif_ray.learner.model_state import layer_groups
+from rlaif_ray.rollout.weight_transfer import ShmSender, additive_checksum, with_handles_of_all
 
 NAMES = [
     "model.embed_tokens.weight",

@@ -1,0 +1,153 @@
+"""The model's whole state under its checkpoint's names: the one source of what is pushed, saved and merged.
+
+transformers renames and fuses weights while it loads a checkpoint (the experts of a layer become one tensor), so that
+a model's own names are not those that a saved folder has and vLLM reads. What leaves the process goes back by
+transformers' own reverse conversion, one layer group at a time. A group is gathered whole under ZeRO-3, converted, and
+freed: nobody ever holds a full copy of a sharded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlaif_ray.learner.engine import full_weights
+
+Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, full shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StateEntry:
+    """One tensor of the state, under the model's own name."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # full
+    needs: tuple[Tensor, ...]  # parameters that must be whole while `value` is called
+    value: Callable[[], Tensor]
+    is_buffer: bool = False
+
+
+def model_entries(model: torch.nn.Module) -> list[StateEntry]:
+    """Parameters and persistent buffers, in the state_dict's order; tied ones once, under the name that is saved."""
+    # With `keep_vars` the state_dict has the parameters themselves: their identity tells ties, also under ZeRO-3.
+    state = model.state_dict(keep_vars=True)
+    copies = set(getattr(model, "all_tied_weights_keys", None) or ())
+    left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    names: dict[int, str] = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and name not in left_out and (id(tensor) not in names or name not in copies):
+            known = names.get(id(tensor))
+            if known is None or known in copies:
+                names[id(tensor)] = name
+    kept = set(names.values())
+    return [tensor_entry(name, state[name]) for name in state if name in kept]
+
+
+def tensor_entry(name: str, tensor: Tensor) -> StateEntry:
+    """A parameter or buffer as it is."""
+    shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+    is_buffer = not isinstance(tensor, torch.nn.Parameter)
+    return StateEntry(name, tensor.dtype, shape, (tensor,), lambda: tensor.detach(), is_buffer)
+
+
+def layer_groups(names: Sequence[str]) -> list[list[str]]:
+    """Partition of parameter names, in their order, into what is gathered and sent together: what stands before the
+    layers, each layer by the outermost number in its names, and what stands after."""
+
+    def layer(name: str) -> tuple[str, ...] | None:
+        parts = name.split(".")
+        first = next((k for k, part in enumerate(parts) if part.isdigit()), None)
+        return None if first is None else tuple(parts[: first + 1])
+
+    return [list(group) for _, group in groupby(names, key=layer)]
+
+
+class ModelState:
+    """The state of a model under checkpoint names, whole, one layer group at a time.
+
+    Follows the contract of vLLM's `WeightSource`: the same names in the same order on every rank, `metadata` without
+    a transfer, `gathered` as a collective under ZeRO-3.
+    """
+
+    def __init__(self, model: torch.nn.Module, entries: Sequence[StateEntry] | None = None) -> None:
+        """`entries` take the place of the model's own where it has adapters to merge (lora.py)."""
+        self._model = model
+        _drop_unused_conversions(model)
+        entries = model_entries(model) if entries is None else entries
+        self.has_buffers = any(entry.is_buffer for entry in entries)
+        by_name = {entry.name: entry for entry in entries}
+        groups = [[by_name[name] for name in names] for names in layer_groups(list(by_name))]
+        converted = [self._meta(group) for group in groups]
+        whole = self._meta(entries)
+        if _shapes(whole) != _shapes({name: t for group in converted for name, t in group.items()}):
+            groups, converted = [list(entries)], [whole]  # a conversion across layers: all at once
+        self._groups = groups
+        self._names = [list(group) for group in converted]  # checkpoint names of each group
+        self._group_of = {name: k for k, group in enumerate(converted) for name in group}
+        self._metadata = [
+            (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for group in converted
+            for name, tensor in group.items()
+        ]
+
+    def _meta(self, entries: Sequence[StateEntry]) -> dict[str, Tensor]:
+        return self._convert({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries})
+
+    def _convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the model's names and shapes to the checkpoint's, as save_pretrained does."""
+        if not hasattr(self._model, "base_model_prefix"):  # no model of transformers
+            return tensors
+        from transformers.core_model_loading import revert_weight_conversion
+
+        converted: dict[str, Tensor] = revert_weight_conversion(self._model, tensors)
+        return converted
+
+    def metadata(self) -> Metadata:
+        """(name, dtype, full shape) of every tensor, tied ones once, in the order of `groups`."""
+        return list(self._metadata)
+
+    def groups(self) -> list[list[str]]:
+        """The names that are gathered, converted and sent together."""
+        return [list(names) for names in self._names]
+
+    @contextmanager
+    def gathered(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """The full tensors of these names, valid inside the context. Ask for whole groups: parts of one are gathered
+        with the rest of it. A collective under ZeRO-3: every rank enters with the same names."""
+        wanted = sorted({self._group_of[name] for name in names})
+        entries = [entry for k in wanted for entry in self._groups[k]]
+        with torch.no_grad(), full_weights([t for entry in entries for t in entry.needs], write=False):
+            state: dict[str, Tensor] = {}
+            for k in wanted:
+                state |= self._convert({entry.name: entry.value() for entry in self._groups[k]})
+            yield [state[name] for name in names]
+
+    def full_state(self, *, keep: bool) -> dict[str, Tensor]:
+        """Everything whole, on CPU, gathered group by group; {} where not kept. A collective under ZeRO-3."""
+        kept: dict[str, Tensor] = {}
+        for names, group in zip(self._names, self._groups, strict=True):
+            needs = [tensor for entry in group for tensor in entry.needs]
+            with torch.no_grad(), full_weights(needs, write=False):
+                if keep:
+                    state = self._convert({entry.name: entry.value() for entry in group})
+                    kept |= {name: state[name].to("cpu", copy=True).contiguous() for name in names}
+        return kept
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _drop_unused_conversions(model: Any) -> None:
+    """Forgets conversions that loading didn't need, whose reverse would rename what never was renamed. transformers
+    does so itself but under ZeRO-3."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]

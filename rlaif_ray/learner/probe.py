@@ -1,0 +1,181 @@
+"""Whether a layout of samples changes a model's numbers: a short fixed text, laid out and sample by sample.
+
+    with attention_of(model, "eager"):
+        alone = alone_outputs(run, text, "cpu")
+    gap = compare(laid_out_outputs(run, text, packed=True, device="cpu"), alone)
+
+`run` takes a ModelInput and gives what is compared: (M,) log-probabilities for a language model (`logprobs_of`), values
+or rewards for others. Everything here is a collective under ZeRO-3: all ranks call it with the same arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+from rlaif_ray.attention import PACKED, AttentionPlan
+from rlaif_ray.errors import InputError
+from rlaif_ray.learner.packing import ModelInput, build_input, observed_packing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[ModelInput], "Tensor"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Samples in tokens."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    completions: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far two computations of the same numbers are apart; nats for log-probabilities."""
+
+    mean: float
+    worst: float
+
+    def within(self, precision: Precision) -> bool:
+        """Whether rounding explains it. In bf16, one number may be far off for rounding alone, their mean not."""
+        return self.worst <= 1e-3 if precision == "fp32" else self.mean <= 0.05
+
+
+def probe_text(vocabulary: int) -> Text:
+    """Three samples of two prompts, the same for the same vocabulary: one prompt is shared, lengths differ.
+
+    Ids are spread over the vocabulary, none among the first three, which often are special.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist())
+
+    shared, own = draw(11), draw(6)
+    return Text((shared, shared, own), (draw(7), draw(3), draw(9)))
+
+
+def logprobs_of(policy: Callable[[ModelInput], Tensor], temperature: float = 1.0) -> Run:
+    """The log-probabilities of completion tokens; `policy` is a CausalPolicy or a DeepSpeed engine around one."""
+    return lambda batch: token_logprobs_and_entropy(policy(batch), batch.targets, temperature)[0]
+
+
+@torch.no_grad()
+def laid_out_outputs(run: Run, text: Text, *, packed: bool, device: torch.device | str) -> Tensor:
+    """(M,) fp32 numbers on CPU of all samples in one micro-batch, as the learner lays them out."""
+    return run(build_input(text.prompts, text.completions, packed=packed, device=device)).float().cpu()
+
+
+@torch.no_grad()
+def alone_outputs(run: Run, text: Text, device: torch.device | str) -> Tensor:
+    """(M,) fp32 numbers on CPU, each sample by itself: nothing packed, nothing padded."""
+    rows = [
+        run(build_input([prompt], [completion], packed=False, device=device)).float().cpu()
+        for prompt, completion in zip(text.prompts, text.completions, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def compare(found: Tensor, expected: Tensor) -> Gap:
+    """How far apart two (M,) tensors are; infinitely where one is not a number."""
+    off = (found - expected).abs()
+    off = torch.where(off.isnan(), torch.inf, off)
+    return Gap(float(off.mean()), float(off.max()))
+
+
+@contextmanager
+def attention_of(model: Any, implementation: str) -> Iterator[None]:
+    """The transformers model computes its attention so inside. For models that transformers can switch."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Without dropout (an adapter's) and without checkpointing; each part of the module gets its mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def settle_attention(
+    plan: AttentionPlan,
+    model: Any,
+    run: Run,
+    *,
+    name: str,
+    device: torch.device,
+    precision: Precision,
+    sharded: bool = False,
+) -> tuple[str, str]:
+    """Finds out what the plan leaves open, sets the loaded model's attention, and returns it with a line to tell.
+
+    `model` is transformers' model inside what `run` runs; the line is empty where samples are packed, or the user
+    chose another attention. `sharded`: under ZeRO-3.
+
+    Raises:
+        InputError: packing was asked for and is wrong; or the model broke off under ZeRO-3.
+    """
+    packing, reason = plan.packing, plan.reason
+    if packing == "unknown":
+        reason = _probe(plan, model, run, device, precision, name=name, sharded=sharded)
+        packing = "wrong" if reason else "right"
+        if packing == "right":
+            model.set_attn_implementation(PACKED)
+    if packing == "right":
+        return PACKED, ""
+    if plan.required:
+        raise InputError(
+            f"policy.attention=packed is wrong for {name}: {reason}. Use policy.attention=auto, which pads this "
+            f"model's samples."
+        )
+    told = "" if reason.startswith("policy.attention=") else f"samples of {name} are padded, not packed: {reason}"
+    return plan.kernel, told
+
+
+def _probe(
+    plan: AttentionPlan, model: Any, run: Run, device: torch.device, precision: Precision, *, name: str, sharded: bool
+) -> str:
+    """Why the loaded model can't be packed; "" where it gives packed what it gives sample by sample."""
+    if not (model.is_backend_compatible() and model._can_set_attn_implementation()):
+        return "its class does not support other attention than its own"
+    text = probe_text(model.config.get_text_config().vocab_size)
+    with evaluating(model):
+        alone = alone_outputs(run, text, device)  # by the kernel of the plan, which is right
+        try:
+            with attention_of(model, PACKED), observed_packing() as observed:
+                packed = laid_out_outputs(run, text, packed=True, device=device)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            if sharded:  # weights gathered for the pass that broke off are still whole
+                raise InputError(
+                    f"model {name} can't be packed under ZeRO-3 ({type(error).__name__} in a forward pass: {error}). "
+                    f"Use policy.attention={plan.kernel}."
+                ) from error
+            return f"a packed forward pass ends in {type(error).__name__}: {error}"
+    problem = observed.problem()
+    gap = compare(packed, alone)
+    log.info("%s packed against each sample alone: mean %.1e, worst %.1e", name, gap.mean, gap.worst)
+    if problem:
+        return problem
+    if not gap.within(precision):
+        return f"packed, its numbers are off by up to {gap.worst:.2g}"
+    return ""

@@ -1,0 +1,238 @@
+"""The general guard: engine, learner and saved folder must compute the same model, or the run ends.
+
+A short fixed text is computed under the same weights by the engine, by the learner in the layout it trains in, and by
+the model alone, one sample at a time. Architectures that any of them gets wrong train on wrong numbers otherwise, with
+nothing but odd curves to show for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from rlaif_ray.config.jobs import RewardModelJob
+from rlaif_ray.errors import MismatchError
+from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.learner.agreement import before_last_tokens
+from rlaif_ray.learner.probe import Text
+from rlaif_ray.models import load_config, load_tokenizer
+from rlaif_ray.pipelines.agreement import WORST, Comparison, bound_for, compare
+from rlaif_ray.pipelines.checkpoint import due
+from rlaif_ray.types import Completion, Prompt
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import SupervisedJob, TrainJob
+    from rlaif_ray.learner.agreement import Readings
+    from rlaif_ray.pipelines.checkpoint import Checkpoints
+    from rlaif_ray.runtime.groups import EngineGroup
+    from rlaif_ray.types import Experience
+
+GENERATED = 4  # tokens that the engine adds to each text: it computes those one at a time, and the text at once
+FIRST_PUSHES = 3  # before the first step, and after the first two
+ENGINE, ALONE, SAVED = "the engine", "the model alone", "the saved folder"
+TEXT = (
+    "The river runs down from the hills to the sea, and on its way it turns eleven mills. When the rain is late, the "
+    "people of the valley share what water there is: each field in turn, a day at a time. \"Nobody's wheat is worth "
+    'more than a neighbour," they say. In 1897 it rained 40 days; still, the old rule held, and it holds today.'
+)
+
+
+def guard_text(tokenizer: Any, room: int) -> Text:
+    """The fixed text as samples, none longer than `room` tokens: of several lengths, so that both packing and padding
+    have something to get wrong, and two with the same prompt, which packing computes once."""
+    tokens = tokenizer.encode(TEXT, add_special_tokens=False) or [tokenizer.eos_token_id]
+    while len(tokens) < 58:
+        tokens += tokens
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompts, completions = [], []
+    for prompt, completion in (((0, 6), (6, 25)), ((0, 6), (30, 41)), ((12, 15), (41, 58)), ((50, 51), (52, 58))):
+        prompts.append((*begin, *tokens[slice(*prompt)])[: max(1, room // 2)])
+        completions.append(tuple(tokens[slice(*completion)][: max(1, room - len(prompts[-1]))]))
+    return Text(tuple(prompts), tuple(completions))
+
+
+class Learner(Protocol):
+    """What the guard asks of a learner."""
+
+    def readings(self, text: Text) -> Readings: ...
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]: ...
+
+
+class Guard:
+    """Compares, and ends the run where what must be the same is not. One for each learner that starts."""
+
+    def __init__(
+        self, job: TrainJob | SupervisedJob, learner: Learner, precision: Literal["fp32", "bf16"], room: int
+    ) -> None:
+        """`room`: tokens that engine and model can read."""
+        self._cfg, self._policy, self._learner = job.guard, job.policy, learner
+        self._precision: Literal["fp32", "bf16"] = precision
+        self._unit = "nats" if not isinstance(job, RewardModelJob) else "of the largest reward"
+        self._bound = bound_for(precision, job.guard.max_gap)
+        code = {"revision": job.policy.revision, "trust_remote_code": job.policy.trust_remote_code}
+        self._text = guard_text(load_tokenizer(job.policy.model, **code), room - GENERATED)
+        self._model = described(job.policy.model, load_config(job.policy.model, **code))
+        self._pushes = 0
+        self._from_start = False  # whether the policy was the reference at the first push
+        self._steps = 0
+
+    def check_push(self, rollouts: EngineGroup, version: int) -> dict[str, float]:
+        """After a push: the engines against the learner, when it is time to. Returns gaps as metrics.
+
+        Raises:
+            MismatchError: they differ.
+        """
+        self._pushes += 1
+        if self._pushes == 1:
+            self._from_start = version == 0
+        if not self._cfg.enabled or not (self._pushes <= FIRST_PUSHES or due(version, self._cfg.every)):
+            return {}
+        samples = zip(self._text.prompts, self._text.completions, strict=True)
+        prompts = [Prompt(f"guard-{i}", (), (*start, *rest)) for i, (start, rest) in enumerate(samples)]
+        settings = GenerationSettings(1, GENERATED, 1.0, seed=0, ignore_eos=True, prompt_logprobs=True)
+        engine_gap = packing_gap = 0.0
+        read: dict[Text, Readings] = {}
+        for name, completions in rollouts.generate_on_each(prompts, settings).items():
+            # Engines on unlike devices may draw unlike tokens; most often all have drawn the same.
+            text = with_drawn(self._text, completions)
+            if text not in read:
+                read[text] = self._learner.readings(text)
+            found, together = read[text], self._layout(read[text])
+            readings = {ENGINE: engine_readings(self._text, completions), together: found.together, ALONE: found.alone}
+            comparison = compare(readings, self._bound)
+            if not comparison.agrees:
+                raise MismatchError(self._message(comparison, f"weight version {version}, {name}", together))
+            engine_gap = max(engine_gap, comparison.gaps[ENGINE, ALONE])
+            packing_gap = max(packing_gap, comparison.gaps[together, ALONE])
+        return {"guard/engine_gap": engine_gap, "guard/packing_gap": packing_gap} if read else {}
+
+    def check_update(self, metrics: Mapping[str, float], experience: Experience) -> None:
+        """After the first update: the rollouts, and the reference, against the policy that was updated.
+
+        Until the first optimizer step sampler, policy and (from the start on) reference are one model: the ratio is 1
+        and the KL is 0.
+
+        Raises:
+            MismatchError: they are not.
+        """
+        self._steps += 1
+        if not self._cfg.enabled or self._steps > 1:
+            return
+        allowed = self._bound.gap
+        found = {"rollout/logprob_gap": (metrics["rollout/logprob_gap"], allowed)}
+        if self._bound.of == "worst":  # in bf16 the worst of so many tokens says nothing
+            found["policy/first_ratio_error"] = (metrics["policy/first_ratio_error"], WORST * allowed)
+        if self._from_start and experience.ref_logprobs is not None:
+            gap = (experience.logprobs - experience.ref_logprobs)[experience.mask].abs().mean()
+            found["the KL to the reference, per token,"] = (float(gap), allowed)
+        for name, (value, most) in found.items():
+            if not value <= most:
+                raise MismatchError(
+                    f"{self._model}: {name} must be 0 at the first step but for rounding (got {value:.3g}, allowed in "
+                    f"{self._precision} {most:.2g}): engine, learner and reference still have the same weights, and "
+                    f"compute this step's samples differently, though not the guard's short text. Try "
+                    f"policy.attention=eager. {self._remedy(ENGINE, '')}"
+                )
+
+    def check_layout(self) -> dict[str, float]:
+        """Before the first step: the learner's micro-batches against the model alone. Returns gaps as metrics.
+
+        Raises:
+            MismatchError: they differ.
+        """
+        if not self._cfg.enabled:
+            return {}
+        found = self._learner.readings(self._text)
+        together = self._layout(found)
+        comparison = compare(self._scaled({together: found.together, ALONE: found.alone}), self._bound)
+        if not comparison.agrees:
+            raise MismatchError(self._message(comparison, "before the first step", together))
+        return {"guard/packing_gap": comparison.worst}
+
+    def check_saved(self, folder: Path, checkpoints: Checkpoints) -> dict[str, float]:
+        """After saving: what transformers loads from the folder against the learner. Returns the gap for the summary.
+
+        Raises:
+            MismatchError: they differ; says what to go on from instead.
+        """
+        if not (self._cfg.enabled and self._cfg.saved):
+            return {}
+        trained = self._learner.readings(self._text).alone
+        if self._unit != "nats":
+            trained = before_last_tokens(trained, self._text)
+        saved = self._learner.readings_of_saved(str(folder), self._text)
+        comparison = compare(self._scaled({SAVED: saved, ALONE: trained}), self._bound)
+        if not comparison.agrees:
+            checkpoint = checkpoints.newest()
+            instead = f"The checkpoint {checkpoint} has the trained weights" if checkpoint else "There is no checkpoint"
+            raise MismatchError(
+                f"{folder} is not to be trusted: loaded by transformers it is another model than the one that was "
+                f"trained ({self._model}; {self._gap(comparison)}). {instead}; report this with the model's name."
+            )
+        return {"guard/saved_gap": comparison.worst}
+
+    def _layout(self, found: Readings) -> str:
+        return f"the learner's {'packed' if found.packed else 'padded'} micro-batch"
+
+    def _scaled(self, readings: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Rewards have no unit: the bound is a share of the largest, where that is above 1. Log-probabilities stay."""
+        if self._unit == "nats":
+            return readings
+        scale = max(1.0, *(abs(value) for value in readings[ALONE]))
+        return {name: [value / scale for value in values] for name, values in readings.items()}
+
+    def _gap(self, comparison: Comparison) -> str:
+        return f"gap {comparison.worst:.3g} {self._unit}, allowed in {self._precision} {comparison.bound}"
+
+    def _message(self, comparison: Comparison, when: str, together: str) -> str:
+        """What differs, by how much, and what to do."""
+        odd, names = comparison.odd, comparison.names
+        if odd is None:
+            pairs = ", ".join(f"{a} / {b} {gap:.3g}" for (a, b), gap in comparison.gaps.items())
+            what = f"{', '.join(names)} differ from each other ({pairs})"
+        else:
+            others = [name for name in names if name != odd]
+            what = f"{odd} differs from {' and '.join(others)}" + (", which agree" if len(others) > 1 else "")
+        return (
+            f"{self._model} is not computed alike under the same weights: {what} ({self._gap(comparison)}; {when}). "
+            f"Training would go on from wrong numbers. {self._remedy(odd, together)}"
+        )
+
+    def _remedy(self, odd: str | None, together: str) -> str:
+        accept = "Where the difference is intended, such as with a quantised engine, raise guard.max_gap."
+        if odd == ENGINE:
+            return (
+                f"This vLLM computes this model differently, or did not take all of its weights: use another model or "
+                f"another version of vLLM, and report it. {accept}"
+            )
+        if odd == together and self._policy.attention != "eager":
+            return "Set policy.attention=eager: it computes samples padded, with every term of the model's attention."
+        return f"Use another model, and report this one. {accept}"
+
+
+def with_drawn(text: Text, completions: Sequence[Completion]) -> Text:
+    """The text, each sample longer by what an engine drew after it."""
+    longer = [(*rest, *c.tokens) for rest, c in zip(text.completions, completions, strict=True)]
+    return Text(text.prompts, tuple(longer))
+
+
+def engine_readings(text: Text, completions: Sequence[Completion]) -> list[float]:
+    """An engine's log-probabilities of the completions in the text, and of what it drew after them."""
+    found: list[float] = []
+    for rest, completion in zip(text.completions, completions, strict=True):
+        found += [*completion.prompt_logprobs[-len(rest) :], *completion.logprobs]
+    return found
+
+
+def described(name: str, config: Any) -> str:
+    """A model's name, type and kinds of layers, for messages."""
+    text = config.get_text_config()
+    layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    kinds = sorted(set(map(str, layers))) or ["all of one kind"]
+    experts = next(
+        (n for f in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, f, 0))), 0
+    )
+    of_experts = f", {experts} experts" if experts else ""
+    return f"model {name} ({text.model_type}; layers: {', '.join(kinds)}{of_experts})"

@@ -1,0 +1,166 @@
+"""Models that a job can't work with, told before Ray or an engine starts, from their configs alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from rlaif_ray.attention import plan_attention
+from rlaif_ray.config.data_sections import ArmConfig
+from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob, TrainJob
+from rlaif_ray.config.sections import Config, JudgeConfig, PolicyConfig
+from rlaif_ray.errors import InputError
+from rlaif_ray.model_support import engine_refusal
+from rlaif_ray.models import load_config
+from rlaif_ray.rollout.support import unknown_to_vllm
+
+INSTEAD = "Use a decoder-only language model, such as Llama, Qwen or Gemma"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a job does with a model."""
+
+    key: str  # of its section
+    section: Any  # has model, revision and trust_remote_code
+    trained: bool  # as a language model, by the learner
+    sampled: bool  # by a vLLM engine
+
+
+def check_models(*jobs: Any) -> None:
+    """Reads the config of every model that the jobs name. One that isn't there is left to whoever loads it.
+
+    Raises:
+        InputError: a job can't work with one of them; names all of those.
+    """
+    problems: dict[str, None] = {}
+    for job in jobs:
+        device = _device(job)
+        for use in uses(job):
+            config = _config(use.section)
+            problem = None if config is None else refusal(use, config, device)
+            if problem is not None:
+                problems[f"{use.key}.model={use.section.model} can't be used (got {_type(config)}): {problem}"] = None
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def uses(job: Any) -> Iterator[Use]:
+    """Every model in a job's config that is trained, or sampled by an engine."""
+    trains = isinstance(job, TrainJob | SupervisedJob)
+    for key, section in _sections(job, ""):
+        if isinstance(section, PolicyConfig):
+            trained = trains and key == "policy" and not isinstance(job, RewardModelJob)
+            yield Use(key, section, trained, sampled=not isinstance(job, SupervisedJob))
+        elif isinstance(section, JudgeConfig) or (isinstance(section, ArmConfig) and section.model is not None):
+            yield Use(key, section, trained=False, sampled=True)
+
+
+def _sections(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """(key, section) of everything inside a config, at any depth."""
+    parts: dict[str, Any] = {}
+    if isinstance(value, Config):
+        if key:
+            yield key, value
+        parts = {name: getattr(value, name) for name in type(value).model_fields}
+    elif isinstance(value, dict):
+        parts = value
+    for name, part in parts.items():
+        yield from _sections(part, f"{key}.{name}" if key else str(name))
+
+
+def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str | None:
+    """Why a model can't be used so, and what works instead; None where nothing speaks against it.
+
+    `device` is None where it isn't known yet.
+    """
+    kind = _wrong_kind(config)
+    if kind is not None:
+        return kind
+    if use.trained:
+        problem = _untrainable(config)
+        if problem is not None:
+            return problem
+        try:
+            plan_attention(use.section.attention, config, use.section.model)
+        except InputError as error:
+            return str(error)
+    if use.sampled:
+        return _unsampled(config, device)
+    return None
+
+
+def _wrong_kind(config: Any) -> str | None:
+    """Models that write no text from left to right after a prompt."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    if config.is_encoder_decoder:
+        return f"it is an encoder-decoder, and prompt and response are one sequence here. {INSTEAD}."
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return f"it is an encoder, which fills gaps in a text and writes none. {INSTEAD}."
+    return None
+
+
+def _reads_images(config: Any) -> bool:
+    return any(getattr(config, f"{sense}_config", None) is not None for sense in ("vision", "audio"))
+
+
+def _untrainable(config: Any) -> str | None:
+    """Models that the learner can't load as a language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if (
+        "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return None
+    if _reads_images(config):
+        return (
+            "it reads images or sound, and transformers' AutoModelForCausalLM does not load it. Use a model of the "
+            "same family that reads text alone, such as Qwen/Qwen2.5-7B-Instruct or google/gemma-3-1b-it."
+        )
+    return f"transformers' AutoModelForCausalLM has no language model of this type. {INSTEAD}."
+
+
+def _unsampled(config: Any, device: Literal["cpu", "cuda"] | None) -> str | None:
+    """Models that vLLM can't run."""
+    if unknown_to_vllm(config):
+        return (
+            f"this vLLM has no {' or '.join(config.architectures)}, and can't run transformers' code in its place. "
+            f"{INSTEAD}."
+        )
+    if _reads_images(config) and device == "cpu" and find_spec("torchvision") is None:
+        return (
+            "it reads images or sound, for which vLLM needs torchvision, and that is not installed here. Use a model "
+            "of the same family that reads text alone, such as Qwen/Qwen2.5-7B-Instruct or google/gemma-3-1b-it, or "
+            "install the torchvision that belongs to this torch."
+        )
+    return None if device is None else engine_refusal(config, device)
+
+
+def _type(config: Any) -> str:
+    names = config.architectures or ()
+    return f"model type {config.model_type}" + (f", {names[0]}" if names else "")
+
+
+def _config(section: Any) -> Any | None:
+    """The model's config; None where it can't be had. Packaged models are known to work, and not unpacked for this."""
+    if str(section.model).startswith("package:"):
+        return None
+    try:
+        return load_config(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    except InputError:
+        return None
+
+
+def _device(job: Any) -> Literal["cpu", "cuda"] | None:
+    """Where the job's engines will be, as far as that can be told without Ray."""
+    cluster = job.cluster
+    if cluster.device != "auto":
+        return "cuda" if cluster.device == "gpu" else "cpu"
+    elsewhere = cluster.address not in (None, "local") or os.environ.get("RAY_ADDRESS")
+    return None if elsewhere or any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"

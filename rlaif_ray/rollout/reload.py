@@ -1,0 +1,143 @@
+"""New weights into a vLLM model that runs on CPU, as vLLM's layerwise reload loads them and complete.
+
+The layerwise reload of vLLM 0.32 leaves four things as they were on CPU, each without an error: the packed copy of an
+output head that shares its weight with the embedding; the packed experts of a mixture (packed at the first load
+alone); parameters that a model's own loader copies into directly rather than through their weight loader (GPT-OSS's
+experts and attention sinks, MiMo's sinks); and it keeps views of what it can't process yet, which our segment
+overwrites with the next bucket. All are found here by type and identity, not by a model's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import layerwise as vllm_reload
+
+from rlaif_ray.errors import StaleWeightsError
+
+
+class Reload:
+    """One update of all weights: make it, `load` any number of times, `finish`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._shared = _shared_embeddings(model)  # before the reload, which gives each module a tensor of its own
+        self._kernels = {
+            module.quant_method: module.quant_method.moe_kernel
+            for module in model.modules()
+            if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None
+        }
+        initialize_layerwise_reload(model)
+        for method in self._kernels:
+            method.moe_kernel = None  # experts are packed where the kernel is built, so it is built again
+        self._direct = _by_direct_copies(model)
+        for module in self._direct.values():
+            _materialize(module)
+        self._loaded: set[str] | None = set()
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads some of the weights, under checkpoint names. The tensors may be overwritten afterwards."""
+        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+
+        given = list(weights)
+        load: Any = self._model.load_weights  # vLLM's models have it, torch's Module does not say so
+        with disable_mtp_completeness_check():
+            loaded = load(iter(given))
+        if loaded is None:
+            self._loaded = None  # this model doesn't say
+        elif self._loaded is not None:
+            self._loaded |= loaded
+        _own_what_waits(self._model, {tensor.untyped_storage().data_ptr() for _, tensor in given})
+
+    @torch.no_grad()
+    def finish(self, model_config: Any) -> None:
+        """Makes the new weights current.
+
+        Raises:
+            StaleWeightsError: vLLM's loader left parameters as they were.
+        """
+        stale = self._not_loaded()
+        for module in self._direct.values():
+            info = vllm_reload.get_layerwise_info(module)
+            if info.can_load():
+                vllm_reload._layerwise_process(module, info)
+        finalize_layerwise_reload(self._model, model_config)
+        for method, kernel in self._kernels.items():
+            if method.moe_kernel is None:
+                method.moe_kernel = kernel
+        for modules in self._shared:
+            for module in modules:
+                module.quant_method.process_weights_after_loading(module)
+        if stale:
+            raise StaleWeightsError(
+                f"{type(self._model).__name__} did not take {len(stale)} of its parameters from an update (first "
+                f"{stale[0]}): the engine would sample from old weights. Report this with the model's name."
+            )
+
+    def _not_loaded(self) -> list[str]:
+        """Parameters that no weight of this update went into: by vLLM's own count of what weight loaders copied, or,
+        where a loader may copy by itself, by what it says."""
+        shared = {id(module) for modules in self._shared for module in modules}
+        found = []
+        for prefix, module in self._model.named_modules():
+            own = [f"{prefix}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None]
+            info = vllm_reload.get_layerwise_info(module)
+            if prefix in self._direct:
+                if info.can_load() and self._loaded is not None:
+                    found += [name for name in own if name not in self._loaded]
+            elif own and info.can_load() and info.load_numel_total and info.load_numel <= 0:
+                if id(module) not in shared and not is_deferred_attention_layer(module):
+                    found += own
+        return found
+
+
+def _shared_embeddings(model: nn.Module) -> list[list[Any]]:
+    """Embeddings and output heads that are one tensor, together."""
+    by_weight: dict[int, list[Any]] = {}
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding):
+            by_weight.setdefault(id(module.weight), []).append(module)
+    return [modules for modules in by_weight.values() if len(modules) > 1]
+
+
+def _by_direct_copies(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules, by name, whose parameters a model's loader may write without their weight loader, which a tensor on
+    the meta device would swallow: those with nothing to process (small: norms, sinks), and GPT-OSS's experts."""
+    from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
+
+    experts_too = isinstance(model, GptOssForCausalLM)
+    found = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        plain = not isinstance(method, QuantizeMethodBase) and not is_deferred_attention_layer(module)
+        if module._parameters and (plain or (experts_too and hasattr(method, "moe_kernel"))):
+            found[name] = module
+    return found
+
+
+def _materialize(module: nn.Module) -> None:
+    """Real tensors in the place of those on the meta device; buffers, which an update may not have, as they were."""
+    info = vllm_reload.get_layerwise_info(module)
+    vllm_reload.materialize_layer(module, info)
+    assert info.kernel_tensors is not None
+    for name, buffer in info.kernel_tensors[1].items():
+        restored = module._buffers.get(name)
+        if restored is not None and restored.shape == buffer.shape:
+            restored.copy_(buffer)
+
+
+def _own_what_waits(model: nn.Module, storages: set[int]) -> None:
+    """Clones what vLLM keeps until a layer is complete (a padded embedding stays so to the end) out of our segment."""
+    for module in model.modules():
+        for _, arguments in vllm_reload.get_layerwise_info(module).loaded_weights:
+            for key, value in arguments.arguments.items():
+                if isinstance(value, Tensor) and not value.is_meta:
+                    if value.untyped_storage().data_ptr() in storages:
+                        arguments.arguments[key] = value.clone()

@@ -1,0 +1,285 @@
+"""The guard on hand-made learners and engines: when it looks, what it says, and what it lets pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlaif_ray.config.jobs import RewardModelJob, SftJob, TrainJob
+from rlaif_ray.errors import MismatchError
+from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.learner.agreement import Readings
+from rlaif_ray.learner.probe import Text
+from rlaif_ray.pipelines.guard import GENERATED, Guard, described, guard_text
+from rlaif_ray.types import Completion, Experience, Prompt
+from tests.tiny import cached_tiny_model, make_tokenizer
+
+MODEL = str(cached_tiny_model(tied=True))
+
+
+def true_logprobs(completions: Sequence[tuple[int, ...]]) -> list[float]:
+    return [-1.0 - (token % 7) / 7 for tokens in completions for token in tokens]
+
+
+@dataclass
+class HandLearner:
+    """Computes `true_logprobs`, each way off by so much at the last token."""
+
+    together: float = 0.0
+    alone: float = 0.0
+    saved: float = 0.0
+    asked: list[Text] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+    def _off(self, text: Text, by: float) -> list[float]:
+        *others, last = true_logprobs(text.completions)
+        return [*others, last + by]
+
+    def readings(self, text: Text) -> Readings:
+        self.asked.append(text)
+        return Readings(self._off(text, self.together), self._off(text, self.alone), packed=True)
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        self.folders.append(folder)
+        return self._off(text, self.saved)
+
+
+@dataclass
+class HandEngines:
+    """Two replicas; the second is off by so much at the first token that follows a prompt."""
+
+    off: float = 0.0
+    asked: int = 0
+
+    def generate_on_each(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> dict[str, list[Completion]]:
+        self.asked += 1
+        assert settings.prompt_logprobs and settings.ignore_eos and settings.temperature == 1.0
+        found: dict[str, list[Completion]] = {}
+        for name, off in (("rollout engine 0", 0.0), ("rollout engine 1", self.off)):
+            drawn = tuple(range(20, 20 + settings.max_new_tokens))
+            found[name] = [
+                Completion(
+                    prompt=p,
+                    sample=0,
+                    tokens=drawn,
+                    logprobs=tuple(true_logprobs([drawn])),
+                    text="",
+                    finished=False,
+                    weight_version=0,
+                    prompt_logprobs=tuple(x + off for x in true_logprobs([p.tokens[1:]])),
+                )
+                for p in prompts
+            ]
+        return found
+
+
+def train_job(**sections: Any) -> TrainJob:
+    return TrainJob.model_validate({"policy": {"model": MODEL}, "steps": 9, **sections})
+
+
+def guard_of(learner: HandLearner, **guard: Any) -> Guard:
+    return Guard(train_job(guard=guard), learner, "fp32", 512)
+
+
+def test_texts_are_short_unlike_and_two_share_a_prompt() -> None:
+    tokenizer = make_tokenizer(None)
+    text = guard_text(tokenizer, 512)
+    assert text == guard_text(tokenizer, 512)
+    lengths = [len(p) + len(c) for p, c in zip(text.prompts, text.completions, strict=True)]
+    assert len(set(lengths)) == len(lengths) >= 3 and sum(lengths) < 100
+    assert len(set(text.prompts)) == len(text.prompts) - 1
+    assert all(prompt[0] == tokenizer.bos_token_id for prompt in text.prompts)
+    for room in (4, 5, 11):
+        short = guard_text(tokenizer, room)
+        assert all(p and c and len(p) + len(c) <= room for p, c in zip(short.prompts, short.completions, strict=True))
+
+
+def test_it_looks_at_the_start_after_two_steps_and_every_nth() -> None:
+    learner, engines = HandLearner(), HandEngines()
+    guard = guard_of(learner, every=5)
+    looked = [version for version in range(12) if guard.check_push(engines, version)]  # type: ignore[arg-type]
+    assert looked == [0, 1, 2, 5, 10]
+    assert engines.asked == 5
+    assert len(learner.asked) == 5  # both replicas drew the same: computed once
+    # What the engine added is compared too.
+    assert all(rest[-GENERATED:] == tuple(range(20, 20 + GENERATED)) for rest in learner.asked[0].completions)
+    resumed = guard_of(learner, every=0)
+    assert [v for v in range(40, 50) if resumed.check_push(engines, v)] == [40, 41, 42]  # type: ignore[arg-type]
+
+
+def test_it_can_be_switched_off(tmp_path: Path) -> None:
+    learner, engines = HandLearner(together=9.0, saved=9.0), HandEngines(off=9.0)
+    off = guard_of(learner, enabled=False)
+    assert off.check_push(engines, 0) == off.check_layout() == off.check_saved(tmp_path, NO_CHECKPOINTS) == {}  # type: ignore[arg-type]
+    off.check_update(UPDATED | {"rollout/logprob_gap": 9.0}, experience_of(0.0))
+    assert not learner.asked and not learner.folders and not engines.asked
+    assert guard_of(HandLearner(saved=9.0), saved=False).check_saved(tmp_path, NO_CHECKPOINTS) == {}  # type: ignore[arg-type]
+    accepted = guard_of(HandLearner(), max_gap=10.0).check_push(engines, 0)  # type: ignore[arg-type]
+    assert accepted == {"guard/engine_gap": pytest.approx(9.0), "guard/packing_gap": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("learner", "engines", "blamed", "remedy"),
+    [
+        (
+            HandLearner(),
+            HandEngines(off=2.5),
+            "the engine differs from the learner's packed micro-batch",
+            "another mod",
+        ),
+        (
+            HandLearner(together=2.5),
+            HandEngines(),
+            "the learner's packed micro-batch differs",
+            "policy.attention=eager",
+        ),
+        (HandLearner(alone=2.5), HandEngines(), "the model alone differs from the engine and", "report this one"),
+    ],
+)
+def test_a_push_that_does_not_arrive_ends_the_run(
+    learner: HandLearner, engines: HandEngines, blamed: str, remedy: str
+) -> None:
+    with pytest.raises(MismatchError) as caught:
+        guard_of(learner).check_push(engines, 3 - 2)  # type: ignore[arg-type]
+    text = str(caught.value)
+    for part in (MODEL, "llama", blamed, "which agree", "gap 2.5 nats", "fp32 0.001", "weight version 1", remedy):
+        assert part in text, text
+    if engines.off:
+        assert "rollout engine 1" in text
+
+
+def test_an_engine_that_is_lost_meanwhile_is_not_judged() -> None:
+    class Lost(HandEngines):
+        def generate_on_each(self, prompts: Any, settings: Any) -> dict[str, list[Completion]]:
+            return {}
+
+    assert guard_of(HandLearner()).check_push(Lost(), 0) == {}  # type: ignore[arg-type]
+
+
+UPDATED = {"rollout/logprob_gap": 2e-5, "policy/first_ratio_error": 3e-4}
+
+
+def experience_of(gap: float, *, reference: bool = True) -> Experience:
+    ones = torch.ones(2, 3)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    return Experience(
+        prompt_tokens=((3,), (4,)),
+        tokens=torch.ones(2, 3, dtype=torch.int64),
+        mask=mask,
+        finished=torch.tensor([True, True]),
+        scores=ones[:, 0],
+        groups=torch.tensor([0, 1]),
+        sampler_logprobs=-ones,
+        logprobs=-ones + torch.where(mask, gap, 100.0),
+        ref_logprobs=-ones if reference else None,
+        values=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("metrics", "gap", "said"),
+    [
+        ({"rollout/logprob_gap": 0.004}, 0.0, "rollout/logprob_gap"),
+        ({"policy/first_ratio_error": 0.3}, 0.0, "policy/first_ratio_error"),
+        ({"policy/first_ratio_error": float("nan")}, 0.0, "policy/first_ratio_error"),
+        ({}, 0.02, "the KL to the reference"),
+        ({}, -0.02, "the KL to the reference"),  # of either sign: the estimate may cancel, or be below 0
+    ],
+)
+def test_at_the_first_step_ratio_and_kl_say_that_nothing_has_moved(
+    metrics: dict[str, float], gap: float, said: str
+) -> None:
+    guard = guard_of(HandLearner())
+    guard.check_push(HandEngines(), 0)  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match=said):
+        guard.check_update(UPDATED | metrics, experience_of(gap))
+    guard.check_update(UPDATED | metrics, experience_of(gap))  # later it says nothing: the policy has moved
+
+
+def test_a_resumed_run_is_away_from_its_reference() -> None:
+    guard = guard_of(HandLearner())
+    guard.check_push(HandEngines(), 7)  # type: ignore[arg-type]
+    guard.check_update(UPDATED, experience_of(0.5))
+    without = guard_of(HandLearner())
+    without.check_push(HandEngines(), 0)  # type: ignore[arg-type]
+    without.check_update(UPDATED, experience_of(0.5, reference=False))
+
+
+def test_packing_is_checked_before_supervised_steps() -> None:
+    job = SftJob.model_validate({"policy": {"model": MODEL}, "data": {"path": "x"}})
+    assert Guard(job, HandLearner(together=5e-4), "fp32", 64).check_layout() == {
+        "guard/packing_gap": pytest.approx(5e-4)
+    }
+    with pytest.raises(MismatchError, match=r"the learner's packed micro-batch differs from the model alone .*eager"):
+        Guard(job, HandLearner(together=0.5), "fp32", 64).check_layout()
+    eager = job.model_copy(update={"policy": job.policy.model_copy(update={"attention": "eager"})})
+    with pytest.raises(MismatchError, match="Use another model"):
+        Guard(eager, HandLearner(together=0.5), "fp32", 64).check_layout()
+
+
+class Rewards(HandLearner):
+    """Of a model whose rewards are large."""
+
+    def _off(self, text: Text, by: float) -> list[float]:
+        *others, last = [400.0 * x for x in true_logprobs(text.completions)]
+        return [*others, last + by]
+
+    def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+        *others, last = [400.0 * true_logprobs([tokens])[-1] for tokens in text.completions]
+        return [*others, last + self.saved]
+
+
+def test_rewards_are_compared_by_their_size() -> None:
+    job = RewardModelJob.model_validate({"policy": {"model": MODEL}, "data": {"path": "x"}})
+    gaps = Guard(job, Rewards(together=0.02), "fp32", 64).check_layout()
+    assert 0.02 / 800 < gaps["guard/packing_gap"] < 0.02 / 400
+    with pytest.raises(MismatchError, match=r"gap 0.0\d+ of the largest reward"):
+        Guard(job, Rewards(together=9.0), "fp32", 64).check_layout()
+    assert Guard(job, Rewards(), "fp32", 64).check_saved(Path("x"), NO_CHECKPOINTS) == {"guard/saved_gap": 0.0}  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="not to be trusted"):
+        Guard(job, Rewards(saved=9.0), "fp32", 64).check_saved(Path("x"), NO_CHECKPOINTS)  # type: ignore[arg-type]
+
+
+class SomeCheckpoints:
+    def __init__(self, newest: str | None) -> None:
+        self._newest = newest
+
+    def newest(self) -> str | None:
+        return self._newest
+
+
+NO_CHECKPOINTS = SomeCheckpoints(None)
+
+
+def test_a_saved_folder_that_is_another_model_is_not_to_be_trusted(tmp_path: Path) -> None:
+    learner = HandLearner(saved=1e-5)
+    assert guard_of(learner).check_saved(tmp_path, NO_CHECKPOINTS) == {"guard/saved_gap": pytest.approx(1e-5)}  # type: ignore[arg-type]
+    assert learner.folders == [str(tmp_path)]
+    with pytest.raises(MismatchError, match=r"not to be trusted.*gap 1.3 nats.*checkpoints/step-8 has the trained"):
+        guard_of(HandLearner(saved=-1.3)).check_saved(tmp_path, SomeCheckpoints("checkpoints/step-8"))  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="There is no checkpoint"):
+        guard_of(HandLearner(saved=-1.3)).check_saved(tmp_path, NO_CHECKPOINTS)  # type: ignore[arg-type]
+
+
+def test_bf16_is_compared_on_average() -> None:
+    job = train_job()
+    guard = Guard(job, HandLearner(together=0.4), "bf16", 512)
+    assert guard.check_layout()
+    guard.check_update(UPDATED | {"policy/first_ratio_error": 3.0, "rollout/logprob_gap": 0.03}, experience_of(0.0))
+    with pytest.raises(MismatchError, match="rollout/logprob_gap"):
+        Guard(job, HandLearner(), "bf16", 512).check_update(UPDATED | {"rollout/logprob_gap": 0.2}, experience_of(0.0))
+    with pytest.raises(MismatchError, match=r"in bf16 0.1 on average"):
+        Guard(job, HandLearner(together=8.0), "bf16", 512).check_layout()
+
+
+def test_a_model_is_described_by_its_kinds_of_layers() -> None:
+    from transformers import LlamaConfig, Qwen3NextConfig
+
+    assert described("x", LlamaConfig()) == "model x (llama; layers: all of one kind)"
+    config = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2, num_experts=4)
+    assert described("x", config) == "model x (qwen3_next; layers: full_attention, linear_attention, 4 experts)"

