@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,9 +114,9 @@ def _sort_layers(model: Any, no_experts: str | None) -> tuple[dict[str, Tensor],
 def _decoder_modules(model: Any) -> Iterator[tuple[str, Any]]:
     """The modules that a language model is made of, by path, without embeddings and heads."""
     body = {id(module) for module in model.get_decoder().modules()}
-    heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
+    inside = body - {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
     for path, module in model.named_modules():
-        if id(module) in body - heads and not isinstance(module, torch.nn.Embedding):
+        if id(module) in inside and not isinstance(module, torch.nn.Embedding):
             yield path, module
 
 
@@ -151,6 +152,7 @@ def _why_unfit(model: Any, path: str, module: Any) -> str | None:
     return None
 
 
+@cache
 def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)

@@ -293,16 +293,22 @@ def test_who_can_have_no_reward_head_is_told_why(
 # ---- Targets ---------------------------------------------------------------------------------------------------------
 
 
-def planned(
-    name: str, folders: dict[str, Path], factory: pytest.TempPathFactory, *, sharded: bool = False, **lora: Any
-) -> AdapterPlan:
-    model = empty_model(folder_of(name, folders, factory), classifier=False)
+@pytest.fixture(scope="module")
+def outlines(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Models without weights."""
+    return {
+        name: empty_model(folder_of(name, folders, tmp_path_factory), classifier=False)
+        for name in ("deepseek_v3", "olmoe")
+    }
+
+
+def planned(model: Any, *, sharded: bool = False, **lora: Any) -> AdapterPlan:
     return plan_adapters(model, LoraConfig(rank=2, **lora), "m", sharded=sharded)
 
 
-def test_targets_are_ends_of_paths(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_targets_are_ends_of_paths(outlines: dict[str, Any]) -> None:
     def found(*targets: str) -> list[str]:
-        plan = planned("deepseek_v3", folders, tmp_path_factory, targets=targets)
+        plan = planned(outlines["deepseek_v3"], targets=targets)
         return [*plan.layers, *plan.experts]
 
     assert found("q_a_proj") == [f"model.layers.{i}.self_attn.q_a_proj" for i in (0, 1)]
@@ -314,6 +320,7 @@ def test_targets_are_ends_of_paths(folders: dict[str, Path], tmp_path_factory: p
     for wrong, words in (
         ("self_attn.q_b_prj", r"got self_attn.q_b_prj.*nearest: .*self_attn.q_b_proj"),
         ("_proj", r"got _proj"),  # whole names only
+        ("mlp", r"got mlp\)"),  # and whole paths: not all that is in a block
         ("lm_head", r"got lm_head"),
         ("mlp.gate", r"got mlp.gate.*DeepseekV3TopkRouter is no linear layer"),
     ):
@@ -321,13 +328,13 @@ def test_targets_are_ends_of_paths(folders: dict[str, Path], tmp_path_factory: p
             found(wrong)
 
 
-def test_experts_take_no_dropout(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> None:
-    plan = planned("olmoe", folders, tmp_path_factory, dropout=0.1)
+def test_experts_take_no_dropout_and_no_shards(outlines: dict[str, Any]) -> None:
+    plan = planned(outlines["olmoe"], dropout=0.1)
     assert not plan.experts and last_names(plan) == ATTENTION
     assert "experts.gate_up_proj (fused experts take adapters with lora.dropout=0 only)" in str(plan)
     with pytest.raises(InputError, match="got experts of model m: fused experts take"):
-        planned("olmoe", folders, tmp_path_factory, dropout=0.1, targets=("experts",))
-    plan = planned("olmoe", folders, tmp_path_factory, sharded=True)
+        planned(outlines["olmoe"], dropout=0.1, targets=("experts",))
+    plan = planned(outlines["olmoe"], sharded=True)
     assert not plan.experts and "experts.down_proj (fused experts take adapters with learner.zero_stage=2" in str(plan)
 
 
@@ -379,7 +386,8 @@ def test_only_adapters_and_checkpointing_are_in_training_mode(
     model: Any = load_causal_lm(folder_of("phimoe", folders, tmp_path_factory), dtype=torch.float32, attention="eager")
     assert model.config.router_jitter_noise == 0.01  # part of what the model computes
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    add_adapters(model.eval(), LoraConfig(rank=2, dropout=0.5), 0, "m")
+    add_adapters(model, LoraConfig(rank=2, dropout=0.5), 0, "m")
+    model.eval()  # peft's new layers too
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if ".lora_B." in key:
