@@ -77,7 +77,8 @@ class ModelShape:
         h, q, kv, i = self.hidden, self.queries, self.keys, self.intermediate
         ends = {"q_proj": h + q, "k_proj": h + kv, "v_proj": h + kv, "o_proj": q + h}
         ends |= {"gate_proj": h + i, "up_proj": h + i, "down_proj": i + h}
-        return self.layers * rank * sum(ends[name] for name in (ends if targets is None else targets) if name in ends)
+        chosen = ends if targets is None else {target.rpartition(".")[2] for target in targets}
+        return self.layers * rank * sum(ends[name] for name in chosen if name in ends)
 
 
 def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.dropout import zero_dropout_in_config, zero_dropout_in_modules
 from rlaif_ray.errors import InputError
 from rlaif_ray.folders import build_folder_once
+from rlaif_ray.reward_head import check_head, classifier_class
 
 if TYPE_CHECKING:
     import torch
@@ -313,7 +315,7 @@ def load_backbone(
 
 
 def _load_model(
-    auto_class: str,
+    auto_class: Any,
     name: str | Path,
     dtype: torch.dtype | str,
     attention: str,
@@ -323,7 +325,8 @@ def _load_model(
     may_miss: tuple[str, ...] = (),
     **changes: Any,
 ) -> PreTrainedModel:
-    """`may_miss`: modules that may be new; `changes`: of the config."""
+    """`auto_class`: a class of transformers by name, or one that loads as they do; `may_miss`: modules that may be new;
+    `changes`: of the config."""
     source = resolve_model(name, revision=revision)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     # Before the model is built: most modules copy the rates out of the config in __init__.
@@ -333,7 +336,8 @@ def _load_model(
         setattr(config, field, value)
     with _loading("weights", name, source):
         model: PreTrainedModel
-        model, report = getattr(_transformers(), auto_class).from_pretrained(
+        loader = getattr(_transformers(), auto_class) if isinstance(auto_class, str) else auto_class
+        model, report = loader.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -372,44 +376,32 @@ def load_sequence_classifier(
             f"apart. Give a reward model, or a language model to train one from."
         )
     new: dict[str, Any] = {"may_miss": () if is_classifier else ("score",), "num_labels": 1}
-    auto_class = "AutoModelForSequenceClassification"
-    model = _load_model(auto_class, name, dtype, attention, revision, trust_remote_code, **new)
-    if not hasattr(model, "score"):
-        raise InputError(
-            f"model {str(name)!r} can't become a reward model (got {type(model).__name__} without a `score` head): "
-            f"only decoder-only models can. Use another model."
-        )
+    loader = classifier_class(config, str(name))
+    model = _load_model(loader, name, dtype, attention, revision, trust_remote_code, **new)
+    check_head(model, str(name))
     return model, not is_classifier
 
 
-# Parts of the names of config fields that put noise into the forward pass during training. attention_dropout,
-# resid_pdrop, hidden_dropout_prob, ...; layerdrop skips whole layers; router_jitter_noise shakes expert routing.
-_NOISE_FIELDS = ("dropout", "pdrop", "layerdrop", "jitter_noise")
+def empty_model(
+    name: str | Path, *, classifier: bool, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The language model, or the reward model that it becomes, without memory for its weights: to look at its layers.
 
+    Raises:
+        InputError: it can't be built, or can't become a reward model.
+    """
+    import torch
 
-def zero_dropout_in_config(config: PreTrainedConfig) -> None:
-    """Set every dropout rate in `config`, and in the configs inside it, to 0."""
-    from transformers import PreTrainedConfig
-
-    for field, value in list(vars(config).items()):
-        if isinstance(value, PreTrainedConfig):
-            zero_dropout_in_config(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and _is_noise(field):
-            setattr(config, field, type(value)(0))  # MPT's must be int
-
-
-def _is_noise(field: str) -> bool:
-    return any(part in field for part in _NOISE_FIELDS)
-
-
-def zero_dropout_in_modules(model: torch.nn.Module) -> None:
-    """Set the rate of every dropout module to 0, also of those whose rate no config field names."""
-    from torch import nn
-
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    for module in model.modules():
-        if isinstance(module, kinds):
-            module.p = 0.0
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    config.num_labels = 1
+    loader = classifier_class(config, str(name)) if classifier else _transformers().AutoModelForCausalLM
+    with _loading("layers", name, resolve_model(name)), torch.device("meta"):
+        # Auto classes have from_config; a class is its own.
+        build = getattr(loader, "from_config", lambda config, trust_remote_code: loader(config))
+        model: PreTrainedModel = build(config, trust_remote_code=trust_remote_code)
+    if classifier:
+        check_head(model, str(name))
+    return model
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -129,8 +129,10 @@ class LoraConfig(Config):
     alpha: Annotated[int, Field(ge=1)] = 32
     """The adapters' output is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """While it learns; never where something is measured. Fused experts take adapters without dropout only."""
     targets: tuple[str, ...] | None = None
-    """Linear layers by the end of their names, such as q_proj; default: every one but the output head."""
+    """Linear layers, and fused experts, by the end of their paths, such as q_proj, mlp.down_proj or
+    experts.gate_up_proj; default: all that can be merged exactly. Never an output head."""
 
 
 class SupervisedConfig(Config):

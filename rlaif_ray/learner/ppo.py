@@ -28,6 +28,7 @@ from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, save_model_folder
 from rlaif_ray.learner.model_state import ModelState
+from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import Text, logprobs_of, settle_attention
 from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer
@@ -103,7 +104,7 @@ class RlRank:
     def _trainable(self, module: torch.nn.Module, model: Any, *, lr: float, **kwargs: Any) -> Any:
         if self._job.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        module.train()  # dropout is zero; checkpointing works in training mode only
+        module.eval()  # but for `update`
         return deepspeed_door.trainable_engine(module, self._job.learner, lr=lr, **kwargs)
 
     # Forward passes
@@ -162,10 +163,12 @@ class RlRank:
         completions = [experience.tokens[i, : int(n)].tolist() for i, n in enumerate(experience.mask.sum(1))]
         sums: Sums = {"tokens": 0.0, "grad_norm": 0.0, "value_grad_norm": 0.0, "first_tokens": 0.0, "gap": 0.0}
         sums |= {"first_ratio_error": 0.0}
+        learning = [engine.module for engine in (self._policy, self._critic) if engine is not None]
         for number, (token_count, plan) in enumerate(schedule):
-            for k, micro in enumerate(plan):
-                last = k == len(plan) - 1
-                self._accumulate(experience, completions, micro, token_count, last=last, first=number == 0, sums=sums)
+            with training_mode(*learning):
+                for k, micro in enumerate(plan):
+                    last, first = k == len(plan) - 1, number == 0
+                    self._accumulate(experience, completions, micro, token_count, last=last, first=first, sums=sums)
             sums["lr"] = float(self._policy.get_lr()[0])  # read before the step, which moves the schedule on
             sums["grad_norm"] += deepspeed_door.optimizer_step(self._policy)
             if self._critic is not None:

@@ -24,10 +24,12 @@ from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.agreement import Readings, read, rewards_of_saved
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder
-from rlaif_ray.learner.lora import add_adapters, merged_state
+from rlaif_ray.learner.lora import add_adapters, merged_state, try_merge
+from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import settle_attention
 from rlaif_ray.models import load_config, load_sequence_classifier, load_tokenizer
+from rlaif_ray.reward_head import model_card
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob
@@ -72,11 +74,10 @@ class SupervisedRank(ABC, Generic[Example]):
         if job.learner.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if job.training.lora is not None:
-            add_adapters(self._model, job.training.lora, job.seed)
-        module = self._module(self._model)
-        module.train()  # dropout is zero; checkpointing works in training mode only
+            add_adapters(self._model, job.training.lora, job.seed, policy.model)
+        self._learner = self._module(self._model).eval()  # but for `train`
         self._engine = deepspeed_door.trainable_engine(
-            module, job.learner, lr=job.learner.lr, total_steps=total_steps, precision=precision
+            self._learner, job.learner, lr=job.learner.lr, total_steps=total_steps, precision=precision
         )
         attention, note = settle_attention(
             plan,
@@ -89,6 +90,11 @@ class SupervisedRank(ABC, Generic[Example]):
         )
         self._packed = attention == PACKED
         self.notes = [note] if note else []  # to be told once
+        if job.training.lora is not None:
+            tokens = torch.Generator().manual_seed(job.seed)
+            text = torch.randint(self._model.config.get_text_config().vocab_size, (16,), generator=tokens).tolist()
+            batch = build_input([text[:8]], [text[8:]], packed=self._packed, device=self.device)
+            try_merge(self._model, lambda: self._engine(batch), policy.model, seed=job.seed)
         self.checkpoint = RankCheckpoint({"model": self._engine}, spec.rank)
 
     @abstractmethod
@@ -132,16 +138,19 @@ class SupervisedRank(ABC, Generic[Example]):
         Returns sums over this rank's examples, "examples" among them, and statistics that are the same on all ranks.
         """
         sums: Sums = {"examples": 0.0, "loss": 0.0}
-        for k, micro in enumerate(plan):
-            # A place-holder takes part in the collectives, no more.
-            losses, logged = self._losses([examples[i] for i in micro or (0,)])
-            # DeepSpeed averages over ranks; our denominator is global already.
-            scale = self._spec.world_size / self._size(examples) if micro else 0.0
-            deepspeed_door.backward(self._engine, losses.sum() * scale, last=k == len(plan) - 1)
-            share = 1.0 if micro else 0.0
-            logged |= {"examples": float(len(losses)), "loss": float(losses.detach().double().sum())}
-            for name, value in logged.items():
-                sums[name] = sums.get(name, 0.0) + share * value
+        # The dropout of adapters is drawn anew for each step and rank, and in the same way after a resume.
+        torch.manual_seed(hash((self._job.seed, self._engine.global_steps, self._spec.rank)) % 2**63)
+        with training_mode(self._learner):
+            for k, micro in enumerate(plan):
+                # A place-holder takes part in the collectives, no more.
+                losses, logged = self._losses([examples[i] for i in micro or (0,)])
+                # DeepSpeed averages over ranks; our denominator is global already.
+                scale = self._spec.world_size / self._size(examples) if micro else 0.0
+                deepspeed_door.backward(self._engine, losses.sum() * scale, last=k == len(plan) - 1)
+                share = 1.0 if micro else 0.0
+                logged |= {"examples": float(len(losses)), "loss": float(losses.detach().double().sum())}
+                for name, value in logged.items():
+                    sums[name] = sums.get(name, 0.0) + share * value
         sums["lr"] = float(self._engine.get_lr()[0])  # read before the step, which moves the schedule on
         sums["grad_norm"] = deepspeed_door.optimizer_step(self._engine)
         return sums
@@ -257,7 +266,9 @@ class RewardRank(SupervisedRank[PairExample]):
         return found
 
     def save_model(self, folder: str, center: dict[str, float] | None) -> None:
-        """A Hugging Face folder for AutoModelForSequenceClassification; under ZeRO-3 all ranks help gather.
+        """A Hugging Face folder for `load_sequence_classifier`; under ZeRO-3 all ranks help gather.
+
+        transformers' AutoModelForSequenceClassification loads it as well where it knows the model's type.
 
         `center` has the mean and standard deviation of reference rewards; scorers of ours subtract the mean, and
         transformers takes no notice. TRL needs no more than the one label.
@@ -268,6 +279,9 @@ class RewardRank(SupervisedRank[PairExample]):
             config.reward_center = center
 
         self._save_folder(folder, prepare)
+        if self._spec.rank == 0:
+            card = model_card(self._model.config, self._job.policy.model)
+            Path(folder, "README.md").write_text(card, encoding="utf-8")
 
 
 def init_head(model: Any, seed: int) -> None:

@@ -14,7 +14,8 @@ from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
-from rlaif_ray.models import load_tokenizer
+from rlaif_ray.learner.lora import plan_adapters
+from rlaif_ray.models import empty_model, load_tokenizer
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import check_attention, readable_context
 from rlaif_ray.pipelines.guard import Guard
@@ -145,6 +146,7 @@ def run_supervised(
         start: the method of Cluster that starts the learner, given the run's steps.
     """
     job, run_dir = loaded.config, loaded.run_dir
+    trained = trained_part(job)
     steps = total_steps(job.training, examples)
     room = readable_context(job.policy, job.training.max_tokens, f"{job.section}.max_tokens")
     make_folder(run_dir)  # its own before a checkpoint is looked for
@@ -164,6 +166,8 @@ def run_supervised(
         checkpoints.tell(track.note)
         if resumed is None:
             checkpoints.start_over()
+        if trained is not None:
+            track.note(trained)
         track.note(f"{note}; starting the learner")
         track.watch_processes(cluster.pids)
         cluster.tell(track.note, leave=stopping.soon)
@@ -190,7 +194,25 @@ def run_supervised(
 
 def plan_supervised(loaded: Loaded) -> str:
     """What `--dry-run` shows beside the resolved config."""
-    return placement_table(loaded.config)
+    trained = trained_part(loaded.config)
+    return placement_table(loaded.config) + (f"\n{trained}" if trained is not None else "")
+
+
+def trained_part(job: SupervisedJob) -> str | None:
+    """What of the model is trained, for people; None: all of it. Before anything starts, and without weights.
+
+    Raises:
+        InputError: the model can't have adapters, or can't become a reward model.
+    """
+    policy, lora = job.policy, job.training.lora
+    is_reward_model = job.section == "reward"
+    if lora is None and not is_reward_model:
+        return None
+    code: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
+    model = empty_model(policy.model, classifier=is_reward_model, **code)
+    if lora is None:
+        return None
+    return str(plan_adapters(model, lora, policy.model, sharded=job.learner.zero_stage == 3))
 
 
 # ---- Fine-tuning -----------------------------------------------------------------------------------------------------

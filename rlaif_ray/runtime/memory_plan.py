@@ -302,11 +302,15 @@ def trained_models(job: Any, shape: ModelShape) -> dict[str, Trained]:
         if job.algorithm.kl.coef > 0 or job.algorithm.kl.target is not None:
             found["reference"] = Trained(0, shape.parameters)
         return found
-    head = shape.hidden if isinstance(job, RewardModelJob) else shape.head  # trained beside adapters too
+    is_reward_model = isinstance(job, RewardModelJob)
+    head = shape.hidden if is_reward_model else shape.head
     lora = job.training.lora
     if lora is None:
         return {"policy": Trained(shape.body + head, 0)}
-    return {"policy": Trained(shape.adapters(lora.rank, lora.targets) + head, shape.body)}
+    adapters = shape.adapters(lora.rank, lora.targets)
+    if is_reward_model:  # its head is new, and trained beside the adapters
+        return {"policy": Trained(adapters + head, shape.body)}
+    return {"policy": Trained(adapters, shape.body + head)}
 
 
 def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device) -> Memory:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlaif_ray.config.jobs import RewardModelJob, SftJob
+from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob
 from rlaif_ray.data.batching import plan_ranks
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import RankSpec
@@ -16,7 +16,7 @@ from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.storage import Place, StoredFolder
 from tests.learner_ranks import RankProcesses, full_weights, plain_logprobs
-from tests.tiny import cached_tiny_model
+from tests.tiny import cached_tiny_model, make_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +112,86 @@ def test_resume_is_exact(one_rank: RankProcesses, tmp_path: Path) -> None:
     assert one_rank.run(resumed, sft_job(targets=("q_proj", "v_proj")), str(tmp_path)) == [True]
 
 
+def measured_twice(spec: RankSpec, job: Any) -> tuple[Any, Any, list[float]]:
+    """What is measured before and between two steps, asked twice each; the losses of one step, taken twice."""
+    from rlaif_ray.learner.dpo import DpoRank
+    from rlaif_ray.learner.finetune import SftRank
+    from rlaif_ray.learner.supervised import RewardRank
+
+    kind, verb, examples = {
+        "sft": (SftRank, "losses", TURNS),
+        "dpo": (DpoRank, "logprobs", PAIRS),
+        "reward": (RewardRank, "rewards", PAIRS),
+    }[job.section]
+    rank: Any = kind(job, spec, "fp32", total_steps=4)
+    plan = plan_of(spec, job, examples)
+
+    def ask() -> Any:
+        return getattr(rank, verb)(examples, plan)
+
+    start = ask()
+    with torch.no_grad():
+        for name, parameter in rank._model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.1)
+    first, second = ask(), ask()
+    learned = examples
+    if job.section == "dpo":
+        from rlaif_ray.learner.dpo import DpoExample
+
+        learned = [DpoExample(pair, *start[i]) for i, pair in enumerate(PAIRS)]
+    return first, second, [rank.train(learned, plan)["loss"] for _ in range(2)]
+
+
+@pytest.mark.parametrize("section", ["sft", "dpo", "reward"])
+def test_dropout_of_adapters_is_off_where_something_is_measured(one_rank: RankProcesses, section: str) -> None:
+    """A response had a reward of 2.45, then of 5.90."""
+    kinds = {"sft": SftJob, "dpo": DpoJob, "reward": RewardModelJob}
+    values = {"policy": {"model": str(cached_tiny_model(tied=True, spread=0.04))}, "data": {"path": "x"}}
+    # A learning rate of nothing: steps differ by their dropout alone.
+    learner = ADAM | {"lr": 1e-30}
+    job = kinds[section].model_validate(values | {"learner": learner, section: {"lora": {"dropout": 0.5}}})
+    [(first, second, losses)] = one_rank.run(measured_twice, job)
+    assert first == second
+    assert losses[0] != losses[1]  # in training it is on, and drawn anew
+    [(again, _, same)] = one_rank.run(measured_twice, job)
+    assert again == first and same == losses  # seeded
+
+
+def tiny_moe(folder: Path) -> Path:
+    """A mixture of experts, whose experts transformers fuses on loading."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = make_tokenizer(folder)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, initializer_range=0.1, **experts, **heads
+    )
+    Qwen3MoeForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_experts_are_adapted_and_merged(
+    one_rank: RankProcesses, two_ranks: RankProcesses, tmp_path: Path, stage: int
+) -> None:
+    """All but under ZeRO-3, where adapters are on the other layers alone."""
+    from transformers import AutoModelForCausalLM
+
+    ranks, count = (one_rank, 1) if stage == 0 else (two_ranks, 2)
+    learner = ADAM | {"ranks": count, "zero_stage": stage}
+    values = {"policy": {"model": str(tiny_moe(tmp_path / "start"))}, "data": {"path": "x"}, "learner": learner}
+    parts = ranks.run(tuned, SftJob.model_validate(values | {"sft": {"lora": {"rank": 4}}}), 3, str(tmp_path / "out"))
+    assert any(".experts." in name for name in parts[0]["trainable"]) == (stage < 3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    rows = plain_logprobs(model, [t.prompt for t in TURNS], [t.response for t in TURNS])
+    said = {i: value for part in parts for i, value in part["said"].items()}
+    for i, row in enumerate(rows):
+        assert -row.sum().item() == pytest.approx(said[i], abs=1e-3)
+
+
 def rewarded(spec: RankSpec, job: RewardModelJob, folder: str) -> dict[str, Any]:
     from rlaif_ray.learner.supervised import RewardRank
 
@@ -148,4 +228,4 @@ def test_an_unknown_layer_is_told() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(cached_tiny_model(tied=True))
     with pytest.raises(InputError, match=r"lora.targets .*qproj.*q_proj"):
-        add_adapters(model, LoraConfig(targets=("qproj",)), 0)
+        add_adapters(model, LoraConfig(targets=("qproj",)), 0, "m")

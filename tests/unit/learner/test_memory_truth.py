@@ -104,7 +104,7 @@ def test_adapters_are_counted_as_peft_makes_them(tied: bool, targets: list[str] 
     job = SftJob.model_validate(values)
     found = load_causal_lm(job.policy.model, dtype=torch.float32, attention="sdpa")
     assert job.sft.lora is not None
-    add_adapters(found, job.sft.lora, seed=0)
+    add_adapters(found, job.sft.lora, 0, job.policy.model)
     planned = trained_models(job, shape_of(job))["policy"]
     assert sum(p.numel() for p in found.parameters() if p.requires_grad) == planned.trainable
     assert sum(p.numel() for p in found.parameters() if not p.requires_grad) == planned.frozen
