@@ -15,7 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rlaif_ray.errors import InputError
-from rlaif_ray.types import TokenQuery
+from rlaif_ray.types import Answer, TokenQuery
+
+LOW_MASS = "low_answer_mass"  # the failure of a judge whose probability is on other words than the answers
+MIN_ANSWER_MASS = 0.05
 
 ANSWERS = tuple(range(1, 11))
 SCORES = tuple(map(str, ANSWERS))
@@ -94,6 +97,17 @@ def expected_score(probabilities: Sequence[float]) -> Verdict | None:
         return None
     expected = math.fsum(a * p for a, p in zip(ANSWERS, probabilities, strict=True)) / total
     return Verdict(value=2.0 * (expected - 1.0) / 9.0 - 1.0, expected=expected, outside=_at_least_0(1.0 - total))
+
+
+def mass_failure(answer: Answer, least: float) -> str | None:
+    """Why `answer` is no judgement: all allowed answers together have less than `least` of the probability.
+
+    A model that would rather say something else (a refusal, the start of a thought) has no opinion in the ratio of two
+    answers that it all but rules out. Answers read off words have all of it.
+    """
+    if answer.failure is not None or answer.mass >= least:
+        return None
+    return f"{LOW_MASS}: the allowed answers have {answer.mass:.2g} of the probability (at least {least:g} is needed)"
 
 
 def _common(left: Tokens, right: Tokens) -> int:
