@@ -115,7 +115,7 @@ def test_every_continuation_directly_follows_what_it_continues() -> None:
 
 def test_a_tail_without_a_space() -> None:
     trie = trie_for(make_tokenizer(None), "Score:")
-    assert trie.dropped == () and trie.longest == 2
+    assert trie.dropped == () and trie.longest == 3  # a space, "1" and "0"
 
 
 def test_a_prompt_that_lacks_the_tail_is_our_mistake() -> None:
