@@ -17,6 +17,7 @@ from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.rollout.fake import ScriptedGenerator
 from rlaif_ray.types import Completion, Prompt, Score, TokenAnswer, TokenQuery
+from tests.frames import without_codes
 from tests.tiny import make_tokenizer
 from tests.unit.feedback.test_answers import SPACED_DIGITS, with_merges
 
@@ -135,7 +136,7 @@ def test_tokens_in_are_those_of_the_prompt(tokenizer: Any) -> None:
 
 
 def test_the_prompt_of_a_chat_model(tokenizer: Any) -> None:
-    text = example_prompt(judge(fixed(tokenizer, {"5": 1.0}), tokenizer), "Why?", "Because.")
+    text = without_codes(example_prompt(judge(fixed(tokenizer, {"5": 1.0}), tokenizer), "Why?", "Because."))
     assert text.startswith("<|im_start|>user\nYou grade how useful")
     assert "\n\n[CONVERSATION]\nWhy?\n[END CONVERSATION]\n\n[RESPONSE]\nBecause.\n[END RESPONSE]\n\nHow useful" in text
     assert text.endswith("nothing else.<|im_end|>\n<|im_start|>assistant\nScore: ")
@@ -158,7 +159,7 @@ def test_no_text_leaves_its_slot(tokenizer: Any, text: str, slot: str) -> None:
     prompt_text, response_text = (text if slot != "response" else "hi", text if slot != "prompt" else "hi")
     generator = fixed(tokenizer, {"5": 1.0})
     subject = judge(generator, tokenizer)
-    rendered = example_prompt(subject, prompt_text, response_text)
+    rendered = without_codes(example_prompt(subject, prompt_text, response_text))
     assert [rendered.count(marker) for marker in TEMPLATE.markers] == [1, 1, 1, 1]
     assert rendered.count(TEMPLATE.ending) == rendered.count(TEMPLATE.preamble) == 1
     scores = subject.score([completion(prompt_text, response_text), completion("hi", "hi")])
