@@ -18,6 +18,7 @@ with the same beginning, which an engine computes once.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -34,10 +35,8 @@ NOTE = (
 def draw_code(seed: int, about: Sequence[str], avoid: Sequence[str]) -> str:
     """The code of `seed` and the texts `about`, which none of the texts `avoid` has in it, as a reader takes them."""
     seen = [folded(text) for text in avoid]
-    attempt = 0
-    while any((code := _code(seed, about, attempt)) in text for text in seen):
-        attempt += 1
-    return code
+    drawn = (_code(seed, about, attempt) for attempt in itertools.count())
+    return next(code for code in drawn if not any(code in text for text in seen))
 
 
 def _code(seed: int, about: Sequence[str], attempt: int) -> str:
