@@ -164,7 +164,7 @@ def _words(answers: tuple[str, ...], prefix: str, asks_for: str) -> _Words:
     ]
     verbs = "choose|chose|pick|select|vote\\s+for|go\\s+with" + ("|prefer|favou?r|recommend" * (asks_for == "better"))
     would = r"(?:['’]d|['’]ll|\s+(?:would|will|do|must|have\s+to|strongly|clearly|slightly))*"
-    chosen = rf"(?:\b(?:I|we)\b{would}|^)\s*(?:{verbs})"
+    chosen = rf"(?:\b(?:I|we)\b{would}\s*+|^[^\S\n]*)(?:{verbs})"
     claimed, opposed = [], []
     if pair:
         stated.append(rf"{chosen}\s+{called}{_DONE}")

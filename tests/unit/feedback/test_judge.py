@@ -288,6 +288,29 @@ def test_no_probability_on_any_answer(tokenizer: Any, probability: float) -> Non
     assert isinstance(score, Score) and score.tokens_in > 0
 
 
+# ---- Little probability on the answers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["I", "<"])
+def test_a_judge_that_would_say_something_else_gives_no_score(tokenizer: Any, word: str) -> None:
+    """A refusal, or the start of a thought: what it has left for the numbers is no opinion."""
+    generator = fixed(tokenizer, {"5": 1e-7, "7": 2e-7, word: 0.9999997})
+    [score] = judge(generator, tokenizer).score([completion(*PLAIN)])
+    assert (score.value, score.failure) == (None, "low_answer_mass")
+    assert score.evidence["outside_mass"] == pytest.approx(1.0, abs=1e-6) and "probabilities" not in score.evidence
+    assert "have 3e-07 of the probability (at least 0.05 is needed)" in score.evidence["error"]
+    assert score.tokens_in > 0
+
+
+@pytest.mark.parametrize(("mass", "least", "scored"), [(0.06, 0.05, True), (0.04, 0.05, False), (1e-6, 0.0, True)])
+def test_the_floor_is_what_the_config_says(tokenizer: Any, mass: float, least: float, scored: bool) -> None:
+    asker = LocalAsker(fixed(tokenizer, {"5": mass, "I": 1.0 - mass}), tokenizer, CONTEXT, "tiny")
+    subject = Judge(asker, TEMPLATE, min_answer_mass=least)
+    for one in (subject, subject.asking(load_template("harmless"))):
+        [score] = one.score([completion(*PLAIN)])
+        assert (score.value is not None) == scored
+
+
 # ---- At start-up -----------------------------------------------------------------------------------------------------
 
 

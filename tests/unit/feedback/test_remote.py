@@ -17,6 +17,7 @@ import pytest
 
 from rlaif_ray.config.sections import OpenAIJudge
 from rlaif_ray.errors import FeedbackError, InputError
+from rlaif_ray.feedback.answers import MIN_ANSWER_MASS, mass_failure
 from rlaif_ray.feedback.neutral import neutralise
 from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.replies import BadReplyError, read_probabilities, read_reply
@@ -92,6 +93,12 @@ READINGS = {
     "sampled by chance": ([("z", {"1": 0.5, "2": 0.25, "x": 0.1, "z": 0.01})], (2 / 3, 1 / 3), 0.25),
     "an end, or half a character": ([("", {"": 0.5, "1": 0.3, "2": 0.1}), ("1", {"1": 0.5})], (0.75, 0.25), 0.6),
     "nothing but an end": ([("", {"": 0.5, "1": 0.3, "2": 0.2})], (0.6, 0.4), 0.5),
+    "behind words": (
+        [("Answer", {"Answer": 0.9}), (":", {":": 0.9}), (" 2", {" 2": 0.6, " 1": 0.2})],
+        (0.25, 0.75),
+        0.2,
+    ),
+    "in brackets": ([("Verdict", {"Verdict": 1.0}), (": [[", {": [[": 0.9}), ("1", {"1": 0.9})], (1.0, 0.0), 0.1),
     "a certain answer": ([("1", {"1": 1 - 2**-20, "2": 2**-20})], (1 - 2**-20, 2**-20), 0.0),
 }
 
@@ -106,6 +113,28 @@ def test_probabilities_are_read_exactly(ask: Ask, name: str) -> None:
     assert answer.probabilities == pytest.approx(expected, abs=1e-12)
     assert answer.outside == pytest.approx(outside, abs=1e-12)
     assert swapped.probabilities == answer.probabilities[::-1]
+
+
+def test_the_answer_is_read_where_the_verdict_stands_and_not_at_a_word(ask: Ask) -> None:
+    """ "Response 1 is ..." names a response: whether it is the better one comes later."""
+    talk = [
+        ("Response", {"Response": 0.99, "1": 1e-7, "2": 1e-8}),
+        (" 1", {" 1": 0.7, " 2": 0.3}),
+        (" is", {" is": 0.9}),
+    ]
+    for last in (" better", " worse"):
+        with FakeEndpoint(lambda _, last=last: Said([*talk, (last, {last: 0.9})])) as endpoint:  # type: ignore[misc]
+            answer = only(ask(endpoint.url), Question((Message("user", "?"),), "", ANSWERS, "better"))
+        # Read at the word after all, where the answers have next to nothing.
+        assert answer.failure == "no_probability" or mass_failure(answer, MIN_ANSWER_MASS) is not None
+    thought = [("<think>", {"<think>": 0.999, "1": 1e-7, "2": 1e-7}), ("1", {"1": 0.9, "2": 0.1})]
+    with FakeEndpoint(lambda _: Said(thought)) as endpoint:
+        answer = only(ask(endpoint.url))
+    assert answer.failure == "no_probability" or mass_failure(answer, MIN_ANSWER_MASS) is not None
+    verdict = [("Response", {"Response": 0.9}), (" 1", {" 1": 0.9}), (" fails", {" fails": 0.9}), (".", {".": 0.9})]
+    verdict += [("\nVerdict", {"\nVerdict": 0.9}), (":", {":": 0.9}), (" 2", {" 2": 0.8, " 1": 0.2})]
+    with FakeEndpoint(lambda _: Said(verdict)) as endpoint:
+        assert only(ask(endpoint.url)).probabilities == pytest.approx((0.2, 0.8))
 
 
 def test_the_order_of_candidates_does_not_matter() -> None:
