@@ -180,7 +180,7 @@ def test_a_template_that_the_training_judge_has_no_room_for(tmp_path: Path) -> N
         'body: "[A]\\n{prompt}\\n[B]\\n{response}\\n[C]"\nending: From 1 to 10?\n'
         f'answer_prefix: "{short.answer_prefix}"\nmarkers: ["[A]", "[B]", "[C]"]\n'
     )
-    judge = f"{{model: {cached_tiny_model(tied=True, context=4096)}, max_context: 300}}"
+    judge = f"{{model: {cached_tiny_model(tied=True, context=4096)}, max_context: 400}}"
     room = f"feedback.scorers={{j: {{scorer: {{type: judge, template: {template}, judge: {judge}}}}}}}"
     config = load_job("train", [tiny_config(tmp_path)], [job, "feedback.type=mixture", room]).config
     with pytest.raises(InputError, match=r"template no_harm.*Raise feedback\.scorers\.j\.scorer\.judge\.max_context"):
