@@ -142,8 +142,8 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
     memory.close()
     rows_now = list(read_rows_streaming(path))
     failures = Counter(row["failure"] for row in rows_now if row["failure"] is not None)
-    scores, tokens_in = [row["score"] for row in rows_now], sum(row["tokens_in"] for row in rows_now)
-    return Graded(scores, tokens_in, spent, dict(failures))
+    tokens_in = sum(row["tokens_in"] for row in rows_now)
+    return Graded([row["score"] for row in rows_now], tokens_in, spent, dict(failures))
 
 
 def _scored_by(judges: Mapping[str, Judge]) -> Callable[[list[Response]], list[Score]]:
