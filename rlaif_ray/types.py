@@ -88,6 +88,7 @@ class Question:
     turns: tuple[Message, ...]  # ends with the user's; the judge writes next
     answer_prefix: str = ""  # how the judge's own turn begins, where a judge lets us begin it (local ones do)
     answers: tuple[str, ...] = ()  # the answers whose probabilities are read; none when free text is asked for
+    asks_for: str = ""  # "better" or "worse" where an answer names a response: "1 is better" answers only the former
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,11 @@ class Answer:
     tokens_out: int = 0
     cost: float = 0.0  # by the prices in the config
     failure: str | None = None  # "too_long", "engine_error: ...", "no_probability", "unparsed", ...
+
+    @property
+    def mass(self) -> float:
+        """Probability of all answers together, before they were renormalised."""
+        return 1.0 - self.outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,7 @@ class Label:
     rationales: tuple[str, ...] = ()  # those with a shown first, then those with b shown first
     principle: str | None = None  # id of the constitution's principle it was asked by
     hard: bool = False
+    answer_mass: float | None = None  # probability of all answers together, of the order that has less; None: no model
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float = 0.0

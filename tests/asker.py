@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Answer, Explanation, Question
+from tests.frames import without_codes
 
 
 def shown(question: Question) -> tuple[str, str]:
     """The two responses in the order a preference question shows them, of the shipped templates."""
-    lines = question.turns[0].content.rsplit("]\n")
+    lines = without_codes(question.turns[0].content).rsplit("]\n")
     texts = [line.rpartition("\n[END")[0] for line in lines]
     found = [text for text in texts if text]
     return found[-2], found[-1]

@@ -126,6 +126,9 @@ class EngineConfig(Config):
     """Passed to vLLM as they are; they win over everything above."""
 
 
+AnswerMass = Annotated[float, Field(ge=0, lt=1)]
+
+
 class JudgeConfig(EngineConfig):
     """The model that gives feedback, on our own engines."""
 
@@ -134,6 +137,9 @@ class JudgeConfig(EngineConfig):
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
+    min_answer_mass: AnswerMass = 0.05
+    """Least probability of all allowed answers (1 and 2, or 1 to 10) together. A judge with less on them would rather
+    say something else, such as a refusal or the start of a thought: a counted failure, never a label or a score."""
     price_in: Annotated[float, Field(ge=0)] = 0.0
     """What reading a million tokens costs you here, to compare with a price per human label."""
     price_out: Annotated[float, Field(ge=0)] = 0.0
@@ -152,6 +158,8 @@ class OpenAIJudge(Config):
     """Environment variable that holds the key. The key itself is never written anywhere."""
     answers: Literal["logprobs", "text"] = "logprobs"
     """text: for endpoints without log-probabilities; what the judge says counts fully, its labels are marked hard."""
+    min_answer_mass: AnswerMass = 0.05
+    """As of a judge on our own engines; what is read off the judge's text has no such probability."""
     concurrency: Annotated[int, Field(ge=1)] = 32
     """Requests in flight at most."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0

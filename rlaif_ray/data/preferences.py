@@ -86,6 +86,9 @@ class PreferenceRecord(BaseModel):
     judge: Judge | None = None
     hard: Annotated[bool, Field(strict=True)] = False
     """Read off the judge's text: it gave no probabilities."""
+    answer_mass: Probability | None = None
+    """Probability that the judge gave to both answers together, in the order where it is less; the rest was on other
+    words. Null: read off text, no judge, or a record of an older version."""
     tokens_in: Count = 0
     tokens_out: Count = 0
     cost: Annotated[float, Field(strict=True, ge=0)] = 0.0
@@ -125,6 +128,11 @@ class PreferenceRecord(BaseModel):
 def comparison_text(record: PreferenceRecord) -> str:
     """The prompt as a judge reads it."""
     return conversation_text(record.prompt)
+
+
+def failure_reason(record: PreferenceRecord) -> str:
+    """Why a record has no label, without the details."""
+    return (record.failed or "unlabelled").split(":")[0]
 
 
 def human_label(record: PreferenceRecord) -> float | None:
@@ -368,7 +376,7 @@ def _must_be_new(row_id: str, row: Row, rows: _Rows) -> None:
 
 _MUST_BE = {
     **dict.fromkeys(("response_a", "response_b"), "text that is not empty"),
-    **dict.fromkeys(("p_a", "p_a_forward", "p_a_reversed", "human"), "a number from 0 to 1, or null"),
+    **dict.fromkeys(("p_a", "p_a_forward", "p_a_reversed", "answer_mass", "human"), "a number from 0 to 1, or null"),
     **dict.fromkeys(("source_a", "source_b", "principle", "failed"), "text, or null"),
     **dict.fromkeys(("tokens_in", "tokens_out", "cut"), "a whole number, 0 or more"),
     "cost": "a number, 0 or more",

@@ -135,7 +135,7 @@ def arrow_schema() -> pa.Schema:
 
     text, number, whole = pa.string(), pa.float64(), pa.int64()
     types = dict.fromkeys(_COLUMNS, text)
-    types |= dict.fromkeys(("p_a", "p_a_forward", "p_a_reversed", "human", "cost"), number)
+    types |= dict.fromkeys(("p_a", "p_a_forward", "p_a_reversed", "answer_mass", "human", "cost"), number)
     types |= dict.fromkeys(("tokens_in", "tokens_out", "cut"), whole)
     types["prompt"] = pa.list_(pa.struct({"role": text, "content": text}))
     types["rationales"] = pa.list_(text)

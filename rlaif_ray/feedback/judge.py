@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import InputError
-from rlaif_ray.feedback.answers import SCORES, expected_score
+from rlaif_ray.feedback.answers import MIN_ANSWER_MASS, SCORES, expected_score, mass_failure
 from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.types import Answer, Completion, Message, Question, Score
 
@@ -23,17 +23,23 @@ ROOM = 64  # tokens that a conversation and a response must have at least, or th
 class Judge:
     """Scores completions with a language model: its expected answer on a scale from 1 to 10, mapped to [-1, 1]."""
 
-    def __init__(self, asker: Asker, template: Template) -> None:
-        self._asker, self._template = asker, template
+    def __init__(
+        self, asker: Asker, template: Template, *, min_answer_mass: float = MIN_ANSWER_MASS, seed: int = 0
+    ) -> None:
+        """`min_answer_mass`: of the probability, that all ten answers must have together, or it is a failure.
+
+        `seed` is of the codes in the frames around the texts.
+        """
+        self._asker, self._template, self._least, self._seed = asker, template, min_answer_mass, seed
         self._origin = {"template": template.name, "template_hash": template.hash, "judge": asker.name}
 
     def asking(self, template: Template) -> Judge:
         """The same judge with another question."""
-        return Judge(self._asker, template)
+        return Judge(self._asker, template, min_answer_mass=self._least, seed=self._seed)
 
     def question(self, prompt_text: str, response_text: str) -> Question:
         """What the judge is asked about one completion."""
-        return score_question(self._template, prompt_text, response_text, self._asker.special)
+        return score_question(self._template, prompt_text, response_text, self._asker.special, self._seed)
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in order. Questions that are the same are asked once, all in one call."""
@@ -48,25 +54,28 @@ class Judge:
         return scores
 
     def _score(self, answer: Answer) -> Score:
-        reason, _, detail = (answer.failure or "").partition(": ")
+        failure = answer.failure or mass_failure(answer, self._least)
+        reason, _, detail = (failure or "").partition(": ")
+        told = {} if answer.failure else {"outside_mass": round(answer.outside, 6)}
         verdict = expected_score(answer.probabilities) if not reason else None
         if verdict is None:
             error = {"error": detail} if detail else {}
-            return Score(None, reason or "no_probability", {**error, **self._origin}, answer.tokens_in)
-        inside = 1.0 - answer.outside
+            return Score(None, reason or "no_probability", {**error, **told, **self._origin}, answer.tokens_in)
         evidence = {
-            "probabilities": [round(probability * inside, 6) for probability in answer.probabilities],
+            "probabilities": [round(probability * answer.mass, 6) for probability in answer.probabilities],
             "expected": round(verdict.expected, 6),
-            "outside_mass": round(answer.outside, 6),
+            **told,
             **self._origin,
         }
         return Score(verdict.value, None, evidence, answer.tokens_in)
 
 
-def score_question(template: Template, prompt_text: str, response_text: str, special: tuple[str, ...]) -> Question:
+def score_question(
+    template: Template, prompt_text: str, response_text: str, special: tuple[str, ...], seed: int = 0
+) -> Question:
     """The question for a score from 1 to 10, both texts neutralised."""
-    body = template.render(prompt_text, response_text, special)
-    content = f"{template.preamble}\n\n{body}\n\n{template.ending}"  # constant text first: prefix caching
+    body = template.render(prompt_text, response_text, special, seed)
+    content = f"{template.opening}\n\n{body}\n\n{template.ending}"  # constant text first: prefix caching
     return Question((Message("user", content),), template.answer_prefix, SCORES)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rlaif_ray.feedback.answers import MIN_ANSWER_MASS, mass_failure
 from rlaif_ray.feedback.principles import draw_principle
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Answer, Comparison, Explanation, Label, Message, Question
@@ -54,6 +55,7 @@ class _Opinion:
     p_first: float | None  # probability that the response shown first is better
     rationales: tuple[str, ...] = ()
     hard: bool = False
+    mass: float | None = None  # probability of all answers together; None where none was measured
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float = 0.0
@@ -72,10 +74,15 @@ class PreferenceLabeler:
         *,
         exemplars: Sequence[Exemplar] = (),
         constitution: Constitution | None = None,
+        min_answer_mass: float = MIN_ANSWER_MASS,
         seed: int = 0,
     ) -> None:
-        """`template` is of kind "preference"; `seed` is of principles and sampled rationales."""
+        """`template` is of kind "preference"; `seed` is of principles, sampled rationales and the frames' codes.
+
+        `min_answer_mass`: of the probability, that both answers must have together in each order, or it is a failure.
+        """
         self._asker, self._template, self._cfg, self._seed = asker, template, cfg, seed
+        self._least = min_answer_mass
         self._constitution = constitution
         self._preamble = template.with_exemplars(exemplars, cfg.reasoning is not None, asker.special)
 
@@ -111,20 +118,24 @@ class PreferenceLabeler:
     def _question(self, order: _Order, cut: int, *, ask_for_reasons: bool = False) -> Question:
         template, special = self._template, self._asker.special
         prompt = cut_middle(order.comparison.prompt, cut)
-        body = template.render_pair(prompt, order.first, order.second, special)
+        body = template.render_pair(prompt, order.first, order.second, special, self._seed)
         text = template.rationale_request if ask_for_reasons else template.ending
         content = (
             f"{self._preamble}\n\n{body}\n\n{self._with_principle(text, order)}"  # constant text first: it is cached
         )
         turns = (Message("user", content),)
-        return Question(turns) if ask_for_reasons else Question(turns, template.answer_prefix, template.answers)
+        return Question(turns) if ask_for_reasons else self._asking(turns)
 
     def _after(self, request: Question, rationale: str, order: _Order) -> Question:
         """The question proper, once the judge has given its reasons."""
         said = self._template.neutralise(rationale, self._asker.special)
         ending = self._with_principle(self._template.ending, order)
         turns = (*request.turns, Message("assistant", said), Message("user", ending))
-        return Question(turns, self._template.answer_prefix, self._template.answers)
+        return self._asking(turns)
+
+    def _asking(self, turns: tuple[Message, ...]) -> Question:
+        template = self._template
+        return Question(turns, template.answer_prefix, template.answers, template.asks_for)
 
     def _with_principle(self, text: str, order: _Order) -> str:
         question = order.principle.comparison_question if order.principle else self._template.default_question
@@ -164,14 +175,17 @@ class PreferenceLabeler:
 
     def _opinion(self, answers: Sequence[Answer], reasons: Explanation | None) -> _Opinion:
         """The mean over the answers that could be read; a failure when there is none."""
+        answers = [replace(a, failure=a.failure or mass_failure(a, self._least)) for a in answers]
         replies: list[Answer | Explanation] = [*answers, *([reasons] if reasons else [])]
+        read = [answer for answer in answers if answer.failure is None]
+        measured = [a.mass for a in read or answers if a.probabilities and not a.hard]
         told = {
+            "mass": min(measured, default=None),
             "rationales": reasons.texts if reasons else (),
             "tokens_in": sum(r.tokens_in for r in replies),
             "tokens_out": sum(r.tokens_out for r in replies),
             "cost": math.fsum(r.cost for r in replies),
         }
-        read = [answer for answer in answers if answer.failure is None]
         if not read:
             failure = next((r.failure for r in reversed(replies) if r.failure is not None), "no_rationale")
             return _Opinion(None, failure=failure, **told)  # type: ignore[arg-type]
@@ -221,6 +235,7 @@ class PreferenceLabeler:
             rationales=(*forward.rationales, *backward.rationales),
             principle=principle.id if principle else None,
             hard=forward.hard or backward.hard,
+            answer_mass=min((o.mass for o in (forward, backward) if o.mass is not None), default=None),
             tokens_in=forward.tokens_in + backward.tokens_in,
             tokens_out=forward.tokens_out + backward.tokens_out,
             cost=forward.cost + backward.cost,

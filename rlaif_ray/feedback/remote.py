@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlaif_ray.errors import FeedbackError, InputError
 from rlaif_ray.feedback.endpoint import Endpoint, NoReplyError, OneAtATimeError
-from rlaif_ray.feedback.replies import BadReplyError, Reply, parse_answer, read_probabilities
+from rlaif_ray.feedback.replies import BadReplyError, Reply, read_probabilities
+from rlaif_ray.feedback.verdicts import parse_verdict
 from rlaif_ray.types import Answer, Explanation, Question
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ SPECIAL = (
     *("<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<think>", "</think>"),
 )
 
-ANSWER_TOKENS = 4  # written for log-probabilities: white space or a quote may come before the answer
+ANSWER_TOKENS = 8  # written for log-probabilities: white space, a quote or "Verdict:" may come before the answer
 TEXT_TOKENS = 16  # written where the text is the answer
 UNLISTED_SHARE = 0.05  # of what was found, that an answer which is not among the candidates may have to count as 0
 EVENTS_A_TURN = 4
@@ -241,7 +242,13 @@ class OpenAIAsker:
                 f"judge.answers=text, whose labels are hard, or an endpoint that has them."
             )
         try:
-            reading = read_probabilities(reply.positions or (), question.answers)
+            reading = read_probabilities(
+                reply.positions or (),
+                question.answers,
+                question.answer_prefix,
+                asks_for=question.asks_for,
+                cut=reply.cut,
+            )
         except BadReplyError as bad:
             return replace(told, failure=f"bad_reply: {bad}")
         if reading.sharpened:
@@ -258,10 +265,12 @@ class OpenAIAsker:
         )
 
     def _in_words(self, question: Question, reply: Reply, told: Answer) -> Answer:
-        said = parse_answer(reply.texts[0], question.answers, question.answer_prefix)
-        if said is not None:
+        verdict = parse_verdict(
+            reply.texts[0], question.answers, question.answer_prefix, asks_for=question.asks_for, cut=reply.cut
+        )
+        if verdict is not None:
             self._understood = True
-            return replace(told, probabilities=tuple(float(a == said) for a in question.answers), hard=True)
+            return replace(told, probabilities=tuple(float(a == verdict.answer) for a in question.answers), hard=True)
         if not self._understood and reply.cut and not reply.texts[0].strip():
             raise InputError(
                 f"judge.model={self._cfg.model} wrote {reply.tokens_out} tokens and said nothing: it thinks before it "

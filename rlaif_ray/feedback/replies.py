@@ -1,24 +1,21 @@
-"""Reads a chat completion as a judge's answer: off the log-probabilities of its tokens, or off its words. Pure."""
+"""Reads a chat completion as a judge's answer, off the log-probabilities of its tokens. Pure."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
+
+from rlaif_ray.feedback.verdicts import parse_verdict
 
 # What may stand around an answer without being one. Some servers show a token's space as its vocabulary writes it.
 _AROUND = string.whitespace + "\u2581\u0120\u010a" + "\"'`“”‘’«»()[]{}*"
-_NOUN = r"(?:answer|response|choice|option|summary|reply|number)"
-_LEAD = rf"(?:the|my|final|{_NOUN}|is)\b"
-_NAMING = re.compile(rf"{_NOUN}[^\w:=]*$", re.IGNORECASE)  # "Response 1", not "Response: 1"
-_JOINED = r"(?:(?:or|and|vs|versus|to)\b[\W_]*)?"
-_CLOSING = r"[*_`'\"”’)\]}]*"
-_VERB = r"(?:is|isn|was|does|doesn|has|seems|would)\b"
+_NO_TEXT = "\ufffd"
+_BLANKS = str.maketrans("\u2581\u0120\u010a", "  \n")
 
 
 class BadReplyError(Exception):
@@ -80,32 +77,83 @@ class Reading:
     sharpened: bool  # a distribution without a second candidate: no model's own
 
 
-def read_probabilities(positions: Sequence[dict[str, Any]], answers: Sequence[str]) -> Reading:
+def read_probabilities(
+    positions: Sequence[dict[str, Any]],
+    answers: Sequence[str],
+    prefix: str = "",
+    *,
+    asks_for: str = "",
+    cut: bool = False,
+) -> Reading:
     """Probability that each answer is the next token but for white space, quotes and brackets.
 
-    It is read where the reply gets to the point: at the first token that is more than those, or where an answer is
-    likelier than they are, whatever was sampled. Tokens such as "1" and " 1" are one answer. Answers of several
-    tokens are not found.
+    It is read where the reply gets to the point. That is at the first token that is more than those, or where an
+    answer is likelier than they are, whatever was sampled; or, if that token is a word, where the answer stands in a
+    verdict that the words lead to ("The better response is 2"), whichever has more probability on the answers. In
+    "Response 1 is better" no place has the verdict's probability: the 1 could as well go on to "is worse".
+    Tokens such as "1" and " 1" are one answer. Answers of several tokens are not found.
+
+    Args:
+        prefix, asks_for, cut: as `parse_verdict` has them.
 
     Raises:
         BadReplyError: the log-probabilities are none.
     """
     assert len(set(answers)) == len(answers) > 0
-    found, candidates, sampled = [0.0] * len(answers), list[tuple[str, float]](), ""
+    reading = _Place((0.0,) * len(answers), [], "")
     for position in positions:
-        candidates, sampled = _candidates(position), str(position.get("token", ""))
-        found = [math.fsum(p for token, p in candidates if _bare(token) == answer) for answer in answers]
-        nothing = math.fsum(p for token, p in candidates if not _bare(token))
-        if _bare(sampled) or math.fsum(found) >= nothing:
+        reading = _place(position, tuple(answers))
+        nothing = math.fsum(p for token, p in reading.candidates if not _bare(token))
+        if _bare(reading.sampled) or reading.mass >= nothing:
             break
-    listed = sorted((p for _, p in candidates), reverse=True) or [0.0]
+    opening = sorted((p for _, p in reading.candidates), reverse=True) or [0.0]
+    if _bare(reading.sampled) not in ("", _NO_TEXT, *answers):
+        stated = _stated_place(positions, tuple(answers), prefix, asks_for, cut)
+        if stated is not None and stated.mass > reading.mass:
+            reading = stated
+    listed = sorted((p for _, p in reading.candidates), reverse=True) or [0.0]
     # The sampled token may be in the list for that alone: others as likely as it need not be.
-    least = min((p for token, p in candidates if token != sampled), default=listed[0])
+    least = min((p for token, p in reading.candidates if token != reading.sampled), default=listed[0])
     return Reading(
-        tuple(found),
-        unlisted=0.0 if all(found) else max(0.0, min(least, 1.0 - math.fsum(listed))),
-        sharpened=listed[0] >= 1.0 - 1e-9 and not any(listed[1:]),
+        reading.found,
+        unlisted=0.0 if all(reading.found) else max(0.0, min(least, 1.0 - math.fsum(listed))),
+        sharpened=opening[0] >= 1.0 - 1e-9 and not any(opening[1:]),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a position says."""
+
+    found: tuple[float, ...]  # probability of each answer there
+    candidates: list[tuple[str, float]]
+    sampled: str
+
+    @property
+    def mass(self) -> float:
+        return math.fsum(self.found)
+
+
+def _place(position: dict[str, Any], names: Sequence[str]) -> _Place:
+    """A position, whose answers go by `names`."""
+    candidates = _candidates(position)
+    found = tuple(math.fsum(p for token, p in candidates if _bare(token) == name) for name in names)
+    return _Place(found, candidates, str(position.get("token", "")))
+
+
+def _stated_place(
+    positions: Sequence[dict[str, Any]], answers: tuple[str, ...], prefix: str, asks_for: str, cut: bool
+) -> _Place | None:
+    """The position at which the reply's words first state their verdict; None when they state none."""
+    tokens = [str(position.get("token", "")) for position in positions]
+    text = "".join(tokens).translate(_BLANKS)
+    verdict = parse_verdict(text, answers, prefix, asks_for=asks_for, cut=cut)
+    if verdict is None or not verdict.stated:
+        return None
+    begin, end = verdict.stated[0]
+    names = ("A", "B") if text[begin:end] in ("A", "B") else answers
+    ends = itertools.accumulate(map(len, tokens))
+    return _place(positions[next(k for k, stop in enumerate(ends) if stop > begin)], names)
 
 
 def _candidates(position: dict[str, Any]) -> list[tuple[str, float]]:
@@ -128,37 +176,4 @@ def _candidates(position: dict[str, Any]) -> list[tuple[str, float]]:
 def _bare(token: str) -> str:
     """What a token says; "" when that is nothing."""
     # No text at all is half a character or the reply's end, not white space.
-    return token.strip(_AROUND) if token else "\ufffd"
-
-
-def parse_answer(text: str, answers: Sequence[str], prefix: str = "") -> str | None:
-    """The answer that a text gives; None when it does not clearly give one.
-
-    It must begin with it, behind punctuation, the words of `prefix` (how the question would have its answer begin)
-    or words such as "The answer is". "10", "1.5" and "1 or 2" are not the answer "1"; nor is "1 is worse" or
-    "Response 1 fails", which talk about what they name.
-    """
-    text = text.rpartition("</think>")[2]
-    match = _spoken(tuple(answers), prefix).match(text)
-    if match is None:
-        return None
-    said, rest = match["answer"], text[match.end() :]
-    if re.match(r"[^\w\s]\d", rest):  # part of a larger number
-        return None
-    other = re.match(rf"[\W_]*{_JOINED}({_one_of(answers)})(?![^\W_])", rest, re.IGNORECASE)
-    if other is not None and other[1] != said:
-        return None
-    talk = r"\w" if _NAMING.search(match["lead"]) else _VERB
-    return None if re.match(rf"{_CLOSING}[^\S\n]+{talk}", rest, re.IGNORECASE) else said
-
-
-def _one_of(answers: Sequence[str]) -> str:
-    return "|".join(re.escape(answer) for answer in sorted(answers, key=len, reverse=True))
-
-
-@lru_cache(maxsize=64)
-def _spoken(answers: tuple[str, ...], prefix: str) -> re.Pattern[str]:
-    """Matches up to the answer."""
-    own = r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", prefix)))
-    own = rf"(?:(?i:{own})\b[\W_]*)?" if own else ""
-    return re.compile(rf"[\W_]*{own}(?P<lead>(?:(?i:{_LEAD})[\W_]*)*)(?P<answer>{_one_of(answers)})(?![^\W_])")
+    return token.strip(_AROUND) if token else _NO_TEXT

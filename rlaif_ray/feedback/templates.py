@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from rlaif_ray.feedback.answers import SCORES
 from rlaif_ray.feedback.files import LIST, TEXT, TEXTS, WHOLE, Source, find, key_problems, nearest, read, refuse, shown
+from rlaif_ray.feedback.frames import NOTE, with_codes
 from rlaif_ray.feedback.neutral import letters, neutralise
 
 Kind = Literal["score", "preference"]
@@ -71,7 +72,8 @@ class Template:
         """Of everything that shapes the judge's prompt or its reading, so not of name and version."""
         texts = asdict(self)
         absent = [key for key in ("asks_for", "rationale_request", "default_question") if not texts[key]]
-        return _digest({key: value for key, value in texts.items() if key not in ("name", "version", *absent)})
+        shape = {key: value for key, value in texts.items() if key not in ("name", "version", *absent)}
+        return _digest({**shape, "note": NOTE, "frame": self._fill(dict.fromkeys(SLOTS[self.kind], ""), (), 0)})
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -87,29 +89,37 @@ class Template:
         """`text` without the power to end its slot (see neutral.py)."""
         return neutralise(text, self.markers, special_tokens)
 
-    def render(self, prompt_text: str, response_text: str, special_tokens: Sequence[str] = ()) -> str:
-        """The body of a score template with both texts, neutralised, in their slots."""
-        return self._fill({"prompt": prompt_text, "response": response_text}, special_tokens)
+    def render(self, prompt_text: str, response_text: str, special_tokens: Sequence[str] = (), seed: int = 0) -> str:
+        """The body of a score template with both texts, neutralised, in their slots. `seed` is of the frame's codes."""
+        return self._fill({"prompt": prompt_text, "response": response_text}, special_tokens, seed)
 
-    def render_pair(self, prompt_text: str, first: str, second: str, special_tokens: Sequence[str] = ()) -> str:
+    def render_pair(
+        self, prompt_text: str, first: str, second: str, special_tokens: Sequence[str] = (), seed: int = 0
+    ) -> str:
         """The body of a preference template with the three texts, neutralised, in their slots."""
-        return self._fill({"prompt": prompt_text, "first": first, "second": second}, special_tokens)
+        return self._fill({"prompt": prompt_text, "first": first, "second": second}, special_tokens, seed)
 
-    def _fill(self, texts: dict[str, str], special_tokens: Sequence[str]) -> str:
+    def _fill(self, texts: dict[str, str], special_tokens: Sequence[str], seed: int) -> str:
         assert tuple(texts) == SLOTS[self.kind], "the other kind of template"
         safe = {slot: self.neutralise(text, special_tokens) for slot, text in texts.items()}
-        return _SLOT.sub(lambda match: safe[match[1]], self.body)  # one pass: a "{first}" in a prompt stays text
+        body = with_codes(self.body, self.markers, texts, seed)
+        return _SLOT.sub(lambda match: safe[match[1]], body)  # one pass: a "{first}" in a prompt stays text
+
+    @property
+    def opening(self) -> str:
+        """What the judge reads first, the same in every question: what it is to do, and what the frame means."""
+        return f"{self.preamble}\n\n{NOTE}" if self.markers else self.preamble
 
     def with_exemplars(
         self, exemplars: Sequence[Exemplar], with_rationales: bool, special_tokens: Sequence[str] = ()
     ) -> str:
-        """The constant text before the body: the preamble, then each exemplar the way a pair is asked about.
+        """The constant text before the body: the opening, then each exemplar the way a pair is asked about.
 
         `with_rationales`: as in a chain of thought, request and rationale before the question.
         """
         if not exemplars:
-            return self.preamble
-        parts = [self.preamble]
+            return self.opening
+        parts = [self.opening]
         for number, exemplar in enumerate(exemplars, start=1):
             question = exemplar.question or self.default_question
             parts += [f"Example {number}:"]

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.data.preferences import PreferenceRecord, comparison_text, human_label, read_preferences, rows_of
+from rlaif_ray.data.preferences import (
+    PreferenceRecord,
+    comparison_text,
+    failure_reason,
+    human_label,
+    read_preferences,
+    rows_of,
+)
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import (
     beats,
@@ -71,6 +79,7 @@ def measured_alignment(
         return None
     p = [record.p_a for record in records]
     found = _against_people(job, p, records)
+    found["failures"] = dict(Counter(failure_reason(r) for r in records if r.p_a is None))
     found["position_bias"] = asdict(position_bias([r.p_a_forward for r in records], [r.p_a_reversed for r in records]))
     found["people"] = _agreement_of_people([_label(record) for record in records])
     parts: dict[str, list[PreferenceRecord]] = {}

@@ -388,7 +388,7 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "kappa", share(found["kappa"])
         yield "calibration", f"Brier {share(found['brier'])}, ECE {share(found['ece'])}"
         yield "position bias", _bias(found["position_bias"])
-        yield "failed", str(found["failed"]) if found["failed"] else ""
+        yield "failed", ", ".join(f"{n} {reason}" for reason, n in found["failures"].items())
         for part, own in found.get("subsets", {}).items():
             yield part, f"{share(own['accuracy'])} {interval(own)} of {own['n']}"
     for name, own in summary["reward_models"].items():
@@ -409,6 +409,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 "shows which way it leans, another judge would be better"
             ),
         )
+    if summary["harmless"]:
+        yield "harmless, failed", ", ".join(f"{n} {why}" for why, n in summary["harmless"]["failures"].items())
     yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
     yield "cost", f"{summary['cost']:.4g}" if summary["cost"] else ""
 

@@ -12,6 +12,7 @@ from rlaif_ray.algorithm.kl import adaptive_kl_coef, kl_estimate
 from rlaif_ray.algorithm.logprobs import masked_sum
 from rlaif_ray.config.sections import GrpoConfig, PpoConfig, ReinforceConfig, RlooConfig
 from rlaif_ray.errors import FeedbackError, StaleWeightsError
+from rlaif_ray.feedback.answers import LOW_MASS
 from rlaif_ray.types import Sample
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def keep_scored(completions: Sequence[Completion], scores: Sequence[Score], min_
             f"feedback.min_scored_fraction={min_scored_fraction:g} of completions must be scored (got "
             f"{len(samples)} of {len(completions)}; failures: {failures_by_reason(scores)}): a policy must not train "
             f"only on what its judge could read. too_long: raise feedback.judge.max_context or lower max_new_tokens; "
-            f"engine_error: see the judge's log; or lower feedback.min_scored_fraction."
+            f"engine_error: see the judge's log; {LOW_MASS}: the judge would rather say something else than a number, "
+            f"so use another judge or template; or lower feedback.min_scored_fraction."
         )
     return samples
 
@@ -55,6 +57,12 @@ def keep_scored(completions: Sequence[Completion], scores: Sequence[Score], min_
 def failures_by_reason(scores: Sequence[Score]) -> dict[str, int]:
     """How many judgements failed, by the reason's first word."""
     return dict(Counter(s.failure.split(":")[0] for s in scores if s.failure is not None))
+
+
+def low_mass_fraction(scores: Sequence[Score]) -> float:
+    """Share of all whose judge had too little probability on the answers."""
+    # A mixture's failure has the scorer's name before the reason.
+    return sum(s.failure is not None and s.failure.endswith(LOW_MASS) for s in scores) / max(1, len(scores))
 
 
 def add_advantages(experience: Experience, algorithm: AlgorithmConfig, kl_coef: float) -> Experience:
@@ -110,7 +118,7 @@ def batch_metrics(completions: Sequence[Completion], scores: Sequence[Score]) ->
     lengths = [len(c.tokens) for c in answered]
     mean = sum(values) / len(values) if values else float("nan")
     spread = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5 if values else float("nan")
-    outside = [s.evidence["outside_mass"] for s in scores if "outside_mass" in s.evidence]
+    outside = [mass for score in scores for mass in _outside_masses(score.evidence)]
     return {
         "reward/mean": mean,
         "reward/std": spread,
@@ -120,9 +128,16 @@ def batch_metrics(completions: Sequence[Completion], scores: Sequence[Score]) ->
         "feedback/scored_fraction": len(values) / len(scores),
         "feedback/failed": float(len(scores) - len(values)),
         **({"feedback/outside_mass": sum(outside) / len(outside)} if outside else {}),
+        **({"feedback/low_answer_mass_fraction": low_mass_fraction(scores)} if outside else {}),
         **{f"feedback/failed_{reason}": float(n) for reason, n in failures_by_reason(scores).items()},
         **_part_means(scores),
     }
+
+
+def _outside_masses(evidence: Mapping[str, Any]) -> list[float]:
+    """Of a judge's score, or of each judge in a mixture's."""
+    nested = [part["evidence"] for part in evidence.get("parts", {}).values()]
+    return [found["outside_mass"] for found in (evidence, *nested) if "outside_mass" in found]
 
 
 def _part_means(scores: Sequence[Score]) -> dict[str, float]:

@@ -37,6 +37,7 @@ class FeedbackInputs:
 
     cfg: FeedbackConfig
     judges: dict[str, JudgeInputs]  # by role, as in runtime/placement.py
+    seed: int = 0  # of the codes in the frames that judges read
 
 
 def parts(cfg: FeedbackConfig) -> Iterator[tuple[str, JudgeFeedback | RewardModelFeedback | LengthFeedback]]:
@@ -50,8 +51,8 @@ def parts(cfg: FeedbackConfig) -> Iterator[tuple[str, JudgeFeedback | RewardMode
             yield from ((name, part.scorer) for name, part in cfg.scorers.items())
 
 
-def read_feedback(cfg: FeedbackConfig) -> FeedbackInputs:
-    """Templates, tokenizers and contexts.
+def read_feedback(cfg: FeedbackConfig, seed: int = 0) -> FeedbackInputs:
+    """Templates, tokenizers and contexts; `seed` is of the codes in the frames that judges read.
 
     Raises:
         InputError: any of them is wrong, or they don't fit together.
@@ -69,7 +70,7 @@ def read_feedback(cfg: FeedbackConfig) -> FeedbackInputs:
             judges[role] = JudgeInputs(scorer, template, tokenizer, context, context_key)
         elif isinstance(scorer, RewardModelFeedback):
             check_reward_model(scorer, key)
-    return FeedbackInputs(cfg, judges)
+    return FeedbackInputs(cfg, judges, seed)
 
 
 def start_feedback(inputs: FeedbackInputs, cluster: Cluster) -> Scorer:
@@ -81,7 +82,9 @@ def start_feedback(inputs: FeedbackInputs, cluster: Cluster) -> Scorer:
                 own = inputs.judges[role]
                 engines = cluster.start_judges(scorer.judge, context=own.context, role=role)
                 asker = LocalAsker(engines, own.tokenizer, own.context, scorer.judge.model)
-                scorers[role] = Judge(asker, own.template)
+                scorers[role] = Judge(
+                    asker, own.template, min_answer_mass=scorer.judge.min_answer_mass, seed=inputs.seed
+                )
             case RewardModelFeedback():
                 scorers[role] = cluster.start_reward_models(scorer, role=role)
             case LengthFeedback():

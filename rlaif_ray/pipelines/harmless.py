@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.config.sections import JudgeConfig
+from rlaif_ray.config.sections import JudgeConfig, LongerJudge
 from rlaif_ray.data.chat import conversation_text
 from rlaif_ray.data.demonstrations import read_labelled_responses
 from rlaif_ray.evaluation.harmless import harmless_rate, judge_accuracy, over_refusal, rogan_gladen
@@ -52,6 +53,7 @@ class Graded:
     scores: list[float | None]  # in [-1, 1]; None where the judge failed
     tokens_in: int
     cost: float
+    failures: dict[str, int] = field(default_factory=dict)  # by reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,12 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
             ItemProgress("harmless", len(responses), "responses") as progress,
             open_asker(judged, grader.tokenizer, grader.context, folder, progress) as (asker, at_once),
         ):
-            judges = {part: Judge(asker, grader.template(part)) for part in (PROMPTS, SAFE, LABELLED)}
+            assert not isinstance(judged.judge, LongerJudge), "it has no model"
+            least = judged.judge.min_answer_mass
+            judges = {
+                part: Judge(asker, grader.template(part), min_answer_mass=least, seed=judged.seed)
+                for part in (PROMPTS, SAFE, LABELLED)
+            }
             progress.resume(done)
             left = chunks(responses[done:], CHUNK)
             for chunk, scores in in_order(_scored_by(judges), left, at_once=at_once, stopping=stopping):
@@ -134,7 +141,9 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
     spent = memory.spent()
     memory.close()
     rows_now = list(read_rows_streaming(path))
-    return Graded([row["score"] for row in rows_now], sum(row["tokens_in"] for row in rows_now), spent)
+    failures = Counter(row["failure"] for row in rows_now if row["failure"] is not None)
+    tokens_in = sum(row["tokens_in"] for row in rows_now)
+    return Graded([row["score"] for row in rows_now], tokens_in, spent, dict(failures))
 
 
 def _scored_by(judges: Mapping[str, Judge]) -> Callable[[list[Response]], list[Score]]:
@@ -208,7 +217,7 @@ def measured_harmless(job: EvaluateJob, responses: Sequence[Response], graded: G
                 )
             )
         arms[arm] = {**found, "corrected": corrected}
-    return {"arms": arms, "judge": asdict(judge) if judge is not None else None}
+    return {"arms": arms, "judge": asdict(judge) if judge is not None else None, "failures": graded.failures}
 
 
 def verdicts(cfg: HarmlessSuite, scores: Sequence[float | None]) -> list[bool | None]:

@@ -16,11 +16,13 @@ from rlaif_ray.data.preferences import (
     PreferenceRecord,
     check_readable,
     comparison_text,
+    failure_reason,
     human_label,
     read_preferences,
 )
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import FeedbackError, InputError
+from rlaif_ray.feedback.answers import LOW_MASS
 from rlaif_ray.feedback.judge import check_question
 from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler
@@ -71,6 +73,8 @@ class Tally:
     first_wins: int = 0  # of these, the first
     confidence: float = 0.0  # sum of max(p, 1 - p)
     hard: int = 0
+    masses: list[float] = field(default_factory=list)  # on the answers, of every pair where it was measured
+    low_mass: int = 0  # pairs whose judge had too little on them
     cut: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -80,8 +84,12 @@ class Tally:
         self.tokens_in += record.tokens_in
         self.tokens_out += record.tokens_out
         self.cut += record.cut > 0
+        if record.answer_mass is not None:
+            self.masses.append(record.answer_mass)
         if record.p_a is None:
-            self.failures[(record.failed or "unlabelled").split(":")[0]] += 1
+            reason = failure_reason(record)
+            self.failures[reason] += 1
+            self.low_mass += reason == LOW_MASS
             return
         self.labels += 1
         self.hard += record.hard
@@ -202,12 +210,14 @@ def _writer_of_prompts(job: LabelJob, guide: Guide) -> Any:
 
 
 def make_labeler(job: LabelJob, guide: Guide, asker: Asker) -> PreferenceLabeler:
+    assert not isinstance(job.judge, LongerJudge), "it has no model"
     return PreferenceLabeler(
         asker,
         guide.template,
         job.label,
         exemplars=guide.exemplars,
         constitution=guide.constitution,
+        min_answer_mass=job.judge.min_answer_mass,
         seed=job.seed,
     )
 
@@ -265,7 +275,7 @@ def _judge_identity(job: LabelJob) -> str:
 def _identity(job: LabelJob, guide: Guide) -> dict[str, Any]:
     """What a run can't change between its processes: its labels follow from it."""
     judge = job.judge.model_dump(mode="json")
-    keep = {key: judge.get(key) for key in ("type", "model", "revision", "answers")}
+    keep = {key: judge.get(key) for key in ("type", "model", "revision", "answers", "min_answer_mass")}
     return {
         "data": fingerprint(job.data.path),
         "judge": keep,
@@ -312,6 +322,7 @@ def labelled(record: PreferenceRecord, label: Label, job: LabelJob, guide: Guide
                 "template_hash": guide.hash(job) if model else "",
             },
             "hard": label.hard,
+            "answer_mass": label.answer_mass,
             "tokens_in": label.tokens_in,
             "tokens_out": label.tokens_out,
             "cost": label.cost,
@@ -338,6 +349,8 @@ def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker |
         "position_bias": tally.same_position * share,
         "first_position_wins": tally.first_wins * share,
         "mean_confidence": tally.confidence / max(1, tally.labels),
+        "mean_answer_mass": math.fsum(tally.masses) / len(tally.masses) if tally.masses else None,
+        "low_answer_mass_fraction": tally.low_mass / max(1, tally.records),
         "hard": tally.hard,
         "cut": tally.cut,
         "tokens_in": tally.tokens_in,
@@ -355,6 +368,9 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "failures", ", ".join(f"{n} {reason}" for reason, n in summary["failures"].items())
     yield "position bias", f"{summary['position_bias']:.1%} (the same place wins in both orders)"
     yield "mean confidence", f"{summary['mean_confidence']:.3f}"
+    if summary["mean_answer_mass"] is not None:
+        low = summary["low_answer_mass_fraction"]
+        yield "on the answers", f"{summary['mean_answer_mass']:.3f} of the probability ({low:.1%} of pairs too little)"
     yield "hard", f"{summary['hard']} (read off the judge's text)" if summary["hard"] else ""
     yield "cut", f"{summary['cut']} prompts lost their middle" if summary["cut"] else ""
     yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
@@ -371,5 +387,6 @@ def _enough(summary: dict[str, Any], least: float) -> None:
         raise FeedbackError(
             f"label.min_labeled_fraction={least:g} of the pairs must be labelled (got {summary['labels']} of "
             f"{summary['records']}; failures: {summary['failures']}): what was labelled is in {summary['output']}. "
-            f"too_long: raise judge.max_context or set label.too_long=cut_middle; or lower the fraction."
+            f"too_long: raise judge.max_context or set label.too_long=cut_middle; {LOW_MASS}: the judge would rather "
+            f"say something else than 1 or 2, so use another judge or template; or lower the fraction."
         )

@@ -229,7 +229,7 @@ def read_inputs(job: TrainJob) -> Inputs:
     """
     tokenizer, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens)
     longest = min(room - job.sampling.max_new_tokens, job.data.max_prompt_tokens or room)
-    feedback = read_feedback(job.feedback)
+    feedback = read_feedback(job.feedback, job.seed)
     prompts, held_out = read_prompts(job.data, tokenizer, longest), read_held_out(job, feedback, tokenizer, longest)
     needed = max(len(p.tokens) for p in [*prompts, *held_out.prompts]) + job.sampling.max_new_tokens
     check_attention(job.policy, needed)

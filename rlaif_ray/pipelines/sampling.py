@@ -75,7 +75,7 @@ def read_inputs(job: SampleJob) -> Inputs:
         InputError: any of them is wrong.
     """
     prompts, context = policy_prompts(job.policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens)
-    return Inputs(prompts, context, read_feedback(job.feedback) if job.feedback is not None else None)
+    return Inputs(prompts, context, read_feedback(job.feedback, job.seed) if job.feedback is not None else None)
 
 
 def _identity(job: SampleJob) -> dict[str, Any]:

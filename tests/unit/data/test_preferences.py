@@ -123,6 +123,7 @@ def test_our_own_rows(tmp_path: Path) -> None:
         "principle": "kind",
         "judge": JUDGE,
         "hard": True,
+        "answer_mass": 0.25,
         "tokens_in": 7,
         "tokens_out": 2,
         "cost": 0.5,

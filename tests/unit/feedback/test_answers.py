@@ -115,7 +115,7 @@ def test_every_continuation_directly_follows_what_it_continues() -> None:
 
 def test_a_tail_without_a_space() -> None:
     trie = trie_for(make_tokenizer(None), "Score:")
-    assert trie.dropped == () and trie.longest == 2
+    assert trie.dropped == () and trie.longest == 3  # a space, "1" and "0"
 
 
 def test_a_prompt_that_lacks_the_tail_is_our_mistake() -> None:
@@ -198,3 +198,39 @@ def test_probabilities_are_a_distribution(weights: list[float], ten_is_one_token
     if sum(p) > 0:
         assert verdict is not None
         assert -1 - 1e-9 <= verdict.value <= 1 + 1e-9 and 0 <= verdict.outside <= 1
+
+
+# ---- Answers behind a blank ------------------------------------------------------------------------------------------
+
+
+def pair_trie(tokenizer: Any, tail: str) -> AnswerTrie:
+    return AnswerTrie(lambda text: tokenizer.encode(text, add_special_tokens=False), tail, ("1", "2"))
+
+
+@pytest.mark.parametrize("tail", ["Better:", "assistant\n"])
+def test_an_answer_counts_with_and_without_a_blank_before_it(tail: str) -> None:
+    """A tokenizer that has "1" and " 1": what the judge says with either is one answer."""
+    tokenizer = with_merges(*SPACED_DIGITS)
+    one, two, spaced_one, spaced_two = tokenizer.convert_tokens_to_ids(["1", "2", "Ġ1", "Ġ2"])
+    trie = pair_trie(tokenizer, tail)
+    p = {one: 0.1, two: 0.05, spaced_one: 0.5, spaced_two: 0.15}
+    rows = [[p.get(token, 0.0) for token in query.candidates] for query in trie.queries(tokenizer.encode(tail))]
+    assert trie.probabilities(logs(rows)) == pytest.approx([0.6, 0.2])
+
+
+def test_a_line_break_before_the_answer_counts() -> None:
+    tokenizer = make_tokenizer(None)
+    one, two, space, line = tokenizer.convert_tokens_to_ids(["1", "2", "Ġ", "Ċ"])
+    trie = pair_trie(tokenizer, "Better:")
+    p = {(): {one: 0.1, space: 0.4, line: 0.2}, (space,): {one: 0.5, two: 0.5}, (line,): {two: 0.75}}
+    rows = [[p[node].get(token, 0.0) for token in candidates] for node, candidates in trie.nodes]
+    assert trie.probabilities(logs(rows)) == pytest.approx([0.1 + 0.2, 0.2 + 0.15])
+
+
+def test_where_the_answer_goes_on_from_a_space_no_more_is_asked() -> None:
+    """As with the shipped templates: one query for a pair, two for a score."""
+    for tokenizer in (make_tokenizer(None), with_merges(*SPACED_DIGITS)):
+        assert len(pair_trie(tokenizer, "Preferred response: ").nodes) == 1
+        assert len(trie_for(tokenizer).nodes) == 2
+    merged = pair_trie(with_merges(*SPACED_DIGITS), "Preferred response: ")
+    assert len(merged.nodes[0][1]) == 4  # "1" as well as " 1", in the same query

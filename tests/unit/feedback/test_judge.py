@@ -17,6 +17,7 @@ from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.rollout.fake import ScriptedGenerator
 from rlaif_ray.types import Completion, Prompt, Score, TokenAnswer, TokenQuery
+from tests.frames import without_codes
 from tests.tiny import make_tokenizer
 from tests.unit.feedback.test_answers import SPACED_DIGITS, with_merges
 
@@ -135,7 +136,7 @@ def test_tokens_in_are_those_of_the_prompt(tokenizer: Any) -> None:
 
 
 def test_the_prompt_of_a_chat_model(tokenizer: Any) -> None:
-    text = example_prompt(judge(fixed(tokenizer, {"5": 1.0}), tokenizer), "Why?", "Because.")
+    text = without_codes(example_prompt(judge(fixed(tokenizer, {"5": 1.0}), tokenizer), "Why?", "Because."))
     assert text.startswith("<|im_start|>user\nYou grade how useful")
     assert "\n\n[CONVERSATION]\nWhy?\n[END CONVERSATION]\n\n[RESPONSE]\nBecause.\n[END RESPONSE]\n\nHow useful" in text
     assert text.endswith("nothing else.<|im_end|>\n<|im_start|>assistant\nScore: ")
@@ -158,7 +159,7 @@ def test_no_text_leaves_its_slot(tokenizer: Any, text: str, slot: str) -> None:
     prompt_text, response_text = (text if slot != "response" else "hi", text if slot != "prompt" else "hi")
     generator = fixed(tokenizer, {"5": 1.0})
     subject = judge(generator, tokenizer)
-    rendered = example_prompt(subject, prompt_text, response_text)
+    rendered = without_codes(example_prompt(subject, prompt_text, response_text))
     assert [rendered.count(marker) for marker in TEMPLATE.markers] == [1, 1, 1, 1]
     assert rendered.count(TEMPLATE.ending) == rendered.count(TEMPLATE.preamble) == 1
     scores = subject.score([completion(prompt_text, response_text), completion("hi", "hi")])
@@ -285,6 +286,29 @@ def test_no_probability_on_any_answer(tokenizer: Any, probability: float) -> Non
     [score] = judge(generator, tokenizer).score([completion(*PLAIN)])
     assert (score.value, score.failure) == (None, "no_probability")
     assert isinstance(score, Score) and score.tokens_in > 0
+
+
+# ---- Little probability on the answers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["I", "<"])
+def test_a_judge_that_would_say_something_else_gives_no_score(tokenizer: Any, word: str) -> None:
+    """A refusal, or the start of a thought: what it has left for the numbers is no opinion."""
+    generator = fixed(tokenizer, {"5": 1e-7, "7": 2e-7, word: 0.9999997})
+    [score] = judge(generator, tokenizer).score([completion(*PLAIN)])
+    assert (score.value, score.failure) == (None, "low_answer_mass")
+    assert score.evidence["outside_mass"] == pytest.approx(1.0, abs=1e-6) and "probabilities" not in score.evidence
+    assert "have 3e-07 of the probability (at least 0.05 is needed)" in score.evidence["error"]
+    assert score.tokens_in > 0
+
+
+@pytest.mark.parametrize(("mass", "least", "scored"), [(0.06, 0.05, True), (0.04, 0.05, False), (1e-6, 0.0, True)])
+def test_the_floor_is_what_the_config_says(tokenizer: Any, mass: float, least: float, scored: bool) -> None:
+    asker = LocalAsker(fixed(tokenizer, {"5": mass, "I": 1.0 - mass}), tokenizer, CONTEXT, "tiny")
+    subject = Judge(asker, TEMPLATE, min_answer_mass=least)
+    for one in (subject, subject.asking(load_template("harmless"))):
+        [score] = one.score([completion(*PLAIN)])
+        assert (score.value is not None) == scored
 
 
 # ---- At start-up -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +17,7 @@ from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler, aver
 from rlaif_ray.feedback.principles import load_constitution
 from rlaif_ray.feedback.templates import load_exemplars, load_template
 from rlaif_ray.rollout.fake import ScriptedGenerator
-from rlaif_ray.types import Comparison, Question
+from rlaif_ray.types import Answer, Comparison, Question
 from tests.asker import FakeAsker, shown
 from tests.tiny import make_tokenizer
 
@@ -243,3 +245,53 @@ def test_longer_is_a_rule() -> None:
     labels = LongerLabeler().label([PAIR, MIRROR, Comparison("t", "?", "ab", "cd")])
     assert [label.p_a for label in labels] == [1.0, 0.0, 0.5] and all(label.hard for label in labels)
     assert not any(math.isnan(label.cost) for label in labels)
+
+
+# ---- Little probability on the answers -------------------------------------------------------------------------------
+
+
+class Leaning(FakeAsker):
+    """Gives both answers together `mass(question)` of the probability, nine tenths of it to the first."""
+
+    def __init__(self, mass: Callable[[Question], float]) -> None:
+        super().__init__(lambda _: 0.9)
+        self._mass = mass
+
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        for i, answer in super().answer(questions):
+            yield i, replace(answer, outside=1.0 - self._mass(questions[i]))
+
+
+@pytest.mark.parametrize("order", ["both", "first", "second"])
+def test_a_judge_that_would_say_something_else_gives_no_label(order: str) -> None:
+    def mass(question: Question) -> float:
+        a_first = shown(question) == (PAIR.response_a, PAIR.response_b)
+        return 1e-7 if order == "both" or a_first == (order == "first") else 0.4
+
+    [label] = PreferenceLabeler(Leaning(mass), HELPFUL, LabelConfig()).label([PAIR])
+    assert label.p_a is None and label.answer_mass == pytest.approx(1e-7)
+    assert label.failure is not None and label.failure.startswith("low_answer_mass: ") and "1e-07" in label.failure
+    assert (label.p_a_forward is None, label.p_a_reversed is None) == (order != "second", order != "first")
+
+
+@pytest.mark.parametrize(("mass", "least", "labelled"), [(0.05, 0.05, True), (0.049, 0.05, False), (1e-9, 0.0, True)])
+def test_the_floor_is_what_the_config_says(mass: float, least: float, labelled: bool) -> None:
+    labeler = PreferenceLabeler(Leaning(lambda _: mass), HELPFUL, LabelConfig(), min_answer_mass=least)
+    [label] = labeler.label([PAIR])
+    assert (label.p_a is not None) == labelled and label.answer_mass == pytest.approx(mass)
+
+
+def test_a_rationale_after_which_the_judge_says_something_else_does_not_count() -> None:
+    asker = Leaning(lambda question: 0.5 if "reason 0" in question.turns[1].content else 0.01)
+    cfg = LabelConfig(reasoning=ReasoningConfig(samples=2, temperature=1.0))
+    [label] = PreferenceLabeler(asker, HELPFUL, cfg).label([PAIR])
+    assert label.p_a == pytest.approx(0.5) and label.answer_mass == pytest.approx(0.5)
+
+
+def test_an_answer_in_words_has_no_mass_to_speak_of() -> None:
+    class Hard(FakeAsker):
+        def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+            yield from ((i, replace(answer, hard=True)) for i, answer in super().answer(questions))
+
+    [label] = PreferenceLabeler(Hard(), HELPFUL, LabelConfig()).label([PAIR])
+    assert label.p_a is not None and label.answer_mass is None

@@ -17,9 +17,11 @@ import pytest
 
 from rlaif_ray.config.sections import OpenAIJudge
 from rlaif_ray.errors import FeedbackError, InputError
+from rlaif_ray.feedback.answers import MIN_ANSWER_MASS, mass_failure
 from rlaif_ray.feedback.neutral import neutralise
 from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
-from rlaif_ray.feedback.replies import BadReplyError, parse_answer, read_probabilities, read_reply
+from rlaif_ray.feedback.replies import BadReplyError, read_probabilities, read_reply
+from rlaif_ray.feedback.verdicts import parse_answer
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Answer, Message, Question
 from tests.endpoint import FakeEndpoint, FaultProxy, Said, completion, one
@@ -91,6 +93,16 @@ READINGS = {
     "sampled by chance": ([("z", {"1": 0.5, "2": 0.25, "x": 0.1, "z": 0.01})], (2 / 3, 1 / 3), 0.25),
     "an end, or half a character": ([("", {"": 0.5, "1": 0.3, "2": 0.1}), ("1", {"1": 0.5})], (0.75, 0.25), 0.6),
     "nothing but an end": ([("", {"": 0.5, "1": 0.3, "2": 0.2})], (0.6, 0.4), 0.5),
+    "behind words": (
+        [("Answer", {"Answer": 0.9}), (":", {":": 0.9}), (" 2", {" 2": 0.6, " 1": 0.2})],
+        (0.25, 0.75),
+        0.2,
+    ),
+    "in brackets": (
+        [("Verdict", {"Verdict": 0.9}), (": [[", {": [[": 0.9}), ("1", {"1": 0.8, "2": 0.1})],
+        (8 / 9, 1 / 9),
+        0.1,
+    ),
     "a certain answer": ([("1", {"1": 1 - 2**-20, "2": 2**-20})], (1 - 2**-20, 2**-20), 0.0),
 }
 
@@ -105,6 +117,28 @@ def test_probabilities_are_read_exactly(ask: Ask, name: str) -> None:
     assert answer.probabilities == pytest.approx(expected, abs=1e-12)
     assert answer.outside == pytest.approx(outside, abs=1e-12)
     assert swapped.probabilities == answer.probabilities[::-1]
+
+
+def test_the_answer_is_read_where_the_verdict_stands_and_not_at_a_word(ask: Ask) -> None:
+    """ "Response 1 is ..." names a response: whether it is the better one comes later."""
+    talk = [
+        ("Response", {"Response": 0.99, "1": 1e-7, "2": 1e-8}),
+        (" 1", {" 1": 0.7, " 2": 0.3}),
+        (" is", {" is": 0.9}),
+    ]
+    for last in (" better", " worse"):
+        with FakeEndpoint(lambda _, last=last: Said([*talk, (last, {last: 0.9})])) as endpoint:  # type: ignore[misc]
+            answer = only(ask(endpoint.url), Question((Message("user", "?"),), "", ANSWERS, "better"))
+        # Read at the word after all, where the answers have next to nothing.
+        assert answer.failure == "no_probability" or mass_failure(answer, MIN_ANSWER_MASS) is not None
+    thought = [("<think>", {"<think>": 0.999, "1": 1e-7, "2": 1e-7}), ("1", {"1": 0.9, "2": 0.1})]
+    with FakeEndpoint(lambda _: Said(thought)) as endpoint:
+        answer = only(ask(endpoint.url))
+    assert answer.failure == "no_probability" or mass_failure(answer, MIN_ANSWER_MASS) is not None
+    verdict = [("Response", {"Response": 0.9}), (" 1", {" 1": 0.9}), (" fails", {" fails": 0.9}), (".", {".": 0.9})]
+    verdict += [("\nVerdict", {"\nVerdict": 0.9}), (":", {":": 0.9}), (" 2", {" 2": 0.8, " 1": 0.2})]
+    with FakeEndpoint(lambda _: Said(verdict)) as endpoint:
+        assert only(ask(endpoint.url)).probabilities == pytest.approx((0.2, 0.8))
 
 
 def test_the_order_of_candidates_does_not_matter() -> None:
@@ -221,7 +255,7 @@ SPOKEN: dict[str, str | None] = {
     **dict.fromkeys(["The answer is 2.", "My final answer is: **2**", "Response 2", "**Response 2**"], "2"),
     **dict.fromkeys(["Answer: 2 because it is better", "**Answer:** 2", "The answer is 2, not 1", "'2' "], "2"),
     **dict.fromkeys(["<think>It could be 1. Or 2?</think>\n\n2", "Preferred response: 2", "preferred response 2"], "2"),
-    **dict.fromkeys(["", "  ", "Both", "neither 1 nor 2", "10", "12", "1st", "one", "1a", "A 1", "I choose 1"], None),
+    **dict.fromkeys(["", "  ", "Both", "neither 1 nor 2", "10", "12", "1st", "one", "1a", "A 1"], None),
     **dict.fromkeys(["1.5", "1,5", "1/2", "1-2", "1:0", "2/10", "1 or 2", "1 and 2 are equal", "1, 2", "1 / 2"], None),
     **dict.fromkeys(["1 is worse", "1 isn't good", "Response 1 is worse", "Option 2 fails", "3", "0", "Not 1"], None),
     **dict.fromkeys(["Response 1 and response 2 are equal", "The answer is not 1", "Worse: 1", "1 vs. 2"], None),
@@ -542,12 +576,12 @@ def test_a_reply_that_does_not_count_its_tokens_costs_the_estimate(ask: Ask) -> 
     with FakeEndpoint(lambda _: Said([("1", {"1": 0.9, "2": 0.1})], usage=None)) as endpoint:
         answer = only(ask(endpoint.url, price_in=3.0, price_out=5.0), question("x" * 300))
     assert (answer.tokens_in, answer.tokens_out) == (0, 0)
-    assert answer.cost == pytest.approx(((300 / 3 + 8) * 3 + 4 * 5) / 1e6)  # 4 tokens may be written
+    assert answer.cost == pytest.approx(((300 / 3 + 8) * 3 + 8 * 5) / 1e6)  # 8 tokens may be written
 
 
-# A request of 276 characters and 4 tokens costs at most (276 / 3 + 8) + 4 * 25 = 200 millionths; each reply, 100.
-CAPPED = {"price_in": 1.0, "price_out": 25.0}
-REPLY = Said([("1", {"1": 0.9, "2": 0.1})], usage=(75, 1))
+# A request of 276 characters and 8 tokens costs at most (276 / 3 + 8) + 8 * 12.5 = 200 millionths; each reply, 100.
+CAPPED = {"price_in": 1.0, "price_out": 12.5}
+REPLY = Said([("1", {"1": 0.9, "2": 0.1})], usage=(75, 2))
 
 
 def capped(count: int) -> list[Question]:

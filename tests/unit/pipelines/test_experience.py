@@ -153,6 +153,22 @@ class TestScored:
         assert metrics["feedback/failed_engine_error"] == metrics["feedback/failed_too_long"] == 1
         assert failures_by_reason(self.SCORES) == {"too_long": 1, "engine_error": 1}
 
+    def test_metrics_of_little_probability_on_the_answers(self) -> None:
+        judged = [
+            Score(0.5, None, {"outside_mass": 0.2}),
+            Score(None, "low_answer_mass", {"outside_mass": 1.0}),
+            # A mixture: its part's name before the reason, its evidence within.
+            Score(
+                None, "help_low_answer_mass", {"parts": {"help": {"value": None, "evidence": {"outside_mass": 0.9}}}}
+            ),
+            Score(None, "too_long"),
+        ]
+        metrics = batch_metrics([completion()] * 4, judged)
+        assert metrics["feedback/low_answer_mass_fraction"] == 0.5
+        assert metrics["feedback/outside_mass"] == pytest.approx(0.7)
+        assert metrics["feedback/failed_low_answer_mass"] == 1
+        assert "feedback/low_answer_mass_fraction" not in batch_metrics([completion()], [Score(0.5)])
+
     def test_rows(self) -> None:
         (row,) = sample_rows([completion()], [Score(None, "too_long", {"judge": "j"})])
         assert (row["score"], row["failure"], row["weight_version"], row["tokens"]) == (None, "too_long", 3, 2)

@@ -23,6 +23,7 @@ from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, evaluator, read
 from rlaif_ray.rollout.fake import ScriptedGenerator
 from rlaif_ray.tracking import Tracker, open_tracker
 from rlaif_ray.types import Answer, Question
+from tests.frames import without_codes
 from tests.runs import rows, tiny_config
 from tests.tiny import cached_tiny_model
 
@@ -110,7 +111,7 @@ def test_rates_by_hand(job: TrainJob, tmp_path: Path) -> None:
     assert row["held_out"]["after"]["mean"] == 0.5 and row["step"] == 7
     preambles = [load_template(name).preamble for name in ("helpful", "no_harm", "refusal")]
     assert [sum(text.startswith(p) for text in asker.asked) for p in preambles] == [3, 5, 3]
-    assert "[RESPONSE]\n\n[END RESPONSE]" not in "".join(asker.asked)
+    assert "[RESPONSE]\n\n[END RESPONSE]" not in without_codes("".join(asker.asked))
     measured = {"step": 7, **row["harmless"]}
     assert summary["harmless"] == {"before": measured, "after": measured}
 
@@ -179,7 +180,7 @@ def test_a_template_that_the_training_judge_has_no_room_for(tmp_path: Path) -> N
         'body: "[A]\\n{prompt}\\n[B]\\n{response}\\n[C]"\nending: From 1 to 10?\n'
         f'answer_prefix: "{short.answer_prefix}"\nmarkers: ["[A]", "[B]", "[C]"]\n'
     )
-    judge = f"{{model: {cached_tiny_model(tied=True, context=4096)}, max_context: 300}}"
+    judge = f"{{model: {cached_tiny_model(tied=True, context=4096)}, max_context: 400}}"
     room = f"feedback.scorers={{j: {{scorer: {{type: judge, template: {template}, judge: {judge}}}}}}}"
     config = load_job("train", [tiny_config(tmp_path)], [job, "feedback.type=mixture", room]).config
     with pytest.raises(InputError, match=r"template no_harm.*Raise feedback\.scorers\.j\.scorer\.judge\.max_context"):
