@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, MODEL, TEXT
+from rlaif_ray.config.roles import (
+    ADJUSTABLE,
+    CONSTITUTION,
+    DATA,
+    EXEMPLARS,
+    HANDLING,
+    MODEL,
+    PREFERENCE_TEMPLATE,
+    REVISION_EXAMPLES,
+)
 from rlaif_ray.config.sections import Config, DataConfig, HarmlessSuite, Precision
 
 
@@ -61,11 +70,11 @@ class ReasoningConfig(Config):
 class LabelConfig(Config):
     """How two responses are compared."""
 
-    template: Annotated[str, TEXT] = "helpful"
+    template: Annotated[str, PREFERENCE_TEMPLATE] = "helpful"
     """helpful, harmless, summary, constitution (for principles), or a YAML file of your own."""
-    exemplars: Annotated[str | None, TEXT] = None
+    exemplars: Annotated[str | None, EXEMPLARS] = None
     """helpful, harmless, summary, constitution, or a YAML file of your own: worked examples before every question."""
-    constitution: Annotated[str | None, TEXT] = None
+    constitution: Annotated[str | None, CONSTITUTION] = None
     """default, short, or a YAML file: a principle of it is drawn for every comparison and stands in the question."""
     principles: tuple[str, ...] | None = None
     """Only these of the constitution, by id."""
@@ -96,11 +105,11 @@ class LabelConfig(Config):
 class RevisionConfig(Config):
     """Critique and revision by a constitution (Bai et al.)."""
 
-    constitution: Annotated[str, TEXT] = "default"
+    constitution: Annotated[str, CONSTITUTION] = "default"
     """default, short, or a YAML file."""
     principles: tuple[str, ...] | None = None
     """Only these of the constitution, by id."""
-    examples: Annotated[str | None, TEXT] = "default"
+    examples: Annotated[str | None, REVISION_EXAMPLES] = "default"
     """default, or a YAML file of worked critiques and revisions; null: none."""
     steps: Annotated[int, Field(ge=1)] = 4
     """Critiques and revisions of each response."""

@@ -7,7 +7,7 @@ Settings are found by walking the classes, never by their names: users choose na
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,10 +38,14 @@ HANDLING = Role("handling", result=False, resume=True)
 class Names:
     """The setting names something: what that holds is the value, not its name."""
 
-    kind: Literal["data", "model", "text"]  # a data set, a model, a template or constitution and the like
+    kind: Literal["data", "model", "text"]
+    text: Literal["", "score template", "preference template", "exemplars", "constitution", "revision examples"] = ""
 
 
-DATA, MODEL, TEXT = Names("data"), Names("model"), Names("text")
+DATA, MODEL = Names("data"), Names("model")
+SCORE_TEMPLATE, PREFERENCE_TEMPLATE = Names("text", "score template"), Names("text", "preference template")
+EXEMPLARS, CONSTITUTION = Names("text", "exemplars"), Names("text", "constitution")
+REVISION_EXAMPLES = Names("text", "revision examples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +96,92 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(inner) for inner in value]
     return value
+
+
+# ---- What has changed ------------------------------------------------------------------------------------------------
+
+UNSET = "not set"  # the value of a setting that the other config doesn't have
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that two configs of one run do not agree on."""
+
+    key: str  # dotted
+    then: Any
+    now: Any
+    role: Role
+
+    def __str__(self) -> str:
+        return f"{self.key} was {shown(self.then)} and is {shown(self.now)}"
+
+
+def changes(
+    then: BaseModel, now: BaseModel, contents_then: Mapping[str, str], contents_now: Mapping[str, str]
+) -> list[Change]:
+    """What differs, in the order of the classes.
+
+    Where the contents of what a setting names are known (hashes, by dotted key), they are compared, not the names. Of
+    a section of another type only the type is told; a section that one config lacks is told as a whole.
+    """
+    before, after = ({setting.key: setting for setting in settings(config)} for config in (then, now))
+    found: dict[tuple[str, ...], Change] = {}
+    for key in dict.fromkeys([*after, *before]):
+        old, new = before.get(key), after.get(key)
+        if old is not None and new is not None:
+            values = _compared(old, new, contents_then, contents_now)
+            if values is not None:
+                found[key] = Change(".".join(key), *values, new.role)
+            continue
+        one = new or old
+        assert one is not None
+        whole = _lacking(key, before if old is None else after)
+        if whole in found and found[whole].role.resume and not one.role.resume:
+            found[whole] = Change(".".join(whole), found[whole].then, found[whole].now, one.role)
+        if whole not in found:
+            found[whole] = Change(".".join(whole), _at(then, whole), _at(now, whole), one.role)
+    sections = [key[:-1] for key in found if key[-1] == "type" and key in before and key in after]
+    return [
+        change
+        for key, change in found.items()
+        if not any(key[:n] in found for n in range(len(key)))
+        and not any(key[: len(section)] == section and key != (*section, "type") for section in sections)
+    ]
+
+
+def _compared(
+    old: Setting, new: Setting, contents_then: Mapping[str, str], contents_now: Mapping[str, str]
+) -> tuple[Any, Any] | None:
+    """The two values, where they differ."""
+    name = ".".join(new.key)
+    if old.value is None or new.value is None or name not in contents_then or name not in contents_now:
+        return None if old.value == new.value else (old.value, new.value)
+    was, now = contents_then[name], contents_now[name]
+    if was == now:
+        return None
+    if old.value == new.value:
+        return f"{old.value} (content {was})", f"{new.value} (content {now})"
+    return old.value, new.value
+
+
+def _lacking(key: tuple[str, ...], other: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The shortest beginning of a key under which the other config has nothing."""
+    for n in range(1, len(key)):
+        if not any(there[:n] == key[:n] and len(there) > n for there in other):
+            return key[:n]
+    return key
+
+
+def _at(config: Any, key: tuple[str, ...]) -> Any:
+    for part in key:
+        if isinstance(config, Mapping):
+            config = config.get(part, UNSET)
+        else:
+            config = getattr(config, part, UNSET)
+    return plain(config)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, not too long."""
+    text = UNSET if value == UNSET else repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MODEL, TEXT
+from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MODEL, SCORE_TEMPLATE
 
 
 class Config(BaseModel):
@@ -196,7 +196,7 @@ class JudgeFeedback(Config):
 
     type: Literal["judge"] = "judge"
     judge: JudgeConfig = JudgeConfig()
-    template: Annotated[str, TEXT] = "helpful"
+    template: Annotated[str, SCORE_TEMPLATE] = "helpful"
     """helpful, harmless, summary, or a YAML file of your own."""
     min_scored_fraction: Annotated[float, Field(gt=0, le=1), HANDLING] = 0.9
     """The run stops when a smaller share of a step's completions could be scored."""
@@ -436,9 +436,9 @@ class HarmlessSuite(Config):
     """Requests, some of which could do harm."""
     safe: SuitePrompts | None = None
     """Safe requests, best such as sound unsafe."""
-    template: Annotated[str, TEXT] = "no_harm"
+    template: Annotated[str, SCORE_TEMPLATE] = "no_harm"
     """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
-    refusal_template: Annotated[str, TEXT] = "refusal"
+    refusal_template: Annotated[str, SCORE_TEMPLATE] = "refusal"
     """Above `threshold` a request counts as turned away."""
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """Of a score, from -1 (an expected 1) to 1 (an expected 10)."""

@@ -31,7 +31,7 @@ from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_a
 from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
 from rlaif_ray.pipelines.lineage import training_judges
 from rlaif_ray.pipelines.preferences import make_labels
-from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_same_run, write_resolved
+from rlaif_ray.pipelines.run_folder import fingerprint, go_on, make_folder
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.runtime.cluster import open_cluster, open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
@@ -69,8 +69,7 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     given = {name: read_answers(arm.path) for name, arm in job.arms.items() if arm.path is not None}
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
-    must_be_same_run(run_dir, "evaluate", _identity(job))
-    write_resolved(loaded)
+    go_on(loaded, run_dir, _identity(job))
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
     with open_ray(job.cluster, jobs_of(job, run_dir)):

@@ -15,10 +15,11 @@ from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
+from rlaif_ray.pipelines.checkpoint import RunState, due, new_changes, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import readable_context
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.settings import history
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
@@ -145,8 +146,10 @@ def run_supervised(
         ) as track,
         checkpoints,
     ):
-        write_resolved(loaded)
+        write_resolved(loaded, history(state.changes))
         checkpoints.tell(track.note)
+        for change in new_changes(resumed, state):
+            track.note(f"changed {change}")
         if resumed is None:
             checkpoints.start_over()
         track.note(f"{note}; starting the learner")
