@@ -8,6 +8,7 @@
             LearnerLostError          a learner rank died or went silent: the job goes on from its last checkpoint
             FeedbackError             too few completions could be scored to go on
             StaleWeightsError         a completion, or an engine, has other weights than it should
+            NotFiniteError            loss, gradient or weights are NaN or infinite
             PlacementError            the cluster did not give the resources asked for in time
             CheckpointError           a checkpoint could not be written or read
 
@@ -47,6 +48,10 @@ class FeedbackError(RunError):
 
 class StaleWeightsError(RunError):
     """A completion or an engine carries another weight version, or other weights, than the loop expects."""
+
+
+class NotFiniteError(RunError):
+    """A loss, a gradient or weights are NaN or infinite: nothing is learned from them, and nothing of them is kept."""
 
 
 class PlacementError(RunError):

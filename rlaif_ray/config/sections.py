@@ -351,6 +351,10 @@ class LearnerConfig(Config):
     tokens_per_micro_batch: Annotated[int, Field(ge=1), HANDLING] = 4096
     """A micro-batch holds as many samples of similar length as fit this budget; it never changes the result."""
     gradient_checkpointing: Annotated[bool, HANDLING] = False
+    nonfinite: Annotated[Literal["stop", "skip"], ADJUSTABLE] = "stop"
+    """Where loss or gradient are NaN or infinite: stop ends the run; skip leaves that update out, and counts it."""
+    nonfinite_limit: Annotated[int, Field(ge=1), ADJUSTABLE] = 3
+    """With skip: so many updates left out one after the other end the run."""
     deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed config we produce."""
 

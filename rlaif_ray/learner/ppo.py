@@ -25,6 +25,7 @@ from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, WeightGroups, save_model_folder
+from rlaif_ray.learner.finite import Tally, require_finite_model, require_finite_weights
 from rlaif_ray.learner.packing import ModelInput, build_input, choose_attention, register_packed_attention
 from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer
 from rlaif_ray.types import Experience
@@ -83,6 +84,9 @@ class RlRank:
             frozen = CausalPolicy(load(load_causal_lm))
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = WeightGroups(self._model)
+        self._steps, self._critic_steps = Tally(), Tally()
+        self._trained = {"policy": self._model} | ({} if self._critic is None else {"critic": self._critic.module})
+        require_finite_model(self._model, policy.model)
         engines = {"policy": self._policy} | ({} if self._critic is None else {"critic": self._critic})
         self.checkpoint = RankCheckpoint(engines, spec.rank)
 
@@ -139,18 +143,26 @@ class RlRank:
 
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> Sums:
         """Optimizer steps, one per (minibatch token count, this rank's micro-batches); returns sums over this
-        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks."""
+        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks.
+
+        Raises:
+            NotFiniteError: the weights are no numbers any more; on all ranks.
+        """
         completions = [experience.tokens[i, : int(n)].tolist() for i, n in enumerate(experience.mask.sum(1))]
-        sums: Sums = {"tokens": 0.0, "grad_norm": 0.0, "value_grad_norm": 0.0, "first_tokens": 0.0, "gap": 0.0}
-        sums |= {"first_ratio_error": 0.0}
+        sums: Sums = {"tokens": 0.0, "first_tokens": 0.0, "gap": 0.0, "first_ratio_error": 0.0}
+        steps, critic_steps = [], []
         for number, (token_count, plan) in enumerate(schedule):
             for k, micro in enumerate(plan):
                 last = k == len(plan) - 1
                 self._accumulate(experience, completions, micro, token_count, last=last, first=number == 0, sums=sums)
             sums["lr"] = float(self._policy.get_lr()[0])  # read before the step, which moves the schedule on
-            sums["grad_norm"] += deepspeed_door.optimizer_step(self._policy)
+            steps.append(deepspeed_door.optimizer_step(self._policy))
             if self._critic is not None:
-                sums["value_grad_norm"] += deepspeed_door.optimizer_step(self._critic)
+                critic_steps.append(deepspeed_door.optimizer_step(self._critic))
+        sums |= self._steps.sums(steps)
+        if self._critic is not None:
+            sums |= {f"value_{name}": value for name, value in self._critic_steps.sums(critic_steps).items()}
+        require_finite_weights(self._trained, "after the update")  # they are pushed next
         return sums
 
     def _accumulate(
