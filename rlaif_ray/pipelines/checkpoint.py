@@ -279,6 +279,11 @@ class Checkpoints:
         self._last = None
         self._note(f"checkpoint {writing.final} was not written: {writing.error or 'it takes too long'}")
 
+    @property
+    def last(self) -> str | None:
+        """The newest that is whole, written or found by this process; None without any."""
+        return None if self._last is None else str(self.place / f"step-{self._last}")
+
     def _steps(self) -> list[int]:
         """Of all that are there, damaged ones too."""
         found = [step for name in self.place.names() if (step := _step_of(name)) is not None]

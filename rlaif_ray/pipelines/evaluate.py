@@ -35,7 +35,7 @@ from rlaif_ray.pipelines.run_folder import fingerprint, go_on, make_folder
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.runtime.cluster import open_cluster, open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
-from rlaif_ray.tracking.display import interval, share
+from rlaif_ray.tracking.display import digits, fixed, interval, percent, share
 from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import print_columns, print_table
 from rlaif_ray.types import Message
@@ -358,7 +358,7 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
         share(rate["rate"]),
         interval(rate),
         f"{share(controlled['rate'])} {interval(controlled)}",
-        f"{length['a']:.0f}, {length['b']:.0f}",
+        f"{fixed(length['a'], 0)}, {fixed(length['b'], 0)}",
         str(rate["n"]),
     )
 
@@ -383,7 +383,7 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if found:
         yield "agrees with people", f"{share(found['accuracy'])} {interval(found)} of {found['n']} pairs"
         yield "the longer does", share(found["longer"]["accuracy"])
-        yield "people do", "" if found["people"] is None else f"{found['people']:.3f} (one annotator with most)"
+        yield "people do", "" if found["people"] is None else f"{share(found['people'])} (one annotator with most)"
         yield "kappa", share(found["kappa"])
         yield "calibration", f"Brier {share(found['brier'])}, ECE {share(found['ece'])}"
         yield "position bias", _bias(found["position_bias"])
@@ -409,11 +409,11 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             ),
         )
     yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
-    yield "cost", f"{summary['cost']:.4g}" if summary["cost"] else ""
+    yield "cost", digits(summary["cost"], 4) if summary["cost"] else ""
 
 
 def _bias(found: dict[str, Any]) -> str:
     if found["rate"] is None:
         return "-"
     first = found["prefers_first"]
-    return f"{found['rate']:.1%}" + ("" if first is None else f", of these {first:.0%} the first")
+    return percent(found["rate"], 1) + ("" if first is None else f", of these {percent(first)} the first")

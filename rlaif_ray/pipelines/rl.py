@@ -22,6 +22,7 @@ from rlaif_ray.pipelines.experience import (
     sample_rows,
 )
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.finite import check_updates
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, must_be_same_prompts, read_held_out
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
@@ -75,7 +76,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         summary = with_restarts(
             lambda found: train_from(find_start(job, inputs, found), run),
             start.checkpoint,
-            limit=job.cluster.learner_restarts,
+            job=job,
             cluster=cluster,
             checkpoints=checkpoints,
             track=track,
@@ -104,6 +105,7 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
 
     Raises:
         LearnerLostError: a learner rank died or went silent.
+        NotFiniteError: loss, gradient or weights are no numbers: nothing of that step is sent or saved.
         KeyboardInterrupt: the run was asked to stop; there is a checkpoint.
     """
     job, track, state, prompts = run.job, run.track, start.state, start.prompts
@@ -134,7 +136,7 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
                     experience = learner.annotate(samples)
                     experience = add_advantages(experience, job.algorithm, state.kl_coef)
                 with metrics.phase("update"):
-                    metrics.add(learner.update(experience))
+                    metrics.add(check_updates(learner.update(experience), job.learner, experience))
                 with metrics.phase("weight_sync"):
                     pushed = sync.push(version=step)
                 kl = mean_kl(experience, job.algorithm.kl)
