@@ -103,7 +103,18 @@ def rl_update(spec: RankSpec, spoil: str) -> Any:
     job = TrainJob.model_validate({"policy": policy, "learner": {"lr": lr, "ranks": spec.world_size}})
     rank = RlRank(job, spec, "fp32")
     prompts, completions = random_samples([4, 13], [[5, 9], [14, 3]])
-    experience = add_advantages(make_experience(prompts, completions), job.algorithm, 0.1)
+    logprobs = [torch.full((len(c),), -5.0) for c in completions]
+    experience = make_experience(
+        prompts,
+        completions,
+        finished=torch.ones(4, dtype=torch.bool),
+        scores=torch.tensor([0.5, -0.5, 0.2, 0.9]),
+        sampler_logprobs=logprobs,
+        logprobs=logprobs,
+        ref_logprobs=logprobs,
+        values=[torch.zeros(len(c)) for c in completions],
+    )
+    experience = add_advantages(experience, job.algorithm, 0.1)
     if spoil == "advantages":
         experience.advantages[0, 0] = math.nan  # type: ignore[index]
     before = full_weights(rank._model)

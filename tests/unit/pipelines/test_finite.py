@@ -56,7 +56,18 @@ class TestUpdates:
             check_updates(bad, LearnerConfig())
 
     def test_what_they_were_computed_from_is_named(self) -> None:
-        experience = make_experience(*random_samples([4, 6], [[5, 9], [14, 3]]))
+        prompts, completions = random_samples([4, 6], [[5, 9], [14, 3]])
+        logprobs = [torch.full((len(c),), -1.0) for c in completions]
+        experience = make_experience(
+            prompts,
+            completions,
+            finished=torch.ones(4, dtype=torch.bool),
+            scores=torch.zeros(4),
+            sampler_logprobs=logprobs,
+            logprobs=logprobs,
+            ref_logprobs=None,
+            values=None,
+        )
         assert no_numbers(experience) == []
         values, advantages = torch.zeros(experience.mask.shape), torch.zeros(experience.mask.shape)
         values[~experience.mask] = NAN  # outside of completions there is nothing to look at
