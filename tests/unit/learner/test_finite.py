@@ -62,11 +62,11 @@ def poisoned(spec: RankSpec, stage: int, precision: str, value: float) -> dict[s
         losses.register_hook(lambda gradient: gradient * value)
         return losses, sums
 
-    weights, sums = [full_weights(rank._model)], []
+    weights, sums = [full_weights(rank)], []
     for losses in (own, bad_loss, bad_gradient, own):
         rank._losses = losses if spec.rank == 1 else own
         sums.append(train(rank, spec))
-        weights.append(full_weights(rank._model))
+        weights.append(full_weights(rank))
     moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(weights)]
     finite = all(bool(tensor.isfinite().all()) for tensor in weights[-1].values())
     return {"moved": moved, "finite": finite, "sums": sums}
@@ -117,7 +117,7 @@ def rl_update(spec: RankSpec, spoil: str) -> Any:
     experience = add_advantages(experience, job.algorithm, 0.1)
     if spoil == "advantages":
         experience.advantages[0, 0] = math.nan  # type: ignore[index]
-    before = full_weights(rank._model)
+    before = full_weights(rank)
     lengths = [len(p) + int(n) for p, n in zip(experience.prompt_tokens, experience.mask.sum(1), strict=True)]
     plan = plan_ranks(range(len(lengths)), lengths, ranks=spec.world_size, budget=40)[spec.rank]
     schedule = [(int(experience.mask.sum()), plan)] * 2
@@ -125,7 +125,7 @@ def rl_update(spec: RankSpec, spoil: str) -> Any:
         sums = rank.update(experience, schedule)
     except NotFiniteError as error:
         return str(error)
-    after = full_weights(rank._model)
+    after = full_weights(rank)
     return sums, any(not torch.equal(before[k], after[k]) for k in before)
 
 

@@ -181,6 +181,8 @@ SUMMARIES: dict[str, tuple[Any, dict[str, Any]]] = {
             "prompts": 3,
             "responses": 3,
             "left_out": {},
+            "samples_per_prompt": 1,
+            "tokens": 9,
             "score": {"best": 0.5, "mean": 0.1},
             "output": "x",
         },
