@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -21,13 +20,6 @@ from tests.tiny import cached_tiny_model
 
 TURNS = [SftExample(tuple(range(5 + i, 12 + i)), tuple(range(100 + 3 * i, 109 + 3 * i))) for i in range(4)]
 MODES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
 
 
 # What runs in the learner's processes
