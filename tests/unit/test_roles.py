@@ -39,7 +39,7 @@ DECLARED = {
     ADJUSTABLE: {
         *("TrainJob.steps", "SupervisedConfig.epochs", "RewardConfig.human_path", "RevisionConfig.keep"),
         *("EngineConfig.max_context", "RewardModelFeedback.max_context", "OpenAIJudge.base_url"),
-        "OpenAIJudge.max_prompt_chars",
+        *("OpenAIJudge.max_prompt_chars", "LearnerConfig.nonfinite", "LearnerConfig.nonfinite_limit"),
     },
 }
 
