@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from rlaif_ray.config.jobs import SftJob, TrainJob
 from rlaif_ray.data.batching import plan_ranks
@@ -121,6 +124,45 @@ def rl_update(spec: RankSpec, spoil: str) -> Any:
     return sums, any(not torch.equal(before[k], after[k]) for k in before)
 
 
+def whole_run(spec: RankSpec, folder: Path, lr: float, nonfinite: str) -> dict[str, Any]:
+    """The loop of `rlaif sft` with its checkpoints and rows, without Ray between it and this rank."""
+    from rlaif_ray.pipelines.checkpoint import RunState, open_checkpoints
+    from rlaif_ray.pipelines.restarts import with_restarts
+    from rlaif_ray.pipelines.supervised import SupervisedRun
+    from rlaif_ray.runtime.groups import SftGroup
+    from rlaif_ray.tracking import open_tracker
+
+    class Alone(SftGroup):
+        def __init__(self, rank: Any, job: SftJob) -> None:
+            self._rank, self._job = rank, job
+
+        def _planned(self, verb: str, examples: Any) -> list[Any]:
+            plan = plan_ranks(range(len(examples)), [len(e) for e in examples], ranks=1, budget=40)[0]
+            return [getattr(self._rank, verb)(examples, plan)]
+
+        def save_checkpoint(self, place: Any) -> Any:
+            self._rank.checkpoint.copy({})
+            return lambda: self._rank.checkpoint.write(place)
+
+    rank = sft_rank(spec, 0, "fp32", lr=lr, schedule="constant", nonfinite=nonfinite)
+    sections = {"checkpoint": {"every": 1, "keep": 20}, "tracking": {"wandb": "disabled"}}
+    job = SftJob.model_validate(rank._job.model_dump() | sections)
+    checkpoints = open_checkpoints(job, folder)
+    said = None
+    with (
+        open_tracker(folder, config={}, tracking=job.tracking, total_steps=9, name="run") as track,
+        checkpoints,
+    ):
+        run = SupervisedRun(job, folder, track, Alone(rank, job), RunState(), None, 9, lambda: False, checkpoints)
+        try:
+            with_restarts(
+                lambda found: run.train(TURNS, dict), None, job=job, cluster=None, checkpoints=checkpoints, track=track
+            )  # type: ignore[arg-type]
+        except NotFiniteError as error:
+            said = str(error)
+    return {"said": said, "steps": track.last_step, "finite": finite_weights(rank._model.parameters())}
+
+
 # Tests
 
 
@@ -151,6 +193,24 @@ def test_an_rl_update(two_ranks: RankProcesses) -> None:
         assert (sums["skipped"], sums["in_row"], sums["value_skipped"], moved) == (2, 2, 0, False)
     for said in two_ranks.run(rl_update, "lr"):
         assert "weights are not finite" in said or said[0]["skipped"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lr", "nonfinite"), [(1e30, "stop"), (1e30, "skip"), (3e38, "skip")])
+def test_a_whole_run_of_a_hopeless_learning_rate(
+    tmp_path: Path, lr: float, nonfinite: str, one_rank: RankProcesses
+) -> None:
+    """It ends within a few steps, and every row and checkpoint that is there is of numbers."""
+    (found,) = one_rank.run(whole_run, tmp_path, lr, nonfinite)
+    assert f"training stopped after step {found['steps']}: " in found["said"] and found["steps"] < 5
+    assert f"learner.lr={lr:g} is too high" in found["said"] and "Nothing of it was saved" in found["said"]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(kept) <= len(steps) == found["steps"]
+    for name in kept:
+        (weights,) = (tmp_path / "checkpoints" / name).glob("**/*model_states.safetensors")
+        with safe_open(weights, "pt") as file:
+            assert all(file.get_tensor(k).isfinite().all() for k in file.keys())  # noqa: SIM118
 
 
 def test_a_loss_that_is_no_number_has_no_finite_gradient() -> None:
