@@ -76,9 +76,10 @@ def how_to_go_on(error: Exception, job: Any, last_step: int, checkpoint: str | N
         "the data has extreme rewards or texts",
     ]
     anew = "start anew with it in another run_dir, or with checkpoint.resume=never"
+    skip = ", and with learner.nonfinite=skip it leaves such updates out" if learner.nonfinite == "stop" else ""
     there = (
-        f"The last good checkpoint is {checkpoint}: the same command goes on from there, and with "
-        f"learner.nonfinite=skip it leaves such updates out. Another learning rate is another run: {anew}."
+        f"The last checkpoint, of finite weights, is {checkpoint}: the same command goes on from there{skip}. Another "
+        f"learning rate is another run: {anew}."
         if checkpoint is not None
         else f"There is no checkpoint (checkpoint.every={job.checkpoint.every}). Change the setting, and {anew}."
     )
