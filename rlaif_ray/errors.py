@@ -9,6 +9,7 @@
             FeedbackError             too few completions could be scored to go on
             StaleWeightsError         a completion, or an engine, has other weights than it should
             MismatchError             engine, learner or saved folder compute the model differently
+            NotFiniteError            loss, gradient or weights are NaN or infinite
             PlacementError            the cluster did not give the resources asked for in time
             CheckpointError           a checkpoint could not be written or read
 
@@ -52,6 +53,10 @@ class StaleWeightsError(RunError):
 
 class MismatchError(RunError):
     """An engine, the learner's batched computation or a saved folder gives other numbers than the model itself."""
+
+
+class NotFiniteError(RunError):
+    """A loss, a gradient or weights are NaN or infinite: nothing is learned from them, and nothing of them is kept."""
 
 
 class PlacementError(RunError):

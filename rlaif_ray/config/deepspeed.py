@@ -26,7 +26,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": learner.grad_clip,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},  # a NaN is no step, in bf16 too
         "zero_optimization": _zero(learner.zero_stage),
         "zero_allow_untested_optimizer": True,  # ours comes from torch, DeepSpeed tests its own
         "zero_force_ds_cpu_optimizer": False,  # so it may also be offloaded

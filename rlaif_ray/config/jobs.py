@@ -21,6 +21,7 @@ from rlaif_ray.config.data_sections import (
     SupervisedConfig,
     WinRateConfig,
 )
+from rlaif_ray.config.roles import ADJUSTABLE, HANDLING
 from rlaif_ray.config.sections import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -55,15 +56,15 @@ class TrainJob(Config):
     feedback: FeedbackConfig = JudgeFeedback()
     algorithm: AlgorithmConfig = PpoConfig()
     learner: LearnerConfig = LearnerConfig()
-    weight_sync: WeightSyncConfig = WeightSyncConfig()
-    guard: GuardConfig = GuardConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    weight_sync: Annotated[WeightSyncConfig, HANDLING] = WeightSyncConfig()
+    guard: Annotated[GuardConfig, HANDLING] = GuardConfig()
+    cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
+    checkpoint: Annotated[CheckpointConfig, HANDLING] = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    steps: Annotated[int, Field(ge=1)] = 100
+    tracking: Annotated[TrackingConfig, HANDLING] = TrackingConfig()
+    steps: Annotated[int, Field(ge=1), ADJUSTABLE] = 100
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
 
     @property
@@ -127,11 +128,11 @@ class PairsJob(Config):
     data: DataConfig = DataConfig(shuffle=False)
     sampling: PairSamplingConfig = PairSamplingConfig()
     rollout: EngineConfig = EngineConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
-    output: str | None = None
+    output: Annotated[str | None, HANDLING] = None
     """The file of records, .jsonl or .parquet; default pairs.jsonl in run_dir."""
 
     def _problems(self) -> Iterator[str]:
@@ -153,11 +154,11 @@ class SampleJob(Config):
     feedback: FeedbackConfig | None = None
     """Scores every response, and the best to each prompt is kept (best-of-n); null: all are kept, without scores."""
     rollout: EngineConfig = EngineConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
-    output: str | None = None
+    output: Annotated[str | None, HANDLING] = None
     """The file of records, .jsonl; default responses.jsonl in run_dir."""
 
     def _problems(self) -> Iterator[str]:
@@ -177,12 +178,12 @@ class ReviseJob(Config):
     revision: RevisionConfig = RevisionConfig()
     helpful: HelpfulConfig = HelpfulConfig()
     rollout: EngineConfig = EngineConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of samples and of the draw of principles."""
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
-    output: str | None = None
+    output: Annotated[str | None, HANDLING] = None
     """The file of records, .jsonl; default revisions.jsonl in run_dir."""
 
 
@@ -192,14 +193,14 @@ class LabelJob(Config):
     data: PreferenceDataConfig
     judge: PreferenceJudge = JudgeConfig()
     label: LabelConfig = LabelConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the draw of principles and of sampled rationales."""
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
-    output: str | None = None
+    output: Annotated[str | None, HANDLING] = None
     """The file of records, .jsonl or .parquet; default labels.jsonl in run_dir."""
-    push_to_hub: str | None = None
+    push_to_hub: Annotated[str | None, HANDLING] = None
     """A data set on the hub to push the records to, owner/name."""
 
 
@@ -225,9 +226,9 @@ class EvaluateJob(Config):
     harmless: HarmlessConfig | None = None
     """Harmless rate of the arms, by the same judge."""
     rollout: EngineConfig = EngineConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
 
     def _problems(self) -> Iterator[str]:
@@ -265,12 +266,12 @@ class SupervisedJob(Config):
     """The language model it starts from."""
     data: PreferenceDataConfig
     learner: LearnerConfig = LearnerConfig(lr=1e-5)
-    guard: GuardConfig = GuardConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    guard: Annotated[GuardConfig, HANDLING] = GuardConfig()
+    cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
+    checkpoint: Annotated[CheckpointConfig, HANDLING] = CheckpointConfig()
+    tracking: Annotated[TrackingConfig, HANDLING] = TrackingConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
 
     @property

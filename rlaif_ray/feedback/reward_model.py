@@ -87,7 +87,7 @@ class RewardModelScorer:
         evidence = {"model": self._cfg.model}
         if reward is None:
             return Score(None, "too_long", evidence)
-        if not math.isfinite(reward):
+        if not math.isfinite(reward - self._mean):
             return Score(None, "no_value", evidence, tokens_in)
         return Score(reward - self._mean, None, {"reward": round(reward, 6), **evidence}, tokens_in)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlaif_ray.learner.finite import require_finite_weights
 from rlaif_ray.learner.state_files import SUFFIX, HostState, copy_to_host, read_state, write_state
 from rlaif_ray.storage import Place, StoredFile, StoredFolder
 
@@ -24,9 +25,12 @@ class RankCheckpoint:
 
         Raises:
             CheckpointError: something in it can't be stored.
+            NotFiniteError: weights are no numbers; on all ranks. Nothing is copied.
         """
         from rlaif_ray.learner.deepspeed_states import copy_engine
 
+        trained = {name: engine.module for name, engine in self._engines.items()}
+        require_finite_weights(trained, "so no checkpoint is written")
         copied: dict[str, HostState] = {}
         for name, engine in self._engines.items():
             copied |= {f"{name}/{file}": state for file, state in copy_engine(engine).items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlaif_ray.config.deepspeed import deepspeed_config
+from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
 from rlaif_ray.learner.packing import Arguments, ModelInput
 
 if TYPE_CHECKING:
@@ -170,22 +171,38 @@ def frozen_engine(module: torch.nn.Module, cfg: LearnerConfig, *, precision: Lit
     return engine
 
 
-def optimizer_step(engine: Any) -> float:
-    """Clips, steps optimizer and schedule, clears gradients; returns the gradient norm before clipping."""
+def optimizer_step(engine: Any) -> Stepped:
+    """Clips, steps optimizer and schedule, clears gradients; with a gradient that is no number it only clears.
+
+    DeepSpeed skips such a step itself, and all ranks with it, but in plain fp32.
+    """
     norm = None
     if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
         # Plain fp32 is the one mode in which DeepSpeed clips without keeping the norm; gradients are reduced by now.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
+        engine.optimizer.overflow = not bool(norm.isfinite())  # where DeepSpeed looks whether a step was taken
+    with _no_update(engine.optimizer) if norm is not None and engine.optimizer.overflow else nullcontext():
+        engine.step()
     norm = engine.get_global_grad_norm() if norm is None else norm
-    return float(norm) if norm is not None else 0.0
+    return Stepped(float(norm) if norm is not None else 0.0, bool(engine.was_step_applied()))
+
+
+@contextmanager
+def _no_update(optimizer: Any) -> Iterator[None]:
+    """Within it torch's optimizer takes no step."""
+    step = optimizer.step
+    optimizer.step = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        optimizer.step = step
 
 
 def backward(engine: Any, loss: Tensor, *, last: bool) -> None:
     """Accumulates gradients; on the last micro-batch of a minibatch they are reduced over ranks as well."""
     engine.set_gradient_accumulation_boundary(last)
-    engine.backward(loss)
+    engine.backward(spread(loss))
 
 
 class CausalPolicy(torch.nn.Module):
@@ -240,7 +257,12 @@ def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:
 
 def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Writes a Hugging Face folder: `state` is the whole state under checkpoint names (model_state.py), `model` gives
-    class and config."""
+    class and config.
+
+    Raises:
+        NotFiniteError: one of them is no number; nothing is written.
+    """
+    require_finite_state(state)
     model.config.use_cache = True  # off while training, on for whoever loads it
     model.save_pretrained(folder, state_dict=state, save_original_format=False)  # its names are the checkpoint's
     model.config.use_cache = False

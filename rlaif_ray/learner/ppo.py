@@ -27,6 +27,7 @@ from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, save_model_folder
+from rlaif_ray.learner.finite import Tally, require_finite_model, require_finite_weights
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
@@ -98,6 +99,9 @@ class RlRank:
             frozen = CausalPolicy(load(load_causal_lm, attention))
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = ModelState(self._model)
+        self._steps, self._critic_steps = Tally(), Tally()
+        self._trained = {"policy": self._model} | ({} if self._critic is None else {"critic": self._critic.module})
+        require_finite_model(self._model, policy.model)
         engines = {"policy": self._policy} | ({} if self._critic is None else {"critic": self._critic})
         self.checkpoint = RankCheckpoint(engines, spec.rank)
 
@@ -159,10 +163,14 @@ class RlRank:
 
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> Sums:
         """Optimizer steps, one per (minibatch token count, this rank's micro-batches); returns sums over this
-        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks."""
+        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks.
+
+        Raises:
+            NotFiniteError: the weights are no numbers any more; on all ranks.
+        """
         completions = [experience.tokens[i, : int(n)].tolist() for i, n in enumerate(experience.mask.sum(1))]
-        sums: Sums = {"tokens": 0.0, "grad_norm": 0.0, "value_grad_norm": 0.0, "first_tokens": 0.0, "gap": 0.0}
-        sums |= {"first_ratio_error": 0.0}
+        sums: Sums = {"tokens": 0.0, "first_tokens": 0.0, "gap": 0.0, "first_ratio_error": 0.0}
+        steps, critic_steps = [], []
         learning = [engine.module for engine in (self._policy, self._critic) if engine is not None]
         for number, (token_count, plan) in enumerate(schedule):
             with training_mode(*learning):
@@ -170,9 +178,13 @@ class RlRank:
                     last, first = k == len(plan) - 1, number == 0
                     self._accumulate(experience, completions, micro, token_count, last=last, first=first, sums=sums)
             sums["lr"] = float(self._policy.get_lr()[0])  # read before the step, which moves the schedule on
-            sums["grad_norm"] += deepspeed_door.optimizer_step(self._policy)
+            steps.append(deepspeed_door.optimizer_step(self._policy))
             if self._critic is not None:
-                sums["value_grad_norm"] += deepspeed_door.optimizer_step(self._critic)
+                critic_steps.append(deepspeed_door.optimizer_step(self._critic))
+        sums |= self._steps.sums(steps)
+        if self._critic is not None:
+            sums |= {f"value_{name}": value for name, value in self._critic_steps.sums(critic_steps).items()}
+        require_finite_weights(self._trained, "after the update")  # they are pushed next
         return sums
 
     def _accumulate(

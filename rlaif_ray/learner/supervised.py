@@ -24,6 +24,7 @@ from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.agreement import Readings, read, rewards_of_saved
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder
+from rlaif_ray.learner.finite import Tally, require_finite_model
 from rlaif_ray.learner.lora import add_adapters, merged_state, try_merge
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
@@ -79,6 +80,8 @@ class SupervisedRank(ABC, Generic[Example]):
         self._engine = deepspeed_door.trainable_engine(
             self._learner, job.learner, lr=job.learner.lr, total_steps=total_steps, precision=precision
         )
+        self._steps = Tally()
+        require_finite_model(self._model, policy.model)
         attention, note = settle_attention(
             plan,
             self._model,
@@ -152,8 +155,7 @@ class SupervisedRank(ABC, Generic[Example]):
                 for name, value in logged.items():
                     sums[name] = sums.get(name, 0.0) + share * value
         sums["lr"] = float(self._engine.get_lr()[0])  # read before the step, which moves the schedule on
-        sums["grad_norm"] = deepspeed_door.optimizer_step(self._engine)
-        return sums
+        return sums | self._steps.sums([deepspeed_door.optimizer_step(self._engine)])
 
     def _save_folder(self, folder: str, prepare: Callable[[Any, Any], None]) -> None:
         """Rank 0 writes a Hugging Face folder, config and tokenizer as `prepare` leaves them; all ranks help gather."""

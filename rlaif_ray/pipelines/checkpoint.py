@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.config.resolved import versions
 from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
 from rlaif_ray.storage import MANIFEST, Place, StoredFolder, draft, open_folder, publish, told
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class RunState:
     kl_coef: float = 0.0
     prompts: dict[str, Any] = field(default_factory=dict)  # PromptSource.state()
     held_out_before: list[float | None] | None = None
+    held_out_prompts: str | None = None  # hash of the prompts that held_out_before is of
     wandb_run_id: str | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)  # settings changed on the way, as settings.noted has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,74 +63,46 @@ def due(step: int, every: int, last: int | None = None) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def must_match(job: TrainJob | SupervisedJob) -> dict[str, Any]:
-    """Settings that a checkpoint can't be resumed under if they differ."""
-    if isinstance(job, SupervisedJob):
-        return {
-            **_same_model(job),
-            "data.path": job.data.path,
-            "data.limit": job.data.limit,
-            "training": job.training.model_dump(mode="json", exclude={"evaluate_every", "human_path"}),
-            "learner.ranks": job.learner.ranks,
-            "learner.zero_stage": job.learner.zero_stage,
-            "seed": job.seed,
-        }
-    return {
-        **_same_model(job),
-        "algorithm.type": job.algorithm.type,
-        "learner.ranks": job.learner.ranks,
-        "learner.zero_stage": job.learner.zero_stage,
-        "data.path": job.data.path,
-        "data.split": job.data.split,
-        "data.column": job.data.column,
-        "data.limit": job.data.limit,
-        "data.system": job.data.system,
-        "data.shuffle": job.data.shuffle,
-        "sampling.prompts_per_step": job.sampling.prompts_per_step,
-        "seed": job.seed,
-    }
-
-
-def _same_model(job: TrainJob | SupervisedJob) -> dict[str, Any]:
-    policy = job.policy
-    return {"policy.model": policy.model, "policy.revision": policy.revision, "policy.precision": policy.precision}
-
-
 # ---- Going on --------------------------------------------------------------------------------------------------------
 
 
 def read_state(saved: Saved, job: TrainJob | SupervisedJob, steps: int) -> RunState:
-    """The loop's state in a checkpoint of a run of so many steps.
+    """The loop's state in a checkpoint of a run of so many steps; settings that have changed since are noted in it.
 
     Raises:
         InputError: the config differs from the checkpoint's in something that can't change on the way.
         CheckpointError: the state is no such state.
     """
+    where = str(saved).rpartition("/step-")[0]
     try:
         state = RunState(**saved.document["state"])
-        wanted = dict(saved.document["must_match"])
         if state.step != saved.step:
             raise ValueError(f"its step is {state.step}")
+        found = changed_settings(
+            saved.document["settings"],
+            job,
+            holds=f"{where} has a checkpoint of another run",
+            anew="another run_dir, or checkpoint.resume=never",
+        )
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {saved} can't be gone on from ({told(error)}): another version of rlaif_ray wrote it. Use "
             f"that version, or checkpoint.resume=never or another run_dir to start over."
         ) from error
-    where = str(saved).rpartition("/step-")[0]
-    changed = [
-        f"{k} (checkpoint {wanted.get(k)!r}, got {v!r})" for k, v in must_match(job).items() if wanted.get(k) != v
-    ]
-    if changed:
-        raise InputError(
-            f"{where} has a checkpoint of another run: {'; '.join(changed)}. "
-            f"Use its settings, another run_dir, or checkpoint.resume=never to start over."
-        )
     if state.step > steps:
         raise InputError(
             f"steps must be at least the {state.step} of the checkpoint in {where} (got {steps}). "
             f"Raise it, or use another run_dir, or checkpoint.resume=never to start over."
         )
+    state.changes = [*state.changes, *noted(found, state.step)]
     return state
+
+
+def new_changes(saved: Saved | None, state: RunState) -> list[str]:
+    """Of what read_state noted, a line each, what the checkpoint had not."""
+    return [] if saved is None else history(state.changes[len(saved.document["state"].get("changes", [])) :])
 
 
 def other_versions(saved: Saved) -> list[str]:
@@ -169,6 +144,7 @@ class Checkpoints:
 
     def __init__(self, job: TrainJob | SupervisedJob, place: Place) -> None:
         self._job, self._cfg, self.place = job, job.checkpoint, place
+        self._settings = kept_settings(job)  # now: a template's file may change while the run goes on
         self._last: int | None = None  # the step that was saved last
         self._damaged: set[int] = set()  # those that were passed over
         self._writing: _Writing | None = None
@@ -248,7 +224,7 @@ class Checkpoints:
             return
         final = self.place / f"step-{step}"
         place = draft(final, uuid.uuid4().hex[:8])
-        document = {"state": asdict(state), "must_match": must_match(self._job), "versions": versions()}
+        document = {"state": asdict(state), "settings": self._settings, "versions": versions()}
         data = json.dumps(document, indent=1).encode()
         with _told_well(final):
             written = learner.save_checkpoint(place)
@@ -302,6 +278,11 @@ class Checkpoints:
             return
         self._last = None
         self._note(f"checkpoint {writing.final} was not written: {writing.error or 'it takes too long'}")
+
+    @property
+    def last(self) -> str | None:
+        """The newest that is whole, written or found by this process; None without any."""
+        return None if self._last is None else str(self.place / f"step-{self._last}")
 
     def _steps(self) -> list[int]:
         """Of all that are there, damaged ones too."""

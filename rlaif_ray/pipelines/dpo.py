@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.learner.dpo import DpoExample
+from rlaif_ray.pipelines.finite import require_numbers
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
 from rlaif_ray.pipelines.supervised import run_supervised, turn_end
 from rlaif_ray.runtime.cluster import Cluster
+from rlaif_ray.tracking.display import fixed
 from rlaif_ray.tracking.progress import print_table
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def train_dpo(loaded: Loaded) -> dict[str, Any]:
 
 def _refer(learner: DpoGroup, pairs: Sequence[PairExample]) -> list[DpoExample]:
     logprobs = learner.logprobs(pairs) if pairs else []
+    require_numbers((value for pair in logprobs for value in pair), "log-probabilities before training")
     return [DpoExample(pair, *said) for pair, said in zip(pairs, logprobs, strict=True)]
 
 
@@ -66,5 +69,5 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "left out", ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items())
     found = summary["dpo"].get("held_out")
     yield "held-out pairs", measured_lines(found) if found else ""
-    yield "peak memory", f"{summary['peak_rss_gb']:.1f} GB"
+    yield "peak memory", f"{fixed(summary['peak_rss_gb'], 1)} GB"
     yield "model", str(Path("policy"))

@@ -31,11 +31,11 @@ from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_a
 from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
 from rlaif_ray.pipelines.lineage import training_judges
 from rlaif_ray.pipelines.preferences import make_labels
-from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_same_run, write_resolved
+from rlaif_ray.pipelines.run_folder import fingerprint, go_on, make_folder
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.runtime.cluster import open_cluster, open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
-from rlaif_ray.tracking.display import interval, share
+from rlaif_ray.tracking.display import digits, fixed, interval, percent, share
 from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import print_columns, print_table
 from rlaif_ray.types import Message
@@ -69,8 +69,7 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     given = {name: read_answers(arm.path) for name, arm in job.arms.items() if arm.path is not None}
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
-    must_be_same_run(run_dir, "evaluate", _identity(job))
-    write_resolved(loaded)
+    go_on(loaded, run_dir, _identity(job))
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
     with open_ray(job.cluster, jobs_of(job, run_dir)):
@@ -359,7 +358,7 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
         share(rate["rate"]),
         interval(rate),
         f"{share(controlled['rate'])} {interval(controlled)}",
-        f"{length['a']:.0f}, {length['b']:.0f}",
+        f"{fixed(length['a'], 0)}, {fixed(length['b'], 0)}",
         str(rate["n"]),
     )
 
@@ -384,7 +383,7 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if found:
         yield "agrees with people", f"{share(found['accuracy'])} {interval(found)} of {found['n']} pairs"
         yield "the longer does", share(found["longer"]["accuracy"])
-        yield "people do", "" if found["people"] is None else f"{found['people']:.3f} (one annotator with most)"
+        yield "people do", "" if found["people"] is None else f"{share(found['people'])} (one annotator with most)"
         yield "kappa", share(found["kappa"])
         yield "calibration", f"Brier {share(found['brier'])}, ECE {share(found['ece'])}"
         yield "position bias", _bias(found["position_bias"])
@@ -412,11 +411,11 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if summary["harmless"]:
         yield "harmless, failed", ", ".join(f"{n} {why}" for why, n in summary["harmless"]["failures"].items())
     yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
-    yield "cost", f"{summary['cost']:.4g}" if summary["cost"] else ""
+    yield "cost", digits(summary["cost"], 4) if summary["cost"] else ""
 
 
 def _bias(found: dict[str, Any]) -> str:
     if found["rate"] is None:
         return "-"
     first = found["prefers_first"]
-    return f"{found['rate']:.1%}" + ("" if first is None else f", of these {first:.0%} the first")
+    return percent(found["rate"], 1) + ("" if first is None else f", of these {percent(first)} the first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -49,7 +50,8 @@ def keep_scored(completions: Sequence[Completion], scores: Sequence[Score], min_
             f"{len(samples)} of {len(completions)}; failures: {failures_by_reason(scores)}): a policy must not train "
             f"only on what its judge could read. too_long: raise feedback.judge.max_context or lower max_new_tokens; "
             f"engine_error: see the judge's log; {LOW_MASS}: the judge would rather say something else than a number, "
-            f"so use another judge or template; or lower feedback.min_scored_fraction."
+            f"so use another judge or template; no_value, no_logprobs: scorer or engine give NaN, look at model and "
+            f"precision; or lower feedback.min_scored_fraction."
         )
     return samples
 
@@ -106,7 +108,7 @@ def mean_kl(experience: Experience, cfg: KlConfig) -> float:
 
 def next_kl_coef(coef: float, kl: float, cfg: KlConfig, samples: int) -> float:
     """The coefficient of the next iteration: moved towards cfg.target, or the same without one."""
-    if cfg.target is None:
+    if cfg.target is None or not math.isfinite(kl):  # of a batch that nothing was learned from
         return coef
     return adaptive_kl_coef(coef, kl, target=cfg.target, samples=samples, horizon=cfg.horizon)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.sections import DataConfig, JudgeFeedback
+from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.suites import HeldOutScores, held_out_samples, held_out_summary
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.contexts import read_prompts
@@ -17,6 +20,7 @@ from rlaif_ray.tracking.files import read_rows
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.sections import FeedbackConfig
+    from rlaif_ray.pipelines.checkpoint import RunState, Saved
     from rlaif_ray.pipelines.feedback import FeedbackInputs
     from rlaif_ray.tracking import Tracker
     from rlaif_ray.types import Prompt
@@ -37,6 +41,12 @@ class HeldOutInputs:
     def prompts(self) -> list[Prompt]:
         """All that the policy answers."""
         return [*self.scored, *self.harmful, *self.safe]
+
+    @property
+    def hash(self) -> str:
+        """Of the prompts and what each is asked for: figures are compared where it is the same."""
+        parts = [[[prompt.id, prompt.tokens] for prompt in part] for part in (self.scored, self.harmful, self.safe)]
+        return f"{len(self.prompts)}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 
 def read_held_out(job: TrainJob, feedback: FeedbackInputs, tokenizer: Any, longest: int) -> HeldOutInputs:
@@ -61,6 +71,17 @@ def read_held_out(job: TrainJob, feedback: FeedbackInputs, tokenizer: Any, longe
     return HeldOutInputs(scored, read(cfg.prompts), read(cfg.safe) if cfg.safe is not None else [], grader)
 
 
+def must_be_same_prompts(state: RunState, inputs: HeldOutInputs, found: Saved) -> None:
+    """Raises InputError where what was measured before training is of other prompts: there would be no gain to tell."""
+    if state.held_out_before is not None and state.held_out_prompts != inputs.hash:
+        raise InputError(
+            f"the held-out prompts must be those of the checkpoint {found} (they were {state.held_out_prompts}, number "
+            f"and hash, and are {inputs.hash}): a gain would compare different prompts. Restore the files of "
+            f"evaluation.held_out and evaluation.harmless, use another run_dir, or checkpoint.resume=never to start "
+            f"anew."
+        )
+
+
 class HeldOut:
     """The feedback's scores and, where asked for, the harmless rate of the current policy."""
 
@@ -68,6 +89,7 @@ class HeldOut:
         self._job, self._inputs, self._generator, self._scorer = job, inputs, generator, scorer
         self._track = track
         self._last: dict[str, Any] = {}
+        self.prompts = inputs.hash
 
     def measure(self, step: int, before: HeldOutScores | None = None) -> HeldOutScores:
         """Measures with the weights of `step`; returns scores by prompt, compared with `before`, if given.
@@ -77,7 +99,7 @@ class HeldOut:
         if not self._inputs.prompts:
             return []
         scores: HeldOutScores = []
-        found: dict[str, Any] = {"evaluator": evaluator(self._job.feedback)}
+        found: dict[str, Any] = {"evaluator": evaluator(self._job.feedback), "held_out_prompts": self.prompts}
         with self._track.phase("evaluation"):
             if self._inputs.scored:
                 scores = self._scores(step)
@@ -115,8 +137,11 @@ class HeldOut:
         if "harmless" not in self._last:
             return self._last
         rows = read_rows(self._track.run_dir / "evaluations.jsonl")  # the first may be another process's
-        measured = [{"step": row["step"], **row["harmless"]} for row in rows if "harmless" in row]
+        measured = [{"step": row["step"], **row["harmless"]} for row in rows if self._same(row)]
         return {**self._last, "harmless": {"before": measured[0], "after": measured[-1]}}
+
+    def _same(self, row: dict[str, Any]) -> bool:
+        return "harmless" in row and row.get("held_out_prompts") == self.prompts
 
 
 def evaluator(cfg: FeedbackConfig) -> str:

@@ -14,6 +14,7 @@ from rlaif_ray.evaluation.calibration import beats, brier, expected_calibration_
 from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import check_attention, readable_context
+from rlaif_ray.pipelines.finite import require_numbers
 from rlaif_ray.pipelines.run_folder import fingerprint
 from rlaif_ray.pipelines.supervised import drawn_by_text
 from rlaif_ray.tracking.display import share
@@ -119,9 +120,14 @@ def is_held_out(record: PreferenceRecord, fraction: float, seed: int) -> bool:
 
 def measured(rewards: Sequence[tuple[float, float]], examples: Sequence[PairExample]) -> dict[str, Any] | None:
     """Accuracy, Brier score and calibration of the preference sigmoid(r_a - r_b) by rewards of a and of b of each
-    example; None without examples."""
+    example; None without examples.
+
+    Raises:
+        NotFiniteError: some are no numbers.
+    """
     if not examples:
         return None
+    require_numbers((reward for pair in rewards for reward in pair), "rewards of pairs that are measured")
     p = [preference(a, b) for a, b in rewards]
     labels = [example.p_a for example in examples]
     accuracy = pairwise_accuracy(p, labels)
@@ -141,4 +147,4 @@ def measured(rewards: Sequence[tuple[float, float]], examples: Sequence[PairExam
 def measured_lines(found: dict[str, Any]) -> str:
     """What `measured` found, in a line."""
     against = f"{found['compared']} (the longer: {share(found['longer_accuracy'])})"
-    return f"accuracy {share(found['accuracy'])} of {against}, Brier {found['brier']:.3f}, ECE {found['ece']:.3f}"
+    return f"accuracy {share(found['accuracy'])} of {against}, Brier {share(found['brier'])}, ECE {share(found['ece'])}"

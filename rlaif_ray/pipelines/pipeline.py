@@ -329,14 +329,14 @@ def headline(summary: Mapping[str, Any]) -> str:
             return f"{summary['records']} records"
         case "sample":
             score = summary["score"]
-            return f"{summary['records']} records" + (f", score {score['best']:.3f}" if score else "")
+            return f"{summary['records']} records" + (f", score {share(score['best'])}" if score else "")
         case "sft":
             found = summary["sft"]["held_out"]
-            return f"held-out loss {found['loss']:.3f}" if found else f"{summary['turns']} turns"
+            return f"held-out loss {share(found['loss'])}" if found else f"{summary['turns']} turns"
         case "reward-model" | "dpo":
             found = summary["reward_model" if summary["job"] == "reward-model" else "dpo"]["held_out"]
             known = found is not None and found["accuracy"] is not None
-            return f"held-out accuracy {found['accuracy']:.3f}" if known else f"{summary['pairs']} pairs"
+            return f"held-out accuracy {share(found['accuracy'])}" if known else f"{summary['pairs']} pairs"
         case "evaluate":
             rates = [f"{one['a']}:{one['b']} {share(one['win_rate']['rate'])}" for one in summary["win_rates"]]
             if summary["alignment"]:
@@ -348,4 +348,4 @@ def headline(summary: Mapping[str, Any]) -> str:
             if not gain or gain["mean"] is None:
                 return f"{summary['steps']} steps"
             low, high = gain["ci95_low"], gain["ci95_high"]
-            return f"gain {gain['mean']:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
+            return f"gain {gain['mean']:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if None not in (low, high) else "")

@@ -36,6 +36,7 @@ from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, 
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking.display import digits, percent, share
 from rlaif_ray.tracking.files import write_json
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 from rlaif_ray.types import Comparison, Label
@@ -366,8 +367,8 @@ def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker |
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "labels", f"{summary['labels']} of {summary['records']}"
     yield "failures", ", ".join(f"{n} {reason}" for reason, n in summary["failures"].items())
-    yield "position bias", f"{summary['position_bias']:.1%} (the same place wins in both orders)"
-    yield "mean confidence", f"{summary['mean_confidence']:.3f}"
+    yield "position bias", f"{percent(summary['position_bias'], 1)} (the same place wins in both orders)"
+    yield "mean confidence", share(summary["mean_confidence"])
     if summary["mean_answer_mass"] is not None:
         low = summary["low_answer_mass_fraction"]
         yield "on the answers", f"{summary['mean_answer_mass']:.3f} of the probability ({low:.1%} of pairs too little)"
@@ -376,9 +377,9 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
     recalled = summary["questions_recalled"]
     yield "questions", f"{summary['questions_asked']} asked" + (f", {recalled} remembered" if recalled else "")
-    yield "rate", f"{summary['labels_per_s']:.3g} labels/s"
+    yield "rate", f"{digits(summary['labels_per_s'], 3)} labels/s"
     human = summary["human_cost"]
-    yield "cost", f"{summary['cost']:.4g}" + ("" if human is None else f", by people {human:.4g}")
+    yield "cost", digits(summary["cost"], 4) + ("" if human is None else f", by people {digits(human, 4)}")
     yield "output", summary["output"]
 
 

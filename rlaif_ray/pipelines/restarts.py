@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from rlaif_ray.errors import LearnerLostError
+from rlaif_ray.errors import LearnerLostError, NotFiniteError
+from rlaif_ray.pipelines.finite import how_to_go_on
 
 if TYPE_CHECKING:
+    from rlaif_ray.config.jobs import SupervisedJob, TrainJob
     from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.runtime.cluster import Cluster
     from rlaif_ray.tracking import Tracker
@@ -19,7 +21,7 @@ def with_restarts(
     attempt: Callable[[Saved | None], T],
     found: Saved | None,
     *,
-    limit: int,
+    job: TrainJob | SupervisedJob,
     cluster: Cluster,
     checkpoints: Checkpoints,
     track: Tracker,
@@ -27,7 +29,8 @@ def with_restarts(
     """What `attempt` returns, given the checkpoint to begin from; each starts a learner of its own.
 
     Raises:
-        LearnerLostError: it was lost more than `limit` times without a newer checkpoint in between.
+        LearnerLostError: it was lost more than cluster.learner_restarts times without a newer checkpoint in between.
+        NotFiniteError: loss, gradient or weights are no numbers; says how to go on.
     """
     restarts = 0
     while True:
@@ -38,10 +41,13 @@ def with_restarts(
             checkpoints.settle()
             before, found = _step(found), checkpoints.newest()
             restarts = restarts + 1 if _step(found) <= before else 1
-            if restarts > limit:
+            if restarts > job.cluster.learner_restarts:
                 raise
             track.note(f"{error}: starting the learner again from step {_step(found)}")
             track.rewind(_step(found))
+        except NotFiniteError as error:
+            checkpoints.settle()  # one that is being written is of a step before
+            raise how_to_go_on(error, job, track.last_step, checkpoints.last) from error
 
 
 def _step(found: Saved | None) -> int:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.learner.supervised import PairExample, ends_with
+from rlaif_ray.pipelines.finite import require_numbers
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
 from rlaif_ray.pipelines.supervised import run_supervised
 from rlaif_ray.runtime.cluster import Cluster
+from rlaif_ray.tracking.display import fixed
 from rlaif_ray.tracking.progress import print_table
 
 if TYPE_CHECKING:
@@ -63,7 +65,9 @@ def _center(learner: RewardGroup, examples: Sequence[PairExample]) -> dict[str, 
     Over examples from all of the training part; a few thousand tell the mean to a fiftieth of a standard deviation.
     """
     examples = examples[:: max(1, len(examples) // CENTER_EXAMPLES)]
-    preferred = [a if e.p_a >= 0.5 else b for e, (a, b) in zip(examples, learner.rewards(examples), strict=True)]
+    rewards = learner.rewards(examples)
+    require_numbers((reward for pair in rewards for reward in pair), "rewards that the model is centred on")
+    preferred = [a if e.p_a >= 0.5 else b for e, (a, b) in zip(examples, rewards, strict=True)]
     mean = math.fsum(preferred) / len(preferred)
     variance = math.fsum((r - mean) ** 2 for r in preferred) / len(preferred)
     return {"mean": mean, "std": math.sqrt(variance)}
@@ -76,5 +80,5 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         found = summary["reward_model"].get(name)
         if found:
             yield title, measured_lines(found)
-    yield "peak memory", f"{summary['peak_rss_gb']:.1f} GB"
+    yield "peak memory", f"{fixed(summary['peak_rss_gb'], 1)} GB"
     yield "model", str(Path("reward_model"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.data.prompts import PromptSource
 from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
-from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
+from rlaif_ray.pipelines.checkpoint import RunState, due, new_changes, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import check_attention, engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
     add_advantages,
@@ -22,10 +22,12 @@ from rlaif_ray.pipelines.experience import (
     sample_rows,
 )
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.finite import check_updates
 from rlaif_ray.pipelines.guard import Guard
-from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, read_held_out
+from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, must_be_same_prompts, read_held_out
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.settings import history
 from rlaif_ray.runtime.cluster import chosen_precision, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker, print_summary
@@ -59,8 +61,10 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         open_tracker(run_dir, **tracking, **start.tracking(), name=run_dir.name) as track,
         checkpoints,
     ):
-        write_resolved(loaded)
+        write_resolved(loaded, history(start.state.changes))
         checkpoints.tell(track.note)
+        for change in new_changes(start.checkpoint, start.state):
+            track.note(f"changed {change}")
         if start.checkpoint is None:
             checkpoints.start_over()
         track.note("starting engines and learner")
@@ -73,7 +77,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         summary = with_restarts(
             lambda found: train_from(find_start(job, inputs, found), run),
             start.checkpoint,
-            limit=job.cluster.learner_restarts,
+            job=job,
             cluster=cluster,
             checkpoints=checkpoints,
             track=track,
@@ -104,6 +108,7 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
     Raises:
         LearnerLostError: a learner rank died or went silent.
         MismatchError: engine, learner or saved folder compute the policy differently.
+        NotFiniteError: loss, gradient or weights are no numbers: nothing of that step is sent or saved.
         KeyboardInterrupt: the run was asked to stop; there is a checkpoint.
     """
     job, track, state, prompts = run.job, run.track, start.state, start.prompts
@@ -120,6 +125,7 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
         guard.check_push(run.rollouts, state.step)
         if state.held_out_before is None:
             state.held_out_before = run.held_out.measure(state.step)
+            state.held_out_prompts = run.held_out.prompts
         while state.step < job.steps and not run.stopping():
             run.checkpoints.check()
             step = state.step + 1
@@ -135,7 +141,7 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
                     experience = learner.annotate(samples)
                     experience = add_advantages(experience, job.algorithm, state.kl_coef)
                 with metrics.phase("update"):
-                    updated = learner.update(experience)
+                    updated = check_updates(learner.update(experience), job.learner, experience)
                     guard.check_update(updated, experience)
                 with metrics.phase("weight_sync"):
                     pushed = sync.push(version=step)
@@ -208,6 +214,7 @@ def find_start(job: TrainJob, inputs: Inputs, found: Saved | None) -> Start:
         return Start(RunState(kl_coef=job.algorithm.kl.coef), prompts, None)
     state = read_state(found, job, job.steps)
     prompts.restore(state.prompts)
+    must_be_same_prompts(state, inputs.held_out, found)
     return Start(state, prompts, found)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import fcntl
 import hashlib
+import itertools
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.errors import InputError
+from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import plain, read_json, write_json
 
 if TYPE_CHECKING:
@@ -104,9 +106,41 @@ def open_output(loaded: Loaded, output: Path, identity: dict[str, Any]) -> Path:
     state = output.with_name(f"{output.name}.state") if loaded.config.output else loaded.run_dir
     make_folder(loaded.run_dir)
     make_folder(state)
-    must_be_same_run(state, loaded.job, identity)
-    write_resolved(loaded)
+    go_on(loaded, state, identity)
     return state
+
+
+def go_on(loaded: Loaded, state: Path, identity: dict[str, Any]) -> None:
+    """Keeps in the folder `state` what its results follow from, the settings and `identity`, which says what they name
+    holds; a run that goes on there must have the same. Writes resolved.yaml.
+
+    Raises:
+        InputError: the folder's results were made from something else.
+    """
+    path = state / "settings.json"
+    kept, now = read_json(path), kept_settings(loaded.config)
+    changes = kept.get("changes", [])
+    if kept:
+        try:
+            found = changed_settings(
+                kept,
+                loaded.config,
+                holds=f"{state} holds results of another run",
+                anew="another run_dir or output, or remove that folder and its results",
+            )
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(
+                f"{state} can't be gone on in ({error}): another version of rlaif_ray made it. Use that version, or "
+                f"another run_dir or output."
+            ) from error
+        changes = [*changes, *noted(found, None)]
+    must_be_same_run(state, loaded.job, identity)
+    write_json(path, {**now, "changes": changes})
+    write_resolved(loaded, history(changes))
+    for line in history(changes[len(kept.get("changes", [])) :]):
+        print(f"changed {line}", flush=True)
 
 
 def fingerprint(path: str) -> str:
@@ -137,10 +171,17 @@ def must_be_same_run(folder: Path, job: str, identity: dict[str, Any]) -> None:
     write_json(path, wanted)
 
 
-def write_resolved(loaded: Loaded) -> None:
-    """resolved.yaml: every value, versions and git revision."""
-    text = resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent))
-    (loaded.run_dir / "resolved.yaml").write_text(text)
+def write_resolved(loaded: Loaded, changes: Sequence[str] = ()) -> None:
+    """resolved.yaml: every value, versions and git revision, and what was changed on the way, a line each.
+
+    One that is there and says something else stays readable, as resolved.1.yaml, resolved.2.yaml and so on.
+    """
+    path = loaded.run_dir / "resolved.yaml"
+    text = resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent), changes)
+    if path.exists() and (before := path.read_text()) != text:
+        aside = next(f for k in itertools.count(1) if not (f := path.with_name(f"resolved.{k}.yaml")).exists())
+        aside.write_text(before)
+    path.write_text(text)
 
 
 class Stopping:

@@ -20,6 +20,7 @@ from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, 
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
+from rlaif_ray.tracking.display import share
 from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, rows_done, write_json
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 
@@ -176,6 +177,6 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "responses", f"{sampled} to {summary['prompts']} prompts ({summary['tokens']} tokens)"
     yield "left out", ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items())
     if summary["score"]:
-        yield "score", f"{summary['score']['best']:.3f} the best, {summary['score']['mean']:.3f} on average"
+        yield "score", f"{share(summary['score']['best'])} the best, {share(summary['score']['mean'])} on average"
     yield "records", str(summary["records"])
     yield "output", summary["output"]

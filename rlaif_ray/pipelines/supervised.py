@@ -16,14 +16,17 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.lora import plan_adapters
 from rlaif_ray.models import empty_model, load_tokenizer
-from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
+from rlaif_ray.pipelines.checkpoint import RunState, due, new_changes, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import check_attention, readable_context
+from rlaif_ray.pipelines.finite import check_updates, require_numbers
 from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.settings import history
 from rlaif_ray.runtime.cluster import Cluster, chosen_precision, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
+from rlaif_ray.tracking.display import fixed
 from rlaif_ray.tracking.progress import print_table
 
 if TYPE_CHECKING:
@@ -100,6 +103,7 @@ class SupervisedRun:
         """Takes all steps that are left; evaluates and writes checkpoints when they are due.
 
         Raises:
+            NotFiniteError: loss, gradient or weights are no numbers.
             KeyboardInterrupt: it was asked to stop; a checkpoint is written.
         """
         job, state = self.job, self.state
@@ -111,7 +115,8 @@ class SupervisedRun:
             step = state.step + 1
             with self.track.step(step) as metrics:
                 with metrics.phase("update"):
-                    metrics.add(self.learner.train(batch_of(job.training, examples, step, job.seed)))
+                    learned = self.learner.train(batch_of(job.training, examples, step, job.seed))
+                    metrics.add(check_updates(learned, job.learner))
                 metrics.add(self.gaps if step == 1 else {})
                 state.step = step
                 if due(step, job.training.evaluate_every) and step < self.steps:
@@ -162,8 +167,10 @@ def run_supervised(
         ) as track,
         checkpoints,
     ):
-        write_resolved(loaded)
+        write_resolved(loaded, history(state.changes))
         checkpoints.tell(track.note)
+        for change in new_changes(resumed, state):
+            track.note(f"changed {change}")
         if resumed is None:
             checkpoints.start_over()
         if trained is not None:
@@ -185,7 +192,7 @@ def run_supervised(
         return with_restarts(
             attempt,
             resumed,
-            limit=job.cluster.learner_restarts,
+            job=job,
             cluster=cluster,
             checkpoints=checkpoints,
             track=track,
@@ -301,17 +308,23 @@ def drawn_by_text(text: str, fraction: float, seed: int) -> bool:
 
 
 def held_out_loss(learner: SftGroup, examples: Sequence[SftExample]) -> dict[str, Any] | None:
-    """Mean -log p of a token, in nats, over held-out turns; None without any."""
+    """Mean -log p of a token, in nats, over held-out turns; None without any.
+
+    Raises:
+        NotFiniteError: some are no numbers.
+    """
     if not examples:
         return None
     tokens = sum(len(example.response) for example in examples)
-    return {"loss": math.fsum(learner.losses(examples)) / tokens, "tokens": tokens, "turns": len(examples)}
+    losses = learner.losses(examples)
+    require_numbers(losses, "held-out losses")
+    return {"loss": math.fsum(losses) / tokens, "tokens": tokens, "turns": len(examples)}
 
 
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "steps", f"{summary['steps']} of {summary['total_steps']}, {summary['turns']} turns"
     yield "left out", f"{summary['too_long']} turns, too long" if summary["too_long"] else ""
     found = summary["sft"].get("held_out")
-    yield "held-out loss", f"{found['loss']:.4f} nats a token, {found['turns']} turns" if found else ""
-    yield "peak memory", f"{summary['peak_rss_gb']:.1f} GB"
+    yield "held-out loss", f"{fixed(found['loss'], 4)} nats a token, {found['turns']} turns" if found else ""
+    yield "peak memory", f"{fixed(summary['peak_rss_gb'], 1)} GB"
     yield "model", str(Path("policy"))

@@ -225,6 +225,8 @@ class LearnerGroup:
 class SupervisedGroup(Generic[Example]):
     """A model in supervised training over ranks."""
 
+    named: str  # how its metrics begin
+
     def __init__(self, ranks: list[Watched], job: Any) -> None:
         self._ranks = Ranks(ranks, job.cluster.call_timeout_s)
         self.actors = self._ranks.actors
@@ -235,7 +237,9 @@ class SupervisedGroup(Generic[Example]):
         parts = self._planned("train", examples)
         sums = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
         # Of all ranks the same, so no sums.
-        return self._metrics(sums | {name: float(parts[0][name]) for name in ("grad_norm", "lr")})
+        same = {name: float(parts[0][name]) for name in ("grad_norm", "lr", "skipped", "in_row")}
+        skipped = {f"{self.named}/skipped_updates": same["skipped"], f"{self.named}/skipped_in_row": same["in_row"]}
+        return self._metrics(sums | same) | skipped
 
     def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
         raise NotImplementedError
@@ -275,6 +279,8 @@ class SupervisedGroup(Generic[Example]):
 class RewardGroup(SupervisedGroup["PairExample"]):
     """A reward model in training."""
 
+    named = "reward_model"
+
     def rewards(self, examples: Sequence[PairExample]) -> list[tuple[float, float]]:
         """Rewards of a and b of each example."""
         return self._of_each("rewards", examples)
@@ -291,6 +297,8 @@ class RewardGroup(SupervisedGroup["PairExample"]):
 
 class DpoGroup(SupervisedGroup[DpoExample]):
     """A policy in training on preference labels."""
+
+    named = "dpo"
 
     def logprobs(self, pairs: Sequence[PairExample]) -> list[tuple[float, float]]:
         """Log-probabilities of a and b of each pair, under the policy as it is now."""
@@ -311,6 +319,8 @@ class DpoGroup(SupervisedGroup[DpoExample]):
 
 class SftGroup(SupervisedGroup["SftExample"]):
     """A language model in fine-tuning."""
+
+    named = "sft"
 
     def losses(self, examples: Sequence[SftExample]) -> list[float]:
         """Sum of -log p over the trained tokens of each example."""
@@ -365,7 +375,9 @@ def _update_metrics(parts: list[dict[str, float]], *, steps: int, experience: Ex
         "policy/loss": total("policy_loss") / tokens,
         "policy/entropy": total("entropy") / tokens,
         "policy/clip_fraction": total("clipped") / tokens,
-        "policy/grad_norm": parts[0]["grad_norm"] / steps,
+        "policy/grad_norm": parts[0]["grad_norm"],
+        "policy/skipped_updates": parts[0]["skipped"],
+        "policy/skipped_in_row": parts[0]["in_row"],
         "policy/first_ratio_error": max(part["first_ratio_error"] for part in parts),
         "policy/lr": parts[0]["lr"],
         "rollout/logprob_gap": total("gap") / first,
@@ -374,7 +386,9 @@ def _update_metrics(parts: list[dict[str, float]], *, steps: int, experience: Ex
         metrics |= {
             "value/loss": total("value_loss") / tokens,
             "value/clip_fraction": total("value_clipped") / tokens,
-            "value/grad_norm": parts[0]["value_grad_norm"] / steps,
+            "value/grad_norm": parts[0]["value_grad_norm"],
+            "value/skipped_updates": parts[0]["value_skipped"],
+            "value/skipped_in_row": parts[0]["value_in_row"],
             "value/explained_variance": float(
                 explained_variance(experience.values, experience.returns, experience.mask)
             ),

@@ -158,7 +158,7 @@ def key_metrics(row: Mapping[str, Any]) -> str:
         names = {key: key for key in others[:3]}
     parts = [f"{label} {number(row[key])}" for key, label in names.items()]
     if "time/step_s" in row:
-        parts.append(f"{row['time/step_s']:.1f} s/step")
+        parts.append(f"{fixed(row['time/step_s'], 1)} s/step")
     return "  ".join(parts)
 
 
@@ -171,17 +171,34 @@ def number(value: Any) -> str:
 
 def share(value: float | None) -> str:
     """Three decimals, "-" for what was not measured."""
-    return "-" if value is None else f"{value:.3f}"
+    return fixed(value, 3)
+
+
+def fixed(value: float | None, decimals: int) -> str:
+    """So many decimals, "-" for what was not measured or is no number."""
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def digits(value: float | None, count: int) -> str:
+    """So many significant digits, "-" for what is not known or is no number."""
+    return "-" if value is None else f"{value:.{count}g}"
+
+
+def percent(value: float | None, decimals: int = 0) -> str:
+    """41%, "-" for what was not measured or is no number."""
+    return "-" if value is None else f"{value:.{decimals}%}"
 
 
 def interval(found: Mapping[str, Any]) -> str:
     """[0.412, 0.588], "" where it is not known."""
     low, high = found["ci95_low"], found["ci95_high"]
-    return "" if low is None else f"[{low:.3f}, {high:.3f}]"
+    return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
 
 
-def clock(seconds: float) -> str:
-    """3:24, or 1:02:03."""
+def clock(seconds: float | None) -> str:
+    """3:24, or 1:02:03; "-" for what is no number."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -211,13 +228,14 @@ def _summary_lines(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str,
     lines = [
         ("steps", f"{summary['steps']} of {summary['total_steps']}"),
         ("time", f"{clock(summary['wall_s'])}, of which set-up {clock(summary['setup_s'])}"),
-        ("peak memory", f"{summary['peak_rss_gb']:.1f} GB"),
+        ("peak memory", f"{fixed(summary['peak_rss_gb'], 1)} GB"),
     ]
-    shares = sorted(summary["phase_share"].items(), key=lambda item: -item[1])
+    shares = [(name, part) for name, part in summary["phase_share"].items() if part is not None and part >= 0.005]
     if shares:
-        lines.append(("step time", ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)))
+        shares.sort(key=lambda item: -item[1])
+        lines.append(("step time", ", ".join(f"{name} {percent(part)}" for name, part in shares)))
     if reward := summary.get("reward"):
-        mean = f" (mean of {reward['window']} steps each)" if reward["window"] > 1 else ""
+        mean = f" (mean of {reward['window']} steps each)" if (reward["window"] or 0) > 1 else ""
         lines.append(("reward", f"{number(reward['first'])} -> {number(reward['last'])}{mean}"))
     held_out = summary.get("held_out")
     if isinstance(held_out, Mapping):
@@ -237,7 +255,7 @@ def _held_out_lines(held_out: Mapping[str, Any]) -> list[tuple[str, str]]:
     before, after, gain = (held_out[name] for name in ("before", "after", "gain"))
     lines = [("held-out score", f"{number(before['mean'])} -> {number(after['mean'])} ({gain['n']} prompts)")]
     low, high = gain["ci95_low"], gain["ci95_high"]
-    if gain["mean"] is None or low is None:
+    if gain["mean"] is None or low is None or high is None:
         return lines
     lines.append(("held-out gain", f"{gain['mean']:+.3g}, 95% interval [{low:+.3g}, {high:+.3g}]"))
     if low > 0:

@@ -301,7 +301,7 @@ class TestResume:
         before = contents(run_dir)
         again = finish_train(config, "seed=1", run_dir=run_dir)
         assert again.exit_code == 2
-        for words in ("seed (checkpoint 0, got 1)", "another run_dir", "checkpoint.resume=never"):
+        for words in ("seed was 0 and is 1", "another run_dir", "checkpoint.resume=never"):
             assert words in again.stderr
         assert contents(run_dir) == before
 

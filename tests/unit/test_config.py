@@ -300,7 +300,7 @@ def test_git_revision(tmp_path: Path) -> None:
 def test_deepspeed_config(stage: Any, precision: Any) -> None:
     config = deepspeed_config(LearnerConfig(zero_stage=stage, grad_clip=0.5), precision=precision, micro_batch_size=4)
     assert config["zero_optimization"]["stage"] == stage
-    assert config["bf16"] == {"enabled": precision == "bf16"}
+    assert config["bf16"] == {"enabled": precision == "bf16", "check_grad_overflow": True}
     assert config["gradient_clipping"] == 0.5
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_accumulation_steps"] == 1

