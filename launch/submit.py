@@ -94,7 +94,7 @@ def main() -> int:
     if job_id is None:
         print(
             f"submit: the cluster at {options.address} answers, but has had no agent that takes jobs for "
-            f"RLAIF_AGENT_WAIT_S={AGENT_WAIT_S:.0f} s. See dashboard_agent.log in its session folder, then submit again.",
+            f"{AGENT_WAIT_S:.0f} s (RLAIF_AGENT_WAIT_S). See dashboard_agent.log in its session folder, submit again.",
             file=sys.stderr,
         )
         return 1

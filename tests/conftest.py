@@ -74,9 +74,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts the longest files first, so that no long one is left at the end; sets every deadline to this machine."""
     recorded = durations.read()
-    items.sort(
-        key=lambda item: -recorded.seconds_of(item.nodeid.partition("::")[0])
-    )  # stable: files without a record stay in order
+    # Stable: files without a record stay in their order.
+    items.sort(key=lambda item: -recorded.seconds_of(item.nodeid.partition("::")[0]))
     for item in items:
         given = item.get_closest_marker("timeout")
         seconds = float(given.args[0]) if given is not None else DEFAULT_TIMEOUT_S
