@@ -50,6 +50,13 @@ class PreferenceDataConfig(Config):
     """Use only the first this many rows."""
 
 
+class PairsToLabelConfig(PreferenceDataConfig):
+    """As PreferenceDataConfig, for pairs that are labelled one by one: more of them may be asked for later."""
+
+    limit: Annotated[Annotated[int, Field(ge=1)] | None, ADJUSTABLE] = None
+    """Use only the first this many rows."""
+
+
 class ReasoningConfig(Config):
     """Chain of thought: the judge first writes a rationale, then answers after reading it."""
 
@@ -86,7 +93,7 @@ class LabelConfig(Config):
     response); a record says how many characters."""
     human_price: Annotated[Annotated[float, Field(gt=0)] | None, HANDLING] = None
     """Price of a human label, to compare the cost with."""
-    min_labeled_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.0
+    min_labeled_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
     """The command ends with an error when a smaller share could be labelled; what was labelled is kept."""
 
     def _problems(self) -> Iterator[str]:

@@ -14,6 +14,7 @@ from rlaif_ray.config.data_sections import (
     HelpfulConfig,
     LabelConfig,
     PairSamplingConfig,
+    PairsToLabelConfig,
     PreferenceDataConfig,
     ResponseSamplingConfig,
     RevisionConfig,
@@ -130,6 +131,8 @@ class PairsJob(Config):
     rollout: EngineConfig = EngineConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_done_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
+    """The command ends with an error when a smaller share of the responses could be sampled; what was is kept."""
     run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
     output: Annotated[str | None, HANDLING] = None
@@ -156,6 +159,9 @@ class SampleJob(Config):
     rollout: EngineConfig = EngineConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_done_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
+    """The command ends with an error when a smaller share of the responses could be sampled, and scored where there is
+    feedback; what was is kept."""
     run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
     output: Annotated[str | None, HANDLING] = None
@@ -181,6 +187,9 @@ class ReviseJob(Config):
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of samples and of the draw of principles."""
+    min_done_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
+    """The command ends with an error when the model answered for a smaller share of the prompts, whatever it said
+    (revision.min_revised_fraction is about that); what there is is kept."""
     run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
     output: Annotated[str | None, HANDLING] = None
@@ -190,7 +199,7 @@ class ReviseJob(Config):
 class LabelJob(Config):
     """`rlaif label`: AI preference labels for pairs of responses."""
 
-    data: PreferenceDataConfig
+    data: PairsToLabelConfig
     judge: PreferenceJudge = JudgeConfig()
     label: LabelConfig = LabelConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
@@ -228,6 +237,9 @@ class EvaluateJob(Config):
     rollout: EngineConfig = EngineConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_done_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
+    """The command ends with an error when a smaller share of the arms' responses could be sampled, or judged for harm,
+    or scored by a reward model; what was is kept. label.min_labeled_fraction is that of comparisons."""
     run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
 

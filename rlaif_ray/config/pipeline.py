@@ -44,6 +44,9 @@ class PipelineJob(Config):
     stage of that name made."""
     cluster: ClusterConfig = ClusterConfig()
     """Where all stages run; a stage may have a section of its own."""
+    accept_failures: bool = False
+    """Take a stage as done though some of its questions failed in a way that may pass, such as a time-out, as long as
+    its smallest fraction is reached. false: the pipeline ends there, and asks them again when it is started again."""
     run_dir: str | None = None
     """The pipeline's folder, a folder for each stage in it; default runs/<config>, so that it is found again."""
 

@@ -154,12 +154,12 @@ def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
 
 
 def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> list[Row]:
-    files = [file for file in sorted(folder.rglob("[!.]*")) if file.suffix in _ENDINGS and file.is_file()]
+    files = _files_of(folder)
     if not files:
         raise InputError(
             f"the folder {folder} has no prompts (got no {', '.join(_ENDINGS)} file in it). Put one there."
         )
-    chosen = [file for file in files if _is_of_split(file.relative_to(folder), split)]
+    chosen = files_of_split(folder, split)
     if not chosen:
         names = ", ".join(str(file.relative_to(folder)) for file in files[:5])
         raise InputError(
@@ -170,6 +170,15 @@ def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> li
     for file in chosen:
         rows += _read_file(file, "train", column, limit, stem=str(file.relative_to(folder).with_suffix("")))
     return rows[:limit]
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that hold a split, in the order in which they are read."""
+    return [file for file in _files_of(folder) if _is_of_split(file.relative_to(folder), split)]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("[!.]*")) if file.suffix in _ENDINGS and file.is_file()]
 
 
 def _is_of_split(name: Path, split: str) -> bool:

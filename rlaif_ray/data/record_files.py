@@ -93,6 +93,41 @@ class RecordWriter:
             ) from error
         self.count += len(checked)
 
+    def records(self) -> Iterator[PreferenceRecord]:
+        """What is in it."""
+        return _our_lines(self._lines)
+
+    def replace(self, records: Iterable[PreferenceRecord]) -> None:
+        """Puts as many other records in the place of those that are there; all, or, where `records` raises, none.
+
+        `records` may read this writer's own meanwhile.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        beside = self._lines.with_name(f".{self._lines.name}.{os.getpid()}.new")
+        before, count = self._file, self.count
+        try:
+            with beside.open("wb"):
+                pass
+            self._file, self.count = beside.open("ab", buffering=0), 0
+            self._lock()
+            left = iter(records)
+            while chunk := list(itertools.islice(left, _ROWS_AT_A_TIME)):
+                self.write(chunk)
+            assert self.count == count, "one for each"
+            os.fsync(self._file.fileno())
+            beside.replace(self._lines)
+        except BaseException as error:
+            if self._file is not before:
+                self._file.close()
+            self._file, self.count = before, count
+            beside.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise RunError(f"{self._lines} can't be written ({error.strerror or error}). Free space.") from error
+            raise
+        before.close()
+
     def finish(self) -> Path:
         """Makes the file the wanted one, on disk. Returns its path."""
         os.fsync(self._file.fileno())

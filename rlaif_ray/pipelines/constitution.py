@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.errors import FeedbackError, InputError
+from rlaif_ray.errors import InputError
+from rlaif_ray.feedback.failures import kind_of, may_pass
 from rlaif_ray.feedback.local import LocalAsker, role_heads
 from rlaif_ray.feedback.principles import Constitution, eligible, load_constitution
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
@@ -18,7 +19,9 @@ from rlaif_ray.feedback.revision import Example, Revised, Reviser, Step, load_ex
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, read_prompts, readable_context
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.inputs import look_at
+from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
+from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -47,9 +50,10 @@ class Inputs:
 def revise(loaded: Loaded) -> dict[str, Any]:
     """Revises what is not revised yet, and writes the records."""
     job, run_dir = loaded.config, loaded.run_dir
+    looked = look_at(job)
     inputs = read_inputs(job)
     output = output_of(loaded, "revisions.jsonl")
-    state = open_output(loaded, output, _identity(job, inputs))
+    state = open_output(loaded, output, looked)
     steps_file, helpful_file = state / "steps.jsonl", state / "helpful.jsonl"
     with stop_when_asked() as stopping, ExitStack() as stack:
         memory = Memory(state / "answers.sqlite")
@@ -59,7 +63,10 @@ def revise(loaded: Loaded) -> dict[str, Any]:
         cluster = stack.enter_context(open_cluster(job))
         engines = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context, receives_weights=False)
         cluster.wait()
-        asker = RememberingAsker(LocalAsker(engines, inputs.tokenizer, inputs.context, job.policy.model), memory)
+        # After the model was trained anew in place its answers are other ones.
+        known_by = f"local/{looked.contents['policy.model'].digest}/{job.policy.precision}/{inputs.context}"
+        local = LocalAsker(engines, inputs.tokenizer, inputs.context, job.policy.model, identity=known_by)
+        asker = RememberingAsker(local, memory)
         progress.resume(0)
         at_once = 1 + job.rollout.replicas  # the next prompts are ready when an engine is
         for path, prompts, steps in (
@@ -69,21 +76,40 @@ def revise(loaded: Loaded) -> dict[str, Any]:
             reviser = make_reviser(job, inputs, asker, steps)
             done = rows_done(path, len(prompts), CHUNK)
             progress.advance(done)
+            rows_again(path, _failed, _rows_by(reviser, prompts), stopping)
             work = in_order(_revised_by(reviser), chunks(prompts[done:], CHUNK), at_once=at_once, stopping=stopping)
             for chunk, revised in work:
                 append_rows(path, [_row(p, r) for p, r in zip(chunk, revised, strict=True)])
                 progress.advance(len(chunk))
         if stopping():
             raise KeyboardInterrupt
+    looked.check(output)
+    must_agree(steps_file, len(inputs.prompts))
+    must_agree(helpful_file, len(inputs.helpful))
     summary = write_records(job, steps_file, helpful_file, output)
     write_json(run_dir / "summary.json", summary)
     print_table("revisions", list(_lines(summary)), run_dir)
-    _enough(summary, job.revision.min_revised_fraction)
+    _enough(summary, job)
     return summary
 
 
 def _revised_by(reviser: Reviser) -> Callable[[list[Prompt]], list[Revised]]:
     return lambda prompts: reviser.revise([(prompt.id, prompt.messages) for prompt in prompts])
+
+
+def _rows_by(reviser: Reviser, prompts: Sequence[Prompt]) -> Callable[[list[int]], list[Mapping[str, Any]]]:
+    revised = _revised_by(reviser)
+
+    def ask(numbers: list[int]) -> list[Mapping[str, Any]]:
+        own = [prompts[n] for n in numbers]
+        return [_row(p, r) for p, r in zip(own, revised(own), strict=True)]
+
+    return ask
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    """Whether a prompt is to be taken through its steps once more; what was answered is remembered."""
+    return may_pass(row["failure"])
 
 
 def plan_revise(loaded: Loaded) -> str:
@@ -163,14 +189,6 @@ def make_reviser(job: ReviseJob, inputs: Inputs, asker: Asker, steps: int) -> Re
     )
 
 
-def _identity(job: ReviseJob, inputs: Inputs) -> dict[str, Any]:
-    """What a run can't change between its processes."""
-    kept = job.model_dump(mode="json", include={"policy", "data", "helpful", "seed"})
-    revision = job.revision.model_dump(mode="json", exclude={"keep", "min_revised_fraction"})
-    prompts = fingerprint(job.data.path)
-    return {**kept, "revision": revision, "constitution": inputs.constitution.hash, "prompts": prompts}
-
-
 def _row(prompt: Prompt, revised: Revised) -> dict[str, Any]:
     messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
     return {**asdict(revised), "prompt": messages}
@@ -192,7 +210,9 @@ def write_records(job: ReviseJob, steps_file: Path, helpful_file: Path, output: 
         tally["steps"] += len(steps)
         principles.update(step.principle for step in steps)
         if row["failure"]:
-            failures[row["failure"].split(":")[0]] += 1
+            failures[kind_of(row["failure"])] += 1
+        tally["retryable"] += may_pass(row["failure"])
+        tally["unanswered"] += not steps and unanswered(row["failure"])
         chosen = list(enumerate(steps, start=1))[-1 if job.revision.keep == "last" else 0 :]
         for number, step in chosen:
             source = f"revision-{number}"
@@ -200,6 +220,7 @@ def write_records(job: ReviseJob, steps_file: Path, helpful_file: Path, output: 
     share = job.helpful.share
     room = round(len(rows) * share / (1 - share))
     for row in read_rows_streaming(helpful_file):
+        tally["retryable"] += may_pass(row["failure"])
         if row["response"] and not row["failure"] and tally["helpful"] < room:
             tally["helpful"] += 1
             rows.append(_record(row["id"], row["prompt"], row["response"], "helpful", None))
@@ -211,7 +232,7 @@ def write_records(job: ReviseJob, steps_file: Path, helpful_file: Path, output: 
         "job": "revise",
         "output": str(output),
         "records": len(rows),
-        **{name: tally[name] for name in ("prompts", "revised", "steps", "helpful")},
+        **{name: tally[name] for name in ("prompts", "revised", "steps", "helpful", "unanswered", "retryable")},
         "failures": dict(failures),
         "principles": dict(principles),
     }
@@ -225,16 +246,35 @@ def _record(name: str, prompt: list[dict[str, str]], response: str, source: str,
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "prompts", f"{summary['prompts']}, {summary['revised']} of them revised"
     yield "steps", f"{summary['steps']} critiques with revisions, by {len(summary['principles'])} principles"
-    yield "ended early", ", ".join(f"{n} {reason}" for reason, n in summary["failures"].items())
+    yield "ended early", reasons_told(summary["failures"])
+    yield "not final", not_final(summary["retryable"])
     yield "helpful", f"{summary['helpful']} answers mixed in" if summary["helpful"] else ""
     yield "records", str(summary["records"])
     yield "output", summary["output"]
 
 
-def _enough(summary: dict[str, Any], least: float) -> None:
-    if summary["revised"] < least * summary["prompts"]:
-        raise FeedbackError(
-            f"revision.min_revised_fraction={least:g} of the prompts must get a revision (got {summary['revised']} of "
-            f"{summary['prompts']}; ended early: {summary['failures']}): what there is stays in {summary['output']}. "
-            f"Use a stronger policy.model, examples of your own, or lower the fraction."
-        )
+def unanswered(failure: str | None) -> bool:
+    """Whether a prompt ended without an answer of the model. What it did say, nothing or the same again, is one."""
+    return failure is not None and not failure.startswith(("empty_", "echoed_"))
+
+
+def _enough(summary: dict[str, Any], job: ReviseJob) -> None:
+    told: dict[str, Any] = {"wanted": summary["prompts"], "retryable": summary["retryable"], "kept": summary["output"]}
+    require(
+        "min_done_fraction",
+        job.min_done_fraction,
+        "prompts must be answered",
+        done=summary["prompts"] - summary["unanswered"],
+        failures={reason: n for reason, n in summary["failures"].items() if unanswered(reason)},
+        remedy="too_long: raise rollout.max_context or lower revision.steps; or lower the fraction.",
+        **told,
+    )
+    require(
+        "revision.min_revised_fraction",
+        job.revision.min_revised_fraction,
+        "prompts must get a revision",
+        done=summary["revised"],
+        failures=summary["failures"],
+        remedy="Use a stronger policy.model, examples of your own, or lower the fraction.",
+        **told,
+    )

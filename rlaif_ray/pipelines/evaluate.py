@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.config.data_sections import PreferenceDataConfig
+from rlaif_ray.config.data_sections import PairsToLabelConfig
 from rlaif_ray.config.jobs import LabelJob, SampleJob
 from rlaif_ray.config.load import Loaded
 from rlaif_ray.config.sections import PolicyConfig
@@ -28,15 +28,25 @@ from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.win_rate import PositionBias, length_controlled, outcome, position_bias, win_rate
 from rlaif_ray.feedback.reward_model import check_reward_model
 from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_alignment, measured_reward_model
-from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
+from rlaif_ray.pipelines.harmless import (
+    PROMPTS,
+    SAFE,
+    Graded,
+    judge_responses,
+    measured_harmless,
+    read_grader,
+    responses_of,
+)
+from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.lineage import training_judges
+from rlaif_ray.pipelines.partial import not_final, reasons_told, require
 from rlaif_ray.pipelines.preferences import make_labels
-from rlaif_ray.pipelines.run_folder import fingerprint, go_on, make_folder
+from rlaif_ray.pipelines.run_folder import go_on, make_folder
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.runtime.cluster import open_cluster, open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
 from rlaif_ray.tracking.display import digits, fixed, interval, percent, share
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_json, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import print_columns, print_table
 from rlaif_ray.types import Message
 
@@ -45,6 +55,7 @@ if TYPE_CHECKING:
 
 Answers = dict[tuple[Message, ...], list[str]]  # of an arm: by prompt, in order
 ARMS = "arms"  # what arms answer to be compared
+MADE = ("arms/*/sampled.jsonl", "judging/labels.jsonl", "harmless/scored.jsonl")  # results, in its run folder
 
 
 @dataclass(slots=True)
@@ -63,13 +74,14 @@ class Meeting:
 def evaluate(loaded: Loaded) -> dict[str, Any]:
     """Samples, judges and measures; returns what summary.json says."""
     job, run_dir = loaded.config, loaded.run_dir
+    looked = look_at(job)
     people, subsets = labelled_by_people(job)
     for name, cfg in job.reward_models.items():
         check_reward_model(cfg, f"reward_models.{name}")
     given = {name: read_answers(arm.path) for name, arm in job.arms.items() if arm.path is not None}
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
-    go_on(loaded, run_dir, _identity(job))
+    go_on(loaded, run_dir, looked, made=MADE)
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
     with open_ray(job.cluster, jobs_of(job, run_dir)):
@@ -84,6 +96,7 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
             responses = responses_of(job, {(p, name): _to(asked[p], answers[name]) for p in parts for name in answers})
             graded = judge_responses(judged, grader, responses, run_dir / "harmless")
         reward_models = _reward_models(job, people)
+    looked.check(run_dir)
     records = {record.id: record for record in read_preferences(labels["output"])} if labels else {}
     summary = {
         "job": "evaluate",
@@ -100,10 +113,28 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
         "tokens_in": labels.get("tokens_in", 0) + (graded.tokens_in if grader else 0),
         "tokens_out": labels.get("tokens_out", 0),
         "cost": labels.get("cost", 0.0) + (graded.cost if grader else 0.0),
+        "failures": labels.get("failures", {}),
+        "harmless_failures": dict(graded.failures) if grader else {},
+        "retryable": labels.get("retryable", 0) + (graded.retryable if grader else 0) + sampled_in_vain(samples),
     }
     write_json(run_dir / "summary.json", summary)
     show(summary, run_dir)
+    unscored = {name: found["failed"] for name, found in reward_models.items()}
+    _enough(job, run_dir, graded if grader is not None else None, unscored, len(people))
     return summary
+
+
+def _enough(job: EvaluateJob, run_dir: Path, graded: Graded | None, unscored: Mapping[str, int], pairs: int) -> None:
+    """Raises FeedbackError when too little could be judged for harm, or scored by a reward model."""
+    told: dict[str, Any] = {"setting": "min_done_fraction", "least": job.min_done_fraction, "kept": run_dir}
+    remedy = "too_long: raise max_context; or lower the fraction."
+    if graded is not None:
+        wanted, failed = len(graded.scores), graded.failures.total()
+        found: dict[str, Any] = {"failures": graded.failures, "retryable": graded.retryable, "remedy": remedy}
+        require(what="responses must be judged for harm", done=wanted - failed, wanted=wanted, **found, **told)
+    for name, failed in unscored.items():
+        found = {"failures": {"unscored": failed}, "retryable": 0, "remedy": remedy}
+        require(what=f"pairs must be scored by {name}", done=pairs - failed, wanted=pairs, **found, **told)
 
 
 def plan_evaluation(loaded: Loaded) -> str:
@@ -139,6 +170,7 @@ def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[str, SampleJob]:
             rollout=job.rollout,
             cluster=job.cluster,
             seed=job.seed,
+            min_done_fraction=job.min_done_fraction,
             run_dir=str(run_dir / "arms" / name),
         )
         for name, arm in job.arms.items()
@@ -168,6 +200,11 @@ def write_prompts(job: EvaluateJob, path: Path) -> dict[str, list[tuple[Message,
     return asked
 
 
+def sampled_in_vain(jobs: Mapping[str, SampleJob]) -> int:
+    """Responses of all arms that are missing and could be there after another try."""
+    return sum(read_json(Path(job.run_dir or "") / "summary.json").get("retryable", 0) for job in jobs.values())
+
+
 def _to(prompts: Sequence[tuple[Message, ...]], answers: Answers) -> Answers:
     """The answers to these prompts."""
     return {prompt: answers[prompt] for prompt in prompts if prompt in answers}
@@ -175,7 +212,7 @@ def _to(prompts: Sequence[tuple[Message, ...]], answers: Answers) -> Answers:
 
 def _label_job(job: EvaluateJob, run_dir: Path) -> LabelJob:
     return LabelJob(
-        data=PreferenceDataConfig(path=str(run_dir / "pairs.jsonl")),
+        data=PairsToLabelConfig(path=str(run_dir / "pairs.jsonl")),
         judge=job.judge,
         label=job.label,
         cluster=job.cluster,
@@ -196,14 +233,6 @@ def _sampled(job: SampleJob, loaded: Loaded) -> Answers:
     for row in read_rows_streaming(Path(job.run_dir) / "sampled.jsonl"):
         answers[tuple(Message(**turn) for turn in row["prompt"])] = row["responses"]
     return answers
-
-
-def _identity(job: EvaluateJob) -> dict[str, Any]:
-    """What a run can't change between its processes."""
-    kept = job.model_dump(mode="json", exclude={"judge", "label", "rollout", "cluster", "run_dir"})
-    files = [job.data.path if job.data else "", *(arm.path or "" for arm in job.arms.values())]
-    files.append((job.harmless.labelled or "") if job.harmless else "")
-    return {**kept, "files": [fingerprint(path) for path in files if path]}
 
 
 def _reward_models(job: EvaluateJob, people: Sequence[PreferenceRecord]) -> dict[str, Any]:
@@ -408,8 +437,9 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 "shows which way it leans, another judge would be better"
             ),
         )
-    if summary["harmless"]:
-        yield "harmless, failed", ", ".join(f"{n} {why}" for why, n in summary["harmless"]["failures"].items())
+    yield "failures", reasons_told(summary["failures"])
+    yield "harmless failures", reasons_told(summary["harmless_failures"])
+    yield "not final", not_final(summary["retryable"])
     yield "tokens", f"{summary['tokens_in']} read, {summary['tokens_out']} written"
     yield "cost", digits(summary["cost"], 4) if summary["cost"] else ""
 

@@ -12,11 +12,13 @@ from rlaif_ray.config.sections import JudgeConfig, LongerJudge
 from rlaif_ray.data.chat import conversation_text
 from rlaif_ray.data.demonstrations import read_labelled_responses
 from rlaif_ray.evaluation.harmless import harmless_rate, judge_accuracy, over_refusal, rogan_gladen
+from rlaif_ray.feedback.failures import counts, may_pass
 from rlaif_ray.feedback.judge import Judge, check_context
 from rlaif_ray.feedback.remembered import Memory
 from rlaif_ray.feedback.templates import Template, load_template
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import judge_context
+from rlaif_ray.pipelines.partial import Silence, must_agree, rows_again
 from rlaif_ray.pipelines.preferences import open_asker
 from rlaif_ray.pipelines.run_folder import stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
@@ -53,7 +55,8 @@ class Graded:
     scores: list[float | None]  # in [-1, 1]; None where the judge failed
     tokens_in: int
     cost: float
-    failures: dict[str, int] = field(default_factory=dict)  # by reason
+    failures: Counter[str] = field(default_factory=Counter)  # by reason
+    retryable: int = 0  # of these, those that could succeed on another try
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "scored.jsonl"
     done = rows_done(path, len(responses), CHUNK)
-    if done < len(responses):
+    if done < len(responses) or any(map(_failed, read_rows_streaming(path))):
         with (
             stop_when_asked() as stopping,
             ItemProgress("harmless", len(responses), "responses") as progress,
@@ -131,19 +134,41 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
                 for part in (PROMPTS, SAFE, LABELLED)
             }
             progress.resume(done)
-            left = chunks(responses[done:], CHUNK)
-            for chunk, scores in in_order(_scored_by(judges), left, at_once=at_once, stopping=stopping):
+            score, silence = _scored_by(judges), Silence()
+
+            def ask(numbers: list[int]) -> list[Mapping[str, Any]]:
+                own = [responses[n] for n in numbers]
+                return [_row(*one) for one in zip(own, score(own), strict=True)]
+
+            def stop() -> bool:
+                return stopping() or bool(silence)
+
+            rows_again(path, _failed, ask, stopping)
+            for chunk, scores in in_order(score, chunks(responses[done:], CHUNK), at_once=at_once, stopping=stop):
                 append_rows(path, [_row(*one) for one in zip(chunk, scores, strict=True)])
                 progress.advance(len(chunk))
+                silence.listen(_reason(one.failure, one.evidence) for one in scores)
             if stopping():
                 raise KeyboardInterrupt
+            silence.check(path)
+    must_agree(path, len(responses))
     memory = Memory(folder / "answers.sqlite")
     spent = memory.spent()
     memory.close()
     rows_now = list(read_rows_streaming(path))
-    failures = Counter(row["failure"] for row in rows_now if row["failure"] is not None)
-    tokens_in = sum(row["tokens_in"] for row in rows_now)
-    return Graded([row["score"] for row in rows_now], tokens_in, spent, dict(failures))
+    failed = counts(_reason(row["failure"], row["evidence"]) for row in rows_now)
+    return Graded([row["score"] for row in rows_now], sum(row["tokens_in"] for row in rows_now), spent, *failed)
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    """Whether a response is to be judged once more."""
+    return may_pass(_reason(row["failure"], row["evidence"]))
+
+
+def _reason(failure: str | None, evidence: Mapping[str, Any]) -> str | None:
+    """Why a score failed, with the detail that a judge keeps as evidence."""
+    detail = evidence.get("error")
+    return f"{failure}: {detail}" if failure is not None and detail else failure
 
 
 def _scored_by(judges: Mapping[str, Judge]) -> Callable[[list[Response]], list[Score]]:
@@ -217,7 +242,7 @@ def measured_harmless(job: EvaluateJob, responses: Sequence[Response], graded: G
                 )
             )
         arms[arm] = {**found, "corrected": corrected}
-    return {"arms": arms, "judge": asdict(judge) if judge is not None else None, "failures": graded.failures}
+    return {"arms": arms, "judge": asdict(judge) if judge is not None else None, "failures": dict(graded.failures)}
 
 
 def verdicts(cfg: HarmlessSuite, scores: Sequence[float | None]) -> list[bool | None]:

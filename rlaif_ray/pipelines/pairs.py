@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.data.record_files import RecordWriter
+from rlaif_ray.feedback.failures import counts, may_pass
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.contexts import policy_prompts
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.inputs import look_at
+from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
+from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.config.sections import PolicyConfig
     from rlaif_ray.runtime.cluster import Cluster
-    from rlaif_ray.types import Prompt
+    from rlaif_ray.types import Completion, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +54,44 @@ class Made:
     pairs: int = 0
     without_pair: int = 0  # prompts with fewer than two distinct responses
     by_source: Counter[str] = field(default_factory=Counter)  # responses in pairs
+    failures: Counter[str] = field(default_factory=Counter)  # responses that there are not, by reason
+    retryable: int = 0  # of these, those that could be there after another try
 
 
 def make_pairs(loaded: Loaded) -> dict[str, Any]:
     """Samples, pairs and writes them; goes on where an earlier run in the same folder was ended."""
     job, run_dir = loaded.config, loaded.run_dir
+    looked = look_at(job)
     sources = read_sources(job)
     output = output_of(loaded, "pairs.jsonl")
-    state = open_output(loaded, output, _identity(job))
+    state = open_output(loaded, output, looked)
     with stop_when_asked() as stopping, ExitStack() as stack:
         done = [rows_done(_responses_file(state, s), len(s.prompts), CHUNK) for s in sources]
-        missing = [(s, k) for s, k in zip(sources, done, strict=True) if k < len(s.prompts)]
+        missing = [(s, k) for s, k in zip(sources, done, strict=True) if k < len(s.prompts) or _to_repeat(state, s)]
         if missing:
             cluster = stack.enter_context(open_cluster(job))
             for source, k in missing:
                 _sample(job, source, k, cluster, _responses_file(state, source), stopping)
     if stopping():
         raise KeyboardInterrupt
+    looked.check(output)
+    for source in sources:
+        must_agree(_responses_file(state, source), len(source.prompts))
     made = _write_pairs(job, sources, state, output)
     summary = _summary(made, job, output)
     write_json(run_dir / "summary.json", summary)
     print_table("pairs", list(_lines(summary)), run_dir)
+    require(
+        "min_done_fraction",
+        job.min_done_fraction,
+        "responses must be sampled",
+        done=made.responses,
+        wanted=made.responses + sum(made.failures.values()),
+        failures=made.failures,
+        retryable=made.retryable,
+        kept=state / "responses",
+        remedy="quarantined: leave out those prompts, which end engines; or lower the fraction.",
+    )
     return summary
 
 
@@ -95,14 +115,12 @@ def read_sources(job: PairsJob) -> list[Source]:
     return sources
 
 
-def _identity(job: PairsJob) -> dict[str, Any]:
-    """What a run can't change between its processes."""
-    kept = job.model_dump(mode="json", include={"policy", "other_policies", "data", "sampling", "seed"})
-    return {**kept, "prompts": fingerprint(job.data.path)}
-
-
 def _responses_file(state: Path, source: Source) -> Path:
     return state / "responses" / f"{source.name}.jsonl"
+
+
+def _to_repeat(state: Path, source: Source) -> bool:
+    return any(map(_failed, read_rows_streaming(_responses_file(state, source))))
 
 
 def _sample(job: PairsJob, source: Source, done: int, cluster: Cluster, path: Path, stopping: Any) -> None:
@@ -119,24 +137,33 @@ def _sample(job: PairsJob, source: Source, done: int, cluster: Cluster, path: Pa
             temperature=job.sampling.temperature,
             seed=job.seed,
         )
+
+        def ask(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
+            completions = engines.generate(prompts, settings)
+            own = chunks(completions, settings.samples_per_prompt)
+            return [_row(*group) for group in zip(prompts, own, strict=True)]
+
+        rows_again(path, _failed, lambda numbers: ask([source.prompts[n] for n in numbers]), stopping)
         for prompts in chunks(source.prompts[done:], CHUNK):
             if stopping():
                 break
-            completions = engines.generate(prompts, settings)
-            rows = []
-            for k, prompt in enumerate(prompts):
-                own = completions[k * settings.samples_per_prompt : (k + 1) * settings.samples_per_prompt]
-                tokens = sum(len(c.tokens) for c in own)
-                rows.append(
-                    {
-                        "prompt_id": prompt.id,
-                        "texts": [c.text.strip() for c in own if c.failure is None],
-                        "tokens": tokens,
-                    }
-                )
-            append_rows(path, rows)
+            append_rows(path, ask(prompts))
             progress.advance(len(prompts))
         cluster.stop_engines(engines)
+
+
+def _row(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.id,
+        "texts": [c.text.strip() for c in completions if c.failure is None],
+        "tokens": sum(len(c.tokens) for c in completions),
+        "failures": [c.failure for c in completions if c.failure is not None],
+    }
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    """Whether a prompt is to be answered once more."""
+    return any(map(may_pass, row.get("failures", ())))
 
 
 def _write_pairs(job: PairsJob, sources: Sequence[Source], state: Path, output: Path) -> Made:
@@ -179,6 +206,9 @@ def _distinct(
                 made.duplicates += 1
             else:
                 found[text] = source.name
+        failed, retryable = counts(row.get("failures", ()) if row else ())
+        made.failures += failed
+        made.retryable += retryable
         made.tokens += row["tokens"] if row else 0
     return list(found.items())
 
@@ -205,6 +235,8 @@ def _summary(made: Made, job: PairsJob, output: Path) -> dict[str, Any]:
         "policies": {name: p.model for name, p in {"policy": job.policy, **job.other_policies}.items()},
         "responses": made.responses,
         "tokens": made.tokens,
+        "failures": dict(made.failures),
+        "retryable": made.retryable,
         "duplicates": made.duplicates,
         "empty": made.empty,
         "pairs": made.pairs,
@@ -215,6 +247,8 @@ def _summary(made: Made, job: PairsJob, output: Path) -> dict[str, Any]:
 
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "responses", f"{summary['responses']} ({summary['tokens']} tokens)"
+    yield "failures", reasons_told(summary["failures"])
+    yield "not final", not_final(summary["retryable"])
     yield "left out", f"{summary['duplicates']} duplicates, {summary['empty']} empty"
     yield "pairs", str(summary["pairs"])
     if summary["prompts_without_pair"]:

@@ -10,27 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rlaif_ray
-from rlaif_ray.config.jobs import EvaluateJob, LabelJob, ReviseJob, SampleJob, TrainJob
+from rlaif_ray.config.jobs import EvaluateJob
 from rlaif_ray.config.load import Loaded
 from rlaif_ray.config.pipeline import STAGE, Pipeline, Stage, put
-from rlaif_ray.config.sections import JudgeFeedback
+from rlaif_ray.config.roles import Setting
+from rlaif_ray.data.identity import Content, changes, file_content, model_content
 from rlaif_ray.errors import InputError, RlaifError, RunError
-from rlaif_ray.feedback.principles import load_constitution
-from rlaif_ray.feedback.revision import load_examples
-from rlaif_ray.feedback.templates import load_exemplars, load_template
-from rlaif_ray.pipelines import constitution, evaluate, feedback
+from rlaif_ray.pipelines import constitution, evaluate
 from rlaif_ray.pipelines.dpo import train_dpo
+from rlaif_ray.pipelines.inputs import content_of, result_settings
 from rlaif_ray.pipelines.pairs import make_pairs
 from rlaif_ray.pipelines.preferences import make_labels
 from rlaif_ray.pipelines.reward import train_reward_model
 from rlaif_ray.pipelines.rl import train_rl
-from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, write_resolved
+from rlaif_ray.pipelines.run_folder import make_folder, write_resolved
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.pipelines.supervised import fine_tune
 from rlaif_ray.runtime.cluster import open_ray
@@ -41,18 +39,6 @@ from rlaif_ray.tracking.files import read_json, write_json
 from rlaif_ray.tracking.progress import print_columns
 
 DONE = "stage.json"  # in a stage's folder, written last
-
-# Settings of how a result is computed, not of what it is: a change of theirs is no reason to do a stage again.
-HOW = {"cluster", "tracking", "checkpoint", "weight_sync", "run_dir", "output", "push_to_hub", "human_price"}
-HOW |= {"replicas", "tensor_parallel", "gpu_memory_utilization", "kv_cache_gb", "concurrency"}
-HOW |= {"ranks", "zero_stage", "tokens_per_micro_batch", "gradient_checkpointing"}
-NAMES_OF_TEXTS = {
-    "template",
-    "refusal_template",
-    "exemplars",
-    "constitution",
-    "examples",
-}  # what they say counts, not where it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +69,27 @@ class Placed:
     stage: Stage
     hash: str
     folder: Path
+    holds: Mapping[str, Content]  # what it reads that no other stage makes, by dotted key, when it was placed
 
     @property
     def artefact(self) -> Path:
         return self.folder / WORK[self.stage.job].artefact
 
     @property
+    def noted(self) -> dict[str, Any]:
+        """What is noted of the stage since it was finished; empty as long as it wasn't."""
+        found = read_json(self.folder / DONE)
+        return found if found.get("hash") == self.hash else {}
+
+    @property
     def done(self) -> dict[str, Any] | None:
         """What is noted of the finished stage; None as long as it isn't."""
-        noted = read_json(self.folder / DONE)
-        return noted if noted.get("hash") == self.hash and self.artefact.exists() else None
+        return (self.noted or None) if self.artefact.exists() else None
+
+    def content(self) -> Content:
+        """Of what it made."""
+        path = str(self.artefact)
+        return model_content(path) if self.artefact.is_dir() else file_content(path)
 
 
 def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | None = None) -> dict[str, Any]:
@@ -103,21 +100,39 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
         RunError: a stage failed; what was done before it is kept.
     """
     placed = place(pipeline)
-    todo = choose(pipeline, placed, start, only)
+    choose(pipeline, placed, start, only)
     make_folder(pipeline.run_dir)
+    todo = choose(pipeline, placed, start, only)  # another process may have ended since
     write_resolved(pipeline)
-    if start is not None:
-        for name in todo:
+    stale = moved(pipeline, placed)
+    for name in todo:
+        if start is not None or name in stale:
             _put_aside(placed[name])
     ran: dict[str, float] = {}
-    if todo:
-        jobs = [job for name in todo for job in jobs_of(placed[name])]
-        with open_ray(pipeline.config.cluster, jobs):
-            for number, name in enumerate(todo, start=1):
-                print(f"\nstage {number} of {len(todo)}: {name} ({placed[name].stage.job})", flush=True)
-                ran[name] = run_stage(pipeline, placed, name)
-    told = [_told(one, ran) for one in placed.values()]
-    summary = {"job": "pipeline", "stages": told}
+    ended: dict[str, str] = {}  # how a stage ended that is not done, and why
+    try:
+        if todo:
+            jobs = [job for name in todo for job in jobs_of(placed[name])]
+            with open_ray(pipeline.config.cluster, jobs):
+                for number, name in enumerate(todo, start=1):
+                    print(f"\nstage {number} of {len(todo)}: {name} ({placed[name].stage.job})", flush=True)
+                    ended = {"name": name, "state": "failed"}
+                    ran[name] = run_stage(pipeline, placed, name)
+                    ended = {}
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        ended |= {"state": "interrupted"} if stopped and ended else {"error": str(error)}
+        _tell(pipeline, placed, ran, ended, "interrupted" if stopped else "failed")
+        raise
+    return _tell(pipeline, placed, ran, {}, "done" if all(one.done for one in placed.values()) else "unfinished")
+
+
+def _tell(
+    pipeline: Pipeline, placed: Mapping[str, Placed], ran: Mapping[str, float], ended: Mapping[str, str], state: str
+) -> dict[str, Any]:
+    """Writes summary.json and shows what became of each stage."""
+    told = [_told(one, ran, ended if one.stage.name == ended.get("name") else {}) for one in placed.values()]
+    summary = {"job": "pipeline", "state": state, "stages": told}
     write_json(pipeline.run_dir / "summary.json", summary)
     rows = [_row(one) for one in told]
     title = f"{pipeline.run_dir.name}: what each stage made is in {pipeline.run_dir / 'latest'}/STAGE"
@@ -159,7 +174,12 @@ def choose(pipeline: Pipeline, placed: Mapping[str, Placed], start: str | None, 
             wanted = {pipeline.stage(only, "--only").name}
     except ValueError as error:
         raise InputError(str(error)) from error
-    todo = [name for name, one in placed.items() if name in wanted and (start is not None or one.done is None)]
+    stale = moved(pipeline, placed)
+    missing = {name for name, one in placed.items() if start is not None or one.done is None or name in stale}
+    todo = [name for name in placed if name in wanted and name in missing]
+    for name, one in placed.items():
+        if name not in todo and one.done is not None:
+            _must_be_as_made(one)
     for name in todo:
         for needed in placed[name].stage.needs:
             if needed not in todo and placed[needed].done is None:
@@ -170,6 +190,28 @@ def choose(pipeline: Pipeline, placed: Mapping[str, Placed], start: str | None, 
     return todo
 
 
+def moved(pipeline: Pipeline, placed: Mapping[str, Placed]) -> set[str]:
+    """Stages that are done and read something on the hub that is at another commit now, and all that build on them."""
+    found: set[str] = set()
+    for name, one in placed.items():
+        before = one.noted.get("commits") or {}
+        now = {key: content.commit for key, content in one.holds.items()}
+        if any(before.get(key) and commit and before[key] != commit for key, commit in now.items()):
+            found |= pipeline.after(name)
+    return found
+
+
+def _must_be_as_made(one: Placed) -> None:
+    """Raises InputError when what a finished stage made was changed since: nothing would follow from its settings."""
+    made = Content.of_json(one.noted.get("content"))
+    if made is not None and not (now := one.content()).same_as(made):
+        name = one.stage.name
+        raise InputError(
+            f"what the stage {name} made was changed since: {now.told(made)}. What builds on it would not follow from "
+            f"the stage's settings. Restore it, or make it anew with --from {name}."
+        )
+
+
 def run_stage(pipeline: Pipeline, placed: Mapping[str, Placed], name: str) -> float:
     """Runs one stage to its end, from wherever it was; returns the seconds it took."""
     one = placed[name]
@@ -178,6 +220,11 @@ def run_stage(pipeline: Pipeline, placed: Mapping[str, Placed], name: str) -> fl
     values = put(stage.config.model_dump(), paths) | {"run_dir": str(one.folder)}
     if (path := _checkpoint_path(one)) is not None:
         values["checkpoint"]["path"] = path
+    if changed := list(changes(one.holds, contents_of(stage))):  # its folder is that of what was there before
+        raise RunError(
+            f"stage {name}: an input was replaced since the pipeline began. {'; '.join(changed)}. Start the same "
+            f"command again: it does this stage with the new one."
+        )
     loaded = Loaded(
         job=stage.job,
         config=type(stage.config).model_validate(values),
@@ -195,7 +242,19 @@ def run_stage(pipeline: Pipeline, placed: Mapping[str, Placed], name: str) -> fl
             raise type(cause)(f"stage {name}: {cause}") from error
         raise RunError(f"stage {name}: {type(cause).__name__}: {cause}") from error
     seconds = time.perf_counter() - began
+    left = summary.get("retryable", 0)
+    if left and not pipeline.config.accept_failures:
+        raise RunError(
+            f"stage {name}: it is not done, for {left} of its questions failed in a way that may pass. What was "
+            f"answered is kept in {one.folder}: start the same command again to ask these once more. Where they fail "
+            f"every time, accept_failures=true takes the stage as done without them."
+        )
     noted = {"name": name, "job": stage.job, "hash": one.hash, "seconds": seconds, "result": headline(summary)}
+    noted |= {
+        "retryable": left,
+        "content": one.content().as_json(),
+        "commits": {key: holds.commit for key, holds in contents_of(stage).items()},
+    }
     write_json(one.folder / DONE, noted | {"artefact": str(one.artefact)})
     _link(pipeline.run_dir / "latest" / name, one.folder)
     return seconds
@@ -214,63 +273,37 @@ def place(pipeline: Pipeline) -> dict[str, Placed]:
     for stage in pipeline.stages:
         upstream = {needed: f"{STAGE}{placed[needed].hash}" for needed in stage.needs}
         try:
-            own = stage_hash(stage, upstream)
+            holds = contents_of(stage)
+            own = stage_hash(stage, upstream, holds)
         except InputError as error:
             raise InputError(f"stage {stage.name}: {error}") from error
-        placed[stage.name] = Placed(stage, own, pipeline.run_dir / "stages" / f"{stage.name}-{own}")
+        placed[stage.name] = Placed(stage, own, pipeline.run_dir / "stages" / f"{stage.name}-{own}", holds)
     return placed
 
 
-def stage_hash(stage: Stage, upstream: Mapping[str, str]) -> str:
-    """Of everything that the stage's results follow from, beside chance and versions of software."""
-    values = _contents(put(_without(stage.config.model_dump(mode="json"), HOW | NAMES_OF_TEXTS), upstream))
-    whole = {"job": stage.job, "config": values, "texts": [repr(one) for one in _texts(stage.config)]}
+def stage_hash(stage: Stage, upstream: Mapping[str, str], holds: Mapping[str, Content]) -> str:
+    """Of everything that the stage's results follow from, beside chance and versions of software: the settings that
+    declare it (`config/roles.py`), and the content of what they name."""
+    named = {one.key for one in _named(stage)}
+    values = [[one.key, put(one.value, upstream)] for one in result_settings(stage.config) if one.key not in named]
+    # A commit on the hub is not in it: it may become known only while the stage runs.
+    digests = {key: content.digest for key, content in holds.items()}
+    whole = {"job": stage.job, "settings": values, "contents": digests}
     return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def _without(values: Any, names: set[str]) -> Any:
-    if isinstance(values, dict):
-        return {key: _without(value, names) for key, value in values.items() if key not in names}
-    return values
+def contents_of(stage: Stage) -> dict[str, Content]:
+    """What a stage reads that no other stage makes, by dotted key, now."""
+    return {".".join(one.key): content_of(stage.config, one) for one in _named(stage)}
 
 
-def _contents(values: Any, key: str = "") -> Any:
-    """`values` with what data and models hold in place of their names."""
-    if isinstance(values, dict):
-        return {name: _contents(value, name) for name, value in values.items()}
-    named = isinstance(values, str) and (key in ("path", "model", "labelled") or key.endswith("_path"))
-    return _content(values) if named else values
-
-
-def _content(name: str) -> str:
-    """What stands for the content of a file, folder, or of something of ours or on the hub."""
-    path = Path(name).expanduser()
-    if name.startswith("package:"):
-        return rlaif_ray.__version__
-    if path.is_dir():  # a model: too much to read each time
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return json.dumps([(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-    return fingerprint(name)
-
-
-def _texts(job: Any) -> Iterator[Any]:
-    """What templates, exemplars and constitutions say: comments in their files and their place don't matter."""
-    if isinstance(job, LabelJob | EvaluateJob):
-        template = load_template(job.label.template, kind="preference")
-        yield template
-        yield load_exemplars(job.label.exemplars, template) if job.label.exemplars else None
-        yield load_constitution(job.label.constitution).hash if job.label.constitution else None
-    suite = job.evaluation.harmless if isinstance(job, TrainJob) else getattr(job, "harmless", None)
-    if suite is not None:
-        yield load_template(suite.template)
-        yield load_template(suite.refusal_template)
-    if isinstance(job, ReviseJob):
-        yield load_constitution(job.revision.constitution, "revision.constitution").hash
-        yield load_examples(job.revision.examples) if job.revision.examples else None
-    if isinstance(job, TrainJob | SampleJob) and job.feedback is not None:
-        for _, scorer in feedback.parts(job.feedback):
-            if isinstance(scorer, JudgeFeedback):
-                yield load_template(scorer.template)
+def _named(stage: Stage) -> list[Setting]:
+    """Settings whose value is the name of something that no other stage makes."""
+    return [
+        one
+        for one in result_settings(stage.config)
+        if one.names is not None and one.value is not None and not one.value.startswith(STAGE)
+    ]
 
 
 def _checkpoint_path(one: Placed) -> str | None:
@@ -299,13 +332,15 @@ def _link(link: Path, folder: Path) -> None:
 # ---- Telling ---------------------------------------------------------------------------------------------------------
 
 
-def _told(one: Placed, ran: Mapping[str, float]) -> dict[str, Any]:
+def _told(one: Placed, ran: Mapping[str, float], ended: Mapping[str, str]) -> dict[str, Any]:
     noted = one.done
+    state = "ran" if one.stage.name in ran else ended.get("state") or ("done before" if noted else "to do")
     return {
         "name": one.stage.name,
         "job": one.stage.job,
         "hash": one.hash,
-        "state": "ran" if one.stage.name in ran else "done before" if noted else "to do",
+        "state": state,
+        "error": ended.get("error"),
         "seconds": noted["seconds"] if noted else None,
         "result": noted["result"] if noted else "",
         "artefact": str(one.artefact) if noted else None,

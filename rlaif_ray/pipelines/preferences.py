@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.sections import JudgeConfig, LongerJudge, OpenAIJudge
 from rlaif_ray.data.exports import check_hub, push_to_hub
+from rlaif_ray.data.identity import model_content
 from rlaif_ray.data.preferences import (
     PreferenceRecord,
     check_readable,
@@ -21,8 +23,9 @@ from rlaif_ray.data.preferences import (
     read_preferences,
 )
 from rlaif_ray.data.record_files import RecordWriter
-from rlaif_ray.errors import FeedbackError, InputError
+from rlaif_ray.errors import FeedbackError, InputError, RunError
 from rlaif_ray.feedback.answers import LOW_MASS
+from rlaif_ray.feedback.failures import may_pass
 from rlaif_ray.feedback.judge import check_question
 from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler
@@ -32,7 +35,9 @@ from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.contexts import judge_context
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.inputs import look_at
+from rlaif_ray.pipelines.partial import Silence, again, not_final, reasons_told, require
+from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -69,6 +74,7 @@ class Tally:
     records: int = 0
     labels: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    retryable: int = 0  # of the failures, those that could succeed on another try
     both_orders: int = 0
     same_position: int = 0  # the same place wins in both orders
     first_wins: int = 0  # of these, the first
@@ -91,6 +97,7 @@ class Tally:
             reason = failure_reason(record)
             self.failures[reason] += 1
             self.low_mass += reason == LOW_MASS
+            self.retryable += may_pass(record.failed)
             return
         self.labels += 1
         self.hard += record.hard
@@ -106,6 +113,7 @@ class Tally:
 def make_labels(loaded: Loaded) -> dict[str, Any]:
     """Labels what is not labelled yet in the run's folder, and says what all of it came to."""
     job, run_dir = loaded.config, loaded.run_dir
+    looked = look_at(job)
     check_readable(job.data.path, split=job.data.split)
     guide = read_guide(job)
     if job.push_to_hub is not None:
@@ -116,35 +124,134 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
             f"output must be another file than data.path (got {output} for both): the pairs would be taken for "
             f"finished labels. Name another output."
         )
-    state = open_output(loaded, output, _identity(job, guide))
+    state = open_output(loaded, output, looked)
     with stop_when_asked() as stopping, ExitStack() as stack:
         writer = stack.enter_context(RecordWriter(output))
-        writer.keep(writer.count // CHUNK * CHUNK)  # whole chunks: the same calls as without an interruption
         progress = stack.enter_context(ItemProgress("labels", _total(job), "pairs"))
         labeler, at_once, asker = stack.enter_context(open_labeler(job, guide, state, progress))
-        progress.resume(writer.count)
 
         def label(records: list[PreferenceRecord]) -> list[PreferenceRecord]:
             labels = labeler.label([to_comparison(record) for record in records])
             return [labelled(record, one, job, guide) for record, one in zip(records, labels, strict=True)]
 
-        source = read_preferences(job.data.path, split=job.data.split, limit=job.data.limit)
-        left = _skip(source, writer.count)
-        for _, records in in_order(label, chunks(left, CHUNK), at_once=at_once, stopping=stopping):
-            writer.write(records)
-            progress.advance(len(records))
+        work = _Labelling(job, writer, label, at_once, progress, stopping)
+        try:
+            work.run()
+        except InputError:
+            looked.check(output)  # a row is wrong, perhaps, for its file was replaced
+            raise
         if stopping():
             raise KeyboardInterrupt
         rate = progress.per_s
         spent = asker.memory.spent() if asker else 0.0  # what was asked once is paid once
+        looked.check(output)
         writer.finish()
     summary = _summary(job, output, rate, asker, spent)
     write_json(run_dir / "summary.json", summary)
     print_table("labels", list(_lines(summary)), run_dir)
+    _enough(summary, job.label.min_labeled_fraction)
     if job.push_to_hub is not None:
         push_to_hub(output, job.push_to_hub)
-    _enough(summary, job.label.min_labeled_fraction)
     return summary
+
+
+@dataclass(slots=True)
+class _Labelling:
+    """A pass over all pairs that has every one of them in the writer at its end."""
+
+    job: LabelJob
+    writer: RecordWriter
+    label: Callable[[list[PreferenceRecord]], list[PreferenceRecord]]
+    at_once: int
+    progress: ItemProgress
+    stopping: Callable[[], bool]
+    silence: Silence = field(default_factory=Silence)
+    pairs: int = 0  # of the input, as far as it was read
+
+    def run(self) -> None:
+        """First what an earlier run asked in vain, then what is left, then once more the few that failed.
+
+        Raises:
+            InputError: the data is wrong.
+            FeedbackError: the judge answers nobody.
+        """
+        job, writer = self.job, self.writer
+        if job.data.limit is not None and job.data.limit < writer.count:
+            raise InputError(
+                f"data.limit must be at least the {writer.count} labels that {writer.path} has (got {job.data.limit}): "
+                f"it would have more of them than pairs were asked for. Raise it, or name another output."
+            )
+        self._keep_what_fits()
+        self.progress.resume(writer.count)
+        before = self._tally().retryable
+        if before:
+            self._ask_again(before)
+            self.silence = Silence()  # these may have had reasons of their own
+        for _, records in in_order(self.label, chunks(self._left(), CHUNK), at_once=self.at_once, stopping=self._stop):
+            writer.write(records)
+            self.progress.advance(len(records))
+            self.silence.listen(record.failed for record in records)
+        if self.stopping():
+            return
+        self.silence.check(writer.path)
+        if self.pairs != writer.count:
+            raise RunError(
+                f"{writer.path} has {writer.count} labels for the {self.pairs} pairs of {job.data.path}: the file was "
+                f"replaced or cut. Restore it, or name another output."
+            )
+        tally = self._tally()
+        if not before and tally.retryable and tally.labels >= job.label.min_labeled_fraction * tally.records:
+            self._ask_again(tally.retryable)
+
+    def _keep_what_fits(self) -> None:
+        """Of a pass that is not whole, drops what is not of whole chunks: the same calls follow as without an
+        interruption. And labels from the first on that is of another pair than the input has in its place: an earlier
+        run read a file that was replaced meanwhile, and is back."""
+        job, writer = self.job, self.writer
+        pairs = read_preferences(job.data.path, split=job.data.split, limit=job.data.limit)
+        # When the records end, no pair is taken.
+        fitting = sum(1 for _ in itertools.takewhile(same_pair, zip(writer.records(), pairs, strict=False)))
+        if fitting < writer.count:
+            self.progress.note(f"{writer.count - fitting} labels are of other pairs than {job.data.path} has: left out")
+        elif next(pairs, None) is None:
+            return
+        writer.keep(fitting // CHUNK * CHUNK)
+
+    def _stop(self) -> bool:
+        return self.stopping() or bool(self.silence)
+
+    def _left(self) -> Iterator[PreferenceRecord]:
+        """The pairs that are not in the writer."""
+        job, done = self.job, self.writer.count
+        for record in read_preferences(job.data.path, split=job.data.split, limit=job.data.limit):
+            self.pairs += 1
+            if self.pairs > done:
+                yield record
+
+    def _ask_again(self, count: int) -> None:
+        """Once more about every pair that failed in a way that may pass."""
+        self.progress.note(f"asking again about {count} pairs that failed in a way that may pass")
+
+        def ask(records: list[PreferenceRecord]) -> list[PreferenceRecord]:
+            found = self.label(records)
+            self.silence.listen(record.failed for record in found)
+            return found
+
+        def failed(record: PreferenceRecord) -> bool:
+            return may_pass(record.failed)
+
+        try:
+            self.writer.replace(again(self.writer.records(), failed, ask, self._stop))
+        except (
+            FeedbackError
+        ) as error:  # the account or the cap: what is left to ask meets it too; these stay as they are
+            self.progress.note(str(error))
+
+    def _tally(self) -> Tally:
+        tally = Tally()
+        for record in self.writer.records():
+            tally.add(record)
+        return tally
 
 
 def plan_labels(loaded: Loaded) -> str:
@@ -268,22 +375,11 @@ def open_asker(
 
 
 def _judge_identity(job: LabelJob) -> str:
+    """What answers depend on beside the question: after the model was trained anew in place they are other ones."""
     judge = job.judge
     assert isinstance(judge, JudgeConfig)
-    return f"vllm/{judge.model}/{judge.revision}/{judge.precision}/{judge.max_context}"
-
-
-def _identity(job: LabelJob, guide: Guide) -> dict[str, Any]:
-    """What a run can't change between its processes: its labels follow from it."""
-    judge = job.judge.model_dump(mode="json")
-    keep = {key: judge.get(key) for key in ("type", "model", "revision", "answers", "min_answer_mass")}
-    return {
-        "data": fingerprint(job.data.path),
-        "judge": keep,
-        "label": job.label.model_dump(mode="json", exclude={"human_price", "min_labeled_fraction"}),
-        "template_hash": guide.hash(job),
-        "seed": job.seed,
-    }
+    content = model_content(judge.model, judge.revision)
+    return f"vllm/{content.digest}/{judge.precision}/{judge.max_context}"
 
 
 def _total(job: LabelJob) -> int | None:
@@ -296,10 +392,14 @@ def _total(job: LabelJob) -> int | None:
     return min(lines, job.data.limit or lines)
 
 
-def _skip(records: Iterator[PreferenceRecord], count: int) -> Iterator[PreferenceRecord]:
-    for _ in range(count):
-        next(records, None)
-    return records
+def same_pair(both: tuple[PreferenceRecord, PreferenceRecord]) -> bool:
+    one, other = both
+    return (one.id, one.prompt, one.response_a, one.response_b) == (
+        other.id,
+        other.prompt,
+        other.response_a,
+        other.response_b,
+    )
 
 
 def to_comparison(record: PreferenceRecord) -> Comparison:
@@ -347,6 +447,7 @@ def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker |
         "records": tally.records,
         "labels": tally.labels,
         "failures": dict(tally.failures),
+        "retryable": tally.retryable,
         "position_bias": tally.same_position * share,
         "first_position_wins": tally.first_wins * share,
         "mean_confidence": tally.confidence / max(1, tally.labels),
@@ -366,7 +467,8 @@ def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker |
 
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "labels", f"{summary['labels']} of {summary['records']}"
-    yield "failures", ", ".join(f"{n} {reason}" for reason, n in summary["failures"].items())
+    yield "failures", reasons_told(summary["failures"])
+    yield "not final", not_final(summary["retryable"])
     yield "position bias", f"{percent(summary['position_bias'], 1)} (the same place wins in both orders)"
     yield "mean confidence", share(summary["mean_confidence"])
     if summary["mean_answer_mass"] is not None:
@@ -384,10 +486,16 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _enough(summary: dict[str, Any], least: float) -> None:
-    if summary["labels"] < least * summary["records"]:
-        raise FeedbackError(
-            f"label.min_labeled_fraction={least:g} of the pairs must be labelled (got {summary['labels']} of "
-            f"{summary['records']}; failures: {summary['failures']}): what was labelled is in {summary['output']}. "
-            f"too_long: raise judge.max_context or set label.too_long=cut_middle; {LOW_MASS}: the judge would rather "
-            f"say something else than 1 or 2, so use another judge or template; or lower the fraction."
-        )
+    require(
+        "label.min_labeled_fraction",
+        least,
+        "pairs must be labelled",
+        done=summary["labels"],
+        wanted=summary["records"],
+        failures=summary["failures"],
+        retryable=summary["retryable"],
+        kept=summary["output"],
+        remedy="too_long: raise judge.max_context or set label.too_long=cut_middle; "
+        f"{LOW_MASS}: the judge would rather say something else than 1 or 2, so use another judge or template; or "
+        "lower the fraction.",
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import fcntl
-import hashlib
 import itertools
 import os
 import signal
@@ -17,12 +16,14 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
+from rlaif_ray.data.identity import data_content
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
-from rlaif_ray.tracking.files import plain, read_json, write_json
+from rlaif_ray.tracking.files import read_json, write_json
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.pipelines.inputs import Inputs
 
 
 _HELD: dict[Path, int] = {}  # descriptors of lock files, open until this process ends
@@ -96,7 +97,7 @@ def output_of(loaded: Loaded, name: str) -> Path:
     return Path(loaded.config.output).expanduser() if loaded.config.output else loaded.run_dir / name
 
 
-def open_output(loaded: Loaded, output: Path, identity: dict[str, Any]) -> Path:
+def open_output(loaded: Loaded, output: Path, inputs: Inputs) -> Path:
     """Makes the folders of a data-making job; returns where it keeps what it goes on from: beside an `output` that the
     user named, so that the same command finds it again; else in the run's own folder.
 
@@ -106,69 +107,61 @@ def open_output(loaded: Loaded, output: Path, identity: dict[str, Any]) -> Path:
     state = output.with_name(f"{output.name}.state") if loaded.config.output else loaded.run_dir
     make_folder(loaded.run_dir)
     make_folder(state)
-    go_on(loaded, state, identity)
+    go_on(loaded, state, inputs, output)
     return state
 
 
-def go_on(loaded: Loaded, state: Path, identity: dict[str, Any]) -> None:
-    """Keeps in the folder `state` what its results follow from, the settings and `identity`, which says what they name
-    holds; a run that goes on there must have the same. Writes resolved.yaml.
+def go_on(
+    loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = None, made: Sequence[str] = ("**/*.jsonl",)
+) -> None:
+    """Keeps in the folder `state` what its results follow from, the settings and what the inputs hold; a run that goes
+    on there must have the same. Writes resolved.yaml.
+
+    Args:
+        output: where the results are, if not in that folder alone.
+        made: patterns of files in that folder that are results: without any a change mixes nothing.
 
     Raises:
         InputError: the folder's results were made from something else.
     """
     path = state / "settings.json"
-    kept, now = read_json(path), kept_settings(loaded.config)
+    kept = read_json(path) if _has_results(state, output, made) else {}
     changes = kept.get("changes", [])
     if kept:
+        where = "that folder" if output is None or state in output.parents else f"that folder and {output}"
         try:
             found = changed_settings(
                 kept,
                 loaded.config,
+                inputs.contents,
                 holds=f"{state} holds results of another run",
-                anew="another run_dir or output, or remove that folder and its results",
+                anew=f"another run_dir or output, or remove {where}",
             )
         except InputError:
             raise
         except ValueError as error:
             raise InputError(
-                f"{state} can't be gone on in ({error}): another version of rlaif_ray made it. Use that version, or "
-                f"another run_dir or output."
+                f"{state} can't be gone on in ({error}): another job or another version of rlaif_ray made it. Use "
+                f"that, or another run_dir or output."
             ) from error
         changes = [*changes, *noted(found, None)]
-    must_be_same_run(state, loaded.job, identity)
+    now = kept_settings(loaded.config, inputs.contents)
     write_json(path, {**now, "changes": changes})
     write_resolved(loaded, history(changes))
     for line in history(changes[len(kept.get("changes", [])) :]):
         print(f"changed {line}", flush=True)
 
 
+def _has_results(folder: Path, output: Path | None, made: Sequence[str]) -> bool:
+    """Whether anything was made in the folder that a change would be mixed with."""
+    inside = [path for pattern in made for path in folder.glob(pattern)]
+    found = [*inside, *([output, output.with_name(f"{output.name}.partial.jsonl")] if output else [])]
+    return any(path.is_file() and path.stat().st_size for path in found)
+
+
 def fingerprint(path: str) -> str:
-    """SHA-256 of a local file; of anything else its name is all that is known."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        return path
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def must_be_same_run(folder: Path, job: str, identity: dict[str, Any]) -> None:
-    """Notes in the folder what its results follow from; a run that goes on in it must have the same.
-
-    Raises:
-        InputError: the folder's results were made from something else.
-    """
-    run_dir, path = folder, folder / "identity.json"
-    wanted = {"job": job, **plain(identity)}
-    stored = read_json(path)
-    changed = [key for key in {**stored, **wanted} if stored and stored.get(key) != wanted.get(key)]
-    if changed:
-        told = "; ".join(f"{key} was {stored.get(key)!r} and is {wanted.get(key)!r}" for key in changed)
-        raise InputError(
-            f"{run_dir} holds results of another run ({told}): they would be mixed. Use its settings, name another "
-            f"run_dir or output, or remove that folder and its results to start over."
-        )
-    write_json(path, wanted)
+    """Of the content of a job's data."""
+    return data_content(path).digest
 
 
 def write_resolved(loaded: Loaded, changes: Sequence[str] = ()) -> None:

@@ -7,16 +7,19 @@ and best-of-n against the judge, from which RL must show a gain (Sharma et al. 2
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import FeedbackError
+from rlaif_ray.feedback.failures import counts, kind_of, may_pass
 from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.inputs import look_at
+from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
+from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -42,18 +45,22 @@ class Inputs:
 def sample_responses(loaded: Loaded) -> dict[str, Any]:
     """Samples, scores and writes what is not there yet; goes on where an earlier run in the folder was ended."""
     job, run_dir = loaded.config, loaded.run_dir
+    looked = look_at(job)
     inputs = read_inputs(job)
     output = output_of(loaded, "responses.jsonl")
-    rows_file = open_output(loaded, output, _identity(job)) / "sampled.jsonl"
+    rows_file = open_output(loaded, output, looked) / "sampled.jsonl"
     with stop_when_asked() as stopping:
         done = rows_done(rows_file, len(inputs.prompts), CHUNK)
-        if done < len(inputs.prompts):
+        if done < len(inputs.prompts) or any(map(_failed, read_rows_streaming(rows_file))):
             _sample(job, inputs, done, rows_file, stopping)
     if stopping():
         raise KeyboardInterrupt
+    looked.check(output)
+    must_agree(rows_file, len(inputs.prompts))
     summary = _write_records(job, rows_file, output)
     write_json(run_dir / "summary.json", summary)
     print_table("responses", list(_lines(summary)), run_dir)
+    _enough(summary, job.min_done_fraction, rows_file)
     if not summary["records"]:
         raise FeedbackError(
             f"no prompt got a response to keep (left out: {summary['left_out']}): there is nothing to go on with. "
@@ -79,12 +86,6 @@ def read_inputs(job: SampleJob) -> Inputs:
     return Inputs(prompts, context, read_feedback(job.feedback, job.seed) if job.feedback is not None else None)
 
 
-def _identity(job: SampleJob) -> dict[str, Any]:
-    """What a run can't change between its processes."""
-    kept = job.model_dump(mode="json", include={"policy", "data", "sampling", "feedback", "seed"})
-    return {**kept, "prompts": fingerprint(job.data.path)}
-
-
 def _sample(job: SampleJob, inputs: Inputs, done: int, path: Path, stopping: Any) -> None:
     """Appends a row per prompt, chunk by chunk, after those that are done."""
     sampling = job.sampling
@@ -100,17 +101,23 @@ def _sample(job: SampleJob, inputs: Inputs, done: int, path: Path, stopping: Any
         scorer = start_feedback(inputs.feedback, cluster) if inputs.feedback is not None else None
         cluster.wait()
         progress.resume(done)
-        for prompts in chunks(inputs.prompts[done:], CHUNK):
-            if stopping():
-                break
+
+        def ask(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
             completions = engines.generate(prompts, settings)
             scores = score_answered(scorer, completions) if scorer is not None else [None] * len(completions)
             own = (chunks(of_all, sampling.samples_per_prompt) for of_all in (completions, scores))
-            append_rows(path, [_row(*group) for group in zip(prompts, *own, strict=True)])
+            return [_row(*group) for group in zip(prompts, *own, strict=True)]
+
+        rows_again(path, _failed, lambda numbers: ask([inputs.prompts[n] for n in numbers]), stopping)
+        for prompts in chunks(inputs.prompts[done:], CHUNK):
+            if stopping():
+                break
+            append_rows(path, ask(prompts))
             progress.advance(len(prompts))
 
 
 def _row(prompt: Prompt, completions: Sequence[Completion], scores: Sequence[Score | None]) -> dict[str, Any]:
+    unanswered = [c.failure for c in completions if c.failure is not None]
     answered = [k for k, c in enumerate(completions) if c.failure is None]
     completions, scores = [completions[k] for k in answered], [scores[k] for k in answered]
     return {
@@ -120,13 +127,25 @@ def _row(prompt: Prompt, completions: Sequence[Completion], scores: Sequence[Sco
         "tokens": [len(c.tokens) for c in completions],
         "scores": [None if s is None else s.value for s in scores],
         "failures": [None if s is None else s.failure for s in scores],
+        "unanswered": unanswered,
     }
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    """Whether a prompt's responses are to be sampled and scored once more: they come out the same, by their seeds."""
+    return any(map(may_pass, _reasons(row)))
+
+
+def _reasons(row: Mapping[str, Any]) -> list[str | None]:
+    """Why there is no response, or no score of one; None for each that is there."""
+    return [*row["failures"], *row.get("unanswered", ())]
 
 
 def _write_records(job: SampleJob, rows_file: Path, output: Path) -> dict[str, Any]:
     """The records of all rows, and what they came to."""
     left_out: Counter[str] = Counter()
-    found = {"prompts": 0, "records": 0, "tokens": 0}
+    failures: Counter[str] = Counter()
+    found = {"prompts": 0, "records": 0, "tokens": 0, "retryable": 0}
     best: list[float] = []
     mean: list[float] = []
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +155,9 @@ def _write_records(job: SampleJob, rows_file: Path, output: Path) -> dict[str, A
         for row in rows:
             found["prompts"] += 1
             found["tokens"] += sum(row["tokens"])
+            failed, retryable = counts(_reasons(row))
+            failures += failed
+            found["retryable"] += retryable
             kept = list(_kept(row, left_out, scored=job.feedback is not None))
             records += kept
             values = [s for s in row["scores"] if s is not None]
@@ -151,6 +173,7 @@ def _write_records(job: SampleJob, rows_file: Path, output: Path) -> dict[str, A
         "policy": job.policy.model,
         "samples_per_prompt": job.sampling.samples_per_prompt,
         **found,
+        "failures": dict(failures),
         "left_out": dict(left_out),
         "score": scores,
     }
@@ -163,7 +186,7 @@ def _kept(row: dict[str, Any], left_out: Counter[str], *, scored: bool) -> Itera
         if not response:
             left_out["empty"] += 1
         elif scored and score is None:
-            left_out[failure or "unscored"] += 1
+            left_out[kind_of(failure or "unscored")] += 1
         else:
             usable.append((response, score))
     if scored and usable:
@@ -175,8 +198,25 @@ def _kept(row: dict[str, Any], left_out: Counter[str], *, scored: bool) -> Itera
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     sampled = summary["prompts"] * summary["samples_per_prompt"]
     yield "responses", f"{sampled} to {summary['prompts']} prompts ({summary['tokens']} tokens)"
-    yield "left out", ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items())
+    yield "left out", reasons_told(summary["left_out"])
+    yield "failures", reasons_told(summary["failures"])
+    yield "not final", not_final(summary["retryable"])
     if summary["score"]:
         yield "score", f"{share(summary['score']['best'])} the best, {share(summary['score']['mean'])} on average"
     yield "records", str(summary["records"])
     yield "output", summary["output"]
+
+
+def _enough(summary: dict[str, Any], least: float, kept: Path) -> None:
+    wanted = summary["prompts"] * summary["samples_per_prompt"]
+    require(
+        "min_done_fraction",
+        least,
+        "responses must be sampled, and scored where there is feedback",
+        done=wanted - sum(summary["failures"].values()),
+        wanted=wanted,
+        failures=summary["failures"],
+        retryable=summary["retryable"],
+        kept=kept,
+        remedy="too_long: raise the judge's max_context; quarantined: leave out those prompts; or lower the fraction.",
+    )

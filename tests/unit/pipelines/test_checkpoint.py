@@ -416,7 +416,7 @@ class TestReadState:
         moved.write_text("# a comment\n" + shipped.read_text())
         assert read_state(newest(tmp_path), job(**asks(moved)), 100).step == 3
         mine.write_text(shipped.read_text().replace("A useful reply", "A kind reply", 1))
-        with pytest.raises(InputError, match=r"feedback.template was .*mine.yaml \(content \w+\)' and is .*content"):
+        with pytest.raises(InputError, match=r"feedback.template: .*mine.yaml has changed \(written 20"):
             read_state(newest(tmp_path), job(**asks(mine)), 100)
 
     @pytest.mark.parametrize(

@@ -265,3 +265,14 @@ def test_labelled_rows_must_have_labels(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_told(settings: list[str], told: str) -> None:
     with pytest.raises(InputError, match=told):
         load_job("evaluate", [CONFIGS / "demo" / "alignment.yaml"], settings)
+
+
+def test_answers_that_are_other_ones_by_now(tmp_path: Path) -> None:
+    """The path is the same: what was measured of the old file is not this one's."""
+    arms = (arm(tmp_path, "a", ["one", "two", "three"]), arm(tmp_path, "b", ["1", "2", "3"]))
+    settings = (*arms, "data=null", f"run_dir={tmp_path / 'run'}")
+    run(tmp_path, *settings)
+    assert run(tmp_path, *settings)["win_rates"][0]["win_rate"]["rate"] == 1.0
+    arm(tmp_path, "a", ["", "", ""])
+    with pytest.raises(InputError, match=r"holds results of another run: arms.a.path: .*a.jsonl has changed \(written"):
+        run(tmp_path, *settings)
