@@ -30,7 +30,7 @@ MARK = "RLAIF_TEST_RUN"
 TINY = """\
 sampling: {prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 12}
 rollout: {kv_cache_gb: 0.1}
-feedback: {judge: {kv_cache_gb: 0.3}}
+feedback: {judge: {kv_cache_gb: 0.3, min_answer_mass: 0}}  # a random judge has no mind to answer
 algorithm: {type: ppo, minibatches: 2, kl: {coef: 0.05, target: 0.5, horizon: 100}}
 learner: {lr: 1.0e-3}
 data: {limit: 12}

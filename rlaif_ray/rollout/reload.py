@@ -41,12 +41,14 @@ class Reload:
         for module in self._direct.values():
             _materialize(module)
         self._loaded: set[str] | None = set()
+        self._begun = False  # whether any weight came
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads some of the weights, under checkpoint names. The tensors may be overwritten afterwards."""
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
         given = list(weights)
+        self._begun = True
         load: Any = self._model.load_weights  # vLLM's models have it, torch's Module does not say so
         with disable_mtp_completeness_check():
             loaded = load(iter(given))
@@ -58,12 +60,12 @@ class Reload:
 
     @torch.no_grad()
     def finish(self, model_config: Any) -> None:
-        """Makes the new weights current.
+        """Makes the new weights current. Where none came, those that were there stay.
 
         Raises:
             StaleWeightsError: vLLM's loader left parameters as they were.
         """
-        stale = self._not_loaded()
+        stale = self._not_loaded() if self._begun else []
         for module in self._direct.values():
             info = vllm_reload.get_layerwise_info(module)
             if info.can_load():
