@@ -26,7 +26,8 @@ from tests.tiny import cached_tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "RLAIF_TEST_RUN"
 
-# Steps of a quarter of a second on the tiny model. The adaptive KL coefficient makes every step depend on all before.
+# Steps of a quarter of a second on the tiny model. Its weights are random, so every token is as likely as an answer.
+# The adaptive KL coefficient makes every step depend on all before.
 TINY = """\
 sampling: {prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 12}
 rollout: {kv_cache_gb: 0.1}
