@@ -7,7 +7,7 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -153,9 +153,9 @@ def _why_unfit(model: Any, path: str, module: Any) -> str | None:
 
 
 @cache
-def _source(kind: type) -> str:
+def _source(kind: Hashable) -> str:
     try:
-        return inspect.getsource(kind)
+        return inspect.getsource(kind)  # type: ignore[arg-type]
     except (OSError, TypeError):  # none on disk: the trial of the merge still sees what is wrong
         return ""
 
@@ -272,7 +272,8 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:
     """As the layer computes: base weights as they are, the adapter's product in fp32, one rounding."""
-    return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+    delta: Tensor = layer.get_delta_weight(ADAPTER)
+    return (weight.float() + delta.float()).to(weight.dtype)
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
