@@ -7,7 +7,7 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def _why_unfit(model: Any, path: str, module: Any) -> str | None:
     if attribute.isdigit():  # in a list
         parent, attribute = parent.rpartition(".")[::2]
         pattern = rf"\.{attribute}\[[^\]]*\]\.weight\b"
-    owner = type(model.get_submodule(parent))
+    owner: Any = type(model.get_submodule(parent))
     # Not of slices: those only imitate another machine's rounding (BLOOM's slow_but_exact).
     if re.search(pattern + r"(?!\.(dtype|device|shape|size)|\[)", _source(owner)):
         return f"{owner.__name__} reads its weight itself"
@@ -153,9 +153,9 @@ def _why_unfit(model: Any, path: str, module: Any) -> str | None:
 
 
 @cache
-def _source(kind: Hashable) -> str:
+def _source(kind: Any) -> str:
     try:
-        return inspect.getsource(kind)  # type: ignore[arg-type]
+        return inspect.getsource(kind)
     except (OSError, TypeError):  # none on disk: the trial of the merge still sees what is wrong
         return ""
 
