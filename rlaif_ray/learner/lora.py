@@ -153,7 +153,7 @@ def _why_unfit(model: Any, path: str, module: Any) -> str | None:
 
 
 @cache
-def _source(kind: type) -> str:
+def _source(kind: Any) -> str:
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):  # none on disk: the trial of the merge still sees what is wrong
@@ -272,8 +272,8 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:
     """As the layer computes: base weights as they are, the adapter's product in fp32, one rounding."""
-    merged: Tensor = (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
-    return merged
+    delta: Tensor = layer.get_delta_weight(ADAPTER)
+    return (weight.float() + delta.float()).to(weight.dtype)
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------
