@@ -17,7 +17,8 @@ import time
 from typing import Any
 
 SECRETS = ("_KEY", "_KEY_ID", "_TOKEN", "_SECRET", "_PASSWORD")  # as rlaif_ray.secrecy has them
-AGENT_WAIT_S = 120.0  # a head node that has just started takes a while until its agent accepts jobs
+# A head node that has just started takes a while until its agent accepts jobs, a busy one longer.
+AGENT_WAIT_S = float(os.environ.get("RLAIF_AGENT_WAIT_S", "120"))
 
 
 def submit_when_ready(client: Any, command: str, runtime_env: dict[str, object]) -> str | None:
@@ -93,7 +94,7 @@ def main() -> int:
     if job_id is None:
         print(
             f"submit: the cluster at {options.address} answers, but has had no agent that takes jobs for "
-            f"{AGENT_WAIT_S:.0f} s. See dashboard_agent.log in its session folder, then submit again.",
+            f"{AGENT_WAIT_S:.0f} s (RLAIF_AGENT_WAIT_S). See dashboard_agent.log in its session folder, submit again.",
             file=sys.stderr,
         )
         return 1

@@ -74,7 +74,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts the longest files first, so that no long one is left at the end; sets every deadline to this machine."""
     recorded = durations.read()
-    items.sort(key=lambda item: -recorded.seconds_of(item.location[0]))  # stable: files without a record stay in order
+    # Stable: files without a record stay in their order.
+    items.sort(key=lambda item: -recorded.seconds_of(item.nodeid.partition("::")[0]))
     for item in items:
         given = item.get_closest_marker("timeout")
         seconds = float(given.args[0]) if given is not None else DEFAULT_TIMEOUT_S
@@ -98,7 +99,7 @@ _took: dict[tuple[str, str], float] = {}  # by file and tier
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     tier = durations.REST if durations.MARKER in report.keywords else durations.TEST
-    key = (report.location[0], tier)
+    key = (report.nodeid.partition("::")[0], tier)
     _took[key] = _took.get(key, 0.0) + report.duration
 
 

@@ -73,7 +73,8 @@ def cluster(folder: Path) -> Iterator[RayCluster]:
 
 
 def submit(output: Path, *arguments: str | Path, environment: Mapping[str, str] = TOKEN) -> Program:
-    program = start([sys.executable, ROOT / "launch" / "submit.py", *arguments], output, environment)
+    waits = {"RLAIF_AGENT_WAIT_S": f"{scaled(120):.0f}"}
+    program = start([sys.executable, ROOT / "launch" / "submit.py", *arguments], output, {**waits, **environment})
     try:
         return program.wait()
     finally:

@@ -26,7 +26,6 @@ PREFERENCES = "cluster.address=local output={run_dir}/pairs.jsonl run_dir={run_d
 ADDED: dict[str, str | None] = {
     "make demo": f"ARGS='{TINY} run_dir={{run_dir}}'",
     "make test": None,  # this very run
-    "make test-all": None,
     ".venv/bin/rlaif train configs/demo/train.yaml --dry-run": "",
     ".venv/bin/rlaif train configs/demo/train.yaml steps=2 run_dir=runs/short": f"{TINY} run_dir={{run_dir}}",
     ".venv/bin/rlaif pairs configs/demo/pairs.yaml": f"data.limit=3 sampling.max_new_tokens=4 {PREFERENCES}",
