@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from datetime import date
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rlaif_ray.config.data_sections import (
     ArmConfig,
@@ -44,7 +45,24 @@ from rlaif_ray.config.sections import (
 )
 
 
-class TrainJob(Config):
+def _day(value: Any) -> Any:
+    """YAML reads 2026-11-30 as a date where it is not quoted."""
+    if value is None:
+        return None
+    try:
+        return value.isoformat() if type(value) is date else date.fromisoformat(value).isoformat()
+    except (TypeError, ValueError):
+        raise ValueError(f"chat_date must be a day such as 2026-11-30 (got {value!r}). Correct it.") from None
+
+
+class TemplatesJob(Config):
+    """What jobs have in common that ask models."""
+
+    chat_date: Annotated[str | None, BeforeValidator(_day)] = None
+    """Today to chat templates that write a date; null: the day when the run first started, also when it is resumed."""
+
+
+class TrainJob(TemplatesJob):
     """`rlaif train`: RL from AI feedback."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -116,7 +134,7 @@ class TrainJob(Config):
             )
 
 
-class PairsJob(Config):
+class PairsJob(TemplatesJob):
     """`rlaif pairs`: responses to compare, from one or more policies."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -142,7 +160,7 @@ class PairsJob(Config):
             )
 
 
-class SampleJob(Config):
+class SampleJob(TemplatesJob):
     """`rlaif sample`: a policy's responses, or the best of several by a judge, as records to fine-tune on."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -167,7 +185,7 @@ class SampleJob(Config):
             )
 
 
-class ReviseJob(Config):
+class ReviseJob(TemplatesJob):
     """`rlaif revise`: responses, critiques and revisions by a constitution, as records to fine-tune on."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -184,7 +202,7 @@ class ReviseJob(Config):
     """The file of records, .jsonl; default revisions.jsonl in run_dir."""
 
 
-class LabelJob(Config):
+class LabelJob(TemplatesJob):
     """`rlaif label`: AI preference labels for pairs of responses."""
 
     data: PreferenceDataConfig
@@ -201,7 +219,7 @@ class LabelJob(Config):
     """A data set on the hub to push the records to, owner/name."""
 
 
-class EvaluateJob(Config):
+class EvaluateJob(TemplatesJob):
     """`rlaif evaluate`: AI labeler alignment where `data` is given, win rates where `arms` are."""
 
     data: PreferenceDataConfig | None = None
@@ -254,7 +272,7 @@ class EvaluateJob(Config):
             )
 
 
-class SupervisedJob(Config):
+class SupervisedJob(TemplatesJob):
     """What jobs have in common that go through labelled examples."""
 
     section: ClassVar[str]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -47,6 +47,25 @@ def not_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
 
 Precision = Literal["auto", "fp32", "bf16"]
 
+# Parameters of transformers' apply_chat_template, which are ours to set.
+_NOT_FOR_TEMPLATES = {"conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message"}
+_NOT_FOR_TEMPLATES |= {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+_NOT_FOR_TEMPLATES |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "tools", "documents", "strftime_now"}
+
+
+def _template_arguments(values: dict[str, Any]) -> dict[str, Any]:
+    wrong = sorted(_NOT_FOR_TEMPLATES & values.keys())
+    if wrong:
+        raise ValueError(
+            f"chat_template_kwargs can't set {', '.join(wrong)}: the run does. Name variables of the model's own "
+            "template, such as enable_thinking."
+        )
+    return values
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_template_arguments)]
+Thoughts = Literal["cut", "keep"]
+
 
 class PolicyConfig(Config):
     """The model that is trained; also the frozen reference and the critic's body."""
@@ -61,6 +80,8 @@ class PolicyConfig(Config):
     """Compute type of learner and rollout engines; auto: bf16 on GPUs, fp32 on CPUs (where bf16 is emulated)."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Learner's attention; auto: packed (no padding) where the model allows it, else sdpa."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Variables of the model's chat template, such as {enable_thinking: false}."""
 
 
 class DataConfig(Config):
@@ -133,6 +154,8 @@ class JudgeConfig(EngineConfig):
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Variables of the model's chat template. Thinking is off unless they say otherwise: answers are read at once."""
     price_in: Annotated[float, Field(ge=0)] = 0.0
     """What reading a million tokens costs you here, to compare with a price per human label."""
     price_out: Annotated[float, Field(ge=0)] = 0.0
@@ -164,10 +187,23 @@ class OpenAIJudge(Config):
     """The job stops before it spends more, in all its runs together; needs prices."""
     max_prompt_chars: Annotated[int, Field(ge=256)] | None = None
     """A longer question is too long; null: the endpoint's own limit says so."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Variables of the model's chat template, where the endpoint takes them (vLLM and SGLang do)."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Passed to the endpoint as it is."""
 
+    @property
+    def body(self) -> dict[str, Any]:
+        """What is sent with every question beside our own parameters."""
+        arguments = {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
+        return {**self.extra_body, **arguments}
+
     def _problems(self) -> Iterator[str]:
+        if self.chat_template_kwargs and "chat_template_kwargs" in self.extra_body:
+            yield (
+                "judge.chat_template_kwargs and judge.extra_body.chat_template_kwargs are the same (got both): one "
+                "would overwrite the other. Keep the first."
+            )
         if self.max_cost is not None and self.price_in == self.price_out == 0:
             yield (
                 f"judge.max_cost needs judge.price_in or judge.price_out (got max_cost={self.max_cost:g} and no "
@@ -196,6 +232,9 @@ class JudgeFeedback(Config):
     judge: JudgeConfig = JudgeConfig()
     template: str = "helpful"
     """helpful, harmless, summary, or a YAML file of your own."""
+    thoughts: Thoughts = "cut"
+    """cut: of a response that begins with a thought (<think>...</think>) the judge reads the answer alone, as a user
+    does; a thought that does not end has no answer, and counts as a failure. keep: the judge reads all of it."""
     min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     """The run stops when a smaller share of a step's completions could be scored."""
 
@@ -214,6 +253,10 @@ class RewardModelFeedback(Config):
     """As many completions as fit are computed together."""
     max_context: Annotated[int, Field(ge=8)] | None = None
     """Longer ones are failures; default: what the model can read."""
+    chat_template_kwargs: TemplateArguments | None = None
+    """Variables of the model's chat template; default: those that it was trained with."""
+    thoughts: Thoughts | None = None
+    """As of a judge; default: as it was trained, of models from elsewhere cut."""
     min_scored_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
 
 

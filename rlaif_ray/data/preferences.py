@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict
 
-from rlaif_ray.data.chat import conversation_text
+from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.data.prompts import (
     Row,
     described,

@@ -22,12 +22,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.data.chat import ChatRenderer, conversation_text
+from rlaif_ray.chat.renderer import ChatRenderer
+from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rlaif_ray.chat.template import ChatTemplate
 
 PACKAGED = Path(__file__).parent / "prompts"  # package:train and package:heldout
 
@@ -71,11 +74,12 @@ def load_prompts(
     column: str = "prompt",
     limit: int | None = None,
     system: str | None = None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ChatTemplate,
     max_prompt_tokens: int,
     too_long: Literal["error", "skip"] = "error",
 ) -> LoadedPrompts:
-    """Every prompt of `path`, at most its first `limit` rows, as text and as tokens of `tokenizer`.
+    """Every prompt of `path`, at most its first `limit` rows, as text and as tokens of `tokenizer`, or of the one that
+    a ChatTemplate brings.
 
     `path` is `package:train`, `package:heldout`, a file (.jsonl, .json, .parquet, .csv), a folder of such files, or a
     hub id. `column` holds a string, or a list of {role, content} messages that ends with the user's. `system` is put
@@ -102,7 +106,8 @@ def load_prompts(
         messages = read_messages(row, column, system)
         tokens = renderer.tokens(messages, row.place)
         if len(tokens) <= max_prompt_tokens:
-            prompts.append(Prompt(id=name, messages=messages, tokens=tokens, text=conversation_text(messages)))
+            text = conversation_text(messages)
+            prompts.append(Prompt(name, messages, tokens, text, opened=renderer.opened))
         elif too_long == "skip":
             skipped.append(len(tokens))
         else:

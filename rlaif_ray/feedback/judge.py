@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.chat.thoughts import OPEN_THOUGHT, answer_of
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.answers import SCORES, expected_score
 from rlaif_ray.feedback.local import LocalAsker
@@ -14,6 +15,8 @@ from rlaif_ray.types import Answer, Completion, Message, Question, Score
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlaif_ray.chat.template import ChatTemplate
+    from rlaif_ray.config.sections import Thoughts
     from rlaif_ray.feedback.templates import Template
     from rlaif_ray.interfaces import Asker
 
@@ -23,13 +26,14 @@ ROOM = 64  # tokens that a conversation and a response must have at least, or th
 class Judge:
     """Scores completions with a language model: its expected answer on a scale from 1 to 10, mapped to [-1, 1]."""
 
-    def __init__(self, asker: Asker, template: Template) -> None:
-        self._asker, self._template = asker, template
+    def __init__(self, asker: Asker, template: Template, *, thoughts: Thoughts = "cut") -> None:
+        """`thoughts`: whether the judge reads what a response begins with as a thought, or the answer alone."""
+        self._asker, self._template, self._thoughts = asker, template, thoughts
         self._origin = {"template": template.name, "template_hash": template.hash, "judge": asker.name}
 
     def asking(self, template: Template) -> Judge:
         """The same judge with another question."""
-        return Judge(self._asker, template)
+        return Judge(self._asker, template, thoughts=self._thoughts)
 
     def question(self, prompt_text: str, response_text: str) -> Question:
         """What the judge is asked about one completion."""
@@ -37,11 +41,18 @@ class Judge:
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in order. Questions that are the same are asked once, all in one call."""
-        questions = [self.question(c.prompt.text, c.text) for c in completions]
-        asked = list(dict.fromkeys(questions))
-        judged = {asked[i]: self._score(answer) for i, answer in self._asker.answer(asked)}
+        texts = [answer_of(c.text) if self._thoughts == "cut" else c.text for c in completions]
+        questions = [
+            None if text is None else self.question(c.prompt.text, text)
+            for c, text in zip(completions, texts, strict=True)
+        ]
+        asked = list(dict.fromkeys(question for question in questions if question is not None))
+        judged = {asked[i]: self._score(answer) for i, answer in self._asker.answer(asked)} if asked else {}
         scores, seen = [], set()
         for question in questions:
+            if question is None:  # a thought that does not end is no answer
+                scores.append(Score(None, OPEN_THOUGHT, self._origin))
+                continue
             score = judged[question]
             scores.append(replace(score, tokens_in=0) if question in seen else score)  # the judge read it once
             seen.add(question)
@@ -71,7 +82,7 @@ def score_question(template: Template, prompt_text: str, response_text: str, spe
 
 
 def check_context(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ChatTemplate,
     template: Template,
     max_context: int,
     model_name: str,

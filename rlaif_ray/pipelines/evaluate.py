@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.chat.thoughts import answer_of
 from rlaif_ray.config.data_sections import PreferenceDataConfig
 from rlaif_ray.config.jobs import LabelJob, SampleJob
 from rlaif_ray.config.load import Loaded
@@ -66,7 +67,7 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     people, subsets = labelled_by_people(job)
     for name, cfg in job.reward_models.items():
         check_reward_model(cfg, f"reward_models.{name}")
-    given = {name: read_answers(arm.path) for name, arm in job.arms.items() if arm.path is not None}
+    given = {name: _read(job, read_answers(arm.path)) for name, arm in job.arms.items() if arm.path is not None}
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
     must_be_same_run(run_dir, "evaluate", _identity(job))
@@ -74,7 +75,9 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
     with open_ray(job.cluster, jobs_of(job, run_dir)):
-        answers = {name: given[name] if name in given else _sampled(samples[name], loaded) for name in job.arms}
+        answers = {
+            name: given[name] if name in given else _read(job, _sampled(samples[name], loaded)) for name in job.arms
+        }
         arms = {name: own if name in given else _to(asked.get(ARMS, []), own) for name, own in answers.items()}
         meetings = [meet(number, a, b, arms) for number, (a, b) in enumerate(compared(job))]
         labels: dict[str, Any] = {}
@@ -133,13 +136,18 @@ def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[str, SampleJob]:
     return {
         name: SampleJob(
             policy=PolicyConfig(
-                model=arm.model, revision=arm.revision, trust_remote_code=arm.trust_remote_code, precision=arm.precision
+                model=arm.model,
+                revision=arm.revision,
+                trust_remote_code=arm.trust_remote_code,
+                precision=arm.precision,
+                chat_template_kwargs=arm.chat_template_kwargs,
             ),
             data=data,
             sampling=job.sampling,
             rollout=job.rollout,
             cluster=job.cluster,
             seed=job.seed,
+            chat_date=job.chat_date,
             run_dir=str(run_dir / "arms" / name),
         )
         for name, arm in job.arms.items()
@@ -169,6 +177,14 @@ def write_prompts(job: EvaluateJob, path: Path) -> dict[str, list[tuple[Message,
     return asked
 
 
+def _read(job: EvaluateJob, answers: Answers) -> Answers:
+    """Answers as they are compared, of the length that counts: without thoughts where these are cut. A thought that
+    does not end is an empty answer: the arm gave none."""
+    if job.label.thoughts == "keep":
+        return answers
+    return {prompt: [answer_of(text) or "" for text in texts] for prompt, texts in answers.items()}
+
+
 def _to(prompts: Sequence[tuple[Message, ...]], answers: Answers) -> Answers:
     """The answers to these prompts."""
     return {prompt: answers[prompt] for prompt in prompts if prompt in answers}
@@ -181,6 +197,7 @@ def _label_job(job: EvaluateJob, run_dir: Path) -> LabelJob:
         label=job.label,
         cluster=job.cluster,
         seed=job.seed,
+        chat_date=job.chat_date,
         run_dir=str(run_dir / "judging"),
     )
 
@@ -201,7 +218,7 @@ def _sampled(job: SampleJob, loaded: Loaded) -> Answers:
 
 def _identity(job: EvaluateJob) -> dict[str, Any]:
     """What a run can't change between its processes."""
-    kept = job.model_dump(mode="json", exclude={"judge", "label", "rollout", "cluster", "run_dir"})
+    kept = job.model_dump(mode="json", exclude={"judge", "label", "rollout", "cluster", "run_dir", "chat_date"})
     files = [job.data.path if job.data else "", *(arm.path or "" for arm in job.arms.values())]
     files.append((job.harmless.labelled or "") if job.harmless else "")
     return {**kept, "files": [fingerprint(path) for path in files if path]}

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlaif_ray.config.sections import JudgeFeedback, LengthFeedback, MixtureFeedback, RewardModelFeedback
 from rlaif_ray.feedback.judge import Judge, check_context
 from rlaif_ray.feedback.local import LocalAsker
-from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer, check_reward_model
+from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer, check_reward_model, reward_renderer
 from rlaif_ray.feedback.templates import Template, load_template
-from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import judge_context
+from rlaif_ray.pipelines.contexts import judge_context, load_chat
 
 if TYPE_CHECKING:
+    from rlaif_ray.chat.template import ChatTemplate
     from rlaif_ray.config.sections import FeedbackConfig
     from rlaif_ray.interfaces import Scorer
     from rlaif_ray.runtime.cluster import Cluster
+    from rlaif_ray.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class JudgeInputs:
 
     cfg: JudgeFeedback
     template: Template
-    tokenizer: Any
+    chat: ChatTemplate
     context: int
     context_key: str  # the setting of its context
 
@@ -50,8 +51,8 @@ def parts(cfg: FeedbackConfig) -> Iterator[tuple[str, JudgeFeedback | RewardMode
             yield from ((name, part.scorer) for name, part in cfg.scorers.items())
 
 
-def read_feedback(cfg: FeedbackConfig) -> FeedbackInputs:
-    """Templates, tokenizers and contexts.
+def read_feedback(cfg: FeedbackConfig, date: str | None = None, prompts: Sequence[Prompt] = ()) -> FeedbackInputs:
+    """Templates, tokenizers and contexts; `date` is the run's to chat templates, `prompts` are what will be answered.
 
     Raises:
         InputError: any of them is wrong, or they don't fit together.
@@ -62,13 +63,16 @@ def read_feedback(cfg: FeedbackConfig) -> FeedbackInputs:
         if isinstance(scorer, JudgeFeedback):
             judge = scorer.judge
             template = load_template(scorer.template)
-            tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
+            chat = load_chat(judge, date, f"{key}.judge", thinks=False)
             context_key = f"{key}.judge.max_context"
             context = judge_context(judge, context_key)
-            check_context(tokenizer, template, context, judge.model, context_key)
-            judges[role] = JudgeInputs(scorer, template, tokenizer, context, context_key)
+            check_context(chat, template, context, judge.model, context_key)
+            judges[role] = JudgeInputs(scorer, template, chat, context, context_key)
         elif isinstance(scorer, RewardModelFeedback):
             check_reward_model(scorer, key)
+            renderer = reward_renderer(scorer, date, key)
+            for prompt in prompts:
+                renderer.chat.must_reach(prompt.messages, f"prompt {prompt.id}")
     return FeedbackInputs(cfg, judges)
 
 
@@ -80,8 +84,8 @@ def start_feedback(inputs: FeedbackInputs, cluster: Cluster) -> Scorer:
             case JudgeFeedback():
                 own = inputs.judges[role]
                 engines = cluster.start_judges(scorer.judge, context=own.context, role=role)
-                asker = LocalAsker(engines, own.tokenizer, own.context, scorer.judge.model)
-                scorers[role] = Judge(asker, own.template)
+                asker = LocalAsker(engines, own.chat, own.context, scorer.judge.model)
+                scorers[role] = Judge(asker, own.template, thoughts=scorer.thoughts)
             case RewardModelFeedback():
                 scorers[role] = cluster.start_reward_models(scorer, role=role)
             case LengthFeedback():

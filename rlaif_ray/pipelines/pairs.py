@@ -90,7 +90,10 @@ def read_sources(job: PairsJob) -> list[Source]:
     """
     sources = []
     for name, policy in {"policy": job.policy, **job.other_policies}.items():
-        prompts, context = policy_prompts(policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens)
+        key = "policy" if policy is job.policy else f"other_policies.{name}"
+        prompts, context = policy_prompts(
+            policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens, job.chat_date, key
+        )
         sources.append(Source(name, policy, prompts, context))
     return sources
 

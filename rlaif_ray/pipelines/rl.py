@@ -218,10 +218,11 @@ def read_inputs(job: TrainJob) -> Inputs:
     Raises:
         InputError: any of them is wrong, or they don't fit together.
     """
-    tokenizer, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens)
+    chat, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens, job.chat_date)
     longest = min(room - job.sampling.max_new_tokens, job.data.max_prompt_tokens or room)
-    feedback = read_feedback(job.feedback)
-    prompts, held_out = read_prompts(job.data, tokenizer, longest), read_held_out(job, feedback, tokenizer, longest)
+    prompts = read_prompts(job.data, chat, longest)
+    feedback = read_feedback(job.feedback, job.chat_date, prompts)
+    held_out = read_held_out(job, feedback, chat, longest)
     needed = max(len(p.tokens) for p in [*prompts, *held_out.prompts]) + job.sampling.max_new_tokens
     return Inputs(prompts, held_out, job.rollout.max_context or engine_context(needed, room), feedback)
 

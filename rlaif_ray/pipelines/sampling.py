@@ -74,8 +74,10 @@ def read_inputs(job: SampleJob) -> Inputs:
     Raises:
         InputError: any of them is wrong.
     """
-    prompts, context = policy_prompts(job.policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens)
-    return Inputs(prompts, context, read_feedback(job.feedback) if job.feedback is not None else None)
+    longest = job.sampling.max_new_tokens
+    prompts, context = policy_prompts(job.policy, job.data, job.rollout.max_context, longest, job.chat_date)
+    feedback = read_feedback(job.feedback, job.chat_date, prompts) if job.feedback is not None else None
+    return Inputs(prompts, context, feedback)
 
 
 def _identity(job: SampleJob) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlaif_ray.data.chat import ChatRenderer
+from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
-from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
-from rlaif_ray.pipelines.contexts import readable_context
+from rlaif_ray.pipelines.contexts import load_chat, readable_context
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
@@ -215,14 +214,13 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
         InputError: the data or the model is wrong, or nothing is left to learn.
     """
     policy, cfg = job.policy, job.sft
-    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    render = ChatRenderer(load_chat(policy, job.chat_date, "policy"))
     room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
-    render = ChatRenderer(tokenizer)
     train: list[SftExample] = []
     held_out: list[SftExample] = []
     too_long = 0
     for row in read_demonstrations(job.data.path, split=job.data.split, limit=job.data.limit):
-        turns = list(_examples(row, render, tokenizer))
+        turns = list(_examples(row, render))
         short = [turn for turn in turns if len(turn) <= room]
         too_long += len(turns) - len(short)
         (held_out if is_held_out(row, cfg.held_out_fraction, job.seed) else train).extend(short)
@@ -234,12 +232,12 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
     return SftInputs(train, held_out, too_long, fingerprint(job.data.path))
 
 
-def _examples(row: Demonstration, render: ChatRenderer, tokenizer: Any) -> Iterator[SftExample]:
+def _examples(row: Demonstration, render: ChatRenderer) -> Iterator[SftExample]:
     """What stands before a turn is rendered as it is when the model is asked, so that it learns what it will see."""
     for i, turn in enumerate(row.messages):
         if turn.role == "assistant":
-            text = tokenizer(turn.content, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            yield SftExample(render.tokens(row.messages[:i], row.place), (*text["input_ids"], *turn_end(tokenizer)))
+            prompt = render.tokens(row.messages[:i], row.place)
+            yield SftExample(prompt, (*render.response(turn.content), *turn_end(render.tokenizer)))
 
 
 def turn_end(tokenizer: Any) -> tuple[int, ...]:

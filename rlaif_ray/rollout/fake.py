@@ -101,7 +101,7 @@ class ScriptedGenerator:
             sample=sample,
             tokens=tokens,
             logprobs=logprobs,
-            text=self._decode(tokens),
+            text=prompt.opened + self._decode(tokens),
             finished=not settings.ignore_eos and tokens[-1] == self._tokenizer.eos_token_id,
             weight_version=self.weight_version,
         )

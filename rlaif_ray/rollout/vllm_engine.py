@@ -203,7 +203,7 @@ class VllmEngine:
             sample=sample,
             tokens=tokens,
             logprobs=tuple(step[token].logprob for step, token in zip(result.logprobs, tokens, strict=True)),
-            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            text=prompt.opened + self._tokenizer.decode(tokens, skip_special_tokens=True),
             finished=result.finish_reason == "stop",
             weight_version=self.weight_version,
         )

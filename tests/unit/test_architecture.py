@@ -22,6 +22,7 @@ LEVEL_OF_ROOM = {
     "secrecy": 0,
     "storage": 0,
     "config": 1,
+    "chat": 1,
     "algorithm": 1,
     "models": 1,
     "model_shapes": 1,

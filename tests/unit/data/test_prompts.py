@@ -302,7 +302,7 @@ PIECES = st.lists(st.sampled_from([IM_END, IM_START, PAD, "<|", "|>", "im_end", 
 
 @given(PIECES.map("".join).filter(str.strip))
 def test_any_mixture_of_control_tokens_is_text(text: str) -> None:
-    from rlaif_ray.data.chat import ChatRenderer
+    from rlaif_ray.chat.renderer import ChatRenderer
 
     tokens = ChatRenderer(TOKENIZER).tokens([Message("user", text)], "here")
     assert Counter(tokens)[END] == 1 and Counter(tokens)[START] == 2 and PADDING not in tokens
@@ -311,7 +311,7 @@ def test_any_mixture_of_control_tokens_is_text(text: str) -> None:
 
 @given(st.text(min_size=1).filter(lambda text: text.strip() and not any(c in text for c in (IM_START, IM_END, PAD))))
 def test_other_text_has_the_tokens_that_transformers_gives_it(text: str) -> None:
-    from rlaif_ray.data.chat import ChatRenderer
+    from rlaif_ray.chat.renderer import ChatRenderer
 
     expected = TOKENIZER.apply_chat_template([user(text)], add_generation_prompt=True, return_dict=False)
     assert list(ChatRenderer(TOKENIZER).tokens([Message("user", text)], "here")) == expected

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.config.sections import RewardModelFeedback
-from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer, RewardModelScorer, check_reward_model
 from rlaif_ray.types import Completion, Message, Prompt, Score

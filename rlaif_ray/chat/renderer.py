@@ -1,4 +1,4 @@
-"""Conversations as a model reads them in tokens, and as a judge reads them in text."""
+"""Conversations, and responses to them, as a model reads and writes them in tokens."""
 
 from __future__ import annotations
 
@@ -6,19 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rlaif_ray.chat.template import ChatTemplate
+from rlaif_ray.chat.text import conversation_text
+from rlaif_ray.chat.thoughts import answer_of, closing_of, opening_tag
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
-
-
-def conversation_text(messages: Sequence[Message]) -> str:
-    """The conversation as a judge reads it: one message as it is, several as "User: ...", "Assistant: ...".
-
-    System messages are left out: they tell the policy how to answer and are no part of the conversation.
-    """
-    turns = [message for message in messages if message.role != "system"]
-    if len(turns) == 1:
-        return turns[0].content
-    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
 
 
 class ChatRenderer:
@@ -28,8 +20,11 @@ class ChatRenderer:
     transformers renders the conversation to one string first and then cannot tell the two apart.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, chat: Any) -> None:
+        """`chat` is a ChatTemplate, or a tokenizer whose template takes no arguments."""
+        self.chat = ChatTemplate.of(chat)
+        self.tokenizer: Any = self.chat.tokenizer
+        tokenizer = self.tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.control: dict[str, int] = {str(token): index for index, token in added.items() if token.special}
         for text in tokenizer.all_special_tokens:
@@ -41,12 +36,13 @@ class ChatRenderer:
 
     def tokens(self, messages: Sequence[Message], place: str) -> tuple[int, ...]:
         """The conversation up to where the policy begins to write. `place` is for the error message."""
-        if self.tokenizer.chat_template is None:
+        if not self.chat.source:
             return tuple(self.bos + self._text_tokens(self._plain(messages), place))
+        self.chat.must_reach(messages, place)
         found = sorted({control for message in messages for control in self.pattern.findall(message.content)})
         if not found:
             return tuple(
-                self.tokenizer(self._chat(messages, place), add_special_tokens=False, verbose=False)["input_ids"]
+                self.tokenizer(self.chat.text(messages, place), add_special_tokens=False, verbose=False)["input_ids"]
             )
         # Stand-ins go through the template for the users' control strings, so that those in its output are its own.
         contents = "".join(message.content for message in messages)
@@ -57,24 +53,58 @@ class ChatRenderer:
             Message(message.role, self.pattern.sub(lambda match: stand_in[match[0]], message.content))
             for message in messages
         ]
-        pieces = self.pattern.split(self._chat(hidden, place))  # text, control string, text, ..., text
+        pieces = self.pattern.split(self.chat.text(hidden, place))  # text, control string, text, ..., text
         tokens: list[int] = []
         for index, piece in enumerate(pieces):
             tokens += [self.control[piece]] if index % 2 else self._text_tokens(piece.translate(back), place)
         return tuple(tokens)
 
-    def _chat(self, messages: Sequence[Message], place: str) -> str:
-        from jinja2 import TemplateError
+    def response(self, text: str) -> tuple[int, ...]:
+        """A whole response in the tokens that the model has to write after `tokens`, without what ends its turn.
 
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:
-            roles = ", ".join(message.role for message in messages)
-            raise InputError(
-                f"{place}: the policy's chat template refuses the conversation (got {roles}: {error}). "
-                "Give turns that it takes; if it takes no system message, leave system out."
-            ) from error
+        Where the generation prompt leaves a thought open, a response without one ends it first; where the template
+        puts an empty thought before an answer, so does the response. A response that has a thought keeps it.
+        """
+        before, rest = self._as_written(text)
+        head = self.tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"] if before else []
+        tags = [tag for tag in self._thought_tags(text) if tag in self.control]
+        tokens: list[int] = [*head]
+        for index, piece in enumerate(
+            re.split(f"({'|'.join(map(re.escape, tags))})", rest, count=2) if tags else [rest]
+        ):
+            if index % 2:
+                tokens.append(self.control[piece])
+            elif piece:
+                encoded = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)
+                tokens += encoded["input_ids"]
+        return tuple(tokens)
+
+    @property
+    def opened(self) -> str:
+        """The thought that the generation prompt leaves open, such as "<think>\\n"; "" without one."""
+        return self.chat.answer.opened if self.chat.source else ""
+
+    def _as_written(self, text: str) -> tuple[str, str]:
+        """What the template has the model write before the response, and the response from where the model begins."""
+        if not self.chat.source:
+            return "", text
+        shape, tag = self.chat.answer, opening_tag(text)
+        if shape.opened:
+            expected = opening_tag(shape.opened)
+            if tag == expected:
+                return "", text.lstrip().removeprefix(tag).removeprefix(shape.opened.removeprefix(expected))
+            goes_on = closing_of(expected) in text and answer_of(text) != text
+            return ("", text) if goes_on else (shape.before, text)
+        if tag and tag in shape.before:  # the response's own thought stands for the empty one
+            start = shape.before.index(tag)
+            _, _, after = shape.before[start:].partition(closing_of(tag))
+            return shape.before[:start] + after.lstrip(), text.lstrip()
+        return shape.before, text
+
+    @staticmethod
+    def _thought_tags(text: str) -> list[str]:
+        tag = opening_tag(text)
+        return [tag, closing_of(tag)] if tag else []
 
     def _plain(self, messages: Sequence[Message]) -> str:
         """For a model without a chat template: the text itself, or labelled turns that end with the policy's own."""

@@ -1,0 +1,67 @@
+"""Thoughts of reasoning models: what they write between an opening and a closing tag before they answer.
+
+Models differ in the tag, and in who writes it: some begin with it themselves (Qwen3), for others the chat template's
+generation prompt ends with it (DeepSeek-R1, QwQ).
+"""
+
+from __future__ import annotations
+
+import re
+
+OPEN_THOUGHT = "open_thought"  # why a response can't be judged whose thought does not end
+
+_NAME = r"(?i:(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning))"
+_OPENING = re.compile(
+    rf"<{_NAME}>|\[(?:THINK|THINKING)\]|◁think▷|<\|(?:START_THINKING|begin_of_thought|begin_of_thinking)\|>"
+)
+_CLOSING = re.compile(
+    rf"</{_NAME}>|\[/(?:THINK|THINKING)\]|◁/think▷|<\|(?:END_THINKING|end_of_thought|end_of_thinking)\|>"
+)
+_TO_CLOSING = (("<|START_", "<|END_"), ("<|begin_of_", "<|end_of_"), ("<", "</"), ("[", "[/"), ("◁", "◁/"))
+
+
+def closing_of(opening: str) -> str:
+    """The tag that ends what `opening` begins: </think> for <think>."""
+    begins, ends = next(pair for pair in _TO_CLOSING if opening.startswith(pair[0]))
+    return ends + opening.removeprefix(begins)
+
+
+def opening_tag(text: str) -> str:
+    """The opening tag that `text` begins with, after white space; "" without one."""
+    found = _OPENING.match(text.lstrip())
+    return found[0] if found else ""
+
+
+def open_thought(text: str) -> str:
+    """The end of `text` from where a thought begins that it does not end, such as "<think>\\n"; "" without one."""
+    found = list(_OPENING.finditer(text))
+    if not found or closing_of(found[-1][0]) in text[found[-1].end() :]:
+        return ""
+    return text[found[-1].start() :]
+
+
+def closed(thought: str) -> str:
+    """What ends an open thought in which nothing was thought, with as much white space as after its opening tag.
+
+    "<think>\\n" gives "\\n</think>\\n\\n": the empty thought of Qwen3's and DeepSeek-R1's templates.
+    """
+    tag = opening_tag(thought)
+    rest = thought.lstrip().removeprefix(tag)
+    space = rest[: len(rest) - len(rest.lstrip())]
+    return f"{space}{closing_of(tag)}{space * 2}"
+
+
+def answer_of(text: str) -> str | None:
+    """A response without the thought that it begins with; None where the thought does not end: there is no answer.
+
+    A thought begins with its tag, or, in texts of other programs that leave the tag of the generation prompt out, is
+    all that stands before a closing tag that nothing opened.
+    """
+    tag = opening_tag(text)
+    if tag:
+        _, end, answer = text.partition(closing_of(tag))
+        return answer.strip() if end else None
+    found = _CLOSING.search(text)
+    if found and not _OPENING.search(text, 0, found.start()):
+        return text[found.end() :].strip()
+    return text
