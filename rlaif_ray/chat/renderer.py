@@ -67,11 +67,9 @@ class ChatRenderer:
         """
         before, rest = self._as_written(text)
         head = self.tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"] if before else []
-        tags = [tag for tag in self._thought_tags(text) if tag in self.control]
+        tags = [re.escape(tag) for tag in self._thought_tags(text) if tag in self.control]
         tokens: list[int] = [*head]
-        for index, piece in enumerate(
-            re.split(f"({'|'.join(map(re.escape, tags))})", rest, count=2) if tags else [rest]
-        ):
+        for index, piece in enumerate(re.split(f"({'|'.join(tags)})", rest, maxsplit=2) if tags else [rest]):
             if index % 2:
                 tokens.append(self.control[piece])
             elif piece:

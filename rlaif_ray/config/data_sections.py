@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlaif_ray.config.sections import Config, DataConfig, HarmlessSuite, Precision, TemplateArguments, Thoughts
+from rlaif_ray.config.chat import TemplateArguments, Thoughts
+from rlaif_ray.config.sections import Config, DataConfig, HarmlessSuite, Precision
 
 
 class PairSamplingConfig(Config):

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rlaif_ray.config.chat import TemplateArguments, Thoughts
 
 
 class Config(BaseModel):
@@ -46,25 +48,6 @@ def not_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
 
 
 Precision = Literal["auto", "fp32", "bf16"]
-
-# Parameters of transformers' apply_chat_template, which are ours to set.
-_NOT_FOR_TEMPLATES = {"conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message"}
-_NOT_FOR_TEMPLATES |= {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
-_NOT_FOR_TEMPLATES |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "tools", "documents", "strftime_now"}
-
-
-def _template_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    wrong = sorted(_NOT_FOR_TEMPLATES & values.keys())
-    if wrong:
-        raise ValueError(
-            f"chat_template_kwargs can't set {', '.join(wrong)}: the run does. Name variables of the model's own "
-            "template, such as enable_thinking."
-        )
-    return values
-
-
-TemplateArguments = Annotated[dict[str, Any], AfterValidator(_template_arguments)]
-Thoughts = Literal["cut", "keep"]
 
 
 class PolicyConfig(Config):

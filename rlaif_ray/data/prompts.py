@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.text import conversation_text
+from rlaif_ray.data.messages import Row, described, read_messages, shorten
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message, Prompt
 
@@ -46,7 +47,6 @@ _SPLIT_WORDS = {
     "heldout": {"heldout"},
 }
 _BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
-_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +125,6 @@ def load_prompts(
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a data set, and how to speak of it."""
-
-    place: str  # "prompts.jsonl, line 3"
-    number: str  # its id where it has none: "prompts-3"
-    cells: dict[str, Any]
 
 
 def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
@@ -302,46 +293,6 @@ def id_of_row(row: Row) -> str:
     return str(value)
 
 
-def read_messages(row: Row, column: str, system: str | None) -> tuple[Message, ...]:
-    """The row's conversation, checked, with `system` before it where it has no system message."""
-    value = row.cells.get(column)
-    if isinstance(value, str):
-        messages = [Message("user", value)]
-    elif isinstance(value, list):
-        messages = [read_message(entry, index, row.place, column) for index, entry in enumerate(value)]
-    else:
-        raise InputError(
-            f"{row.place}: {column} must be text or a list of messages (got {described(value)}). "
-            "Give the text of the prompt, or [{role: user, content: ...}]."
-        )
-    if not messages or not messages[-1].content.strip():
-        raise InputError(f"{row.place}: {column} is empty (got {shorten(repr(value))}). Fill it in or remove the row.")
-    if messages[-1].role != "user":
-        raise InputError(
-            f"{row.place}: the last message of {column} must be from the user (got {messages[-1].role}): the policy "
-            "answers it. Remove the messages after the user's last."
-        )
-    if system is not None and messages[0].role != "system":
-        messages.insert(0, Message("system", system))
-    return tuple(messages)
-
-
-def read_message(entry: Any, index: int, place: str, column: str) -> Message:
-    where = f"{place}: {column}[{index}]"
-    if not isinstance(entry, dict):
-        raise InputError(f"{where} must be a message {{role, content}} (got {described(entry)}). Write it as one.")
-    role, content = entry.get("role"), entry.get("content")
-    if role not in _ROLES:
-        raise InputError(
-            f"{where}.role must be one of {', '.join(_ROLES)} (got {described(role)}). Correct or remove it."
-        )
-    if role == "system" and index:
-        raise InputError(f"{where}: a system message must be the first (got it as number {index + 1}). Move it.")
-    if not isinstance(content, str):
-        raise InputError(f"{where}.content must be text (got {described(content)}). Only text prompts are read.")
-    return Message(role, content)
-
-
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 
 
@@ -419,14 +370,6 @@ class PromptSource:
 def nearest_hint(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {near[0]}?" if near else ""
-
-
-def described(value: Any) -> str:
-    return "nothing" if value is None else shorten(f"{type(value).__name__} {value!r}")
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[:limit].rstrip() + "..."
 
 
 def one_line(error: BaseException) -> str:

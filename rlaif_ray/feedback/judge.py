@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlaif_ray.chat.template import ChatTemplate
-    from rlaif_ray.config.sections import Thoughts
+    from rlaif_ray.config.chat import Thoughts
     from rlaif_ray.feedback.templates import Template
     from rlaif_ray.interfaces import Asker
 

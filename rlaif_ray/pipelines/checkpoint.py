@@ -90,7 +90,12 @@ def must_match(job: TrainJob | SupervisedJob) -> dict[str, Any]:
 
 def _same_model(job: TrainJob | SupervisedJob) -> dict[str, Any]:
     policy = job.policy
-    return {"policy.model": policy.model, "policy.revision": policy.revision, "policy.precision": policy.precision}
+    return {
+        "policy.model": policy.model,
+        "policy.revision": policy.revision,
+        "policy.precision": policy.precision,
+        "policy.chat_template_kwargs": policy.chat_template_kwargs or None,
+    }
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------

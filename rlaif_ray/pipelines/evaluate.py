@@ -32,7 +32,14 @@ from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_a
 from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
 from rlaif_ray.pipelines.lineage import training_judges
 from rlaif_ray.pipelines.preferences import make_labels
-from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_same_run, write_resolved
+from rlaif_ray.pipelines.run_folder import (
+    fingerprint,
+    keep_chat_date,
+    make_folder,
+    must_be_same_run,
+    with_chat_date,
+    write_resolved,
+)
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.runtime.cluster import open_cluster, open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table
@@ -63,6 +70,7 @@ class Meeting:
 
 def evaluate(loaded: Loaded) -> dict[str, Any]:
     """Samples, judges and measures; returns what summary.json says."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     people, subsets = labelled_by_people(job)
     for name, cfg in job.reward_models.items():
@@ -71,6 +79,7 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
     must_be_same_run(run_dir, "evaluate", _identity(job))
+    keep_chat_date(loaded)
     write_resolved(loaded)
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")

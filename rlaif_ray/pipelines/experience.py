@@ -47,7 +47,7 @@ def keep_scored(completions: Sequence[Completion], scores: Sequence[Score], min_
             f"feedback.min_scored_fraction={min_scored_fraction:g} of completions must be scored (got "
             f"{len(samples)} of {len(completions)}; failures: {failures_by_reason(scores)}): a policy must not train "
             f"only on what its judge could read. too_long: raise feedback.judge.max_context or lower max_new_tokens; "
-            f"open_thought: raise max_new_tokens; engine_error: see the judge's log; or lower feedback.min_scored_fraction."
+            f"open_thought: raise max_new_tokens; engine_error: see the judge's log; or lower the fraction."
         )
     return samples
 

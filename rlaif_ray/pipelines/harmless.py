@@ -122,10 +122,8 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
             ItemProgress("harmless", len(responses), "responses") as progress,
             open_asker(judged, grader.chat, grader.context, folder, progress) as (asker, at_once),
         ):
-            judges = {
-                part: Judge(asker, grader.template(part), thoughts=judged.label.thoughts)
-                for part in (PROMPTS, SAFE, LABELLED)
-            }
+            parts, thoughts = (PROMPTS, SAFE, LABELLED), judged.label.thoughts
+            judges = {part: Judge(asker, grader.template(part), thoughts=thoughts) for part in parts}
             progress.resume(done)
             left = chunks(responses[done:], CHUNK)
             for chunk, scores in in_order(_scored_by(judges), left, at_once=at_once, stopping=stopping):

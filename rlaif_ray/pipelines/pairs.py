@@ -15,7 +15,7 @@ from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.contexts import policy_prompts
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked, with_chat_date
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -55,6 +55,7 @@ class Made:
 
 def make_pairs(loaded: Loaded) -> dict[str, Any]:
     """Samples, pairs and writes them; goes on where an earlier run in the same folder was ended."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     sources = read_sources(job)
     output = output_of(loaded, "pairs.jsonl")

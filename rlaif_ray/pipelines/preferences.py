@@ -30,7 +30,7 @@ from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
 from rlaif_ray.feedback.thoughts import AnswerLabeler, answers_alone
 from rlaif_ray.pipelines.contexts import judge_context, load_chat
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked, with_chat_date
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -96,6 +96,7 @@ class Tally:
 
 def make_labels(loaded: Loaded) -> dict[str, Any]:
     """Labels what is not labelled yet in the run's folder, and says what all of it came to."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     check_readable(job.data.path, split=job.data.split)
     guide = read_guide(job)

@@ -24,7 +24,7 @@ from rlaif_ray.pipelines.experience import (
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, read_held_out
 from rlaif_ray.pipelines.restarts import with_restarts
-from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.run_folder import keep_chat_date, make_folder, stop_when_asked, with_chat_date, write_resolved
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker, print_summary
@@ -46,6 +46,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
 
     A learner that is lost starts again from the newest checkpoint; engines that are lost are replaced meanwhile.
     """
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
     make_folder(run_dir)  # its own before a checkpoint is looked for
@@ -62,6 +63,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         checkpoints.tell(track.note)
         if start.checkpoint is None:
             checkpoints.start_over()
+        keep_chat_date(loaded)
         track.note("starting engines and learner")
         track.watch_processes(cluster.pids)
         rollouts = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context)

@@ -16,7 +16,7 @@ from rlaif_ray.errors import FeedbackError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked, with_chat_date
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -40,6 +40,7 @@ class Inputs:
 
 def sample_responses(loaded: Loaded) -> dict[str, Any]:
     """Samples, scores and writes what is not there yet; goes on where an earlier run in the folder was ended."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
     output = output_of(loaded, "responses.jsonl")

@@ -17,7 +17,14 @@ from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import load_chat, readable_context
 from rlaif_ray.pipelines.restarts import with_restarts
-from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.run_folder import (
+    fingerprint,
+    keep_chat_date,
+    make_folder,
+    stop_when_asked,
+    with_chat_date,
+    write_resolved,
+)
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
@@ -148,6 +155,7 @@ def run_supervised(
         checkpoints.tell(track.note)
         if resumed is None:
             checkpoints.start_over()
+        keep_chat_date(loaded)
         track.note(f"{note}; starting the learner")
         track.watch_processes(cluster.pids)
 
@@ -188,6 +196,7 @@ class SftInputs:
 
 def fine_tune(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
+    loaded = with_chat_date(loaded)
     run_dir = loaded.run_dir
     inputs = read_sft_inputs(loaded.config)
     note = f"{len(inputs.train)} turns to learn, {len(inputs.held_out)} held out"
