@@ -16,8 +16,9 @@ from rlaif_ray.feedback.principles import Constitution, eligible, load_constitut
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.feedback.revision import Example, Revised, Reviser, Step, load_examples
 from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, load_chat, read_prompts, readable_context
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked, with_chat_date
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.learner.dpo import DpoExample
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
-from rlaif_ray.pipelines.run_folder import with_chat_date
 from rlaif_ray.pipelines.supervised import run_supervised, turn_end
 from rlaif_ray.runtime.cluster import Cluster
 from rlaif_ray.tracking.progress import print_table

@@ -29,17 +29,11 @@ from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.win_rate import PositionBias, length_controlled, outcome, position_bias, win_rate
 from rlaif_ray.feedback.reward_model import check_reward_model
 from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_alignment, measured_reward_model
+from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
 from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
 from rlaif_ray.pipelines.lineage import training_judges
 from rlaif_ray.pipelines.preferences import make_labels
-from rlaif_ray.pipelines.run_folder import (
-    fingerprint,
-    keep_chat_date,
-    make_folder,
-    must_be_same_run,
-    with_chat_date,
-    write_resolved,
-)
+from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, must_be_same_run, write_resolved
 from rlaif_ray.pipelines.sampling import sample_responses
 from rlaif_ray.runtime.cluster import open_cluster, open_ray
 from rlaif_ray.runtime.placement import job_needs, placement_table

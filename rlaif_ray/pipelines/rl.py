@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.data.prompts import PromptSource
 from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
+from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
@@ -24,7 +25,7 @@ from rlaif_ray.pipelines.experience import (
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, read_held_out
 from rlaif_ray.pipelines.restarts import with_restarts
-from rlaif_ray.pipelines.run_folder import keep_chat_date, make_folder, stop_when_asked, with_chat_date, write_resolved
+from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker, print_summary

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import atexit
-import datetime
 import fcntl
 import hashlib
-import json
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
-from rlaif_ray.errors import CheckpointError, InputError
-from rlaif_ray.storage import Place
+from rlaif_ray.errors import InputError
+from rlaif_ray.pipelines.chat_date import keep_chat_date, state_of
 from rlaif_ray.tracking.files import plain, read_json, write_json
 
 if TYPE_CHECKING:
@@ -105,73 +102,13 @@ def open_output(loaded: Loaded, output: Path, identity: dict[str, Any]) -> Path:
     Raises:
         InputError: a folder can't be written, is in use, or holds results of another run.
     """
-    state = _state_of(loaded, output)
+    state = state_of(loaded)
     make_folder(loaded.run_dir)
     make_folder(state)
     must_be_same_run(state, loaded.job, identity)
     keep_chat_date(loaded)
     write_resolved(loaded)
     return state
-
-
-# ---- The date that chat templates see --------------------------------------------------------------------------------
-
-CHAT_DATE = "chat_date.json"
-
-
-def with_chat_date(loaded: Loaded, today: str | None = None) -> Loaded:
-    """The job with `chat_date` set: the config's, else that of the run that it goes on from, else today's.
-
-    So a run that is resumed on another day reads the same prompts.
-
-    Raises:
-        InputError: the config's is not that of the run that it goes on from.
-    """
-    given, begun = loaded.config.chat_date, _begun(loaded)
-    if given is not None and begun is not None and given != begun:
-        raise InputError(
-            f"chat_date must stay that of the run (got {given}; what is in {_place_of(loaded)} was begun with {begun}): "
-            f"templates that write the date would give other prompts. Leave it out, or use another run_dir or output."
-        )
-    date = given or begun or today or datetime.date.today().isoformat()
-    return replace(loaded, config=loaded.config.model_copy(update={"chat_date": date}))
-
-
-def keep_chat_date(loaded: Loaded) -> None:
-    """Notes the date where a run that goes on from this one looks for it."""
-    text = json.dumps({"chat_date": loaded.config.chat_date})
-    (_place_of(loaded) / CHAT_DATE).write(text.encode())
-
-
-def _begun(loaded: Loaded) -> str | None:
-    """The date of the run that this one goes on from; None where it begins."""
-    place, checkpoint = _place_of(loaded), getattr(loaded.config, "checkpoint", None)
-    try:
-        names = place.names()
-        if CHAT_DATE not in names:
-            return None
-        if checkpoint is not None and (
-            checkpoint.resume == "never" or not any(name.startswith("step-") for name in names)
-        ):
-            return None
-        found = json.loads((place / CHAT_DATE).read())["chat_date"]
-    except (CheckpointError, ValueError, LookupError, TypeError):  # whoever opens that place says what is wrong with it
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _place_of(loaded: Loaded) -> Place:
-    """Where the job keeps what it goes on from."""
-    job, checkpoint = loaded.config, getattr(loaded.config, "checkpoint", None)
-    if checkpoint is not None:
-        return Place.of(checkpoint.path or loaded.run_dir / "checkpoints")
-    return Place.of(
-        _state_of(loaded, Path(job.output).expanduser()) if getattr(job, "output", None) else loaded.run_dir
-    )
-
-
-def _state_of(loaded: Loaded, output: Path) -> Path:
-    return output.with_name(f"{output.name}.state") if loaded.config.output else loaded.run_dir
 
 
 def fingerprint(path: str) -> str:

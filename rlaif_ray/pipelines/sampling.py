@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import FeedbackError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
-from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked, with_chat_date
+from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table

@@ -14,17 +14,11 @@ from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
+from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import load_chat, readable_context
 from rlaif_ray.pipelines.restarts import with_restarts
-from rlaif_ray.pipelines.run_folder import (
-    fingerprint,
-    keep_chat_date,
-    make_folder,
-    stop_when_asked,
-    with_chat_date,
-    write_resolved,
-)
+from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
