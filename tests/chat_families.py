@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from tests.tiny import CHAT_TEMPLATE, make_tokenizer
+from tests.tiny import CHAT_TEMPLATE, cached_tiny_model, make_tokenizer
 
 CHATML = CHAT_TEMPLATE
 
@@ -93,3 +95,11 @@ def tokenizer_of(family: str) -> Any:
     tokenizer = make_tokenizer(None)
     tokenizer.chat_template = FAMILIES[family]
     return tokenizer
+
+
+def model_of(family: str, folder: Path, **kwargs: Any) -> str:
+    """A tiny model with the family's template, in `folder`."""
+    made = folder / family
+    shutil.copytree(cached_tiny_model(**{"tied": True, **kwargs}), made)
+    tokenizer_of(family).save_pretrained(made)
+    return str(made)
