@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rlaif_ray.chat.template import ChatTemplate
@@ -76,6 +76,18 @@ class ChatRenderer:
                 encoded = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)
                 tokens += encoded["input_ids"]
         return tuple(tokens)
+
+    def turn_end(self, stops: Collection[int]) -> tuple[int, ...]:
+        """What ends a response in tokens: how the template ends a turn, where sampling stops at it, else EOS.
+
+        `stops` are the tokens at which sampling stops. A template whose end is none of them is one that a base model
+        was given with its tokenizer: trained to write it, the model would go on.
+        """
+        found = self.pattern.match(self.chat.answer.after.lstrip()) if self.chat.source else None
+        if found and self.control[found[0]] in stops:
+            return (self.control[found[0]],)
+        eos = self.tokenizer.eos_token_id
+        return () if eos is None else (eos,)
 
     @property
     def opened(self) -> str:

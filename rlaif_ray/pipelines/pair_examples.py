@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rlaif_ray.config.jobs import DpoJob
+    from rlaif_ray.config.sections import PolicyConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,13 @@ class PairInputs:
 
 
 def read_pairs(
-    job: RewardModelJob | DpoJob, ending: Callable[[Any], tuple[int, ...]], human_path: str | None = None
+    job: RewardModelJob | DpoJob,
+    ending: Callable[[ChatRenderer, PolicyConfig], tuple[int, ...]],
+    human_path: str | None = None,
 ) -> tuple[PairInputs, list[PairExample]]:
     """Records as token examples, split by prompt; and those of `human_path` with people's labels.
 
-    `ending` says of a tokenizer what ends a response.
+    `ending` says what ends a response.
 
     Raises:
         InputError: the data or the model is wrong, or nothing is left to train on.
@@ -51,7 +54,7 @@ def read_pairs(
     left_out: dict[str, int] = {}
     train: list[PairExample] = []
     held_out: list[PairExample] = []
-    end = ending(render.tokenizer)
+    end = ending(render, policy)
     write = _ExampleWriter(render, room, cfg.labels, end, left_out, cut=cut)
     for record in read_preferences(job.data.path, split=job.data.split, limit=job.data.limit):
         example = write(record)

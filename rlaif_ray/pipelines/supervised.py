@@ -16,7 +16,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
-from rlaif_ray.pipelines.contexts import load_chat, readable_context
+from rlaif_ray.pipelines.contexts import load_chat, readable_context, stop_tokens
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.data_sections import SupervisedConfig
     from rlaif_ray.config.jobs import SftJob, SupervisedJob
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.config.sections import PolicyConfig
     from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.runtime.groups import SftGroup
     from rlaif_ray.tracking import Tracker
@@ -218,12 +219,13 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
     """
     policy, cfg = job.policy, job.sft
     render = ChatRenderer(load_chat(policy, job.chat_date, "policy"))
+    end = turn_end(render, policy)
     room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
     train: list[SftExample] = []
     held_out: list[SftExample] = []
     too_long = 0
     for row in read_demonstrations(job.data.path, split=job.data.split, limit=job.data.limit):
-        turns = list(_examples(row, render))
+        turns = list(_examples(row, render, end))
         short = [turn for turn in turns if len(turn) <= room]
         too_long += len(turns) - len(short)
         (held_out if is_held_out(row, cfg.held_out_fraction, job.seed) else train).extend(short)
@@ -235,17 +237,17 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
     return SftInputs(train, held_out, too_long, fingerprint(job.data.path))
 
 
-def _examples(row: Demonstration, render: ChatRenderer) -> Iterator[SftExample]:
+def _examples(row: Demonstration, render: ChatRenderer, end: tuple[int, ...]) -> Iterator[SftExample]:
     """What stands before a turn is rendered as it is when the model is asked, so that it learns what it will see."""
     for i, turn in enumerate(row.messages):
         if turn.role == "assistant":
             prompt = render.tokens(row.messages[:i], row.place)
-            yield SftExample(prompt, (*render.response(turn.content), *turn_end(render.tokenizer)))
+            yield SftExample(prompt, (*render.response(turn.content), *end))
 
 
-def turn_end(tokenizer: Any) -> tuple[int, ...]:
+def turn_end(render: ChatRenderer, policy: PolicyConfig) -> tuple[int, ...]:
     """What ends a turn of the assistant, in tokens."""
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return render.turn_end(stop_tokens(policy))
 
 
 def is_held_out(row: Demonstration, fraction: float, seed: int) -> bool:

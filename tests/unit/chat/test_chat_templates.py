@@ -102,6 +102,22 @@ def test_without_a_chat_template_a_response_is_its_text() -> None:
     assert written(ChatRenderer(tokenizer), "4") == "4"
 
 
+@pytest.mark.parametrize(
+    ("family", "stops", "ends"),
+    [
+        ("chatml", ["<|im_end|>"], "<|im_end|>"),
+        ("deepseek-r1", ["<|im_end|>"], "<|im_end|>"),
+        ("gemma", ["<|im_end|>", "<end_of_turn>"], "<end_of_turn>"),  # not the tokenizer's EOS
+        ("gemma", ["<|im_end|>"], "<|im_end|>"),  # where sampling does not stop at it
+        ("phi-3", ["<|im_end|>", "<|end|>"], "<|end|>"),
+    ],
+)
+def test_a_turn_ends_as_the_template_ends_it_if_sampling_stops_there(family: str, stops: list[str], ends: str) -> None:
+    tokenizer = tokenizer_of(family)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>", "<|end|>"]})
+    assert tokenizer.decode(ChatRenderer(tokenizer).turn_end(tokenizer.convert_tokens_to_ids(stops))) == ends
+
+
 # --- judges -----------------------------------------------------------------------------------------------------------
 
 

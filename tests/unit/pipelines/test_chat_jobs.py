@@ -85,7 +85,7 @@ def test_arguments_of_the_config_reach_prompts_and_judges(tmp_path: Path) -> Non
         [prompt] = read_sampling(SampleJob.model_validate({"policy": policy, "data": data})).prompts
         ends.append(load_tokenizer(model).decode(prompt.tokens).partition("assistant\n")[2])
     assert ends == ["", "<think>\n\n</think>\n\n"]
-    judge = {"model": model, "chat_template_kwargs": {"enable_thinking": True}}
+    judge = {"type": "vllm", "model": model, "chat_template_kwargs": {"enable_thinking": True}}
     guide = read_guide(LabelJob.model_validate({"data": {"path": "x"}, "judge": judge}))
     assert guide.chat.identity == '{"enable_thinking": true}'
 
@@ -139,7 +139,7 @@ def test_a_rows_own_system_message(folder: Path) -> None:
         (
             "sample",
             ["policy.chat_template_kwargs={enable_thinking: false}"],
-            "policy.chat_template_kwargs has 'enable_",
+            "policy.chat_template_kwargs has 'enable",
         ),
         ("train", ["feedback.judge.chat_template_kwargs={thinkin: false}"], "feedback.judge.chat_template_kwargs has"),
         ("label", ["judge.chat_template_kwargs={thinkin: false}"], "judge.chat_template_kwargs has 'thinkin'"),
@@ -210,7 +210,7 @@ def test_a_run_that_is_resumed_on_another_day_keeps_its_date(
     begin(first)
     again = with_chat_date(loaded(job, *RUNS[name]), today="2026-12-01")
     assert again.config.chat_date == "2026-11-30"
-    assert "chat_date: '2026-11-30'" in (first.run_dir / "resolved.yaml").read_text()
+    assert load_job(job, [first.run_dir / "resolved.yaml"]).config.chat_date == "2026-11-30"
     with pytest.raises(InputError, match=r"chat_date must stay that of the run \(got 2026-12-24;.*2026-11-30"):
         with_chat_date(loaded(job, *RUNS[name], "chat_date=2026-12-24"), today="2026-12-01")
 
