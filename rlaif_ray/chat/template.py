@@ -111,6 +111,8 @@ class ChatTemplate:
         Raises:
             InputError: the template leaves a message out, without an error of its own.
         """
+        if not self.source:
+            return
         shape = tuple((message.role, bool(message.content)) for message in messages)
         if shape not in self._lost:
             marks = [f"xq{k}mark{k}qx" for k in range(len(shape))]

@@ -7,6 +7,8 @@ generation prompt ends with it (DeepSeek-R1, QwQ).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 OPEN_THOUGHT = "open_thought"  # why a response can't be judged whose thought does not end
 
@@ -49,6 +51,23 @@ def closed(thought: str) -> str:
     rest = thought.lstrip().removeprefix(tag)
     space = rest[: len(rest) - len(rest.lstrip())]
     return f"{space}{closing_of(tag)}{space * 2}"
+
+
+def thought_tokens(tokenizer: Any) -> dict[int, str]:
+    """Tags of thoughts that are special tokens of this tokenizer, which decoding leaves out with all others."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    special = {index: str(token) for index, token in added if token.special}
+    return {index: tag for index, tag in special.items() if _OPENING.fullmatch(tag) or _CLOSING.fullmatch(tag)}
+
+
+def written_text(tokenizer: Any, tokens: Sequence[int], tags: Mapping[int, str]) -> str:
+    """What a model wrote, without special tokens but for `tags`, its thought_tokens."""
+    pieces: list[str] = []
+    start = 0
+    for place in (place for place, token in enumerate(tokens) if token in tags):
+        pieces += [tokenizer.decode(list(tokens[start:place]), skip_special_tokens=True), tags[tokens[place]]]
+        start = place + 1
+    return "".join([*pieces, tokenizer.decode(list(tokens[start:]), skip_special_tokens=True)])
 
 
 def answer_of(text: str) -> str | None:

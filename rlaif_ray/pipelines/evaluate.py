@@ -27,9 +27,10 @@ from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.win_rate import PositionBias, length_controlled, outcome, position_bias, win_rate
-from rlaif_ray.feedback.reward_model import check_reward_model
+from rlaif_ray.feedback.reward_model import check_reward_model, reward_renderer
 from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_alignment, measured_reward_model
 from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
+from rlaif_ray.pipelines.contexts import load_chat
 from rlaif_ray.pipelines.harmless import PROMPTS, SAFE, judge_responses, measured_harmless, read_grader, responses_of
 from rlaif_ray.pipelines.lineage import training_judges
 from rlaif_ray.pipelines.preferences import make_labels
@@ -69,6 +70,9 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     people, subsets = labelled_by_people(job)
     for name, cfg in job.reward_models.items():
         check_reward_model(cfg, f"reward_models.{name}")
+        chat = reward_renderer(cfg, job.chat_date, f"reward_models.{name}").chat
+        for record in people:
+            chat.must_reach(record.prompt, f"record {record.id}")
     given = {name: _read(job, read_answers(arm.path)) for name, arm in job.arms.items() if arm.path is not None}
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
@@ -77,6 +81,7 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     write_resolved(loaded)
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
+    _must_reach(job, asked)
     with open_ray(job.cluster, jobs_of(job, run_dir)):
         answers = {
             name: given[name] if name in given else _read(job, _sampled(samples[name], loaded)) for name in job.arms
@@ -178,6 +183,16 @@ def write_prompts(job: EvaluateJob, path: Path) -> dict[str, list[tuple[Message,
     cut_rows(path, 0)
     append_rows(path, [{"prompt": [asdict(turn) for turn in prompt]} for prompt in each])
     return asked
+
+
+def _must_reach(job: EvaluateJob, asked: Mapping[str, Sequence[tuple[Message, ...]]]) -> None:
+    """Raises InputError when an arm's model would not read all of a prompt: before any engine starts."""
+    for name, arm in job.arms.items():
+        if arm.model is not None and asked:
+            chat = load_chat(arm, job.chat_date, f"arms.{name}")
+            for part, prompts in asked.items():
+                for number, prompt in enumerate(prompts, start=1):
+                    chat.must_reach(prompt, f"prompt {number} of {part}")
 
 
 def _read(job: EvaluateJob, answers: Answers) -> Answers:

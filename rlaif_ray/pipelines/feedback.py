@@ -51,8 +51,8 @@ def parts(cfg: FeedbackConfig) -> Iterator[tuple[str, JudgeFeedback | RewardMode
             yield from ((name, part.scorer) for name, part in cfg.scorers.items())
 
 
-def read_feedback(cfg: FeedbackConfig, date: str | None = None, prompts: Sequence[Prompt] = ()) -> FeedbackInputs:
-    """Templates, tokenizers and contexts; `date` is the run's to chat templates, `prompts` are what will be answered.
+def read_feedback(cfg: FeedbackConfig, date: str | None = None) -> FeedbackInputs:
+    """Templates, tokenizers and contexts; `date` is the run's to chat templates.
 
     Raises:
         InputError: any of them is wrong, or they don't fit together.
@@ -70,10 +70,17 @@ def read_feedback(cfg: FeedbackConfig, date: str | None = None, prompts: Sequenc
             judges[role] = JudgeInputs(scorer, template, chat, context, context_key)
         elif isinstance(scorer, RewardModelFeedback):
             check_reward_model(scorer, key)
-            renderer = reward_renderer(scorer, date, key)
-            for prompt in prompts:
-                renderer.chat.must_reach(prompt.messages, f"prompt {prompt.id}")
     return FeedbackInputs(cfg, judges)
+
+
+def check_reward_templates(cfg: FeedbackConfig, prompts: Sequence[Prompt], date: str | None = None) -> None:
+    """Raises InputError when a reward model would not read all of a prompt; its actors would find out late."""
+    for role, scorer in parts(cfg):
+        key = f"feedback.scorers.{role}.scorer" if isinstance(cfg, MixtureFeedback) else "feedback"
+        if isinstance(scorer, RewardModelFeedback):
+            chat = reward_renderer(scorer, date, key).chat
+            for prompt in prompts:
+                chat.must_reach(prompt.messages, f"prompt {prompt.id}")
 
 
 def start_feedback(inputs: FeedbackInputs, cluster: Cluster) -> Scorer:

@@ -55,7 +55,7 @@ def read_pairs(
     train: list[PairExample] = []
     held_out: list[PairExample] = []
     end = ending(render, policy)
-    write = _ExampleWriter(render, room, cfg.labels, end, left_out, cut=cut)
+    write = _ExampleWriter(render, room, cfg.labels, end, left_out, name=job.data.path, cut=cut)
     for record in read_preferences(job.data.path, split=job.data.split, limit=job.data.limit):
         example = write(record)
         if example is not None:
@@ -68,7 +68,7 @@ def read_pairs(
         )
     human = []
     if human_path is not None:
-        by_people = _ExampleWriter(render, room, cfg.labels, end, {}, cut=cut, human=True)
+        by_people = _ExampleWriter(render, room, cfg.labels, end, {}, name=human_path, cut=cut, human=True)
         human = [e for r in read_preferences(human_path) if (e := by_people(r)) is not None]
     return PairInputs(train, held_out, left_out, fingerprint(job.data.path)), human
 
@@ -84,11 +84,13 @@ class _ExampleWriter:
         end: tuple[int, ...],
         left_out: dict[str, int],
         *,
+        name: str,
         cut: bool,
         human: bool = False,
     ):
-        """`cut`: responses are read without the thoughts that they begin with."""
+        """`name` is of the data, for messages; `cut`: responses are read without the thoughts that they begin with."""
         self._render, self._room, self._labels, self._cut = render, room, labels, cut
+        self._name = name
         self._end, self._left_out, self._human = end, left_out, human
 
     def __call__(self, record: PreferenceRecord) -> PairExample | None:
@@ -100,7 +102,7 @@ class _ExampleWriter:
             return None
         if self._labels == "hard":
             label = 0.5 if label == 0.5 else float(label > 0.5)
-        prompt = self._render.tokens(record.prompt, f"record {record.id}")
+        prompt = self._render.tokens(record.prompt, f"{self._name}, record {record.id}")
         texts = [answer_of(text) if self._cut else text for text in (record.response_a, record.response_b)]
         if None in texts:
             self._count("open_thought")

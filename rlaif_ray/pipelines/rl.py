@@ -22,7 +22,13 @@ from rlaif_ray.pipelines.experience import (
     rates,
     sample_rows,
 )
-from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.feedback import (
+    FeedbackInputs,
+    check_reward_templates,
+    feedback_lines,
+    read_feedback,
+    start_feedback,
+)
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, read_held_out
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
@@ -224,8 +230,9 @@ def read_inputs(job: TrainJob) -> Inputs:
     chat, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens, job.chat_date)
     longest = min(room - job.sampling.max_new_tokens, job.data.max_prompt_tokens or room)
     prompts = read_prompts(job.data, chat, longest)
-    feedback = read_feedback(job.feedback, job.chat_date, prompts)
+    feedback = read_feedback(job.feedback, job.chat_date)
     held_out = read_held_out(job, feedback, chat, longest)
+    check_reward_templates(job.feedback, [*prompts, *held_out.prompts], job.chat_date)
     needed = max(len(p.tokens) for p in [*prompts, *held_out.prompts]) + job.sampling.max_new_tokens
     return Inputs(prompts, held_out, job.rollout.max_context or engine_context(needed, room), feedback)
 

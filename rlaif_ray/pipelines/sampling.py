@@ -16,7 +16,13 @@ from rlaif_ray.errors import FeedbackError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import policy_prompts
-from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.feedback import (
+    FeedbackInputs,
+    check_reward_templates,
+    feedback_lines,
+    read_feedback,
+    start_feedback,
+)
 from rlaif_ray.pipelines.run_folder import fingerprint, open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
@@ -78,7 +84,10 @@ def read_inputs(job: SampleJob) -> Inputs:
     """
     longest = job.sampling.max_new_tokens
     prompts, context = policy_prompts(job.policy, job.data, job.rollout.max_context, longest, job.chat_date)
-    feedback = read_feedback(job.feedback, job.chat_date, prompts) if job.feedback is not None else None
+    if job.feedback is None:
+        return Inputs(prompts, context, None)
+    feedback = read_feedback(job.feedback, job.chat_date)
+    check_reward_templates(job.feedback, prompts, job.chat_date)
     return Inputs(prompts, context, feedback)
 
 

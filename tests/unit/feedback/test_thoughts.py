@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from rlaif_ray.chat.renderer import ChatRenderer
+from rlaif_ray.chat.thoughts import answer_of
 from rlaif_ray.config.sections import OpenAIJudge
 from rlaif_ray.feedback.judge import Judge
 from rlaif_ray.feedback.preference import LongerLabeler
@@ -76,6 +78,15 @@ def test_a_completion_begins_with_the_thought_that_its_prompt_opens() -> None:
     prompt = Prompt("p", (Message("user", "a"),), (5, 6), "a", opened="<think>\n")
     [made] = engine.generate([prompt], GenerationSettings(1, 40, 1.0, 0))
     assert made.text == "<think>\nHm.\n</think>\n\n4"
+
+
+def test_tags_that_are_special_tokens_stay_in_the_text() -> None:
+    tokenizer = make_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    engine = ScriptedGenerator(tokenizer, respond=lambda prompt, sample: "[THINK]Hm.[/THINK]4")
+    [made] = engine.generate([Prompt("p", (Message("user", "a"),), (5, 6), "a")], GenerationSettings(1, 40, 1.0, 0))
+    assert made.text == "[THINK]Hm.[/THINK]4" and answer_of(made.text) == "4"
+    assert ChatRenderer(tokenizer).response(made.text) == made.tokens[:-1]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}])

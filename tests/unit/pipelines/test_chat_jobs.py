@@ -16,7 +16,7 @@ from rlaif_ray.config.sections import JudgeFeedback, RewardModelFeedback
 from rlaif_ray.errors import InputError
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
-from rlaif_ray.pipelines.feedback import read_feedback
+from rlaif_ray.pipelines.feedback import check_reward_templates, read_feedback
 from rlaif_ray.pipelines.pair_examples import read_pairs
 from rlaif_ray.pipelines.preferences import read_guide
 from rlaif_ray.pipelines.run_folder import write_resolved
@@ -169,8 +169,8 @@ def test_a_reward_models_template_that_leaves_the_system_message_out(tmp_path: P
     prompts = [Prompt("p1", (Message("system", "s"), Message("user", "u")), (1,), "u")]
     cfg = RewardModelFeedback(model=str(model))
     assert read_feedback(cfg).judges == {}
-    with pytest.raises(InputError, match="prompt p1: the chat template of feedback leaves out the system message"):
-        read_feedback(cfg, None, prompts)
+    with pytest.raises(InputError, match="prompt p1: the chat template of feedback leaves out the system"):
+        check_reward_templates(cfg, prompts)
 
 
 # --- one date for all of a run ----------------------------------------------------------------------------------------
