@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.data.prompts import PromptSource
 from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
-from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
@@ -70,7 +70,6 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         checkpoints.tell(track.note)
         if start.checkpoint is None:
             checkpoints.start_over()
-        keep_chat_date(loaded)
         track.note("starting engines and learner")
         track.watch_processes(cluster.pids)
         rollouts = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context)

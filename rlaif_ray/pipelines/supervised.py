@@ -14,7 +14,7 @@ from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
-from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import load_chat, readable_context, stop_tokens
 from rlaif_ray.pipelines.restarts import with_restarts
@@ -150,7 +150,6 @@ def run_supervised(
         checkpoints.tell(track.note)
         if resumed is None:
             checkpoints.start_over()
-        keep_chat_date(loaded)
         track.note(f"{note}; starting the learner")
         track.watch_processes(cluster.pids)
 

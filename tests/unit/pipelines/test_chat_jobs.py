@@ -14,14 +14,17 @@ from rlaif_ray.config.jobs import DpoJob, LabelJob, RewardModelJob, SampleJob, S
 from rlaif_ray.config.load import Loaded, load_job
 from rlaif_ray.config.sections import JudgeFeedback, RewardModelFeedback
 from rlaif_ray.errors import InputError
+from rlaif_ray.interfaces import WrittenFiles
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.chat_date import keep_chat_date, with_chat_date
+from rlaif_ray.pipelines.checkpoint import RunState, open_checkpoints
 from rlaif_ray.pipelines.feedback import check_reward_templates, read_feedback
 from rlaif_ray.pipelines.pair_examples import read_pairs
 from rlaif_ray.pipelines.preferences import read_guide
 from rlaif_ray.pipelines.run_folder import write_resolved
 from rlaif_ray.pipelines.sampling import read_inputs as read_sampling
 from rlaif_ray.pipelines.supervised import read_sft_inputs, turn_end
+from rlaif_ray.storage import Place
 from rlaif_ray.types import Message, Prompt
 from tests.chat_families import model_of
 from tests.tiny import IM_END
@@ -180,13 +183,23 @@ def loaded(job: str, *settings: str) -> Loaded:
     return load_job(job, [], settings)
 
 
+class Nothing:
+    """A learner without a state."""
+
+    def save_checkpoint(self, place: Place) -> WrittenFiles:
+        return dict
+
+
 def begin(one: Loaded, *, checkpoint: bool = True) -> None:
     """What a run leaves that is ended on its first day."""
-    keep_chat_date(one)
     one.run_dir.mkdir(parents=True, exist_ok=True)
     write_resolved(one)
-    if checkpoint and hasattr(one.config, "checkpoint"):
-        (Path(one.config.checkpoint.path or one.run_dir / "checkpoints") / "step-3").mkdir(parents=True)
+    if not hasattr(one.config, "checkpoint"):
+        keep_chat_date(one)
+    elif checkpoint:
+        with open_checkpoints(one.config, one.run_dir) as checkpoints:
+            for step in (9, 10):
+                checkpoints.save(Nothing(), RunState(step=step))
 
 
 RUNS = {
