@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import date
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from rlaif_ray.config.chat import ChatDate
 from rlaif_ray.config.data_sections import (
     ArmConfig,
     DpoConfig,
@@ -45,24 +45,7 @@ from rlaif_ray.config.sections import (
 )
 
 
-def _day(value: Any) -> Any:
-    """YAML reads 2026-11-30 as a date where it is not quoted."""
-    if value is None:
-        return None
-    try:
-        return value.isoformat() if type(value) is date else date.fromisoformat(value).isoformat()
-    except (TypeError, ValueError):
-        raise ValueError(f"chat_date must be a day such as 2026-11-30 (got {value!r}). Correct it.") from None
-
-
-class TemplatesJob(Config):
-    """What jobs have in common that ask models."""
-
-    chat_date: Annotated[str | None, BeforeValidator(_day)] = None
-    """Today to chat templates that write a date; null: the day when the run first started, also when it is resumed."""
-
-
-class TrainJob(TemplatesJob):
+class TrainJob(Config):
     """`rlaif train`: RL from AI feedback."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -79,6 +62,7 @@ class TrainJob(TemplatesJob):
     tracking: TrackingConfig = TrackingConfig()
     steps: Annotated[int, Field(ge=1)] = 100
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     run_dir: str | None = None
     """This run's own folder; default runs/<config>-<time>."""
 
@@ -134,7 +118,7 @@ class TrainJob(TemplatesJob):
             )
 
 
-class PairsJob(TemplatesJob):
+class PairsJob(Config):
     """`rlaif pairs`: responses to compare, from one or more policies."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -145,6 +129,7 @@ class PairsJob(TemplatesJob):
     rollout: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     run_dir: str | None = None
     """This run's own folder; default runs/<config>-<time>."""
     output: str | None = None
@@ -160,7 +145,7 @@ class PairsJob(TemplatesJob):
             )
 
 
-class SampleJob(TemplatesJob):
+class SampleJob(Config):
     """`rlaif sample`: a policy's responses, or the best of several by a judge, as records to fine-tune on."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -171,6 +156,7 @@ class SampleJob(TemplatesJob):
     rollout: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     run_dir: str | None = None
     """This run's own folder; default runs/<config>-<time>."""
     output: str | None = None
@@ -185,7 +171,7 @@ class SampleJob(TemplatesJob):
             )
 
 
-class ReviseJob(TemplatesJob):
+class ReviseJob(Config):
     """`rlaif revise`: responses, critiques and revisions by a constitution, as records to fine-tune on."""
 
     policy: PolicyConfig = PolicyConfig()
@@ -196,13 +182,14 @@ class ReviseJob(TemplatesJob):
     cluster: ClusterConfig = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of samples and of the draw of principles."""
+    chat_date: ChatDate = None
     run_dir: str | None = None
     """This run's own folder; default runs/<config>-<time>."""
     output: str | None = None
     """The file of records, .jsonl; default revisions.jsonl in run_dir."""
 
 
-class LabelJob(TemplatesJob):
+class LabelJob(Config):
     """`rlaif label`: AI preference labels for pairs of responses."""
 
     data: PreferenceDataConfig
@@ -211,6 +198,7 @@ class LabelJob(TemplatesJob):
     cluster: ClusterConfig = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the draw of principles and of sampled rationales."""
+    chat_date: ChatDate = None
     run_dir: str | None = None
     """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
     output: str | None = None
@@ -219,7 +207,7 @@ class LabelJob(TemplatesJob):
     """A data set on the hub to push the records to, owner/name."""
 
 
-class EvaluateJob(TemplatesJob):
+class EvaluateJob(Config):
     """`rlaif evaluate`: AI labeler alignment where `data` is given, win rates where `arms` are."""
 
     data: PreferenceDataConfig | None = None
@@ -243,6 +231,7 @@ class EvaluateJob(TemplatesJob):
     rollout: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     run_dir: str | None = None
     """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
 
@@ -272,7 +261,7 @@ class EvaluateJob(TemplatesJob):
             )
 
 
-class SupervisedJob(TemplatesJob):
+class SupervisedJob(Config):
     """What jobs have in common that go through labelled examples."""
 
     section: ClassVar[str]
@@ -285,6 +274,7 @@ class SupervisedJob(TemplatesJob):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     run_dir: str | None = None
     """This run's own folder; default runs/<config>-<time>."""
 

@@ -253,7 +253,7 @@ class Checkpoints:
             return
         final = self.place / f"step-{step}"
         place = draft(final, uuid.uuid4().hex[:8])
-        document = {"state": asdict(state), "must_match": must_match(self._job), "versions": versions()}
+        document: dict[str, Any] = {"state": asdict(state), "must_match": must_match(self._job), "versions": versions()}
         document["chat_date"] = self._job.chat_date
         data = json.dumps(document, indent=1).encode()
         with _told_well(final):
