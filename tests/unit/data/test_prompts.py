@@ -384,10 +384,10 @@ MISTAKES: list[tuple[str, str, str | bytes, tuple[str, ...]]] = [
     ),
     ("no role", "p.jsonl", '{"prompt": [{"content": "a"}]}\n', ("prompt[0].role", "got nothing")),
     (
-        "content in parts",
+        "an image among the parts of a content",
         "p.jsonl",
-        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n',
-        ("prompt[0].content must be text", "got list"),
+        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}\n',
+        ("prompt[0].content[1] must be text", "image"),
     ),
     (
         "system message in the middle",
