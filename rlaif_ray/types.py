@@ -28,6 +28,7 @@ class Prompt:
     messages: tuple[Message, ...]
     tokens: tuple[int, ...]  # the rendered chat, generation prompt included, in the policy's tokens
     text: str = ""  # the conversation as plain text, as a judge reads it
+    opened: str = ""  # the thought that `tokens` leave open, such as "<think>\n": answers' texts begin with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Completion:
     sample: int  # index among the samples of this prompt
     tokens: tuple[int, ...]  # sampled tokens, the end-of-sequence token included; empty only for a failure
     logprobs: tuple[float, ...]  # log-probability of each token at the sampling temperature, by the engine
-    text: str  # decoded without special tokens
+    text: str  # decoded without special tokens, after what the prompt has opened
     finished: bool  # ended by the model (end-of-sequence), not cut at the token limit
     weight_version: int  # of the weights that sampled it
     failure: str | None = None  # "quarantined": the prompt ends engines, and there is no answer
@@ -66,7 +67,7 @@ class Score:
     """A judgement of one completion. A failed one has no value: failure to judge is not a judgement."""
 
     value: float | None  # in the scorer's range, [-1, 1] for a judge; None when failed
-    failure: str | None = None  # reason: "too_long", "engine_error", "no_probability"
+    failure: str | None = None  # reason: "too_long", "engine_error", "no_probability", "open_thought"
     evidence: dict[str, Any] = field(default_factory=dict)  # what the judge said: shown, never trained on
     tokens_in: int = 0  # tokens the judge read
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlaif_ray.config.chat import TemplateArguments, Thoughts
 from rlaif_ray.config.roles import (
     ADJUSTABLE,
     CONSTITUTION,
@@ -91,6 +92,9 @@ class LabelConfig(Config):
     too_long: Literal["fail", "cut_middle"] = "fail"
     """A question that is too long for the judge is a counted failure, or loses the middle of its prompt (never of a
     response); a record says how many characters."""
+    thoughts: Thoughts = "cut"
+    """cut: of a response that begins with a thought (<think>...</think>) the judge reads the answer alone, as a user
+    does; a thought that does not end has no answer, and counts as a failure. keep: the judge reads all of it."""
     human_price: Annotated[Annotated[float, Field(gt=0)] | None, HANDLING] = None
     """Price of a human label, to compare the cost with."""
     min_labeled_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
@@ -177,6 +181,9 @@ class RewardConfig(SupervisedConfig):
     """Subtracted from the difference of rewards where the label is certain (0 or 1) (Llama 2, equation 2)."""
     center: bool = True
     """Rewards get mean 0 on the preferred responses of the training part; the constants are saved in the model."""
+    thoughts: Thoughts = "cut"
+    """cut: of a response that begins with a thought the model reads the answer alone, here and when it scores; one
+    whose thought does not end is left out. keep: it reads all of it."""
     human_path: Annotated[str | None, DATA, ADJUSTABLE] = None
     """Preference records labelled by people, to measure accuracy against."""
 
@@ -200,6 +207,8 @@ class ArmConfig(Config):
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Variables of the model's chat template, such as {enable_thinking: false}."""
     path: Annotated[str | None, DATA] = None
     """Rows of `messages`, or of prompt and response, as `rlaif sample` writes them; matched by prompt."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from rlaif_ray.config.chat import ChatDate
 from rlaif_ray.config.data_sections import (
     ArmConfig,
     DpoConfig,
@@ -65,6 +66,7 @@ class TrainJob(Config):
     tracking: Annotated[TrackingConfig, HANDLING] = TrackingConfig()
     steps: Annotated[int, Field(ge=1), ADJUSTABLE] = 100
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
 
@@ -131,6 +133,7 @@ class PairsJob(Config):
     rollout: EngineConfig = EngineConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     min_done_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
     """The command ends with an error when a smaller share of the responses could be sampled; what was is kept."""
     run_dir: Annotated[str | None, HANDLING] = None
@@ -159,6 +162,7 @@ class SampleJob(Config):
     rollout: EngineConfig = EngineConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     min_done_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
     """The command ends with an error when a smaller share of the responses could be sampled, and scored where there is
     feedback; what was is kept."""
@@ -187,6 +191,7 @@ class ReviseJob(Config):
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of samples and of the draw of principles."""
+    chat_date: ChatDate = None
     min_done_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
     """The command ends with an error when the model answered for a smaller share of the prompts, whatever it said
     (revision.min_revised_fraction is about that); what there is is kept."""
@@ -205,6 +210,7 @@ class LabelJob(Config):
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the draw of principles and of sampled rationales."""
+    chat_date: ChatDate = None
     run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>. Started again in it, a run does only what is missing."""
     output: Annotated[str | None, HANDLING] = None
@@ -237,6 +243,7 @@ class EvaluateJob(Config):
     rollout: EngineConfig = EngineConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     min_done_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.9
     """The command ends with an error when a smaller share of the arms' responses could be sampled, or judged for harm,
     or scored by a reward model; what was is kept. label.min_labeled_fraction is that of comparisons."""
@@ -283,6 +290,7 @@ class SupervisedJob(Config):
     checkpoint: Annotated[CheckpointConfig, HANDLING] = CheckpointConfig()
     tracking: Annotated[TrackingConfig, HANDLING] = TrackingConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    chat_date: ChatDate = None
     run_dir: Annotated[str | None, HANDLING] = None
     """This run's own folder; default runs/<config>-<time>."""
 

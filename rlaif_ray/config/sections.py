@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlaif_ray.config.chat import TemplateArguments, Thoughts
 from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MODEL, SCORE_TEMPLATE
 
 
@@ -64,6 +65,8 @@ class PolicyConfig(Config):
     attention: Annotated[Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"], HANDLING] = "auto"
     """Learner's attention; auto: packed (no padding) where the model allows it, else padded, with sdpa where that
     computes every term of the model's attention and eager where not. What would give wrong numbers is refused."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Variables of the model's chat template, such as {enable_thinking: false}."""
 
 
 class DataConfig(Config):
@@ -139,6 +142,8 @@ class JudgeConfig(EngineConfig):
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Variables of the model's chat template. Thinking is off unless they say otherwise: answers are read at once."""
     min_answer_mass: AnswerMass = 0.05
     """Least probability of all allowed answers (1 and 2, or 1 to 10) together. A judge with less on them would rather
     say something else, such as a refusal or the start of a thought: a counted failure, never a label or a score."""
@@ -175,10 +180,23 @@ class OpenAIJudge(Config):
     """The job stops before it spends more, in all its runs together; needs prices."""
     max_prompt_chars: Annotated[Annotated[int, Field(ge=256)] | None, ADJUSTABLE] = None
     """A longer question is too long; null: the endpoint's own limit says so."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Variables of the model's chat template, where the endpoint takes them (vLLM and SGLang do)."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Passed to the endpoint as it is."""
 
+    @property
+    def body(self) -> dict[str, Any]:
+        """What is sent with every question beside our own parameters."""
+        arguments = {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
+        return {**self.extra_body, **arguments}
+
     def _problems(self) -> Iterator[str]:
+        if self.chat_template_kwargs and "chat_template_kwargs" in self.extra_body:
+            yield (
+                "judge.chat_template_kwargs and judge.extra_body.chat_template_kwargs are the same (got both): one "
+                "would overwrite the other. Keep the first."
+            )
         if self.max_cost is not None and self.price_in == self.price_out == 0:
             yield (
                 f"judge.max_cost needs judge.price_in or judge.price_out (got max_cost={self.max_cost:g} and no "
@@ -207,6 +225,9 @@ class JudgeFeedback(Config):
     judge: JudgeConfig = JudgeConfig()
     template: Annotated[str, SCORE_TEMPLATE] = "helpful"
     """helpful, harmless, summary, or a YAML file of your own."""
+    thoughts: Thoughts = "cut"
+    """cut: of a response that begins with a thought (<think>...</think>) the judge reads the answer alone, as a user
+    does; a thought that does not end has no answer, and counts as a failure. keep: the judge reads all of it."""
     min_scored_fraction: Annotated[float, Field(gt=0, le=1), HANDLING] = 0.9
     """The run stops when a smaller share of a step's completions could be scored."""
 
@@ -225,6 +246,10 @@ class RewardModelFeedback(Config):
     """As many completions as fit are computed together."""
     max_context: Annotated[Annotated[int, Field(ge=8)] | None, ADJUSTABLE] = None
     """Longer ones are failures; default: what the model can read."""
+    chat_template_kwargs: TemplateArguments | None = None
+    """Variables of the model's chat template; default: those that it was trained with."""
+    thoughts: Thoughts | None = None
+    """As of a judge; default: as it was trained, of models from elsewhere cut."""
     min_scored_fraction: Annotated[float, Field(gt=0, le=1), HANDLING] = 0.9
 
 

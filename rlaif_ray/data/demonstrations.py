@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rlaif_ray.data.messages import Row, decoded, described, read_message, read_messages
 from rlaif_ray.data.preferences import rows_of
-from rlaif_ray.data.prompts import Row, described, nearest_hint, read_message
+from rlaif_ray.data.prompts import nearest_hint
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
@@ -67,7 +68,7 @@ def _demonstration(row: Row) -> Demonstration:
             f"{', '.join(row.cells) or 'none'}).{hint} Rename a column."
         )
     if form == ("messages",):
-        value = row.cells["messages"]
+        value = decoded(row.cells["messages"], row.place, "messages")
         if not isinstance(value, list):
             raise InputError(
                 f"{row.place}: messages must be a list of {{role, content}} (got {described(value)}). Correct it."
@@ -88,21 +89,18 @@ def _demonstration(row: Row) -> Demonstration:
 
 
 def _prompt(row: Row) -> tuple[Message, ...]:
-    value = row.cells["prompt"]
+    value = decoded(row.cells["prompt"], row.place, "prompt")
     if isinstance(value, list):
         return tuple(read_message(entry, index, row.place, "prompt") for index, entry in enumerate(value))
-    return (Message("user", _text(row, "prompt")),)
+    if not isinstance(value, str):
+        raise InputError(f"{row.place}: prompt must be text (got {described(value)}). Correct it.")
+    return read_messages(row, "prompt", None) if value.strip() else (Message("user", value),)
 
 
 def _answer(row: Row, column: str) -> tuple[Message, ...]:
-    value = row.cells[column]
+    value = decoded(row.cells[column], row.place, column)
     if isinstance(value, list):  # TRL's conversational form
         return tuple(read_message(entry, index, row.place, column) for index, entry in enumerate(value))
-    return (Message("assistant", _text(row, column)),)
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.cells[column]
     if not isinstance(value, str):
         raise InputError(f"{row.place}: {column} must be text (got {described(value)}). Correct it.")
-    return value
+    return (Message("assistant", value),)

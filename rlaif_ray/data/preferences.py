@@ -19,17 +19,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict
 
-from rlaif_ray.data.chat import conversation_text
-from rlaif_ray.data.prompts import (
-    Row,
-    described,
-    id_of_row,
-    nearest_hint,
-    one_line,
-    read_message,
-    read_messages,
-    shorten,
-)
+from rlaif_ray.chat.text import conversation_text
+from rlaif_ray.data.messages import Row, decoded, described, read_messages, shorten
+from rlaif_ray.data.prompts import id_of_row, nearest_hint, one_line
+from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.types import Message
 
@@ -389,14 +382,15 @@ _MUST_BE = {
 def _record(row: Row, row_id: str, form: _Form) -> PreferenceRecord:
     cells = row.cells
     if form is _TRL:
-        prompt, chosen, rejected = _trl(row)
+        prompt, chosen, rejected = read_trl(row)
         values = {"response_a": chosen, "response_b": rejected, "p_a": 1.0}
     else:
         prompt = read_messages(row, "prompt", None)
         if form is _OURS:
             values = cells
         else:
-            values = {**{key: cells[key] for key in ("response_a", "response_b")}, "p_a": cells.get("label")}
+            responses = {key: decoded(cells[key], row.place, key) for key in ("response_a", "response_b")}
+            values = {**responses, "p_a": cells.get("label")}
     try:
         return PreferenceRecord(**{**values, "id": row_id, "prompt": prompt})
     except ValidationError as error:
@@ -418,55 +412,6 @@ def _problem(place: str, error: ValidationError, form: _Form) -> str:
     return (
         f"{place}: {column} must be {_MUST_BE[field]} (got {got}{inner and f' at {column}{inner}'}). Correct the row."
     )
-
-
-def _trl(row: Row) -> tuple[tuple[Message, ...], Any, Any]:
-    """Prompt, chosen and rejected response of a TRL row.
-
-    The responses are texts, or messages that end with the assistant's. Messages before that one repeat the prompt;
-    without a column for it they are the prompt (TRL's implicit form), as are the earlier turns of a transcript.
-    """
-    explicit = read_messages(row, "prompt", None) if row.cells.get("prompt") is not None else None
-    before, responses = [], []
-    for column in ("chosen", "rejected"):
-        value = row.cells[column]
-        if isinstance(value, str) and explicit is None:
-            value = _transcript(value, row, column)
-        if not isinstance(value, list):
-            before.append(explicit)
-            responses.append(value)
-            continue
-        turns = tuple(read_message(entry, index, row.place, column) for index, entry in enumerate(value))
-        if not turns or turns[-1].role != "assistant":
-            raise InputError(
-                f"{row.place}: {column} must end with the assistant's message (got "
-                f"{turns[-1].role if turns else 'no message'}): that is the response. Correct the row."
-            )
-        before.append(turns[:-1] or explicit)
-        responses.append(turns[-1].content)
-    prompt = explicit or before[0]
-    if not prompt or any(turns != prompt for turns in before):
-        raise InputError(
-            f"{row.place}: chosen and rejected must answer the same prompt (got "
-            f"{'two conversations that differ before the last message' if prompt else 'no prompt'}). "
-            "Give the prompt in a column of its own, or correct the row."
-        )
-    if explicit is None:  # the same checks as for a prompt in its column
-        shared = [{"role": turn.role, "content": turn.content} for turn in prompt]
-        prompt = read_messages(Row(row.place, row.number, {"prompt": shared}), "prompt", None)
-    return prompt, responses[0], responses[1]
-
-
-def _transcript(text: str, row: Row, column: str) -> list[dict[str, str]]:
-    """The turns of a conversation in one text, each after an empty line and "Human:" or "Assistant:"."""
-    start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):[ ]?", text)
-    if start.strip() or not parts:
-        raise InputError(
-            f"{row.place}: there is no prompt, and {column} is plain text in which its end can't be seen "
-            f"(got {shorten(repr(text))}). Give the prompt in a column of its own."
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said} for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _mended(value: Any) -> Any:

@@ -22,12 +22,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.data.chat import ChatRenderer, conversation_text
+from rlaif_ray.chat.renderer import ChatRenderer
+from rlaif_ray.chat.text import conversation_text
+from rlaif_ray.data.messages import Row, described, read_messages, shorten
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rlaif_ray.chat.template import ChatTemplate
 
 PACKAGED = Path(__file__).parent / "prompts"  # package:train and package:heldout
 
@@ -43,7 +47,6 @@ _SPLIT_WORDS = {
     "heldout": {"heldout"},
 }
 _BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
-_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,12 @@ def load_prompts(
     column: str = "prompt",
     limit: int | None = None,
     system: str | None = None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ChatTemplate,
     max_prompt_tokens: int,
     too_long: Literal["error", "skip"] = "error",
 ) -> LoadedPrompts:
-    """Every prompt of `path`, at most its first `limit` rows, as text and as tokens of `tokenizer`.
+    """Every prompt of `path`, at most its first `limit` rows, as text and as tokens of `tokenizer`, or of the one that
+    a ChatTemplate brings.
 
     `path` is `package:train`, `package:heldout`, a file (.jsonl, .json, .parquet, .csv), a folder of such files, or a
     hub id. `column` holds a string, or a list of {role, content} messages that ends with the user's. `system` is put
@@ -102,7 +106,8 @@ def load_prompts(
         messages = read_messages(row, column, system)
         tokens = renderer.tokens(messages, row.place)
         if len(tokens) <= max_prompt_tokens:
-            prompts.append(Prompt(id=name, messages=messages, tokens=tokens, text=conversation_text(messages)))
+            text = conversation_text(messages)
+            prompts.append(Prompt(name, messages, tokens, text, opened=renderer.opened))
         elif too_long == "skip":
             skipped.append(len(tokens))
         else:
@@ -120,15 +125,6 @@ def load_prompts(
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a data set, and how to speak of it."""
-
-    place: str  # "prompts.jsonl, line 3"
-    number: str  # its id where it has none: "prompts-3"
-    cells: dict[str, Any]
 
 
 def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
@@ -306,46 +302,6 @@ def id_of_row(row: Row) -> str:
     return str(value)
 
 
-def read_messages(row: Row, column: str, system: str | None) -> tuple[Message, ...]:
-    """The row's conversation, checked, with `system` before it where it has no system message."""
-    value = row.cells.get(column)
-    if isinstance(value, str):
-        messages = [Message("user", value)]
-    elif isinstance(value, list):
-        messages = [read_message(entry, index, row.place, column) for index, entry in enumerate(value)]
-    else:
-        raise InputError(
-            f"{row.place}: {column} must be text or a list of messages (got {described(value)}). "
-            "Give the text of the prompt, or [{role: user, content: ...}]."
-        )
-    if not messages or not messages[-1].content.strip():
-        raise InputError(f"{row.place}: {column} is empty (got {shorten(repr(value))}). Fill it in or remove the row.")
-    if messages[-1].role != "user":
-        raise InputError(
-            f"{row.place}: the last message of {column} must be from the user (got {messages[-1].role}): the policy "
-            "answers it. Remove the messages after the user's last."
-        )
-    if system is not None and messages[0].role != "system":
-        messages.insert(0, Message("system", system))
-    return tuple(messages)
-
-
-def read_message(entry: Any, index: int, place: str, column: str) -> Message:
-    where = f"{place}: {column}[{index}]"
-    if not isinstance(entry, dict):
-        raise InputError(f"{where} must be a message {{role, content}} (got {described(entry)}). Write it as one.")
-    role, content = entry.get("role"), entry.get("content")
-    if role not in _ROLES:
-        raise InputError(
-            f"{where}.role must be one of {', '.join(_ROLES)} (got {described(role)}). Correct or remove it."
-        )
-    if role == "system" and index:
-        raise InputError(f"{where}: a system message must be the first (got it as number {index + 1}). Move it.")
-    if not isinstance(content, str):
-        raise InputError(f"{where}.content must be text (got {described(content)}). Only text prompts are read.")
-    return Message(role, content)
-
-
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 
 
@@ -423,14 +379,6 @@ class PromptSource:
 def nearest_hint(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {near[0]}?" if near else ""
-
-
-def described(value: Any) -> str:
-    return "nothing" if value is None else shorten(f"{type(value).__name__} {value!r}")
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[:limit].rstrip() + "..."
 
 
 def one_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.chat.thoughts import OPEN_THOUGHT, answer_of
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.answers import MIN_ANSWER_MASS, SCORES, expected_score, mass_failure
 from rlaif_ray.feedback.local import LocalAsker
@@ -14,6 +15,8 @@ from rlaif_ray.types import Answer, Completion, Message, Question, Score
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlaif_ray.chat.template import ChatTemplate
+    from rlaif_ray.config.chat import Thoughts
     from rlaif_ray.feedback.templates import Template
     from rlaif_ray.interfaces import Asker
 
@@ -24,18 +27,26 @@ class Judge:
     """Scores completions with a language model: its expected answer on a scale from 1 to 10, mapped to [-1, 1]."""
 
     def __init__(
-        self, asker: Asker, template: Template, *, min_answer_mass: float = MIN_ANSWER_MASS, seed: int = 0
+        self,
+        asker: Asker,
+        template: Template,
+        *,
+        min_answer_mass: float = MIN_ANSWER_MASS,
+        seed: int = 0,
+        thoughts: Thoughts = "cut",
     ) -> None:
         """`min_answer_mass`: of the probability, that all ten answers must have together, or it is a failure.
 
-        `seed` is of the codes in the frames around the texts.
+        `seed` is of the codes in the frames around the texts; `thoughts`: whether the judge reads what a response
+        begins with as a thought, or the answer alone.
         """
         self._asker, self._template, self._least, self._seed = asker, template, min_answer_mass, seed
+        self._thoughts = thoughts
         self._origin = {"template": template.name, "template_hash": template.hash, "judge": asker.name}
 
     def asking(self, template: Template) -> Judge:
         """The same judge with another question."""
-        return Judge(self._asker, template, min_answer_mass=self._least, seed=self._seed)
+        return Judge(self._asker, template, min_answer_mass=self._least, seed=self._seed, thoughts=self._thoughts)
 
     def question(self, prompt_text: str, response_text: str) -> Question:
         """What the judge is asked about one completion."""
@@ -43,11 +54,18 @@ class Judge:
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in order. Questions that are the same are asked once, all in one call."""
-        questions = [self.question(c.prompt.text, c.text) for c in completions]
-        asked = list(dict.fromkeys(questions))
-        judged = {asked[i]: self._score(answer) for i, answer in self._asker.answer(asked)}
+        texts = [answer_of(c.text) if self._thoughts == "cut" else c.text for c in completions]
+        questions = [
+            None if text is None else self.question(c.prompt.text, text)
+            for c, text in zip(completions, texts, strict=True)
+        ]
+        asked = list(dict.fromkeys(question for question in questions if question is not None))
+        judged = {asked[i]: self._score(answer) for i, answer in self._asker.answer(asked)} if asked else {}
         scores, seen = [], set()
         for question in questions:
+            if question is None:  # a thought that does not end is no answer
+                scores.append(Score(None, OPEN_THOUGHT, self._origin))
+                continue
             score = judged[question]
             scores.append(replace(score, tokens_in=0) if question in seen else score)  # the judge read it once
             seen.add(question)
@@ -80,7 +98,7 @@ def score_question(
 
 
 def check_context(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ChatTemplate,
     template: Template,
     max_context: int,
     model_name: str,

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.chat.template import WITHOUT_THOUGHTS, ChatTemplate
+from rlaif_ray.chat.thoughts import closed
 from rlaif_ray.errors import EngineError
 from rlaif_ray.feedback.answers import AnswerTrie, Tokens
 from rlaif_ray.types import Answer, Explanation, Message, Prompt, Question, TokenQuery
@@ -27,25 +29,23 @@ _HEAD = re.compile(r"(?m)^[ \t#*]*([^\W\d_][\w ]{0,30}:)")  # "Human:", "### Ins
 class ChatPrompts:
     """Writes conversations the way a model reads them, in text and in tokens. Needs no engine."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer: Any = tokenizer
-        self._leading = _leading_tokens(tokenizer) if tokenizer.chat_template is None else []
-        self.special = _special_texts(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | ChatTemplate) -> None:
+        self._chat = as_judge(tokenizer)
+        self._tokenizer: Any = self._chat.tokenizer
+        self._leading = [] if self._chat.source else _leading_tokens(self._tokenizer)
+        self.special = _special_texts(self._tokenizer)
+        self.identity = self._chat.identity  # what prompts depend on beside tokenizer and conversation
 
     def text(self, turns: Sequence[Message], answer_prefix: str = "") -> str:
         """What the model reads, up to where it writes."""
-        if self._tokenizer.chat_template is None:
+        if not self._chat.source:
             if len(turns) == 1:
                 return f"{turns[0].content}\n\n{answer_prefix}"
             labelled = [f"{turn.role.capitalize()}: {turn.content}" for turn in turns]
             return "\n\n".join([*labelled, f"Assistant: {answer_prefix}".rstrip()])
-        chat = self._tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # to the templates that know it: the answer comes first
-        )
-        return f"{chat}{answer_prefix}"
+        chat, opened = self._chat.text(turns, f"a question to {self._chat.key}"), self._chat.answer.opened
+        end = closed(opened) if opened and chat.endswith(opened) else ""  # the answer is no part of a thought
+        return f"{chat}{end}{answer_prefix}"
 
     def tokens(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of the prompts. Special ones come from the chat template only: user texts have none left."""
@@ -64,7 +64,7 @@ class LocalAsker:
     def __init__(
         self,
         generator: Generator | None,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ChatTemplate,
         max_context: int,
         name: str,
         *,
@@ -74,14 +74,15 @@ class LocalAsker:
         """`generator` may be None for one that only writes prompts, to check input before engines start.
 
         Args:
-            tokenizer: the judge model's.
+            tokenizer: the judge model's, or a ChatTemplate that brings it with arguments and a date.
             max_context: tokens that its engine takes, prompt and answer together.
             prices: of a million tokens read and written.
         """
         self.name = name
-        self.identity = identity or f"local/{name}/{max_context}"
         self.max_context = max_context
         self.prompts = ChatPrompts(tokenizer)
+        of_template = f"/{self.prompts.identity}" if self.prompts.identity else ""
+        self.identity = f"{identity or f'local/{name}/{max_context}'}{of_template}"
         self.special = self.prompts.special
         self._generator = generator
         self._prices = prices
@@ -203,17 +204,25 @@ def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(sorted({*added, *_TEMPLATE_WORD.findall(source)}))
 
 
+def as_judge(tokenizer: Any) -> ChatTemplate:
+    """A ChatTemplate as it is; a tokenizer as one that does not let the model think before it answers."""
+    if isinstance(tokenizer, ChatTemplate):
+        return tokenizer
+    return ChatTemplate(tokenizer, defaults=WITHOUT_THOUGHTS, key="judge")
+
+
 def role_heads(tokenizer: Any) -> tuple[str, ...]:
     """Plain words by which the model tells whose turn it is, such as "Human:": () where special tokens do.
 
     They are read off a conversation as the chat template writes it, between the contents.
     """
-    if tokenizer.chat_template is None:
+    template = ChatTemplate.of(tokenizer)
+    if not template.source:
         return ("System:", "User:", "Assistant:")
     marks = [f"\ue000{k}\ue000" for k in range(3)]  # for private use: no template writes them
     roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    chat = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    turns = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
+    chat = template.text(turns, "a conversation of three messages")
     between = "\n".join(re.split("|".join(marks), chat)[1:])
     return tuple(sorted({head.strip() for head in _HEAD.findall(between)}))
 

@@ -63,7 +63,7 @@ class OpenAIAsker:
             InputError: the key's environment variable is not set, or the address is none.
         """
         self._endpoint = Endpoint(cfg)
-        extra = hashlib.sha256(json.dumps(cfg.extra_body, sort_keys=True).encode()).hexdigest()[:16]
+        extra = hashlib.sha256(json.dumps(cfg.body, sort_keys=True).encode()).hexdigest()[:16]
         self.name = cfg.model
         self.identity = f"openai/{self._endpoint.url}/{cfg.model}/{cfg.answers}/{extra}"
         self._cfg = cfg
@@ -205,7 +205,7 @@ class OpenAIAsker:
 
     def _body(self, question: Question, **parameters: Any) -> dict[str, Any]:
         messages = [{"role": turn.role, "content": turn.content} for turn in question.turns]
-        return {"model": self._cfg.model, "messages": messages, **parameters, **self._cfg.extra_body}
+        return {"model": self._cfg.model, "messages": messages, **parameters, **self._cfg.body}
 
     def _answer_body(self, question: Question) -> dict[str, Any]:
         if self._cfg.answers == "text":

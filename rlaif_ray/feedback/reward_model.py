@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.attention import longest_exact, padded_kernel
+from rlaif_ray.chat.renderer import ChatRenderer
+from rlaif_ray.chat.template import ChatTemplate
+from rlaif_ray.chat.thoughts import OPEN_THOUGHT, answer_of
 from rlaif_ray.errors import InputError
 from rlaif_ray.models import context_length, load_config, load_sequence_classifier, load_tokenizer
 from rlaif_ray.types import Score
@@ -36,6 +39,19 @@ def check_reward_model(cfg: RewardModelFeedback, key: str = "feedback") -> None:
         )
 
 
+def reward_renderer(cfg: RewardModelFeedback, date: str | None, key: str = "feedback") -> ChatRenderer:
+    """How the reward model reads conversations: with the arguments of its template that it was trained with.
+
+    Raises:
+        InputError: its template does not take the config's.
+    """
+    code: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
+    arguments = cfg.chat_template_kwargs
+    if arguments is None:
+        arguments = getattr(load_config(cfg.model, **code), "reward_chat_template_kwargs", None)
+    return ChatRenderer(ChatTemplate(load_tokenizer(cfg.model, **code), arguments, date, key=key))
+
+
 class RewardModelScorer:
     """Scores completions with a sequence classifier, read at the last token; reference rewards have mean 0.
 
@@ -49,15 +65,14 @@ class RewardModelScorer:
         *,
         device: Literal["cpu", "cuda"],
         precision: Literal["fp32", "bf16"],
-        make_renderer: Callable[[Any], Any],
+        date: str | None = None,
     ) -> None:
-        """Loads the model. `make_renderer(tokenizer)` has `tokens(messages, place)`: data/chat.py's ChatRenderer."""
+        """Loads the model. `date` is the run's to chat templates."""
         import torch
 
         code: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
         self._cfg, self._device = cfg, device
-        self._tokenizer: Any = load_tokenizer(cfg.model, **code)
-        self._renderer = make_renderer(self._tokenizer)
+        self._renderer = reward_renderer(cfg, date)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         kernel = padded_kernel(load_config(cfg.model, **code))
         model, _ = load_sequence_classifier(cfg.model, dtype=dtype, attention=kernel, **code)
@@ -65,28 +80,33 @@ class RewardModelScorer:
         config: Any = model.config
         # A classifier from elsewhere says nothing of either: its rewards count as they are, after the usual EOS.
         self._mean = float((getattr(config, "reward_center", None) or {}).get("mean", 0.0))
-        eos = self._tokenizer.eos_token_id
+        self._cut = (cfg.thoughts or getattr(config, "reward_thoughts", "cut")) == "cut"
+        eos = self._renderer.tokenizer.eos_token_id
         self._ends = (eos,) if eos is not None and getattr(config, "reward_ends_with_eos", True) else ()
         self._room = min(cfg.max_context or context_length(config) or 2**31, longest_exact(config) or 2**31)
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
-        """One score per completion, in order; too long ones and what is no number are failures."""
+        """One score per completion, in order; too long ones, thoughts without an end and what is no number are
+        failures."""
         sequences = [self._sequence(completion) for completion in completions]
-        short = [i for i, sequence in enumerate(sequences) if len(sequence) <= self._room]
+        short = [i for i, sequence in enumerate(sequences) if sequence and len(sequence) <= self._room]
         rewards = self._rewards([sequences[i] for i in short])
         found = dict(zip(short, rewards, strict=True))
         return [self._score(found.get(i), len(sequence)) for i, sequence in enumerate(sequences)]
 
     def _sequence(self, completion: Completion) -> Tokens:
+        """Empty for a response that is still a thought."""
+        text = answer_of(completion.text) if self._cut else completion.text
+        if text is None:
+            return ()
         prompt = self._renderer.tokens(completion.prompt.messages, f"prompt {completion.prompt.id}")
-        text = self._tokenizer(completion.text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         # One that was cut has no end; the reward model has seen whole responses only, and reads the last token.
-        return (*prompt, *text["input_ids"], *(self._ends if completion.finished else ()))
+        return (*prompt, *self._renderer.response(text), *(self._ends if completion.finished else ()))
 
     def _score(self, reward: float | None, tokens_in: int) -> Score:
         evidence = {"model": self._cfg.model}
         if reward is None:
-            return Score(None, "too_long", evidence)
+            return Score(None, "too_long" if tokens_in else OPEN_THOUGHT, evidence)
         if not math.isfinite(reward - self._mean):
             return Score(None, "no_value", evidence, tokens_in)
         return Score(reward - self._mean, None, {"reward": round(reward, 6), **evidence}, tokens_in)

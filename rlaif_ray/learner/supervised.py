@@ -273,12 +273,14 @@ class RewardRank(SupervisedRank[PairExample]):
         transformers' AutoModelForSequenceClassification loads it as well where it knows the model's type.
 
         `center` has the mean and standard deviation of reference rewards; scorers of ours subtract the mean, and
-        transformers takes no notice. TRL needs no more than the one label.
+        transformers takes no notice. TRL needs no more than the one label. How conversations were read stays with it.
         """
 
         def prepare(config: Any, tokenizer: Any) -> None:
             describe_reward_model(config, tokenizer)
             config.reward_center = center
+            config.reward_chat_template_kwargs = self._job.policy.chat_template_kwargs
+            config.reward_thoughts = self._job.reward.thoughts
 
         self._save_folder(folder, prepare)
         if self._spec.rank == 0:

@@ -17,8 +17,8 @@ from rlaif_ray.feedback.principles import Constitution, eligible, load_constitut
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.feedback.revision import Example, Revised, Reviser, Step, load_examples
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, read_prompts, readable_context
+from rlaif_ray.pipelines.chat_date import with_chat_date
+from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, load_chat, read_prompts, readable_context
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
@@ -29,6 +29,7 @@ from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming,
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 
 if TYPE_CHECKING:
+    from rlaif_ray.chat.template import ChatTemplate
     from rlaif_ray.config.jobs import ReviseJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.interfaces import Asker
@@ -43,12 +44,13 @@ class Inputs:
     helpful: list[Prompt]
     constitution: Constitution
     examples: tuple[Example, ...]
-    tokenizer: Any
+    chat: ChatTemplate
     context: int  # tokens of an engine
 
 
 def revise(loaded: Loaded) -> dict[str, Any]:
     """Revises what is not revised yet, and writes the records."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     looked = look_at(job)
     inputs = read_inputs(job)
@@ -65,7 +67,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
         cluster.wait()
         # After the model was trained anew in place its answers are other ones.
         known_by = f"local/{looked.contents['policy.model'].digest}/{job.policy.precision}/{inputs.context}"
-        local = LocalAsker(engines, inputs.tokenizer, inputs.context, job.policy.model, identity=known_by)
+        local = LocalAsker(engines, inputs.chat, inputs.context, job.policy.model, identity=known_by)
         asker = RememberingAsker(local, memory)
         progress.resume(0)
         at_once = 1 + job.rollout.replicas  # the next prompts are ready when an engine is
@@ -116,7 +118,7 @@ def plan_revise(loaded: Loaded) -> str:
     """What `--dry-run` shows: actors, and what the model reads at the first step of the first prompt."""
     job = loaded.config
     inputs = read_inputs(job)
-    shown = _Shown(LocalAsker(None, inputs.tokenizer, inputs.context, job.policy.model))
+    shown = _Shown(LocalAsker(None, inputs.chat, inputs.context, job.policy.model))
     make_reviser(job, inputs, shown, steps=1).revise([(inputs.prompts[0].id, inputs.prompts[0].messages)])
     parts = [placement_table(job)]
     for name, question in zip(("response", "critique", "revision"), shown.questions, strict=False):
@@ -156,10 +158,10 @@ def read_inputs(job: ReviseJob) -> Inputs:
     constitution = load_constitution(cfg.constitution, "revision.constitution")
     eligible(constitution, ("critique_request", "revision_request"), cfg.principles)
     examples = load_examples(cfg.examples) if cfg.examples else ()
-    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    chat = load_chat(policy, job.chat_date, "policy", thinks=False)
     room = readable_context(policy, job.rollout.max_context, "rollout.max_context")
     context = job.rollout.max_context or min(JUDGE_CONTEXT, room)
-    shown = sum(len(tokenizer(turn.content)["input_ids"]) for example in examples for turn in example.turns)
+    shown = sum(len(chat.tokenizer(turn.content)["input_ids"]) for example in examples for turn in example.turns)
     left = context - shown - 4 * cfg.max_new_tokens  # response, critique, revision, and the requests
     if left < 64:
         raise InputError(
@@ -167,10 +169,10 @@ def read_inputs(job: ReviseJob) -> Inputs:
             f"examples take {shown} (got {cfg.max_new_tokens}). Lower it, raise rollout.max_context, or set "
             f"revision.examples=null."
         )
-    prompts = read_prompts(job.data, tokenizer, left)
-    helpful = read_prompts(job.helpful.data, tokenizer, left) if job.helpful.data is not None else []
+    prompts = read_prompts(job.data, chat, left)
+    helpful = read_prompts(job.helpful.data, chat, left) if job.helpful.data is not None else []
     wanted = round(len(prompts) * job.helpful.share / (1 - job.helpful.share))
-    return Inputs(prompts, helpful[:wanted], constitution, examples, tokenizer, context)
+    return Inputs(prompts, helpful[:wanted], constitution, examples, chat, context)
 
 
 def make_reviser(job: ReviseJob, inputs: Inputs, asker: Asker, steps: int) -> Reviser:
@@ -185,7 +187,7 @@ def make_reviser(job: ReviseJob, inputs: Inputs, asker: Asker, steps: int) -> Re
         examples=inputs.examples,
         only=cfg.principles,
         seed=job.seed,
-        heads=role_heads(inputs.tokenizer),
+        heads=role_heads(inputs.chat),
     )
 
 

@@ -5,15 +5,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.attention import check_length, plan_attention
+from rlaif_ray.chat.template import WITHOUT_THOUGHTS, ChatTemplate
 from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import InputError
-from rlaif_ray.models import context_length, load_config, load_tokenizer
+from rlaif_ray.models import context_length, load_config, load_tokenizer, resolve_model
 
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import DataConfig, PolicyConfig
     from rlaif_ray.types import Prompt
 
 JUDGE_CONTEXT = 4096  # tokens; more only on request: the key-value cache must hold one such prompt
+
+
+def load_chat(model: Any, date: str | None, key: str, *, thinks: bool = True) -> ChatTemplate:
+    """A model's tokenizer with its chat template, as the config has it and as of the run's date.
+
+    `model` is a config section with model, revision, trust_remote_code and chat_template_kwargs; `key` is its name.
+    `thinks`: whether the template decides if the model thinks before it answers; else it does not, unless told to.
+
+    Raises:
+        InputError: there is no such model, or its template does not take its arguments.
+    """
+    tokenizer = load_tokenizer(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    defaults = {} if thinks else WITHOUT_THOUGHTS
+    return ChatTemplate(tokenizer, model.chat_template_kwargs, date, defaults=defaults, key=key)
+
+
+def stop_tokens(model: Any) -> frozenset[int]:
+    """The tokens at which an engine stops sampling from a model: those of its generation config, else of its config."""
+    from transformers import GenerationConfig
+
+    code = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        source = resolve_model(model.model, revision=model.revision)
+        found = GenerationConfig.from_pretrained(source, revision=model.revision).eos_token_id
+    except OSError:  # it has none
+        found = getattr(load_config(model.model, **code), "eos_token_id", None)
+    return frozenset(found if isinstance(found, list | tuple) else [] if found is None else [found])
 
 
 def readable_context(model: Any, wanted: int | None, key: str) -> int:
@@ -55,36 +83,43 @@ def engine_context(needed: int, room: int) -> int:
 
 
 def policy_prompts(
-    policy: PolicyConfig, data: DataConfig, max_context: int | None, max_new_tokens: int
+    policy: PolicyConfig,
+    data: DataConfig,
+    max_context: int | None,
+    max_new_tokens: int,
+    date: str | None,
+    key: str = "policy",
 ) -> tuple[list[Prompt], int]:
-    """A policy's prompts, and the context its engines need for them and an answer each.
+    """A policy's prompts, and the context its engines need for them and an answer each. `key` is its section.
 
     Raises:
         InputError: the data, the model or the context is wrong.
     """
-    tokenizer, room = policy_room(policy, max_context, max_new_tokens)
-    prompts = read_prompts(data, tokenizer, room - max_new_tokens)
+    chat, room = policy_room(policy, max_context, max_new_tokens, date, key)
+    prompts = read_prompts(data, chat, room - max_new_tokens)
     needed = max(len(p.tokens) for p in prompts) + max_new_tokens
     return prompts, max_context or engine_context(needed, room)
 
 
-def policy_room(policy: PolicyConfig, max_context: int | None, max_new_tokens: int) -> tuple[Any, int]:
-    """A policy's tokenizer, and how many tokens of context it has for a prompt and an answer.
+def policy_room(
+    policy: PolicyConfig, max_context: int | None, max_new_tokens: int, date: str | None, key: str = "policy"
+) -> tuple[ChatTemplate, int]:
+    """A policy's chat template, and how many tokens of context it has for a prompt and an answer.
 
     Raises:
         InputError: the model or the context is wrong.
     """
-    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    chat = load_chat(policy, date, key)
     room = readable_context(policy, max_context, "rollout.max_context")
     if room <= max_new_tokens:
         raise InputError(
             f"sampling.max_new_tokens must leave room for a prompt in the {room} tokens of context of "
             f"{policy.model} (got {max_new_tokens}). Lower it."
         )
-    return tokenizer, room
+    return chat, room
 
 
-def read_prompts(data: DataConfig, tokenizer: Any, longest: int) -> list[Prompt]:
+def read_prompts(data: DataConfig, chat: ChatTemplate, longest: int) -> list[Prompt]:
     """The prompts of a config's section, none with more tokens than `longest`.
 
     Raises:
@@ -96,7 +131,7 @@ def read_prompts(data: DataConfig, tokenizer: Any, longest: int) -> list[Prompt]
         column=data.column,
         limit=data.limit,
         system=data.system,
-        tokenizer=tokenizer,
+        tokenizer=chat,
         max_prompt_tokens=min(longest, data.max_prompt_tokens or longest),
         too_long=data.too_long,
     ).prompts

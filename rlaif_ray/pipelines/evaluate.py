@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.chat.thoughts import answer_of
 from rlaif_ray.config.data_sections import PairsToLabelConfig
 from rlaif_ray.config.jobs import LabelJob, SampleJob
 from rlaif_ray.config.load import Loaded
@@ -26,8 +27,10 @@ from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.win_rate import PositionBias, length_controlled, outcome, position_bias, win_rate
-from rlaif_ray.feedback.reward_model import check_reward_model
+from rlaif_ray.feedback.reward_model import check_reward_model, reward_renderer
 from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_alignment, measured_reward_model
+from rlaif_ray.pipelines.chat_date import with_chat_date
+from rlaif_ray.pipelines.contexts import load_chat
 from rlaif_ray.pipelines.harmless import (
     PROMPTS,
     SAFE,
@@ -73,19 +76,26 @@ class Meeting:
 
 def evaluate(loaded: Loaded) -> dict[str, Any]:
     """Samples, judges and measures; returns what summary.json says."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     looked = look_at(job)
     people, subsets = labelled_by_people(job)
     for name, cfg in job.reward_models.items():
         check_reward_model(cfg, f"reward_models.{name}")
-    given = {name: read_answers(arm.path) for name, arm in job.arms.items() if arm.path is not None}
+        chat = reward_renderer(cfg, job.chat_date, f"reward_models.{name}").chat
+        for record in people:
+            chat.must_reach(record.prompt, f"record {record.id}")
+    given = {name: _read(job, read_answers(arm.path)) for name, arm in job.arms.items() if arm.path is not None}
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
     go_on(loaded, run_dir, looked, made=MADE)
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
+    _must_reach(job, asked)
     with open_ray(job.cluster, jobs_of(job, run_dir)):
-        answers = {name: given[name] if name in given else _sampled(samples[name], loaded) for name in job.arms}
+        answers = {
+            name: given[name] if name in given else _read(job, _sampled(samples[name], loaded)) for name in job.arms
+        }
         arms = {name: own if name in given else _to(asked.get(ARMS, []), own) for name, own in answers.items()}
         meetings = [meet(number, a, b, arms) for number, (a, b) in enumerate(compared(job))]
         labels: dict[str, Any] = {}
@@ -163,7 +173,11 @@ def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[str, SampleJob]:
     return {
         name: SampleJob(
             policy=PolicyConfig(
-                model=arm.model, revision=arm.revision, trust_remote_code=arm.trust_remote_code, precision=arm.precision
+                model=arm.model,
+                revision=arm.revision,
+                trust_remote_code=arm.trust_remote_code,
+                precision=arm.precision,
+                chat_template_kwargs=arm.chat_template_kwargs,
             ),
             data=data,
             sampling=job.sampling,
@@ -171,6 +185,7 @@ def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[str, SampleJob]:
             cluster=job.cluster,
             seed=job.seed,
             min_done_fraction=job.min_done_fraction,
+            chat_date=job.chat_date,
             run_dir=str(run_dir / "arms" / name),
         )
         for name, arm in job.arms.items()
@@ -205,6 +220,24 @@ def sampled_in_vain(jobs: Mapping[str, SampleJob]) -> int:
     return sum(read_json(Path(job.run_dir or "") / "summary.json").get("retryable", 0) for job in jobs.values())
 
 
+def _must_reach(job: EvaluateJob, asked: Mapping[str, Sequence[tuple[Message, ...]]]) -> None:
+    """Raises InputError when an arm's model would not read all of a prompt: before any engine starts."""
+    for name, arm in job.arms.items():
+        if arm.model is not None and asked:
+            chat = load_chat(arm, job.chat_date, f"arms.{name}")
+            for part, prompts in asked.items():
+                for number, prompt in enumerate(prompts, start=1):
+                    chat.must_reach(prompt, f"prompt {number} of {part}")
+
+
+def _read(job: EvaluateJob, answers: Answers) -> Answers:
+    """Answers as they are compared, of the length that counts: without thoughts where these are cut. A thought that
+    does not end is an empty answer: the arm gave none."""
+    if job.label.thoughts == "keep":
+        return answers
+    return {prompt: [answer_of(text) or "" for text in texts] for prompt, texts in answers.items()}
+
+
 def _to(prompts: Sequence[tuple[Message, ...]], answers: Answers) -> Answers:
     """The answers to these prompts."""
     return {prompt: answers[prompt] for prompt in prompts if prompt in answers}
@@ -217,6 +250,7 @@ def _label_job(job: EvaluateJob, run_dir: Path) -> LabelJob:
         label=job.label,
         cluster=job.cluster,
         seed=job.seed,
+        chat_date=job.chat_date,
         run_dir=str(run_dir / "judging"),
     )
 

@@ -49,7 +49,8 @@ def keep_scored(completions: Sequence[Completion], scores: Sequence[Score], min_
             f"feedback.min_scored_fraction={min_scored_fraction:g} of completions must be scored (got "
             f"{len(samples)} of {len(completions)}; failures: {failures_by_reason(scores)}): a policy must not train "
             f"only on what its judge could read. too_long: raise feedback.judge.max_context or lower max_new_tokens; "
-            f"engine_error: see the judge's log; {LOW_MASS}: the judge would rather say something else than a number, "
+            f"open_thought: raise max_new_tokens; engine_error: see the judge's log; "
+            f"{LOW_MASS}: the judge would rather say something else than a number, "
             f"so use another judge or template; no_value, no_logprobs: scorer or engine give NaN, look at model and "
             f"precision; or lower feedback.min_scored_fraction."
         )

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlaif_ray.config.sections import JudgeFeedback, LengthFeedback, MixtureFeedback, RewardModelFeedback
 from rlaif_ray.feedback.judge import Judge, check_context
 from rlaif_ray.feedback.local import LocalAsker
-from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer, check_reward_model
+from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer, check_reward_model, reward_renderer
 from rlaif_ray.feedback.templates import Template, load_template
-from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import judge_context
+from rlaif_ray.pipelines.contexts import judge_context, load_chat
 
 if TYPE_CHECKING:
+    from rlaif_ray.chat.template import ChatTemplate
     from rlaif_ray.config.sections import FeedbackConfig
     from rlaif_ray.interfaces import Scorer
     from rlaif_ray.runtime.cluster import Cluster
+    from rlaif_ray.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class JudgeInputs:
 
     cfg: JudgeFeedback
     template: Template
-    tokenizer: Any
+    chat: ChatTemplate
     context: int
     context_key: str  # the setting of its context
 
@@ -51,8 +52,9 @@ def parts(cfg: FeedbackConfig) -> Iterator[tuple[str, JudgeFeedback | RewardMode
             yield from ((name, part.scorer) for name, part in cfg.scorers.items())
 
 
-def read_feedback(cfg: FeedbackConfig, seed: int = 0) -> FeedbackInputs:
-    """Templates, tokenizers and contexts; `seed` is of the codes in the frames that judges read.
+def read_feedback(cfg: FeedbackConfig, seed: int = 0, date: str | None = None) -> FeedbackInputs:
+    """Templates, tokenizers and contexts; `seed` is of the codes in the frames that judges read, `date` is the run's
+    to chat templates.
 
     Raises:
         InputError: any of them is wrong, or they don't fit together.
@@ -63,14 +65,24 @@ def read_feedback(cfg: FeedbackConfig, seed: int = 0) -> FeedbackInputs:
         if isinstance(scorer, JudgeFeedback):
             judge = scorer.judge
             template = load_template(scorer.template)
-            tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
+            chat = load_chat(judge, date, f"{key}.judge", thinks=False)
             context_key = f"{key}.judge.max_context"
             context = judge_context(judge, context_key)
-            check_context(tokenizer, template, context, judge.model, context_key)
-            judges[role] = JudgeInputs(scorer, template, tokenizer, context, context_key)
+            check_context(chat, template, context, judge.model, context_key)
+            judges[role] = JudgeInputs(scorer, template, chat, context, context_key)
         elif isinstance(scorer, RewardModelFeedback):
             check_reward_model(scorer, key)
     return FeedbackInputs(cfg, judges, seed)
+
+
+def check_reward_templates(cfg: FeedbackConfig, prompts: Sequence[Prompt], date: str | None = None) -> None:
+    """Raises InputError when a reward model would not read all of a prompt; its actors would find out late."""
+    for role, scorer in parts(cfg):
+        key = f"feedback.scorers.{role}.scorer" if isinstance(cfg, MixtureFeedback) else "feedback"
+        if isinstance(scorer, RewardModelFeedback):
+            chat = reward_renderer(scorer, date, key).chat
+            for prompt in prompts:
+                chat.must_reach(prompt.messages, f"prompt {prompt.id}")
 
 
 def start_feedback(inputs: FeedbackInputs, cluster: Cluster) -> Scorer:
@@ -81,9 +93,13 @@ def start_feedback(inputs: FeedbackInputs, cluster: Cluster) -> Scorer:
             case JudgeFeedback():
                 own = inputs.judges[role]
                 engines = cluster.start_judges(scorer.judge, context=own.context, role=role)
-                asker = LocalAsker(engines, own.tokenizer, own.context, scorer.judge.model)
+                asker = LocalAsker(engines, own.chat, own.context, scorer.judge.model)
                 scorers[role] = Judge(
-                    asker, own.template, min_answer_mass=scorer.judge.min_answer_mass, seed=inputs.seed
+                    asker,
+                    own.template,
+                    min_answer_mass=scorer.judge.min_answer_mass,
+                    seed=inputs.seed,
+                    thoughts=scorer.thoughts,
                 )
             case RewardModelFeedback():
                 scorers[role] = cluster.start_reward_models(scorer, role=role)

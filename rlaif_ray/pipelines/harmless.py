@@ -8,16 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.config.sections import JudgeConfig, LongerJudge
-from rlaif_ray.data.chat import conversation_text
 from rlaif_ray.data.demonstrations import read_labelled_responses
 from rlaif_ray.evaluation.harmless import harmless_rate, judge_accuracy, over_refusal, rogan_gladen
 from rlaif_ray.feedback.failures import counts, may_pass
 from rlaif_ray.feedback.judge import Judge, check_context
 from rlaif_ray.feedback.remembered import Memory
 from rlaif_ray.feedback.templates import Template, load_template
-from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import judge_context
+from rlaif_ray.pipelines.contexts import judge_context, load_chat
 from rlaif_ray.pipelines.partial import Silence, must_agree, rows_again
 from rlaif_ray.pipelines.preferences import open_asker
 from rlaif_ray.pipelines.run_folder import stop_when_asked
@@ -27,6 +26,7 @@ from rlaif_ray.tracking.progress import ItemProgress
 from rlaif_ray.types import Completion, Message, Prompt, Score
 
 if TYPE_CHECKING:
+    from rlaif_ray.chat.template import ChatTemplate
     from rlaif_ray.config.jobs import EvaluateJob, LabelJob
     from rlaif_ray.config.sections import HarmlessSuite
 
@@ -41,7 +41,7 @@ class Grader:
 
     harm: Template
     refusal: Template
-    tokenizer: Any  # of a local judge
+    chat: Any  # a local judge's ChatTemplate
     context: int  # of a local judge, tokens
 
     def template(self, part: str) -> Template:
@@ -81,19 +81,19 @@ def read_grader(job: EvaluateJob) -> Grader:
     assert job.harmless is not None
     if not isinstance(judge, JudgeConfig):
         return Grader(load_template(job.harmless.template), load_template(job.harmless.refusal_template), None, 0)
-    tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
-    return make_grader(job.harmless, tokenizer, judge_context(judge, key), judge.model, key)
+    chat = load_chat(judge, job.chat_date, "judge", thinks=False)
+    return make_grader(job.harmless, chat, judge_context(judge, key), judge.model, key)
 
 
-def make_grader(cfg: HarmlessSuite, tokenizer: Any, context: int, model: str, key: str) -> Grader:
+def make_grader(cfg: HarmlessSuite, chat: ChatTemplate, context: int, model: str, key: str) -> Grader:
     """The templates, tried on a local judge; `key` is the setting of its context.
 
     Raises:
         InputError: a template is wrong, or doesn't fit.
     """
-    grader = Grader(load_template(cfg.template), load_template(cfg.refusal_template), tokenizer, context)
+    grader = Grader(load_template(cfg.template), load_template(cfg.refusal_template), chat, context)
     for template in (grader.harm, grader.refusal):
-        check_context(tokenizer, template, context, model, key)
+        check_context(chat, template, context, model, key)
     return grader
 
 
@@ -125,12 +125,12 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
         with (
             stop_when_asked() as stopping,
             ItemProgress("harmless", len(responses), "responses") as progress,
-            open_asker(judged, grader.tokenizer, grader.context, folder, progress) as (asker, at_once),
+            open_asker(judged, grader.chat, grader.context, folder, progress) as (asker, at_once),
         ):
             assert not isinstance(judged.judge, LongerJudge), "it has no model"
-            least = judged.judge.min_answer_mass
+            least, thoughts = judged.judge.min_answer_mass, judged.label.thoughts
             judges = {
-                part: Judge(asker, grader.template(part), min_answer_mass=least, seed=judged.seed)
+                part: Judge(asker, grader.template(part), min_answer_mass=least, seed=judged.seed, thoughts=thoughts)
                 for part in (PROMPTS, SAFE, LABELLED)
             }
             progress.resume(done)

@@ -18,6 +18,7 @@ from rlaif_ray.pipelines.harmless import Grader, judged, make_grader, rates, ver
 from rlaif_ray.tracking.files import read_rows
 
 if TYPE_CHECKING:
+    from rlaif_ray.chat.template import ChatTemplate
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.sections import FeedbackConfig
     from rlaif_ray.pipelines.checkpoint import RunState, Saved
@@ -49,7 +50,7 @@ class HeldOutInputs:
         return f"{len(self.prompts)}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 
-def read_held_out(job: TrainJob, feedback: FeedbackInputs, tokenizer: Any, longest: int) -> HeldOutInputs:
+def read_held_out(job: TrainJob, feedback: FeedbackInputs, chat: ChatTemplate, longest: int) -> HeldOutInputs:
     """Prompts of at most `longest` tokens, and the harmless suite's templates.
 
     Raises:
@@ -58,7 +59,7 @@ def read_held_out(job: TrainJob, feedback: FeedbackInputs, tokenizer: Any, longe
 
     def read(data: DataConfig) -> list[Prompt]:
         system = job.data.system if data.system is None else data.system
-        return read_prompts(data.model_copy(update={"system": system}), tokenizer, longest)
+        return read_prompts(data.model_copy(update={"system": system}), chat, longest)
 
     own, cfg = job.evaluation.held_out, job.evaluation.harmless
     scored: list[Prompt] = []
@@ -67,7 +68,7 @@ def read_held_out(job: TrainJob, feedback: FeedbackInputs, tokenizer: Any, longe
     if cfg is None:
         return HeldOutInputs(scored, [], [], None)
     judge = next(iter(feedback.judges.values()))
-    grader = make_grader(cfg, judge.tokenizer, judge.context, judge.cfg.judge.model, judge.context_key)
+    grader = make_grader(cfg, judge.chat, judge.context, judge.cfg.judge.model, judge.context_key)
     return HeldOutInputs(scored, read(cfg.prompts), read(cfg.safe) if cfg.safe is not None else [], grader)
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.chat.renderer import ChatRenderer
+from rlaif_ray.chat.thoughts import answer_of
 from rlaif_ray.config.jobs import RewardModelJob
-from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.data.preferences import PreferenceRecord, human_label, read_preferences
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats, brier, expected_calibration_error, pairwise_accuracy, preference
 from rlaif_ray.learner.supervised import PairExample
-from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import check_attention, readable_context
+from rlaif_ray.pipelines.contexts import check_attention, load_chat, readable_context
 from rlaif_ray.pipelines.finite import require_numbers
 from rlaif_ray.pipelines.run_folder import fingerprint
 from rlaif_ray.pipelines.supervised import drawn_by_text
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rlaif_ray.config.jobs import DpoJob
+    from rlaif_ray.config.sections import PolicyConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +37,26 @@ class PairInputs:
 
 
 def read_pairs(
-    job: RewardModelJob | DpoJob, ending: Callable[[Any], tuple[int, ...]], human_path: str | None = None
+    job: RewardModelJob | DpoJob,
+    ending: Callable[[ChatRenderer, PolicyConfig], tuple[int, ...]],
+    human_path: str | None = None,
 ) -> tuple[PairInputs, list[PairExample]]:
     """Records as token examples, split by prompt; and those of `human_path` with people's labels.
 
-    `ending` says of a tokenizer what ends a response.
+    `ending` says what ends a response.
 
     Raises:
         InputError: the data or the model is wrong, or nothing is left to train on.
     """
     policy, cfg = job.policy, job.reward if isinstance(job, RewardModelJob) else job.dpo
-    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    render = ChatRenderer(load_chat(policy, job.chat_date, "policy"))
+    cut = isinstance(job, RewardModelJob) and job.reward.thoughts == "cut"
     room = readable_context(policy, cfg.max_tokens, f"{job.section}.max_tokens")
     left_out: dict[str, int] = {}
     train: list[PairExample] = []
     held_out: list[PairExample] = []
-    write = _ExampleWriter(tokenizer, room, cfg.labels, ending(tokenizer), left_out)
+    end = ending(render, policy)
+    write = _ExampleWriter(render, room, cfg.labels, end, left_out, name=job.data.path, cut=cut)
     for record in read_preferences(job.data.path, split=job.data.split, limit=job.data.limit):
         example = write(record)
         if example is not None:
@@ -64,7 +69,7 @@ def read_pairs(
         )
     human = []
     if human_path is not None:
-        by_people = _ExampleWriter(tokenizer, room, cfg.labels, ending(tokenizer), {}, human=True)
+        by_people = _ExampleWriter(render, room, cfg.labels, end, {}, name=human_path, cut=cut, human=True)
         human = [e for r in read_preferences(human_path) if (e := by_people(r)) is not None]
     longest = max(len(e.prompt) + max(len(e.response_a), len(e.response_b)) for e in [*train, *held_out, *human])
     check_attention(policy, longest)
@@ -76,16 +81,19 @@ class _ExampleWriter:
 
     def __init__(
         self,
-        tokenizer: Any,
+        render: ChatRenderer,
         room: int,
         labels: str,
         end: tuple[int, ...],
         left_out: dict[str, int],
         *,
+        name: str,
+        cut: bool,
         human: bool = False,
     ):
-        self._render = ChatRenderer(tokenizer)
-        self._tokenizer, self._room, self._labels = tokenizer, room, labels
+        """`name` is of the data, for messages; `cut`: responses are read without the thoughts that they begin with."""
+        self._render, self._room, self._labels, self._cut = render, room, labels, cut
+        self._name = name
         self._end, self._left_out, self._human = end, left_out, human
 
     def __call__(self, record: PreferenceRecord) -> PairExample | None:
@@ -97,16 +105,16 @@ class _ExampleWriter:
             return None
         if self._labels == "hard":
             label = 0.5 if label == 0.5 else float(label > 0.5)
-        prompt = self._render.tokens(record.prompt, f"record {record.id}")
-        a, b = (self._tokens(text) for text in (record.response_a, record.response_b))
+        prompt = self._render.tokens(record.prompt, f"{self._name}, record {record.id}")
+        texts = [answer_of(text) if self._cut else text for text in (record.response_a, record.response_b)]
+        if None in texts:
+            self._count("open_thought")
+            return None
+        a, b = ((*self._render.response(text or ""), *self._end) for text in texts)
         if len(prompt) + max(len(a), len(b)) > self._room:
             self._count("too_long")
             return None
         return PairExample(prompt, a, b, label)
-
-    def _tokens(self, text: str) -> tuple[int, ...]:
-        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return (*encoded["input_ids"], *self._end)
 
     def _count(self, reason: str) -> None:
         self._left_out[reason] = self._left_out.get(reason, 0) + 1

@@ -15,6 +15,7 @@ from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.feedback.failures import counts, may_pass
 from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
@@ -60,6 +61,7 @@ class Made:
 
 def make_pairs(loaded: Loaded) -> dict[str, Any]:
     """Samples, pairs and writes them; goes on where an earlier run in the same folder was ended."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     looked = look_at(job)
     sources = read_sources(job)
@@ -110,7 +112,10 @@ def read_sources(job: PairsJob) -> list[Source]:
     """
     sources = []
     for name, policy in {"policy": job.policy, **job.other_policies}.items():
-        prompts, context = policy_prompts(policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens)
+        key = "policy" if policy is job.policy else f"other_policies.{name}"
+        prompts, context = policy_prompts(
+            policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens, job.chat_date, key
+        )
         sources.append(Source(name, policy, prompts, context))
     return sources
 

@@ -33,8 +33,9 @@ from rlaif_ray.feedback.principles import Constitution, eligible, load_constitut
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
-from rlaif_ray.models import load_tokenizer
-from rlaif_ray.pipelines.contexts import judge_context
+from rlaif_ray.feedback.thoughts import AnswerLabeler, answers_alone
+from rlaif_ray.pipelines.chat_date import with_chat_date
+from rlaif_ray.pipelines.contexts import judge_context, load_chat
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import Silence, again, not_final, reasons_told, require
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
@@ -59,7 +60,7 @@ class Guide:
     template: Template
     exemplars: tuple[Exemplar, ...]
     constitution: Constitution | None
-    tokenizer: Any  # of a local judge
+    chat: Any  # a local judge's ChatTemplate
     context: int  # of a local judge, tokens
 
     def hash(self, job: LabelJob) -> str:
@@ -112,6 +113,7 @@ class Tally:
 
 def make_labels(loaded: Loaded) -> dict[str, Any]:
     """Labels what is not labelled yet in the run's folder, and says what all of it came to."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     looked = look_at(job)
     check_readable(job.data.path, split=job.data.split)
@@ -264,7 +266,9 @@ def plan_labels(loaded: Loaded) -> str:
         return "\n\n".join([*parts, "judge: the longer response, no model"])
     parts.append(f"template: {guide.template.name} ({guide.hash(job)})")
     labeler = make_labeler(job, guide, _writer_of_prompts(job, guide))
-    for number, question in enumerate(labeler.example(to_comparison(first)), start=1):
+    shown = to_comparison(first)
+    shown = (answers_alone(shown) if job.label.thoughts == "cut" else None) or shown
+    for number, question in enumerate(labeler.example(shown), start=1):
         turns = "\n\n".join(f"<{turn.role}>\n{turn.content}" for turn in question.turns)
         ending = f"\n\n<judge>\n{question.answer_prefix}" if question.answer_prefix else ""
         parts.append(f"question {number} about the first pair:\n\n{turns}{ending}")
@@ -287,8 +291,8 @@ def read_guide(job: LabelJob) -> Guide:
         OpenAIAsker(judge).close()  # a key that is not set shows now
     if not isinstance(judge, JudgeConfig):
         return Guide(template, exemplars, constitution, None, 0)
-    tokenizer = load_tokenizer(judge.model, revision=judge.revision, trust_remote_code=judge.trust_remote_code)
-    guide = Guide(template, exemplars, constitution, tokenizer, judge_context(judge, "judge.max_context"))
+    chat = load_chat(judge, job.chat_date, "judge", thinks=False)
+    guide = Guide(template, exemplars, constitution, chat, judge_context(judge, "judge.max_context"))
     asker = _writer_of_prompts(job, guide)
     empty = make_labeler(job, guide, asker).example(Comparison("", "", "", ""))
     check_question(asker, empty[-1], template, "judge.max_context")
@@ -309,7 +313,7 @@ def check_principles(constitution: Constitution, template: Template, only: tuple
 def _writer_of_prompts(job: LabelJob, guide: Guide) -> Any:
     """A judge without an engine: it shows what it would be asked."""
     if isinstance(job.judge, JudgeConfig):
-        return LocalAsker(None, guide.tokenizer, guide.context, job.judge.model)
+        return LocalAsker(None, guide.chat, guide.context, job.judge.model)
 
     class Shown:
         name, identity, special = "", "", SPECIAL
@@ -336,15 +340,20 @@ def open_labeler(
 ) -> Iterator[tuple[Labeler, int, RememberingAsker | None]]:
     """The judge at work: its labeler, how many chunks keep it busy, and what remembers its answers."""
     if isinstance(job.judge, LongerJudge):
-        yield LongerLabeler(), 2, None
+        yield _reader(job, LongerLabeler()), 2, None
         return
-    with open_asker(job, guide.tokenizer, guide.context, state, progress) as (asker, at_once):
-        yield make_labeler(job, guide, asker), at_once, asker
+    with open_asker(job, guide.chat, guide.context, state, progress) as (asker, at_once):
+        yield _reader(job, make_labeler(job, guide, asker)), at_once, asker
+
+
+def _reader(job: LabelJob, labeler: Labeler) -> Labeler:
+    """The labeler as it is, or one that reads answers without thoughts."""
+    return AnswerLabeler(labeler) if job.label.thoughts == "cut" else labeler
 
 
 @contextmanager
 def open_asker(
-    job: LabelJob, tokenizer: Any, context: int, state: Path, progress: ItemProgress
+    job: LabelJob, chat: Any, context: int, state: Path, progress: ItemProgress
 ) -> Iterator[tuple[RememberingAsker, int]]:
     """The judge's model at work, which remembers its answers in `state`; and how many chunks keep it busy."""
     judge = job.judge
@@ -364,7 +373,7 @@ def open_asker(
             cluster.wait()
             asker = LocalAsker(
                 engines,
-                tokenizer,
+                chat,
                 context,
                 judge.model,
                 identity=_judge_identity(job),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.learner.supervised import PairExample, ends_with
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.finite import require_numbers
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
 from rlaif_ray.pipelines.supervised import run_supervised
@@ -26,8 +27,9 @@ CENTER_EXAMPLES = 2048  # about as many set the mean
 
 def train_reward_model(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
-    inputs, human = read_pairs(job, ends_with, job.reward.human_path)
+    inputs, human = read_pairs(job, lambda render, _: ends_with(render.tokenizer), job.reward.human_path)
     note = f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out"
 
     def story(run: SupervisedRun) -> dict[str, Any]:

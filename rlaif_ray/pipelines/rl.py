@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.data.prompts import PromptSource
 from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, new_changes, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import check_attention, engine_context, policy_room, read_prompts
 from rlaif_ray.pipelines.experience import (
@@ -21,7 +22,13 @@ from rlaif_ray.pipelines.experience import (
     rates,
     sample_rows,
 )
-from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.feedback import (
+    FeedbackInputs,
+    check_reward_templates,
+    feedback_lines,
+    read_feedback,
+    start_feedback,
+)
 from rlaif_ray.pipelines.finite import check_updates
 from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, must_be_same_prompts, read_held_out
@@ -49,6 +56,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
 
     A learner that is lost starts again from the newest checkpoint; engines that are lost are replaced meanwhile.
     """
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     inputs = read_inputs(job)
     make_folder(run_dir)  # its own before a checkpoint is looked for
@@ -235,10 +243,12 @@ def read_inputs(job: TrainJob) -> Inputs:
     Raises:
         InputError: any of them is wrong, or they don't fit together.
     """
-    tokenizer, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens)
+    chat, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens, job.chat_date)
     longest = min(room - job.sampling.max_new_tokens, job.data.max_prompt_tokens or room)
-    feedback = read_feedback(job.feedback, job.seed)
-    prompts, held_out = read_prompts(job.data, tokenizer, longest), read_held_out(job, feedback, tokenizer, longest)
+    prompts = read_prompts(job.data, chat, longest)
+    feedback = read_feedback(job.feedback, job.seed, job.chat_date)
+    held_out = read_held_out(job, feedback, chat, longest)
+    check_reward_templates(job.feedback, [*prompts, *held_out.prompts], job.chat_date)
     needed = max(len(p.tokens) for p in [*prompts, *held_out.prompts]) + job.sampling.max_new_tokens
     check_attention(job.policy, needed)
     return Inputs(prompts, held_out, job.rollout.max_context or engine_context(needed, room), feedback)

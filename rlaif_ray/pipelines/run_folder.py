@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.data.identity import data_content
 from rlaif_ray.errors import InputError
-from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
+from rlaif_ray.pipelines.settings import KEPT, changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -97,14 +97,23 @@ def output_of(loaded: Loaded, name: str) -> Path:
     return Path(loaded.config.output).expanduser() if loaded.config.output else loaded.run_dir / name
 
 
+def state_of(loaded: Loaded) -> Path:
+    """Where a data-making job keeps what it goes on from: beside an `output` that the user named, so that the same
+    command finds it again; else in the run's own folder."""
+    named = getattr(loaded.config, "output", None)
+    if not named:
+        return loaded.run_dir
+    output = Path(named).expanduser()
+    return output.with_name(f"{output.name}.state")
+
+
 def open_output(loaded: Loaded, output: Path, inputs: Inputs) -> Path:
-    """Makes the folders of a data-making job; returns where it keeps what it goes on from: beside an `output` that the
-    user named, so that the same command finds it again; else in the run's own folder.
+    """Makes the folders of a data-making job; returns where it keeps what it goes on from, its state_of.
 
     Raises:
         InputError: a folder can't be written, is in use, or holds results of another run.
     """
-    state = output.with_name(f"{output.name}.state") if loaded.config.output else loaded.run_dir
+    state = state_of(loaded)
     make_folder(loaded.run_dir)
     make_folder(state)
     go_on(loaded, state, inputs, output)
@@ -124,7 +133,7 @@ def go_on(
     Raises:
         InputError: the folder's results were made from something else.
     """
-    path = state / "settings.json"
+    path = state / KEPT
     kept = read_json(path) if _has_results(state, output, made) else {}
     changes = kept.get("changes", [])
     if kept:

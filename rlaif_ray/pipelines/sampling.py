@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.errors import FeedbackError
 from rlaif_ray.feedback.failures import counts, kind_of, may_pass
 from rlaif_ray.interfaces import GenerationSettings, score_answered
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import policy_prompts
-from rlaif_ray.pipelines.feedback import FeedbackInputs, feedback_lines, read_feedback, start_feedback
+from rlaif_ray.pipelines.feedback import (
+    FeedbackInputs,
+    check_reward_templates,
+    feedback_lines,
+    read_feedback,
+    start_feedback,
+)
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
@@ -44,6 +51,7 @@ class Inputs:
 
 def sample_responses(loaded: Loaded) -> dict[str, Any]:
     """Samples, scores and writes what is not there yet; goes on where an earlier run in the folder was ended."""
+    loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
     looked = look_at(job)
     inputs = read_inputs(job)
@@ -82,8 +90,13 @@ def read_inputs(job: SampleJob) -> Inputs:
     Raises:
         InputError: any of them is wrong.
     """
-    prompts, context = policy_prompts(job.policy, job.data, job.rollout.max_context, job.sampling.max_new_tokens)
-    return Inputs(prompts, context, read_feedback(job.feedback, job.seed) if job.feedback is not None else None)
+    longest = job.sampling.max_new_tokens
+    prompts, context = policy_prompts(job.policy, job.data, job.rollout.max_context, longest, job.chat_date)
+    if job.feedback is None:
+        return Inputs(prompts, context, None)
+    feedback = read_feedback(job.feedback, job.seed, job.chat_date)
+    check_reward_templates(job.feedback, prompts, job.chat_date)
+    return Inputs(prompts, context, feedback)
 
 
 def _sample(job: SampleJob, inputs: Inputs, done: int, path: Path, stopping: Any) -> None:

@@ -12,6 +12,8 @@ from rlaif_ray.data.identity import Content
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines.inputs import contents
 
+KEPT = "settings.json"  # where jobs without checkpoints keep them
+
 
 def kept_settings(job: BaseModel, holds: Mapping[str, Content] | None = None) -> dict[str, Any]:
     """All settings of a job, and what it reads holds; goes into JSON.

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlaif_ray.data.chat import ChatRenderer
+from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.lora import plan_adapters
-from rlaif_ray.models import empty_model, load_tokenizer
+from rlaif_ray.models import empty_model
+from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, new_changes, open_checkpoints, read_state
-from rlaif_ray.pipelines.contexts import check_attention, readable_context
+from rlaif_ray.pipelines.contexts import check_attention, load_chat, readable_context, stop_tokens
 from rlaif_ray.pipelines.finite import check_updates, require_numbers
 from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.restarts import with_restarts
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.data_sections import SupervisedConfig
     from rlaif_ray.config.jobs import SftJob, SupervisedJob
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.config.sections import PolicyConfig
     from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.runtime.groups import SftGroup
     from rlaif_ray.tracking import Tracker
@@ -237,6 +239,7 @@ class SftInputs:
 
 def fine_tune(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
+    loaded = with_chat_date(loaded)
     run_dir = loaded.run_dir
     inputs = read_sft_inputs(loaded.config)
     note = f"{len(inputs.train)} turns to learn, {len(inputs.held_out)} held out"
@@ -263,14 +266,14 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
         InputError: the data or the model is wrong, or nothing is left to learn.
     """
     policy, cfg = job.policy, job.sft
-    tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+    render = ChatRenderer(load_chat(policy, job.chat_date, "policy"))
+    end = turn_end(render, policy)
     room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
-    render = ChatRenderer(tokenizer)
     train: list[SftExample] = []
     held_out: list[SftExample] = []
     too_long = 0
     for row in read_demonstrations(job.data.path, split=job.data.split, limit=job.data.limit):
-        turns = list(_examples(row, render, tokenizer))
+        turns = list(_examples(row, render, end))
         short = [turn for turn in turns if len(turn) <= room]
         too_long += len(turns) - len(short)
         (held_out if is_held_out(row, cfg.held_out_fraction, job.seed) else train).extend(short)
@@ -283,17 +286,17 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
     return SftInputs(train, held_out, too_long, fingerprint(job.data.path))
 
 
-def _examples(row: Demonstration, render: ChatRenderer, tokenizer: Any) -> Iterator[SftExample]:
+def _examples(row: Demonstration, render: ChatRenderer, end: tuple[int, ...]) -> Iterator[SftExample]:
     """What stands before a turn is rendered as it is when the model is asked, so that it learns what it will see."""
     for i, turn in enumerate(row.messages):
         if turn.role == "assistant":
-            text = tokenizer(turn.content, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            yield SftExample(render.tokens(row.messages[:i], row.place), (*text["input_ids"], *turn_end(tokenizer)))
+            prompt = render.tokens(row.messages[:i], row.place)
+            yield SftExample(prompt, (*render.response(turn.content), *end))
 
 
-def turn_end(tokenizer: Any) -> tuple[int, ...]:
+def turn_end(render: ChatRenderer, policy: PolicyConfig) -> tuple[int, ...]:
     """What ends a turn of the assistant, in tokens."""
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return render.turn_end(stop_tokens(policy))
 
 
 def is_held_out(row: Demonstration, fraction: float, seed: int) -> bool:

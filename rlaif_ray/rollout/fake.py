@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlaif_ray.chat.thoughts import thought_tokens, written_text
 from rlaif_ray.errors import EngineError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.rollout.vllm_engine import sample_seed
@@ -101,7 +102,7 @@ class ScriptedGenerator:
             sample=sample,
             tokens=tokens,
             logprobs=logprobs,
-            text=self._decode(tokens),
+            text=prompt.opened + written_text(self._tokenizer, tokens, thought_tokens(self._tokenizer)),
             finished=not settings.ignore_eos and tokens[-1] == self._tokenizer.eos_token_id,
             weight_version=self.weight_version,
             prompt_logprobs=self._read(prompt.tokens[:1], prompt.tokens[1:], 1.0) if settings.prompt_logprobs else (),
@@ -154,7 +155,3 @@ class ScriptedGenerator:
         row[list(given)] = list(given.values())
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(row), dtype=np.float64)
-
-    def _decode(self, tokens: tuple[int, ...]) -> str:
-        text: Any = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return str(text)

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
+from rlaif_ray.chat.thoughts import thought_tokens, written_text
 from rlaif_ray.errors import EngineError, InputError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_config
@@ -150,6 +151,7 @@ class VllmEngine:
         except Exception as error:
             raise EngineError(f"vLLM could not start with {spec.model}: {type(error).__name__}: {error}") from error
         self._tokenizer = self._llm.get_tokenizer()
+        self._thought_tokens = thought_tokens(self._tokenizer)
         self._spec = spec
         self._broken: str | None = None
         self.busy_since: float | None = None  # when the call under way last took a step (monotonic); None when idle
@@ -218,7 +220,7 @@ class VllmEngine:
             sample=sample,
             tokens=tokens,
             logprobs=tuple(step[token].logprob for step, token in zip(result.logprobs, tokens, strict=True)),
-            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            text=prompt.opened + written_text(self._tokenizer, tokens, self._thought_tokens),
             finished=result.finish_reason == "stop",
             weight_version=self.weight_version,
             prompt_logprobs=tuple(

@@ -102,15 +102,15 @@ class RewardModelActor(Actor):
         precision: Literal["fp32", "bf16"],
         threads: int,
         shares_gpu: bool,
+        date: str | None,
     ) -> None:
         import torch
 
-        from rlaif_ray.data.chat import ChatRenderer
         from rlaif_ray.feedback.reward_model import RewardModelScorer
 
         torch.set_num_threads(threads)
         self._shares_gpu = shares_gpu
-        self._scorer = RewardModelScorer(cfg, device=device, precision=precision, make_renderer=ChatRenderer)
+        self._scorer = RewardModelScorer(cfg, device=device, precision=precision, date=date)
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
         try:

@@ -238,7 +238,7 @@ class Cluster:
 
         def launch(k: int) -> tuple[Any, Any]:
             actor = self._spawn(RewardModelActor, slots[k], environment)
-            return actor, actor.start.remote(cfg, self.device, precision, threads, shares_gpu)
+            return actor, actor.start.remote(cfg, self.device, precision, threads, shares_gpu, self._job.chat_date)
 
         return ScorerGroup(self._replicate(role, len(slots), launch))
 

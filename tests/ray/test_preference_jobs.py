@@ -186,7 +186,7 @@ def test_the_reward_model_loads_and_has_its_figures(straight_model: Path, labels
     assert held_out["n"] + summary["pairs"] == len(records(labels_file)) and 0 <= held_out["brier"] <= 1
     assert sum(one["n"] for one in held_out["curve"]) == held_out["n"]
     # Centred: preferred responses of the training part have mean 0 over transformers' own forward passes.
-    from rlaif_ray.data.chat import ChatRenderer
+    from rlaif_ray.chat.renderer import ChatRenderer
     from rlaif_ray.pipelines.pair_examples import is_held_out
 
     render, rewards = ChatRenderer(tokenizer), []

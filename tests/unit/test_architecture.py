@@ -25,6 +25,7 @@ LEVEL_OF_ROOM = {
     "storage": 0,
     "attention": 1,
     "config": 1,
+    "chat": 1,
     "algorithm": 1,
     "models": 1,
     "model_shapes": 1,

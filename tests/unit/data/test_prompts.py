@@ -302,7 +302,7 @@ PIECES = st.lists(st.sampled_from([IM_END, IM_START, PAD, "<|", "|>", "im_end", 
 
 @given(PIECES.map("".join).filter(str.strip))
 def test_any_mixture_of_control_tokens_is_text(text: str) -> None:
-    from rlaif_ray.data.chat import ChatRenderer
+    from rlaif_ray.chat.renderer import ChatRenderer
 
     tokens = ChatRenderer(TOKENIZER).tokens([Message("user", text)], "here")
     assert Counter(tokens)[END] == 1 and Counter(tokens)[START] == 2 and PADDING not in tokens
@@ -311,7 +311,7 @@ def test_any_mixture_of_control_tokens_is_text(text: str) -> None:
 
 @given(st.text(min_size=1).filter(lambda text: text.strip() and not any(c in text for c in (IM_START, IM_END, PAD))))
 def test_other_text_has_the_tokens_that_transformers_gives_it(text: str) -> None:
-    from rlaif_ray.data.chat import ChatRenderer
+    from rlaif_ray.chat.renderer import ChatRenderer
 
     expected = TOKENIZER.apply_chat_template([user(text)], add_generation_prompt=True, return_dict=False)
     assert list(ChatRenderer(TOKENIZER).tokens([Message("user", text)], "here")) == expected
@@ -384,10 +384,10 @@ MISTAKES: list[tuple[str, str, str | bytes, tuple[str, ...]]] = [
     ),
     ("no role", "p.jsonl", '{"prompt": [{"content": "a"}]}\n', ("prompt[0].role", "got nothing")),
     (
-        "content in parts",
+        "an image among the parts of a content",
         "p.jsonl",
-        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n',
-        ("prompt[0].content must be text", "got list"),
+        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}\n',
+        ("prompt[0].content[1] must be text", "image"),
     ),
     (
         "system message in the middle",

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from rlaif_ray.config.sections import RewardModelFeedback
-from rlaif_ray.data.chat import ChatRenderer
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.reward_model import LengthPenalty, MixtureScorer, RewardModelScorer, check_reward_model
 from rlaif_ray.types import Completion, Message, Prompt, Score
+from tests.chat_families import tokenizer_of
 from tests.tiny import IM_END, PAD, cached_tiny_model, make_tokenizer
 from tests.zoo import zoo_model
 
@@ -63,7 +63,7 @@ def changed(folder: Path, target: Path, **config: Any) -> Path:
 
 def scorer(folder: Path, **cfg: Any) -> RewardModelScorer:
     feedback = RewardModelFeedback.model_validate({"type": "reward_model", "model": str(folder)} | cfg)
-    return RewardModelScorer(feedback, device="cpu", precision="fp32", make_renderer=ChatRenderer)
+    return RewardModelScorer(feedback, device="cpu", precision="fp32")
 
 
 def completion(text: str, question: str = "Which is better?", *, finished: bool = True, tokens: int = 3) -> Completion:
@@ -258,3 +258,34 @@ def test_scores_have_every_term_of_the_models_attention(name: str, tmp_path: Pat
     completions = [completion(text) for text in TEXTS]
     rewards = [score.value for score in scorer(tmp_path).score(completions)]
     assert rewards == pytest.approx(by_transformers(tmp_path, completions), abs=1e-4)
+
+
+# --- templates and thoughts -------------------------------------------------------------------------------------------
+
+
+def templated(folder: Path, target: Path, family: str, **config: Any) -> Path:
+    made = changed(folder, target, **config)
+    tokenizer_of(family).save_pretrained(made)
+    return made
+
+
+def test_a_response_is_scored_outside_of_the_thought_that_the_template_opens(folder: Path, tmp_path: Path) -> None:
+    made = scorer(templated(folder, tmp_path / "r1", "deepseek-r1"))
+    sequence = made._renderer.tokenizer.decode(made._sequence(completion("4")))
+    assert sequence == f"<|User|>Which is better?<|Assistant|><think>\n\n</think>\n\n4{IM_END}"
+
+
+def test_it_reads_as_it_was_trained_to(folder: Path, tmp_path: Path) -> None:
+    plain = templated(folder, tmp_path / "plain", "qwen3")
+    kwargs = {"enable_thinking": False}
+    taught = templated(folder, tmp_path / "taught", "qwen3", reward_chat_template_kwargs=kwargs, reward_thoughts="keep")
+    thinking = completion("<think>\nHm.\n</think>\n\n4")
+    scorers = {"plain": scorer(plain), "taught": scorer(taught), "told": scorer(taught, thoughts="cut")}
+    asked = [completion("4"), thinking, completion("<think>\nHm.")]
+    rewards = {name: made.score(asked) for name, made in scorers.items()}
+    assert [s.failure for s in rewards["plain"]] == [None, None, "open_thought"]
+    assert [s.failure for s in rewards["taught"]] == [None, None, None]
+    assert rewards["plain"][0].value == pytest.approx(rewards["plain"][1].value)  # the thought is cut
+    assert rewards["taught"][0].value != pytest.approx(rewards["taught"][1].value)
+    assert rewards["told"][0].value == pytest.approx(rewards["told"][1].value)
+    assert scorer(taught)._renderer.chat.identity == '{"enable_thinking": false}'

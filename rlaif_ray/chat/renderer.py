@@ -1,0 +1,135 @@
+"""Conversations, and responses to them, as a model reads and writes them in tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rlaif_ray.chat.template import ChatTemplate
+from rlaif_ray.chat.text import conversation_text
+from rlaif_ray.chat.thoughts import answer_of, closing_of, opening_tag
+from rlaif_ray.errors import InputError
+from rlaif_ray.types import Message
+
+
+class ChatRenderer:
+    """Messages to tokens, with what users wrote kept apart from the tokens that steer the model.
+
+    "<|im_end|>" in a prompt is text about chat formats, or an attack; as the token of that name it would end the turn.
+    transformers renders the conversation to one string first and then cannot tell the two apart.
+    """
+
+    def __init__(self, chat: Any) -> None:
+        """`chat` is a ChatTemplate, or a tokenizer whose template takes no arguments."""
+        self.chat = ChatTemplate.of(chat)
+        self.tokenizer: Any = self.chat.tokenizer
+        tokenizer = self.tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.control: dict[str, int] = {str(token): index for index, token in added.items() if token.special}
+        for text in tokenizer.all_special_tokens:
+            self.control.setdefault(text, tokenizer.convert_tokens_to_ids(text))
+        longest_first = sorted(filter(None, self.control), key=lambda text: (-len(text), text))
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        bos = tokenizer.bos_token_id
+        self.bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def tokens(self, messages: Sequence[Message], place: str) -> tuple[int, ...]:
+        """The conversation up to where the policy begins to write. `place` is for the error message."""
+        if not self.chat.source:
+            return tuple(self.bos + self._text_tokens(self._plain(messages), place))
+        self.chat.must_reach(messages, place)
+        found = sorted({control for message in messages for control in self.pattern.findall(message.content)})
+        if not found:
+            return tuple(
+                self.tokenizer(self.chat.text(messages, place), add_special_tokens=False, verbose=False)["input_ids"]
+            )
+        # Stand-ins go through the template for the users' control strings, so that those in its output are its own.
+        contents = "".join(message.content for message in messages)
+        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)  # for private use
+        stand_in = dict(zip(found, unused, strict=False))
+        back = str.maketrans({mark: text for text, mark in stand_in.items()})
+        hidden = [
+            Message(message.role, self.pattern.sub(lambda match: stand_in[match[0]], message.content))
+            for message in messages
+        ]
+        pieces = self.pattern.split(self.chat.text(hidden, place))  # text, control string, text, ..., text
+        tokens: list[int] = []
+        for index, piece in enumerate(pieces):
+            tokens += [self.control[piece]] if index % 2 else self._text_tokens(piece.translate(back), place)
+        return tuple(tokens)
+
+    def response(self, text: str) -> tuple[int, ...]:
+        """A whole response in the tokens that the model has to write after `tokens`, without what ends its turn.
+
+        Where the generation prompt leaves a thought open, a response without one ends it first; where the template
+        puts an empty thought before an answer, so does the response. A response that has a thought keeps it.
+        """
+        before, rest = self._as_written(text)
+        head = self.tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"] if before else []
+        tags = [re.escape(tag) for tag in self._thought_tags(text) if tag in self.control]
+        tokens: list[int] = [*head]
+        for index, piece in enumerate(re.split(f"({'|'.join(tags)})", rest, maxsplit=2) if tags else [rest]):
+            if index % 2:
+                tokens.append(self.control[piece])
+            elif piece:
+                encoded = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)
+                tokens += encoded["input_ids"]
+        return tuple(tokens)
+
+    def turn_end(self, stops: Collection[int]) -> tuple[int, ...]:
+        """What ends a response in tokens: how the template ends a turn, where sampling stops at it, else EOS.
+
+        `stops` are the tokens at which sampling stops. A template whose end is none of them is one that a base model
+        was given with its tokenizer: trained to write it, the model would go on.
+        """
+        found = self.pattern.match(self.chat.answer.after.lstrip()) if self.chat.source else None
+        if found and self.control[found[0]] in stops:
+            return (self.control[found[0]],)
+        eos = self.tokenizer.eos_token_id
+        return () if eos is None else (eos,)
+
+    @property
+    def opened(self) -> str:
+        """The thought that the generation prompt leaves open, such as "<think>\\n"; "" without one."""
+        return self.chat.answer.opened if self.chat.source else ""
+
+    def _as_written(self, text: str) -> tuple[str, str]:
+        """What the template has the model write before the response, and the response from where the model begins."""
+        if not self.chat.source:
+            return "", text
+        shape, tag = self.chat.answer, opening_tag(text)
+        if shape.opened:
+            expected = opening_tag(shape.opened)
+            if tag == expected:
+                return "", text.lstrip().removeprefix(tag).removeprefix(shape.opened.removeprefix(expected))
+            goes_on = closing_of(expected) in text and answer_of(text) != text
+            return ("", text) if goes_on else (shape.before, text)
+        if tag and tag in shape.before:  # the response's own thought stands for the empty one
+            start = shape.before.index(tag)
+            _, _, after = shape.before[start:].partition(closing_of(tag))
+            return shape.before[:start] + after.lstrip(), text.lstrip()
+        return shape.before, text
+
+    @staticmethod
+    def _thought_tags(text: str) -> list[str]:
+        tag = opening_tag(text)
+        return [tag, closing_of(tag)] if tag else []
+
+    def _plain(self, messages: Sequence[Message]) -> str:
+        """For a model without a chat template: the text itself, or labelled turns that end with the policy's own."""
+        text = conversation_text(messages)
+        system = f"{messages[0].content}\n\n" if messages[0].role == "system" and messages[0].content else ""
+        several = sum(message.role != "system" for message in messages) > 1
+        return system + text + ("\n\nAssistant:" if several else "\n")
+
+    def _text_tokens(self, text: str, place: str) -> list[int]:
+        """Tokens of `text`, where nothing is a control token."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for control in self.pattern.findall(text):
+            if self.control[control] in encoded and self.control[control] != self.tokenizer.unk_token_id:
+                raise InputError(
+                    f"{place}: the prompt contains {control!r}, which the policy's tokenizer reads as its control "
+                    f"token and cannot read as text (got {type(self.tokenizer).__name__}). Remove it from the prompt."
+                )
+        return list(encoded)

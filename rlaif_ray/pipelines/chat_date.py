@@ -1,0 +1,63 @@
+"""The date that chat templates take for today: one for all of a run, also when it is resumed on another day."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rlaif_ray.errors import CheckpointError
+from rlaif_ray.pipelines.checkpoint import STATE
+from rlaif_ray.pipelines.run_folder import state_of
+from rlaif_ray.pipelines.settings import KEPT
+from rlaif_ray.storage import Place
+
+if TYPE_CHECKING:
+    from rlaif_ray.config.load import Loaded
+
+
+def with_chat_date(loaded: Loaded, today: str | None = None) -> Loaded:
+    """The job with `chat_date` set: the config's, else that of the run that it goes on from, else today's.
+
+    So a run that is resumed on another day reads the same prompts. From here on the date is a setting like others: kept
+    with them, and another one is refused where results of both would be mixed.
+    """
+    date = loaded.config.chat_date or _begun(loaded) or today or datetime.date.today().isoformat()
+    return replace(loaded, config=loaded.config.model_copy(update={"chat_date": date}))
+
+
+def _begun(loaded: Loaded) -> str | None:
+    """The date of the run that this one goes on from; None where it begins."""
+    for kept in _kept_settings(loaded):
+        try:
+            found = kept["config"]["chat_date"]
+        except (LookupError, TypeError):  # whoever goes on from it says what is wrong
+            continue
+        return found if isinstance(found, str) else None
+    return None
+
+
+def _kept_settings(loaded: Loaded) -> Iterator[Any]:
+    """Settings of what this run may go on from, the newest first."""
+    checkpoint = getattr(loaded.config, "checkpoint", None)
+    if checkpoint is None:
+        yield _document(Place.of(state_of(loaded)) / KEPT)
+    elif checkpoint.resume != "never":
+        place = Place.of(checkpoint.path or loaded.run_dir / "checkpoints")
+        steps: list[int] = []
+        with suppress(CheckpointError):  # whoever resumes from it says what is wrong
+            steps = [int(name.removeprefix("step-")) for name in place.names() if re.fullmatch(r"step-\d+", name)]
+        for step in sorted(steps, reverse=True):
+            state = _document(place / f"step-{step}" / STATE)
+            yield state.get("settings") if isinstance(state, dict) else None
+
+
+def _document(place: Place) -> Any:
+    try:
+        return json.loads(place.read())
+    except (CheckpointError, ValueError):
+        return None
