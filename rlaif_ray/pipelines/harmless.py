@@ -16,9 +16,9 @@ from rlaif_ray.feedback.failures import counts, may_pass
 from rlaif_ray.feedback.judge import Judge, check_context
 from rlaif_ray.feedback.remembered import Memory
 from rlaif_ray.feedback.templates import Template, load_template
+from rlaif_ray.pipelines.asking import open_asker
 from rlaif_ray.pipelines.contexts import judge_context, load_chat
 from rlaif_ray.pipelines.partial import Silence, must_agree, rows_again
-from rlaif_ray.pipelines.preferences import open_asker
 from rlaif_ray.pipelines.run_folder import stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.tracking.files import append_rows, read_rows_streaming, rows_done

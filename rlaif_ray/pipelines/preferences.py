@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.sections import JudgeConfig, LongerJudge, OpenAIJudge
 from rlaif_ray.data.exports import check_hub, push_to_hub
-from rlaif_ray.data.identity import model_content
 from rlaif_ray.data.preferences import (
     PreferenceRecord,
     check_readable,
@@ -30,17 +29,17 @@ from rlaif_ray.feedback.judge import check_question
 from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.preference import LongerLabeler, PreferenceLabeler
 from rlaif_ray.feedback.principles import Constitution, eligible, load_constitution
-from rlaif_ray.feedback.remembered import Memory, RememberingAsker
+from rlaif_ray.feedback.remembered import RememberingAsker
 from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
 from rlaif_ray.feedback.thoughts import AnswerLabeler, answers_alone
+from rlaif_ray.pipelines.asking import open_asker
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import judge_context, load_chat
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import Silence, again, not_final, reasons_told, require
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
-from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.display import digits, percent, share
 from rlaif_ray.tracking.files import write_json
@@ -349,46 +348,6 @@ def open_labeler(
 def _reader(job: LabelJob, labeler: Labeler) -> Labeler:
     """The labeler as it is, or one that reads answers without thoughts."""
     return AnswerLabeler(labeler) if job.label.thoughts == "cut" else labeler
-
-
-@contextmanager
-def open_asker(
-    job: LabelJob, chat: Any, context: int, state: Path, progress: ItemProgress
-) -> Iterator[tuple[RememberingAsker, int]]:
-    """The judge's model at work, which remembers its answers in `state`; and how many chunks keep it busy."""
-    judge = job.judge
-    assert not isinstance(judge, LongerJudge), "it has no model"
-    with ExitStack() as stack:
-        memory = Memory(state / "answers.sqlite")
-        stack.callback(memory.close)
-        asker: Any
-        if isinstance(judge, OpenAIJudge):
-            asker = OpenAIAsker(judge, spent=memory.spent())
-            stack.callback(asker.close)
-            at_once = 2 + 2 * math.ceil(judge.concurrency / (2 * CHUNK))  # some wait for their slowest answer
-        else:
-            progress.note(f"starting engines for {judge.model}")
-            cluster = stack.enter_context(open_cluster(job))
-            engines = cluster.start_judges(judge, context=context)
-            cluster.wait()
-            asker = LocalAsker(
-                engines,
-                chat,
-                context,
-                judge.model,
-                identity=_judge_identity(job),
-                prices=(judge.price_in, judge.price_out),
-            )
-            at_once = 1 + judge.replicas  # the next chunk is ready when an engine is
-        yield RememberingAsker(asker, memory), at_once
-
-
-def _judge_identity(job: LabelJob) -> str:
-    """What answers depend on beside the question: after the model was trained anew in place they are other ones."""
-    judge = job.judge
-    assert isinstance(judge, JudgeConfig)
-    content = model_content(judge.model, judge.revision)
-    return f"vllm/{content.digest}/{judge.precision}/{judge.max_context}"
 
 
 def _total(job: LabelJob) -> int | None:
