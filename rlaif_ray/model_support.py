@@ -22,8 +22,16 @@ class Unsupported:
     only_updates: bool = False  # it runs with the weights of its folder (a judge), and doesn't take new ones
 
 
+_NO_SELECTIVE_SCAN = Unsupported(
+    ("cpu",),
+    "has Mamba's selective scan for GPUs alone, and fails on the first prompt",
+    "Use GPUs, or another model; Granite 4's hybrids, of Mamba 2, work here.",
+)
 # By the config's model_type.
 UNSUPPORTED: dict[str, Unsupported] = {
+    "mamba": _NO_SELECTIVE_SCAN,
+    "falcon_mamba": _NO_SELECTIVE_SCAN,
+    "jamba": _NO_SELECTIVE_SCAN,
     "gpt_oss": Unsupported(
         ("cuda",),
         "loses new experts and attention sinks of an update (its loader writes them past the weight loaders), and "

@@ -22,7 +22,7 @@ def classifier_class(config: Any, name: str) -> Any:
     import transformers
 
     auto = transformers.AutoModelForSequenceClassification
-    kind = type(config)
+    kind: Any = type(config)
     remote = getattr(config, "auto_map", None) or {}
     if config.is_encoder_decoder:
         raise _refusal(name, config, "it is an encoder-decoder, and a reward is read at the last token of a decoder")
@@ -52,12 +52,12 @@ def _refusal(name: str, config: Any, reason: str) -> InputError:
 
 
 @cache
-def _own_class(kind: type) -> Any:
+def _own_class(kind: Any) -> Any:
     """transformers' generic classifier for a family that it has none for."""
     import transformers
     from transformers.modeling_layers import GenericForSequenceClassification
 
-    language_model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    language_model: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     family = next(c for c in language_model.__mro__ if c.__name__.endswith("PreTrainedModel"))
     # Where the language model keeps its body, so that its weights are found under the same names.
     tied = next(iter((getattr(language_model, "_tied_weights_keys", None) or {}).values()), "")

@@ -145,7 +145,7 @@ def _why_unfit(model: Any, path: str, module: Any) -> str | None:
     if attribute.isdigit():  # in a list
         parent, attribute = parent.rpartition(".")[::2]
         pattern = rf"\.{attribute}\[[^\]]*\]\.weight\b"
-    owner = type(model.get_submodule(parent))
+    owner: Any = type(model.get_submodule(parent))
     # Not of slices: those only imitate another machine's rounding (BLOOM's slow_but_exact).
     if re.search(pattern + r"(?!\.(dtype|device|shape|size)|\[)", _source(owner)):
         return f"{owner.__name__} reads its weight itself"
@@ -153,7 +153,7 @@ def _why_unfit(model: Any, path: str, module: Any) -> str | None:
 
 
 @cache
-def _source(kind: type) -> str:
+def _source(kind: Any) -> str:
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):  # none on disk: the trial of the merge still sees what is wrong
@@ -272,7 +272,8 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:
     """As the layer computes: base weights as they are, the adapter's product in fp32, one rounding."""
-    return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+    delta: Tensor = layer.get_delta_weight(ADAPTER)
+    return (weight.float() + delta.float()).to(weight.dtype)
 
 
 # ---- Merging ---------------------------------------------------------------------------------------------------------

@@ -106,7 +106,8 @@ class ModelState:
             return tensors
         from transformers.core_model_loading import revert_weight_conversion
 
-        converted: dict[str, Tensor] = revert_weight_conversion(self._model, tensors)
+        model: Any = self._model
+        converted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
         return converted
 
     def metadata(self) -> Metadata:

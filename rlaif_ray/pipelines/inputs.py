@@ -107,9 +107,9 @@ def _said(section: Any, setting: Setting) -> Any:
     name = setting.value
     match setting.names.text:
         case "score template":
-            return asdict(load_template(name))
+            return load_template(name).hash
         case "preference template":
-            return asdict(load_template(name, kind="preference"))
+            return load_template(name, kind="preference").hash
         case "exemplars":
             template = load_template(section.template, kind="preference")
             return [asdict(one) for one in load_exemplars(name, template)]

@@ -153,7 +153,8 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
                     guard.check_update(updated, experience)
                 with metrics.phase("weight_sync"):
                     pushed = sync.push(version=step)
-                metrics.add(updated | guard.check_push(run.rollouts, step))
+                with metrics.phase("guard"):
+                    metrics.add({**updated, **guard.check_push(run.rollouts, step)})
                 kl = mean_kl(experience, job.algorithm.kl)
                 metrics.add(batch_metrics(completions, scores) | run.rollouts.metrics())
                 metrics.add({"kl/mean": kl, "kl/coef": state.kl_coef})

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload import layerwise as vllm_reload
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
 from rlaif_ray.errors import StaleWeightsError
 
@@ -29,11 +30,8 @@ class Reload:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._shared = _shared_embeddings(model)  # before the reload, which gives each module a tensor of its own
-        self._kernels = {
-            module.quant_method: module.quant_method.moe_kernel
-            for module in model.modules()
-            if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None
-        }
+        methods: list[Any] = [getattr(module, "quant_method", None) for module in model.modules()]
+        self._kernels = {method: method.moe_kernel for method in methods if getattr(method, "moe_kernel", None)}
         initialize_layerwise_reload(model)
         for method in self._kernels:
             method.moe_kernel = None  # experts are packed where the kernel is built, so it is built again
@@ -41,12 +39,14 @@ class Reload:
         for module in self._direct.values():
             _materialize(module)
         self._loaded: set[str] | None = set()
+        self._begun = False  # whether any weight came
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads some of the weights, under checkpoint names. The tensors may be overwritten afterwards."""
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
         given = list(weights)
+        self._begun = True
         load: Any = self._model.load_weights  # vLLM's models have it, torch's Module does not say so
         with disable_mtp_completeness_check():
             loaded = load(iter(given))
@@ -58,12 +58,12 @@ class Reload:
 
     @torch.no_grad()
     def finish(self, model_config: Any) -> None:
-        """Makes the new weights current.
+        """Makes the new weights current. Where none came, those that were there stay.
 
         Raises:
             StaleWeightsError: vLLM's loader left parameters as they were.
         """
-        stale = self._not_loaded()
+        stale = self._not_loaded() if self._begun else []
         for module in self._direct.values():
             info = vllm_reload.get_layerwise_info(module)
             if info.can_load():
@@ -126,7 +126,7 @@ def _by_direct_copies(model: nn.Module) -> dict[str, nn.Module]:
 def _materialize(module: nn.Module) -> None:
     """Real tensors in the place of those on the meta device; buffers, which an update may not have, as they were."""
     info = vllm_reload.get_layerwise_info(module)
-    vllm_reload.materialize_layer(module, info)
+    materialize_layer(module, info)
     assert info.kernel_tensors is not None
     for name, buffer in info.kernel_tensors[1].items():
         restored = module._buffers.get(name)

@@ -13,7 +13,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from rlaif_ray.chat.thoughts import thought_tokens, written_text
-from rlaif_ray.errors import EngineError, InputError
+from rlaif_ray.errors import EngineError, InputError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_config
 from rlaif_ray.rollout.support import state_arguments
@@ -172,6 +172,8 @@ class VllmEngine:
         except Exception as error:
             # Its scheduler still holds the requests that failed: another call could wait on them for ever.
             self._broken = f"{type(error).__name__}: {error}"
+            if isinstance(error, StaleWeightsError):
+                raise  # the model's fault, not this engine's: another one would do the same
             raise EngineError(f"vLLM failed {what}: {self._broken}") from error
         finally:
             self.busy_since = None

@@ -54,7 +54,7 @@ def measure(args: Any) -> dict[str, Any]:
         spec = cluster._engine_spec(job.feedback.judge, job.feedback.judge, context=args.context, transfer=None)
         cluster.wait()
         asker = LocalAsker(engines, tokenizer, args.context, args.model)
-        judge = Judge(asker, load_template(args.template))
+        judge = Judge(asker, load_template(args.template), min_answer_mass=0.0)
         queries = asker.queries([judge.question(c.prompt.text, c.text) for c in completions])
         plain = PlainVllm(spec)
         plain.wait()

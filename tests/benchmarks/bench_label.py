@@ -62,7 +62,7 @@ def measure(args: Any) -> dict[str, Any]:
         spec = cluster._engine_spec(judge, judge, context=args.context, transfer=None)
         cluster.wait()
         asker = LocalAsker(engines, tokenizer, args.context, args.model)
-        labeler = PreferenceLabeler(asker, template, LabelConfig(), exemplars=exemplars)
+        labeler = PreferenceLabeler(asker, template, LabelConfig(), exemplars=exemplars, min_answer_mass=0.0)
         mirrored = [Comparison(p.id, p.prompt, p.response_b, p.response_a) for p in pairs]
         both = [pair for two in zip(pairs, mirrored, strict=True) for pair in two]
         queries = asker.queries([labeler.example(pair)[0] for pair in both])

@@ -116,7 +116,7 @@ def make_job(args: argparse.Namespace, **values: Any) -> TrainJob:
     base: dict[str, Any] = {
         "policy": {"model": args.model},
         "rollout": engine,
-        "feedback": {"type": "judge", "judge": {"model": args.model, **engine}},
+        "feedback": {"type": "judge", "judge": {"model": args.model, "min_answer_mass": 0.0, **engine}},
         "cluster": {**cluster, "gpus_per_actor": 0.3} if gpu else cluster,
         "evaluation": {"held_out": {"path": None}},
     }

@@ -61,7 +61,7 @@ def make_job(args: argparse.Namespace, scratch: Path) -> TrainJob:
     from rlaif_ray.config.jobs import TrainJob
 
     engine = {"kv_cache_gb": 0.5}
-    judge = {**engine, "model": args.judge or args.model, "precision": "fp32"}
+    judge = {**engine, "model": args.judge or args.model, "precision": "fp32", "min_answer_mass": 0.0}
     template = scratch / "judge.yaml"
     template.write_text(json.dumps(template_of(args.judge_template.read_text())))  # JSON is YAML
     prompts = scratch / "prompts.jsonl"

@@ -46,7 +46,11 @@ def test_three_steps(tmp_path: Path) -> None:
                 "data": {"path": str(prompts)},
                 "sampling": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 16},
                 "rollout": SHARE,
-                "feedback": {"type": "judge", "judge": {"model": gpu_model(), **SHARE}, "template": str(template)},
+                "feedback": {
+                    "type": "judge",
+                    "judge": {"model": gpu_model(), "min_answer_mass": 0.0, **SHARE},
+                    "template": str(template),
+                },
                 "algorithm": {"type": "ppo", "minibatches": 2},
                 "learner": {"lr": 1e-3, "zero_stage": 2},
                 "cluster": {"address": "local", "device": CLUSTER_DEVICE, "gpus_per_actor": 0.3},

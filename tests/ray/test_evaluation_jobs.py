@@ -41,7 +41,7 @@ def evaluate(folder: Path, name: str) -> Program:
     words = [
         *(ROOT / ".venv/bin/rlaif", "evaluate", ROOT / "configs/demo/alignment.yaml"),
         f"data.path={folder / 'people.jsonl'}",
-        f"judge={{type: vllm, model: {model()}, kv_cache_gb: 0.2}}",
+        f"judge={{type: vllm, model: {model()}, kv_cache_gb: 0.2, min_answer_mass: 0}}",
         f"arms={{one: {{model: {model()}}}, other: {{model: {model(1)}}}, file: {{path: {folder / 'file.jsonl'}}}}}",
         "prompts={path: 'package:heldout', limit: 70, shuffle: false}",
         "harmless={prompts: {path: 'package:train', limit: 40, shuffle: false}, "

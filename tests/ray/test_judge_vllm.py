@@ -55,7 +55,7 @@ def test_the_score_is_that_of_transformers(
     # The engine knows token ids only, so one model serves both tokenizers.
     tokenizer = make_tokenizer(None, ten_is_one_token=ten_is_one_token)
     asker = LocalAsker(tiny_engine, tokenizer, ENGINE_CONTEXT, "tiny")
-    judge = Judge(asker, load_template(name))
+    judge = Judge(asker, load_template(name), min_answer_mass=0.0)
     completions = [
         Completion(Prompt(str(i), (), (1,), a), 0, (1,), (0.0,), b, True, 0) for i, (a, b) in enumerate(PAIRS)
     ]
@@ -74,7 +74,8 @@ def test_the_score_is_that_of_transformers(
 
 
 def test_a_text_that_is_too_long_leaves_the_others_their_scores(tiny_engine: VllmEngine) -> None:
-    judge = Judge(LocalAsker(tiny_engine, make_tokenizer(None), ENGINE_CONTEXT, "tiny"), load_template("helpful"))
+    asker = LocalAsker(tiny_engine, make_tokenizer(None), ENGINE_CONTEXT, "tiny")
+    judge = Judge(asker, load_template("helpful"), min_answer_mass=0.0)
     texts = ["good", "x" * ENGINE_CONTEXT, "good too"]
     completions = [Completion(Prompt("p", (), (1,), "hi"), i, (1,), (0.0,), t, True, 0) for i, t in enumerate(texts)]
     assert [score.failure for score in judge.score(completions)] == [None, "too_long", None]

@@ -22,7 +22,7 @@ import torch
 from rlaif_ray.config.sections import OpenAIJudge
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.remote import TEXT_TOKENS, OpenAIAsker
-from rlaif_ray.feedback.replies import parse_answer
+from rlaif_ray.feedback.verdicts import parse_answer
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.types import Answer, Message, Question
 from tests.conftest import ENGINE_CONTEXT

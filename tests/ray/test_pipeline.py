@@ -20,7 +20,7 @@ cluster: {{address: local}}
 shared:
   policy: {{model: {model}}}
   rollout: {{kv_cache_gb: 0.1}}
-  judge: {{model: {model}, kv_cache_gb: 0.2}}
+  judge: {{model: {model}, kv_cache_gb: 0.2, min_answer_mass: 0}}
   learner: {{lr: 1.0e-3}}
   checkpoint: {{every: 2}}
   tracking: {{wandb: disabled}}
@@ -67,7 +67,7 @@ stages:
     policy: {{model: 'stage:sft'}}
     data: {{path: 'package:train', limit: 130}}
     sampling: {{samples_per_prompt: 2, max_new_tokens: 6}}
-    feedback: {{type: judge, template: helpful, judge: {{model: {model}, kv_cache_gb: 0.2}}}}
+    feedback: {{type: judge, template: helpful, judge: {{model: {model}, kv_cache_gb: 0.2, min_answer_mass: 0}}}}
   evaluate:
     job: evaluate
     arms:

@@ -103,6 +103,7 @@ def label(folder: Path, name: str, data: Path, *settings: object) -> Program:
         f"data.path={data}",
         f"judge.model={model()}",
         "judge.kv_cache_gb=0.3",
+        "judge.min_answer_mass=0",  # random weights: every token is as likely as an answer
         f"run_dir={folder / name}",
         f"output={folder / name}.jsonl",
         *settings,

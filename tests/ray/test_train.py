@@ -111,7 +111,8 @@ class TestStraight:
             assert row["rollout/logprob_gap"] < 1e-3
             assert row["completion/length_mean"] <= 12
             assert row["policy/grad_norm"] > 0 and row["value/grad_norm"] > 0
-            phases = sum(row[f"time/{name}_s"] for name in ("rollout", "feedback", "annotate", "update", "weight_sync"))
+            names = ("rollout", "feedback", "annotate", "update", "weight_sync", "guard")
+            phases = sum(row[f"time/{name}_s"] for name in names)
             assert 0.9 * row["time/step_s"] < phases <= row["time/step_s"]
 
     def test_the_first_step_starts_from_the_policy_itself(self, run_dir: Path) -> None:

@@ -23,7 +23,8 @@ from rlaif_ray.config.load import load_job
 from rlaif_ray.data.preferences import read_preferences
 from rlaif_ray.data.prompts import read_conversations
 from rlaif_ray.errors import CheckpointError, InputError
-from rlaif_ray.feedback.replies import BadReplyError, parse_answer, read_probabilities, read_reply
+from rlaif_ray.feedback.replies import BadReplyError, read_probabilities, read_reply
+from rlaif_ray.feedback.verdicts import parse_answer
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.state_files import SUFFIX, read_state

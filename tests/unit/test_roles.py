@@ -19,7 +19,15 @@ from rlaif_ray.pipelines.run_folder import go_on
 # By class and field: whatever is not here is RESULT. A new setting that may change in a resume is added on purpose.
 DECLARED = {
     HANDLING: {
-        *("*Job.cluster", "*Job.checkpoint", "*Job.tracking", "*Job.weight_sync", "*Job.run_dir", "*Job.output"),
+        *(
+            "*Job.cluster",
+            "*Job.checkpoint",
+            "*Job.tracking",
+            "*Job.weight_sync",
+            "*Job.guard",
+            "*Job.run_dir",
+            "*Job.output",
+        ),
         *(
             "LabelJob.push_to_hub",
             "PolicyConfig.attention",
@@ -69,7 +77,7 @@ def owner(model: type[BaseModel], name: str) -> str:
     return f"{'*Job' if first.__name__.endswith('Job') and name in SHARED else first.__name__}.{name}"
 
 
-SHARED = ("cluster", "checkpoint", "tracking", "weight_sync", "run_dir", "output", "min_done_fraction")
+SHARED = ("cluster", "checkpoint", "tracking", "weight_sync", "guard", "run_dir", "output", "min_done_fraction")
 ALL: set[type[BaseModel]] = set()
 for each in JOBS.values():
     reached(each, ALL)

@@ -127,6 +127,7 @@ def rl_update(spec: RankSpec, spoil: str) -> Any:
 def whole_run(spec: RankSpec, folder: Path, lr: float, nonfinite: str) -> dict[str, Any]:
     """The loop of `rlaif sft` with its checkpoints and rows, without Ray between it and this rank."""
     from rlaif_ray.pipelines.checkpoint import RunState, open_checkpoints
+    from rlaif_ray.pipelines.guard import Guard
     from rlaif_ray.pipelines.restarts import with_restarts
     from rlaif_ray.pipelines.supervised import SupervisedRun
     from rlaif_ray.runtime.groups import SftGroup
@@ -153,7 +154,10 @@ def whole_run(spec: RankSpec, folder: Path, lr: float, nonfinite: str) -> dict[s
         open_tracker(folder, config={}, tracking=job.tracking, total_steps=9, name="run") as track,
         checkpoints,
     ):
-        run = SupervisedRun(job, folder, track, Alone(rank, job), RunState(), None, 9, lambda: False, checkpoints)
+        learner = Alone(rank, job)
+        guard = Guard(job, learner, "fp32", 64)
+        start = (RunState(), None, 9, lambda: False)
+        run = SupervisedRun(job, folder, track, learner, *start, checkpoints, guard, {})
         try:
             with_restarts(
                 lambda found: run.train(TURNS, dict), None, job=job, cluster=None, checkpoints=checkpoints, track=track

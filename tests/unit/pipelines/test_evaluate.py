@@ -273,6 +273,6 @@ def test_answers_that_are_other_ones_by_now(tmp_path: Path) -> None:
     settings = (*arms, "data=null", f"run_dir={tmp_path / 'run'}")
     run(tmp_path, *settings)
     assert run(tmp_path, *settings)["win_rates"][0]["win_rate"]["rate"] == 1.0
-    arm(tmp_path, "a", ["", "", ""])
+    arm(tmp_path, "a", ["x", "y", "z"])
     with pytest.raises(InputError, match=r"holds results of another run: arms.a.path: .*a.jsonl has changed \(written"):
         run(tmp_path, *settings)

@@ -136,6 +136,14 @@ def test_what_an_engine_is_known_to_get_wrong_is_refused_where_it_does(
     assert [line.split(".model=")[0] for line in str(caught.value).splitlines()] == ["policy"]
 
 
+@pytest.mark.parametrize("config", ["MambaConfig", "FalconMambaConfig", "JambaConfig"])
+def test_mamba_needs_a_gpu(config: str, tmp_path: Path) -> None:
+    model = folder_of(tmp_path, config, config.replace("Config", "ForCausalLM"))
+    with pytest.raises(InputError, match=r"selective scan for GPUs alone.*Use GPUs"):
+        check_models(train_job(model))
+    check_models(train_job(model, cluster={"device": "gpu"}))
+
+
 def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
     job = RewardModelJob.model_validate({"policy": {"model": TINY}, "data": {"path": "x"}})
     assert [(use.key, use.trained, use.sampled) for use in uses(job)] == [("policy", False, False)]

@@ -197,9 +197,9 @@ def test_an_own_template_that_says_something_else(served: tuple[FakeEndpoint, Fa
     write_pairs(3)
     Path("own.yaml").write_text(text)
     assert label(endpoint.url, "label.template=own.yaml").exit_code == 0
-    Path("own.yaml").write_text(f"# a comment\n{text}")
+    Path("own.yaml").write_text(f"# a comment\n{text.replace('name: helpful', 'name: own')}")
     assert label(endpoint.url, "label.template=own.yaml").exit_code == 0
-    Path("own.yaml").write_text(text.replace("helpful", "kind"))
+    Path("own.yaml").write_text(text.replace("You compare two", "You weigh two"))
     result = label(endpoint.url, "label.template=own.yaml")
     assert result.exit_code == 2 and "label.template: own.yaml has changed (written 20" in result.stderr
 

@@ -36,7 +36,7 @@ class Sleeper:
         self.told.append("generate")
         step = {7: SimpleNamespace(logprob=-0.5)}
         answer = SimpleNamespace(token_ids=[7], logprobs=[step], finish_reason="stop")
-        return [SimpleNamespace(outputs=[answer]) for _ in requests]
+        return [SimpleNamespace(outputs=[answer], prompt_logprobs=None) for _ in requests]
 
     def start_weight_update(self) -> None:
         assert "weights" not in self.asleep

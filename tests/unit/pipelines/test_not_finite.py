@@ -181,6 +181,8 @@ SUMMARIES: dict[str, tuple[Any, dict[str, Any]]] = {
             "prompts": 3,
             "responses": 3,
             "left_out": {},
+            "failures": {"engine_error": 1},
+            "retryable": 1,
             "samples_per_prompt": 1,
             "tokens": 9,
             "score": {"best": 0.5, "mean": 0.1},
@@ -192,7 +194,8 @@ SUMMARIES: dict[str, tuple[Any, dict[str, Any]]] = {
         {
             **{"labels": 3, "records": 4, "failures": {"too_long": 1}, "position_bias": 0.5, "mean_confidence": 0.9},
             **{"hard": 1, "cut": 1, "tokens_in": 5, "tokens_out": 1, "questions_recalled": 1, "questions_asked": 2},
-            **{"labels_per_s": 2.5, "human_cost": 4.0, "cost": 0.5, "output": "x"},
+            **{"labels_per_s": 2.5, "human_cost": 4.0, "cost": 0.5, "output": "x", "retryable": 1},
+            **{"mean_answer_mass": 0.8, "low_answer_mass_fraction": 0.1},
         },
     ),
     "evaluate": (
@@ -201,7 +204,7 @@ SUMMARIES: dict[str, tuple[Any, dict[str, Any]]] = {
             **{"judge": "j", "training_judges": {}, "reward_models": {"rm": {**RATE, **PAIRS}}, "probabilities": False},
             "alignment": {
                 **{**RATE, **PAIRS, "longer": {"accuracy": 0.5}, "people": 0.7, "kappa": 0.3, "position_bias": RATE},
-                **{"failed": 1, "subsets": {"a": {**RATE, **PAIRS}}},
+                **{"failed": 1, "failures": {"too_long": 1}, "subsets": {"a": {**RATE, **PAIRS}}},
             },
             "win_rates": [
                 {
@@ -209,7 +212,8 @@ SUMMARIES: dict[str, tuple[Any, dict[str, Any]]] = {
                     "mean_length": {"a": 9.0, "b": 8.0},
                 }
             ],
-            **{"harmless": None, "tokens_in": 1, "tokens_out": 1, "cost": 0.5},
+            **{"harmless": None, "tokens_in": 1, "tokens_out": 1, "cost": 0.5, "failures": {}, "retryable": 0},
+            "harmless_failures": {},
         },
     ),
     "train": (
