@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from rlaif_ray.config.algorithms import AlgorithmConfig, PpoConfig
 from rlaif_ray.config.chat import ChatDate
 from rlaif_ray.config.data_sections import (
     ArmConfig,
@@ -25,7 +26,6 @@ from rlaif_ray.config.data_sections import (
 )
 from rlaif_ray.config.roles import ADJUSTABLE, HANDLING
 from rlaif_ray.config.sections import (
-    AlgorithmConfig,
     CheckpointConfig,
     ClusterConfig,
     Config,
@@ -38,7 +38,6 @@ from rlaif_ray.config.sections import (
     JudgeFeedback,
     LearnerConfig,
     PolicyConfig,
-    PpoConfig,
     PreferenceJudge,
     RewardModelFeedback,
     SamplingConfig,

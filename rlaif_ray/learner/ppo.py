@@ -20,8 +20,8 @@ from torch import Tensor
 from rlaif_ray.algorithm import kl, losses
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.attention import PACKED, plan_attention
+from rlaif_ray.config.algorithms import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.config.jobs import TrainJob
-from rlaif_ray.config.sections import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.algorithm import advantages as adv
 from rlaif_ray.algorithm.kl import adaptive_kl_coef, kl_estimate
 from rlaif_ray.algorithm.logprobs import masked_sum
-from rlaif_ray.config.sections import GrpoConfig, PpoConfig, ReinforceConfig, RlooConfig
+from rlaif_ray.config.algorithms import GrpoConfig, PpoConfig, ReinforceConfig, RlooConfig
 from rlaif_ray.errors import FeedbackError, StaleWeightsError
 from rlaif_ray.feedback.answers import LOW_MASS
 from rlaif_ray.types import Sample
@@ -19,7 +19,7 @@ from rlaif_ray.types import Sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlaif_ray.config.sections import AlgorithmConfig, KlConfig
+    from rlaif_ray.config.algorithms import AlgorithmConfig, KlConfig
     from rlaif_ray.types import Completion, Experience, Score
 
 

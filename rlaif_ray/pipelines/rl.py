@@ -153,7 +153,6 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
                     guard.check_update(updated, experience)
                 with metrics.phase("weight_sync"):
                     pushed = sync.push(version=step)
-                with metrics.phase("guard"):
                     metrics.add({**updated, **guard.check_push(run.rollouts, step)})
                 kl = mean_kl(experience, job.algorithm.kl)
                 metrics.add(batch_metrics(completions, scores) | run.rollouts.metrics())

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from rlaif_ray.config.algorithms import PpoConfig, ReinforceConfig
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.config.jobs import EvaluateJob, ReviseJob, RewardModelJob, SftJob, SupervisedJob, TrainJob
 from rlaif_ray.config.sections import (
@@ -22,9 +23,7 @@ from rlaif_ray.config.sections import (
     JudgeFeedback,
     MixtureFeedback,
     PolicyConfig,
-    PpoConfig,
     Precision,
-    ReinforceConfig,
     RewardModelFeedback,
 )
 from rlaif_ray.model_shapes import ModelShape

@@ -16,7 +16,7 @@ from rlaif_ray.tracking.files import append_rows, keep_rows, plain, prepare_fold
 from rlaif_ray.tracking.memory import PeakMemory
 from rlaif_ray.tracking.wandb_run import TrackingSettings, WandbRun, flat, keep_run_id
 
-PHASES = ("rollout", "feedback", "annotate", "update", "weight_sync", "guard", "evaluation", "checkpoint")
+PHASES = ("rollout", "feedback", "annotate", "update", "weight_sync", "evaluation", "checkpoint")
 
 
 def open_tracker(

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from rlaif_ray.config.algorithms import GrpoConfig, PpoConfig
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.config.jobs import JOBS, TrainJob
 from rlaif_ray.config.load import Loaded, load_job
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
-from rlaif_ray.config.sections import GrpoConfig, LearnerConfig, PpoConfig
+from rlaif_ray.config.sections import LearnerConfig
 from rlaif_ray.errors import InputError
 
 Write = Callable[..., Path]

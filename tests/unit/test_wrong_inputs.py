@@ -200,6 +200,7 @@ def checkpoint_of(folder: Path, **changed: object) -> None:
     from rlaif_ray.storage import Place, StoredFolder, draft, publish
 
     values = {"policy": {"model": tiny()}, "feedback": {"type": "judge", "judge": {"model": tiny()}}}
+    values = {"chat_date": "2026-11-30", **values}
     final = Place.of(folder / "run" / "checkpoints" / "step-5")
     place = draft(final, "0")
     settings = kept_settings(TrainJob.model_validate(values | changed))

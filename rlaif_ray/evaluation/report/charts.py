@@ -17,7 +17,7 @@ COLOURS = ("#0068ad", "#c25400", "#007a58", "#a8457f", "#7a6a00", "#3a86b8", "#5
 NIGHT = ("#5fb4f0", "#f5944e", "#38c79b", "#e893c3", "#d9c643", "#9bd0f2", "#a79cf0", "#a9afb8")
 DARK = dict(zip(COLOURS, NIGHT, strict=True))
 DASHES = ("solid", "dash", "dot", "dashdot")  # once the colours are used up
-PHASES = ("rollout", "feedback", "annotate", "update", "weight_sync", "guard", "evaluation", "checkpoint", "other")
+PHASES = ("rollout", "feedback", "annotate", "update", "weight_sync", "evaluation", "checkpoint", "other")
 DRAWN = 2000  # points of a curve; more than a screen has
 AREAS = 500  # points of a filled area: of thousands of spikes nothing is seen
 SMOOTHED_FROM = 60  # points

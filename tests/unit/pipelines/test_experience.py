@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlaif_ray.config.algorithms import KlConfig
 from rlaif_ray.config.jobs import TrainJob
-from rlaif_ray.config.sections import KlConfig
 from rlaif_ray.errors import FeedbackError, StaleWeightsError
 from rlaif_ray.pipelines.checkpoint import due
 from rlaif_ray.pipelines.experience import (

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from rlaif_ray.config.algorithms import KlConfig
 from rlaif_ray.config.jobs import SftJob, TrainJob
-from rlaif_ray.config.sections import KlConfig, LearnerConfig
+from rlaif_ray.config.sections import LearnerConfig
 from rlaif_ray.errors import NotFiniteError
 from rlaif_ray.interfaces import score_answered
 from rlaif_ray.learner.finetune import SftExample

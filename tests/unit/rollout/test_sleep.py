@@ -57,6 +57,7 @@ def engine(sleep: bool) -> tuple[VllmEngine, Sleeper]:
     spec = EngineSpec("m", None, False, "bfloat16", "cuda", 64, 1, 0.4, 1.0, 0, 1, "ipc", sleep=sleep)
     made, llm = VllmEngine.__new__(VllmEngine), Sleeper()
     made._llm, made._spec, made._broken, made.weight_version = llm, spec, None, -1
+    made._thought_tokens = {}
     made._tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: "seven")
     made._asleep, made.busy_since = set(), None
     made._sleep()
