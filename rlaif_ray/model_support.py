@@ -48,6 +48,13 @@ UNSUPPORTED: dict[str, Unsupported] = {
     ),
 }
 
+# Of every model with latent attention (DeepSeek V2 and V3, Kimi, ...): a config with a `kv_lora_rank`.
+LATENT_ATTENTION = Unsupported(
+    ("cpu",),
+    "takes latent attention in bf16 alone there, and with VLLM_MLA_DISABLE=1 its log-probabilities are wrong by nats",
+    "Use cluster.device=cuda, or a model without latent attention.",
+)
+
 
 def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True) -> str | None:
     """Why vLLM must not be started with this model on this device, and the remedy; None where nothing is known.
@@ -58,6 +65,8 @@ def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True) -
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for model_type in dict.fromkeys((config.model_type, text.model_type)):
         known = UNSUPPORTED.get(model_type)
+        if known is None and getattr(text, "kv_lora_rank", None):
+            known = LATENT_ATTENTION
         if known is not None and device in known.devices and (takes_weights or not known.only_updates):
             return (
                 f"model type {model_type} can't be used on cluster.device={device}: vLLM 0.32 {known.reason}. "

@@ -60,8 +60,6 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # phases take turns on the same cores, pinned threads would not
             "OMP_NUM_THREADS": str(spec.threads),
             "CUDA_VISIBLE_DEVICES": "",
-            # vLLM's latent attention on CPU takes bf16 alone; without it DeepSeek's keys and values are spelled out.
-            "VLLM_MLA_DISABLE": "1",
         }
     return environment
 

@@ -61,9 +61,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeConfig", WIDTH | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOssConfig", WIDTH | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "glm4_moe": ("Glm4MoeConfig", WIDTH | ROUTED | {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 32}),
-    "minimax_m2": ("MiniMaxM2Config", WIDTH | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        WIDTH | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 32, "scoring_func": "sigmoid"},
+    ),
     "deepseek_v2": ("DeepseekV2Config", DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
-    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK | {"q_lora_rank": 32, "n_group": 2, "topk_group": 1}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        DEEPSEEK | {"q_lora_rank": 32, "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc"},
+    ),
     "apertus": ("ApertusConfig", WIDTH),
 }
 
