@@ -88,4 +88,4 @@ def test_fine_tuning_learns_and_other_revisions_are_no_resume(folder: Path, revi
     data.write_text("".join(revisions.read_text().splitlines(keepends=True)[:-1]))
     program = sft(folder, "sft", data)
     program.wait()
-    assert program.exit_code == 2 and "has changed since the checkpoint" in program.stderr
+    assert program.exit_code == 2 and f"data.path: {data} has changed" in program.stderr
