@@ -94,7 +94,9 @@ class TestStraight:
 
     def test_resolved_config_loads_again(self, run_dir: Path, config: Path) -> None:
         again = load_job("train", [run_dir / "resolved.yaml"])
-        assert again.config == load_job("train", [config], [f"run_dir={run_dir}"]).config
+        day = str(again.config.chat_date)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", day)
+        assert again.config == load_job("train", [config], [f"run_dir={run_dir}", f"chat_date={day}"]).config
         text = (run_dir / "resolved.yaml").read_text()
         assert yaml.safe_load(text).keys() == TrainJob.model_fields.keys()
         assert re.search(r"^# git: [0-9a-f]{40}", text, re.M) and re.search(r"^# versions: .*vllm.*ray", text, re.M)
