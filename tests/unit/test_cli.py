@@ -195,7 +195,7 @@ def test_help_comes_at_once() -> None:
         )
         fastest = min(fastest, time.perf_counter() - begin)
         assert done.returncode == 0 and "train" in done.stdout
-    assert fastest < 1.0
+    assert fastest < scaled(1.0)
 
 
 @pytest.mark.parametrize("job", cli._JOBS.values(), ids=list(cli._JOBS))
