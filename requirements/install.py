@@ -63,7 +63,7 @@ def install(venv: Path, arguments: list[str], count: int, log: IO[str], progress
     assert pip.stdout is not None
     fetched = 0
     installed = threading.Event()
-    with progress.counting(venv, installed, count):
+    with Counting(progress, venv, installed, count):
         for line in pip.stdout:
             log.write(line)
             if found := re.match(r"\s*Collecting (\S+)", line):
@@ -110,9 +110,6 @@ class Progress:
         elif now - self._shown >= PLAIN_EVERY_S:
             self._shown = now
             print(f"  {self.elapsed()}  {text}", flush=True)
-
-    def counting(self, venv: Path, begun: threading.Event, count: int) -> Counting:
-        return Counting(self, venv, begun, count)
 
     def _clear(self) -> None:
         if self._width:

@@ -49,7 +49,7 @@ DECLARED = {
         *("TrainJob.steps", "SupervisedConfig.epochs", "RewardConfig.human_path", "RevisionConfig.keep"),
         *("EngineConfig.max_context", "RewardModelFeedback.max_context", "OpenAIJudge.base_url"),
         *("OpenAIJudge.max_prompt_chars", "LearnerConfig.nonfinite", "LearnerConfig.nonfinite_limit"),
-        *("OpenAIJudge.max_prompt_chars", "PreferenceDataConfig.limit"),  # of pairs to label
+        "PreferenceDataConfig.limit",  # of pairs to label
     },
 }
 
