@@ -4,7 +4,8 @@ A step samples, judges, annotates, updates and syncs. Step clocks are contiguous
 JSON line a step on stdout, and nothing else.
 
 `--judge-template` takes the text file that TRL's side takes. Our judge needs each text on a line of its own between
-markers; with `judge_template.txt` of this folder, which has them, both sides read the same text.
+markers; with `judge_template.txt` of this folder, which has them, both sides read the same words, and our judge a code
+in each marker and the two sentences that explain it (feedback/frames.py).
 """
 
 from __future__ import annotations

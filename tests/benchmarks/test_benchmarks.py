@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,14 +86,14 @@ def test_template_text_with_labels_becomes_ours() -> None:
     assert made["markers"] == ["[CONTEXT]", "[END CONTEXT]", "[RESPONSE]", "[END RESPONSE]"]
 
 
-def test_template_text_with_markers_stays_word_for_word(tmp_path: Path) -> None:
+def test_template_text_with_markers_stays_word_for_word_but_for_the_frame_codes(tmp_path: Path) -> None:
     from rlaif_ray.feedback.templates import load_template
 
     text = Path(__file__).with_name("judge_template.txt").read_text()
     path = tmp_path / "judge.yaml"
     path.write_text(json.dumps(template_of(text)))
     template = load_template(str(path))
-    body = template.render("P", "R")
+    body = re.sub(r"(?m)^(\[[A-Z ]+) [a-z]{6}\]$", r"\1]", template.render("P", "R"))
     assert f"{template.preamble}\n\n{body}\n\n{template.ending}" == (
         text.replace("{prompt}", "P").replace("{response}", "R").strip()
     )

@@ -62,7 +62,8 @@ def cluster(folder: Path) -> Iterator[RayCluster]:
     port, dashboard = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray-") as private:  # short: sockets lie in it
         command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats"]
-        command += [f"--port={port}", f"--dashboard-port={dashboard}"]
+        # The agent's port is a fixed one unless it is named, and another Ray of this machine may hold it.
+        command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
         command += ["--include-dashboard=true", "--num-cpus=2", f"--object-store-memory={2**28}"]
         head = start([*command, f"--temp-dir={private}"], folder / "head.out", TOKEN)
         try:

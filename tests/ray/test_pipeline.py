@@ -71,12 +71,11 @@ stages:
   evaluate:
     job: evaluate
     arms:
-      base: {{model: {model}}}
       dpo: {{model: 'stage:dpo'}}
       best: {{path: 'stage:best-of-2'}}
     prompts: {{path: 'package:train', limit: 70}}
     sampling: {{max_new_tokens: 6}}
-    win_rate: {{reference: base}}
+    win_rate: {{reference: dpo}}
 """
 CONSTITUTION = """\
 id: mine
@@ -146,10 +145,10 @@ def test_every_stage_ran_and_left_what_it_makes(folder: Path, straight: Path) ->
         usable = [(s, r) for s, r in zip(of["scores"], of["responses"], strict=True) if s is not None and r]
         assert row["score"] == max(s for s, _ in usable) and (row["score"], row["response"]) in usable
     evaluation = json.loads(Path(found["evaluate"]["artefact"]).read_text())
-    assert [(one["a"], one["b"]) for one in evaluation["win_rates"]] == [("dpo", "base"), ("best", "base")]
-    assert evaluation["win_rates"][0]["win_rate"]["n"] == 70 and 60 <= evaluation["win_rates"][1]["win_rate"]["n"] <= 70
-    judges = evaluation["training_judges"]  # by DPO's labels, by best-of-n's scores; the base model has none
-    assert judges == {"base": [], "dpo": [evaluation["judge"]], "best": [evaluation["judge"]]}
+    assert [(one["a"], one["b"]) for one in evaluation["win_rates"]] == [("best", "dpo")]
+    assert 60 <= evaluation["win_rates"][0]["win_rate"]["n"] <= 70
+    judges = evaluation["training_judges"]  # by DPO's labels, by best-of-n's scores
+    assert judges == {"dpo": [evaluation["judge"]], "best": [evaluation["judge"]]}
     resolved = Path(found["rm"]["artefact"]).with_name("resolved.yaml")
     assert f"model: {found['sft']['artefact']}" in resolved.read_text()
 
