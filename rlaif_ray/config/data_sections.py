@@ -45,7 +45,7 @@ class PreferenceDataConfig(Config):
     """Preference records: ours, prompt/response_a/response_b/label rows, or TRL's prompt/chosen/rejected."""
 
     path: Annotated[str, DATA]
-    """A .jsonl or .parquet file, or a hub id."""
+    """A .jsonl or .parquet file, or a hub id, owner/name or owner/name@revision."""
     split: str = "train"
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first this many rows."""

@@ -73,7 +73,8 @@ class DataConfig(Config):
     """Prompts to answer."""
 
     path: Annotated[str, DATA] = "package:train"
-    """`package:train` (the project's own prompts), a .jsonl/.json/.parquet/.csv file, a folder, or a hub id."""
+    """`package:train` (the project's own prompts), a .jsonl/.json/.parquet/.csv file, a folder, or a hub id,
+    owner/name or owner/name@revision."""
     split: str = "train"
     column: str = "prompt"
     """Column with the prompt: a string, or a list of {role, content} messages."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
-from rlaif_ray.data.prompts import PACKAGED, files_of_split
+from rlaif_ray.data.prompts import PACKAGED, files_of_split, hub_reference
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.models import cache_folder
 from rlaif_ray.tracking.files import read_json, write_json
@@ -46,15 +46,24 @@ class Content:
 
     name: str  # as the config has it
     digest: str  # of the content; the same wherever it lies
-    commit: str | None = None  # of what is on the hub, where the local cache knows it
+    ref: str | None = None  # of what is on the hub: the branch, tag or commit that is asked for
+    commit: str | None = None  # at which that stands, where the local cache knows it
     changed_at: float | None = None  # seconds since the epoch; the newest of its files
     files: Mapping[str, str] = field(default_factory=dict)  # digests by path in a folder
 
+    @property
+    def known_by(self) -> str:
+        """The digest, and of what is on the hub the branch or tag that is asked for."""
+        return f"{self.digest} {self.ref or ''}".strip()
+
     def same_as(self, other: Content) -> bool:
-        """Whether both are the same content; a commit that one of them does not know is no difference."""
+        """Whether both are the same content: on the hub of the same commit, or, as long as one of them does not know
+        its commit, of the same branch or tag."""
         if self.digest != other.digest:
             return False
-        return None in (self.commit, other.commit) or self.commit == other.commit
+        if self.commit is None or other.commit is None:
+            return self.ref == other.ref
+        return self.commit == other.commit
 
     def told(self, before: Content) -> str:
         """What has changed since `before`, in words."""
@@ -73,6 +82,7 @@ class Content:
         return {
             "name": self.name,
             "digest": self.digest,
+            "ref": self.ref,
             "commit": self.commit,
             "changed_at": self.changed_at,
             "files": dict(self.files) if len(self.files) <= FILES_KEPT else {},
@@ -105,7 +115,8 @@ def data_content(path: str, split: str = "train") -> Content:
         return _of_files(path, {"": local})
     if path and local.is_dir():
         return _of_files(path, {str(file.relative_to(local)): file for file in files_of_split(local, split)})
-    return Content(path, f"data set {path} {split}", _commit("datasets", path, None))
+    name, revision = hub_reference(path)
+    return Content(path, f"data set {name} {split}", ref=revision, commit=_commit("datasets", name, revision))
 
 
 def model_content(name: str, revision: str | None = None) -> Content:
@@ -123,7 +134,7 @@ def model_content(name: str, revision: str | None = None) -> Content:
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return _of_files(name, {str(file.relative_to(folder)): file for file in _model_files(folder)})
-    return Content(name, f"model {name} {revision or 'main'}", _commit("models", name, revision))
+    return Content(name, f"model {name}", ref=revision or "main", commit=_commit("models", name, revision))
 
 
 def file_content(name: str) -> Content:

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.data.messages import Row, decoded, described, read_messages, shorten
-from rlaif_ray.data.prompts import id_of_row, nearest_hint, one_line
+from rlaif_ray.data.prompts import hub_reference, id_of_row, nearest_hint, one_line
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.types import Message
@@ -240,11 +240,13 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         ) from error
 
 
-def _hub_rows(name: str, split: str) -> Iterator[Row]:
+def _hub_rows(path: str, split: str) -> Iterator[Row]:
     import datasets
 
+    name, revision = hub_reference(path)
     try:  # offline a stream has no source, while what was downloaded before is on disk and mapped into memory
-        data = datasets.load_dataset(name, split=split, streaming=not datasets.config.HF_HUB_OFFLINE)
+        streaming = not datasets.config.HF_HUB_OFFLINE
+        data = datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
         raise InputError(
             f"the preferences {name!r} are no file here, and no Hugging Face data set whose split {split!r} can be "

@@ -261,11 +261,18 @@ def _broken_line(file: Path) -> tuple[int, str, str] | None:
     return None
 
 
-def _read_hub(name: str, split: str, column: str, limit: int | None) -> list[Row]:
+def hub_reference(path: str) -> tuple[str, str | None]:
+    """Name and revision of a data set on the hub: owner/name, or owner/name@revision with a branch, tag or commit."""
+    name, _, revision = path.partition("@")
+    return name, revision or None
+
+
+def _read_hub(path: str, split: str, column: str, limit: int | None) -> list[Row]:
     import datasets
 
+    name, revision = hub_reference(path)
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
         raise InputError(
             f"the prompts {name!r} are no file or folder here, and no Hugging Face data set whose split {split!r} can "

@@ -58,4 +58,4 @@ def _judge_identity(job: LabelJob) -> str:
     judge = job.judge
     assert isinstance(judge, JudgeConfig)
     content = model_content(judge.model, judge.revision)
-    return f"vllm/{content.digest}/{judge.precision}/{judge.max_context}"
+    return f"vllm/{content.known_by}/{judge.precision}/{judge.max_context}"

@@ -5,19 +5,25 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.errors import CheckpointError
 from rlaif_ray.pipelines.checkpoint import STATE
 from rlaif_ray.pipelines.run_folder import state_of
 from rlaif_ray.pipelines.settings import KEPT
-from rlaif_ray.storage import Place
+from rlaif_ray.storage import Place, open_folder
+from rlaif_ray.tracking.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rlaif_ray.config.load import Loaded
+
+OF_A_PIPELINE = "pipeline.json"  # in its folder
 
 
 def with_chat_date(loaded: Loaded, today: str | None = None) -> Loaded:
@@ -28,6 +34,17 @@ def with_chat_date(loaded: Loaded, today: str | None = None) -> Loaded:
     """
     date = loaded.config.chat_date or _begun(loaded) or today or datetime.date.today().isoformat()
     return replace(loaded, config=loaded.config.model_copy(update={"chat_date": date}))
+
+
+def pipeline_date(folder: Path, today: str | None = None) -> str:
+    """The date of all stages of the pipeline in `folder` that set none: that of its first day, kept there."""
+    kept = read_json(folder / OF_A_PIPELINE).get("chat_date")
+    if isinstance(kept, str):
+        return kept
+    date = today or datetime.date.today().isoformat()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / OF_A_PIPELINE, {"chat_date": date})
+    return date
 
 
 def _begun(loaded: Loaded) -> str | None:
@@ -45,19 +62,23 @@ def _kept_settings(loaded: Loaded) -> Iterator[Any]:
     """Settings of what this run may go on from, the newest first."""
     checkpoint = getattr(loaded.config, "checkpoint", None)
     if checkpoint is None:
-        yield _document(Place.of(state_of(loaded)) / KEPT)
+        yield _document((Place.of(state_of(loaded)) / KEPT).read)
     elif checkpoint.resume != "never":
         place = Place.of(checkpoint.path or loaded.run_dir / "checkpoints")
         steps: list[int] = []
         with suppress(CheckpointError):  # whoever resumes from it says what is wrong
             steps = [int(name.removeprefix("step-")) for name in place.names() if re.fullmatch(r"step-\d+", name)]
         for step in sorted(steps, reverse=True):
-            state = _document(place / f"step-{step}" / STATE)
+            state = _document(partial(_state, place / f"step-{step}"))
             yield state.get("settings") if isinstance(state, dict) else None
 
 
-def _document(place: Place) -> Any:
+def _state(checkpoint: Place) -> bytes:
+    return open_folder(checkpoint, verify=False)[0].read(STATE)
+
+
+def _document(read: Callable[[], bytes | str]) -> Any:
     try:
-        return json.loads(place.read())
+        return json.loads(read())
     except (CheckpointError, ValueError):
         return None

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.config.resolved import versions
 from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.pipelines.inputs import contents
 from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
 from rlaif_ray.storage import MANIFEST, Place, StoredFolder, draft, open_folder, publish, told
 
 if TYPE_CHECKING:
+    from rlaif_ray.data.identity import Content
     from rlaif_ray.interfaces import WrittenFiles
 
 STATE = "state.json"
@@ -66,8 +68,12 @@ def due(step: int, every: int, last: int | None = None) -> bool:
 # ---- Going on --------------------------------------------------------------------------------------------------------
 
 
-def read_state(saved: Saved, job: TrainJob | SupervisedJob, steps: int) -> RunState:
+def read_state(
+    saved: Saved, job: TrainJob | SupervisedJob, steps: int, now: Mapping[str, Content] | None = None
+) -> RunState:
     """The loop's state in a checkpoint of a run of so many steps; settings that have changed since are noted in it.
+
+    `now` is what the job's inputs held when this process began; looked at here where it isn't given.
 
     Raises:
         InputError: the config differs from the checkpoint's in something that can't change on the way.
@@ -81,6 +87,7 @@ def read_state(saved: Saved, job: TrainJob | SupervisedJob, steps: int) -> RunSt
         found = changed_settings(
             saved.document["settings"],
             job,
+            now,
             holds=f"{where} has a checkpoint of another run",
             anew="another run_dir, or checkpoint.resume=never",
         )
@@ -144,7 +151,8 @@ class Checkpoints:
 
     def __init__(self, job: TrainJob | SupervisedJob, place: Place) -> None:
         self._job, self._cfg, self.place = job, job.checkpoint, place
-        self._settings = kept_settings(job)  # now: a template's file may change while the run goes on
+        self.holds = contents(job)  # now: a file may change while the run goes on with what it has read
+        self._settings = kept_settings(job, self.holds)
         self._last: int | None = None  # the step that was saved last
         self._damaged: set[int] = set()  # those that were passed over
         self._writing: _Writing | None = None

@@ -20,12 +20,12 @@ from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, load_chat, read_prompts, readable_context
 from rlaif_ray.pipelines.inputs import look_at
-from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
+from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, rows_done, write_json
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
     looked = look_at(job)
     inputs = read_inputs(job)
     output = output_of(loaded, "revisions.jsonl")
-    state = open_output(loaded, output, looked)
+    state = open_output(loaded, output, looked, made=["steps.jsonl", "helpful.jsonl"])
     steps_file, helpful_file = state / "steps.jsonl", state / "helpful.jsonl"
     with stop_when_asked() as stopping, ExitStack() as stack:
         memory = Memory(state / "answers.sqlite")
@@ -66,7 +66,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
         engines = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context, receives_weights=False)
         cluster.wait()
         # After the model was trained anew in place its answers are other ones.
-        known_by = f"local/{looked.contents['policy.model'].digest}/{job.policy.precision}/{inputs.context}"
+        known_by = f"local/{looked.contents['policy.model'].known_by}/{job.policy.precision}/{inputs.context}"
         local = LocalAsker(engines, inputs.chat, inputs.context, job.policy.model, identity=known_by)
         asker = RememberingAsker(local, memory)
         progress.resume(0)
@@ -76,7 +76,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
             (helpful_file, inputs.helpful, 0),
         ):
             reviser = make_reviser(job, inputs, asker, steps)
-            done = rows_done(path, len(prompts), CHUNK)
+            done = rows_kept(path, [prompt.id for prompt in prompts], lambda row: row["id"])
             progress.advance(done)
             rows_again(path, _failed, _rows_by(reviser, prompts), stopping)
             work = in_order(_revised_by(reviser), chunks(prompts[done:], CHUNK), at_once=at_once, stopping=stopping)

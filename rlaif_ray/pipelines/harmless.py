@@ -18,10 +18,10 @@ from rlaif_ray.feedback.remembered import Memory
 from rlaif_ray.feedback.templates import Template, load_template
 from rlaif_ray.pipelines.asking import open_asker
 from rlaif_ray.pipelines.contexts import judge_context, load_chat
-from rlaif_ray.pipelines.partial import Silence, must_agree, rows_again
+from rlaif_ray.pipelines.partial import Silence, must_agree, rows_again, rows_kept
 from rlaif_ray.pipelines.run_folder import stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
-from rlaif_ray.tracking.files import append_rows, read_rows_streaming, rows_done
+from rlaif_ray.tracking.files import append_rows, read_rows_streaming
 from rlaif_ray.tracking.progress import ItemProgress
 from rlaif_ray.types import Completion, Message, Prompt, Score
 
@@ -120,7 +120,7 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "scored.jsonl"
-    done = rows_done(path, len(responses), CHUNK)
+    done = rows_kept(path, [_known(one) for one in responses], lambda row: (row["part"], row["arm"], row["response"]))
     if done < len(responses) or any(map(_failed, read_rows_streaming(path))):
         with (
             stop_when_asked() as stopping,
@@ -138,12 +138,14 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
 
             def ask(numbers: list[int]) -> list[Mapping[str, Any]]:
                 own = [responses[n] for n in numbers]
-                return [_row(*one) for one in zip(own, score(own), strict=True)]
+                scores = score(own)
+                silence.listen(_reason(one.failure, one.evidence) for one in scores)
+                return [_row(*one) for one in zip(own, scores, strict=True)]
 
             def stop() -> bool:
                 return stopping() or bool(silence)
 
-            rows_again(path, _failed, ask, stopping)
+            rows_again(path, _failed, ask, stop)
             for chunk, scores in in_order(score, chunks(responses[done:], CHUNK), at_once=at_once, stopping=stop):
                 append_rows(path, [_row(*one) for one in zip(chunk, scores, strict=True)])
                 progress.advance(len(chunk))
@@ -158,6 +160,11 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
     rows_now = list(read_rows_streaming(path))
     failed = counts(_reason(row["failure"], row["evidence"]) for row in rows_now)
     return Graded([row["score"] for row in rows_now], sum(row["tokens_in"] for row in rows_now), spent, *failed)
+
+
+def _known(response: Response) -> tuple[str, str, str]:
+    """What tells a response from others."""
+    return response.part, response.arm, response.text
 
 
 def _failed(row: Mapping[str, Any]) -> bool:

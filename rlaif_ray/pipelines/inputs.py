@@ -31,8 +31,15 @@ class Inputs:
     """What a job reads, as it was when the job began."""
 
     config: BaseModel
-    contents: Mapping[str, Content]  # by dotted key
+    contents: dict[str, Content]  # by dotted key
     began_at: float  # seconds since the epoch
+
+    def note_commits(self) -> None:
+        """To be called once the inputs were read: what is on the hub may have come at a newer commit than the local
+        cache had when they were looked at."""
+        for key, now in contents(self.config).items():
+            if key in self.contents and now.digest == self.contents[key].digest:
+                self.contents[key] = now
 
     def check(self, kept: Path) -> None:
         """Looks at all of it again.

@@ -18,12 +18,12 @@ from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.inputs import look_at
-from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
+from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking.files import append_rows, read_rows_streaming, rows_done, write_json
+from rlaif_ray.tracking.files import append_rows, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def make_pairs(loaded: Loaded) -> dict[str, Any]:
     looked = look_at(job)
     sources = read_sources(job)
     output = output_of(loaded, "pairs.jsonl")
-    state = open_output(loaded, output, looked)
+    state = open_output(loaded, output, looked, made=["responses/*.jsonl"])
     with stop_when_asked() as stopping, ExitStack() as stack:
-        done = [rows_done(_responses_file(state, s), len(s.prompts), CHUNK) for s in sources]
+        done = [_kept(state, source) for source in sources]
         missing = [(s, k) for s, k in zip(sources, done, strict=True) if k < len(s.prompts) or _to_repeat(state, s)]
         if missing:
             cluster = stack.enter_context(open_cluster(job))
@@ -122,6 +122,12 @@ def read_sources(job: PairsJob) -> list[Source]:
 
 def _responses_file(state: Path, source: Source) -> Path:
     return state / "responses" / f"{source.name}.jsonl"
+
+
+def _kept(state: Path, source: Source) -> int:
+    """How many of a policy's prompts are answered."""
+    ids = [prompt.id for prompt in source.prompts]
+    return rows_kept(_responses_file(state, source), ids, lambda row: row["prompt_id"])
 
 
 def _to_repeat(state: Path, source: Source) -> bool:

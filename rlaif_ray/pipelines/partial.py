@@ -6,14 +6,14 @@ pipeline's stage that has some is not done. What was answered is never asked twi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlaif_ray.errors import FeedbackError, RunError
+from rlaif_ray.errors import FeedbackError, InputError, RunError
 from rlaif_ray.feedback.failures import may_pass
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
-from rlaif_ray.tracking.files import read_rows_streaming, replace_rows
+from rlaif_ray.tracking.files import read_rows_streaming, replace_rows, rows_done
 
 GIVE_UP = 3 * CHUNK  # failures one after the other, all of which could pass: nobody is there who answers
 _READ = 16 * CHUNK  # items looked through at a time for those to ask again
@@ -54,6 +54,30 @@ def rows_again(
         return [(number, dict(row)) for number, row in zip(numbers, ask(numbers), strict=True)]
 
     replace_rows(path, (row for _, row in again(numbered, lambda one: failed(one[1]), asked, stopping)))
+
+
+def rows_kept(path: Path, wanted: Sequence[Any], of: Callable[[Mapping[str, Any]], Any]) -> int:
+    """How many rows of a file need not be made again (`rows_done`): each must be about the input of its place.
+
+    A setting that may change on the way can change which inputs there are: with a larger max_context prompts are no
+    longer too long.
+
+    Args:
+        wanted: what tells an input from others, of each.
+        of: the same of a row.
+
+    Raises:
+        InputError: a row is about another input.
+    """
+    done = rows_done(path, len(wanted), CHUNK)
+    for number, (row, expected) in enumerate(zip(read_rows_streaming(path), wanted, strict=False), start=1):
+        if (found := of(row)) != expected:
+            raise InputError(
+                f"{path}, row {number}, is about {found!r}, where the inputs now have {expected!r}: others are left "
+                f"out than before, as after a change of max_context. Use the old settings, or another run_dir or "
+                f"output."
+            )
+    return done
 
 
 def must_agree(path: Path, wanted: int) -> None:

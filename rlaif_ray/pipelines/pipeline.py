@@ -22,6 +22,7 @@ from rlaif_ray.config.roles import Setting
 from rlaif_ray.data.identity import Content, changes, file_content, model_content
 from rlaif_ray.errors import InputError, RlaifError, RunError
 from rlaif_ray.pipelines import constitution, evaluate
+from rlaif_ray.pipelines.chat_date import pipeline_date
 from rlaif_ray.pipelines.dpo import train_dpo
 from rlaif_ray.pipelines.inputs import content_of, result_settings
 from rlaif_ray.pipelines.pairs import make_pairs
@@ -105,6 +106,8 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
     todo = choose(pipeline, placed, start, only)  # another process may have ended since
     write_resolved(pipeline)
     stale = moved(pipeline, placed)
+    for name, why in _moved_inputs(placed).items():
+        print(f"the stage {name} is done again, with all that builds on it: {why}", flush=True)
     for name in todo:
         if start is not None or name in stale:
             _put_aside(placed[name])
@@ -143,8 +146,12 @@ def _tell(
 def plan_pipeline(pipeline: Pipeline) -> str:
     """What `--dry-run` shows: the stages in order, which of them are done, and what each asks of the cluster."""
     parts = []
-    for one in place(pipeline).values():
+    placed = place(pipeline)
+    stale, reasons = moved(pipeline, placed), _moved_inputs(placed)
+    for name, one in placed.items():
         state = "done" if one.done else "started" if one.folder.exists() else "to do"
+        if name in stale:
+            state = f"to do again: {reasons.get(name, 'what it builds on is done again')}"
         after = f", after {', '.join(one.stage.needs)}" if one.stage.needs else ""
         title = f"{one.stage.name}: {one.stage.job}{after} [{state}]\n{one.folder}"
         tables = [placement_table(job) for job in jobs_of(one) if job_needs(job)]
@@ -192,12 +199,21 @@ def choose(pipeline: Pipeline, placed: Mapping[str, Placed], start: str | None, 
 
 def moved(pipeline: Pipeline, placed: Mapping[str, Placed]) -> set[str]:
     """Stages that are done and read something on the hub that is at another commit now, and all that build on them."""
-    found: set[str] = set()
+    return set[str]().union(*(pipeline.after(name) for name in _moved_inputs(placed)))
+
+
+def _moved_inputs(placed: Mapping[str, Placed]) -> dict[str, str]:
+    """Why, of each finished stage that read something on the hub that is at another commit now."""
+    found = {}
     for name, one in placed.items():
         before = one.noted.get("commits") or {}
-        now = {key: content.commit for key, content in one.holds.items()}
-        if any(before.get(key) and commit and before[key] != commit for key, commit in now.items()):
-            found |= pipeline.after(name)
+        moves = [
+            f"{key}: {content.name} was at commit {before[key]} and is at {content.commit}"
+            for key, content in one.holds.items()
+            if before.get(key) and content.commit and before[key] != content.commit
+        ]
+        if moves:
+            found[name] = "; ".join(moves)
     return found
 
 
@@ -218,6 +234,7 @@ def run_stage(pipeline: Pipeline, placed: Mapping[str, Placed], name: str) -> fl
     stage = one.stage
     paths = {needed: str(placed[needed].artefact) for needed in stage.needs}
     values = put(stage.config.model_dump(), paths) | {"run_dir": str(one.folder)}
+    values["chat_date"] = values["chat_date"] or pipeline_date(pipeline.run_dir)
     if (path := _checkpoint_path(one)) is not None:
         values["checkpoint"]["path"] = path
     if changed := list(changes(one.holds, contents_of(stage))):  # its folder is that of what was there before
@@ -287,7 +304,7 @@ def stage_hash(stage: Stage, upstream: Mapping[str, str], holds: Mapping[str, Co
     named = {one.key for one in _named(stage)}
     values = [[one.key, put(one.value, upstream)] for one in result_settings(stage.config) if one.key not in named]
     # A commit on the hub is not in it: it may become known only while the stage runs.
-    digests = {key: content.digest for key, content in holds.items()}
+    digests = {key: content.known_by for key, content in holds.items()}
     whole = {"job": stage.job, "settings": values, "contents": digests}
     return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=6).hexdigest()
 

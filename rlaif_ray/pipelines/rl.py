@@ -40,8 +40,11 @@ from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker, print_summary
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.data.identity import Content
     from rlaif_ray.interfaces import Scorer
     from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.pipelines.run_folder import Stopping
@@ -61,7 +64,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     inputs = read_inputs(job)
     make_folder(run_dir)  # its own before a checkpoint is looked for
     checkpoints = open_checkpoints(job, run_dir)
-    start = find_start(job, inputs, checkpoints.to_resume())
+    start = find_start(job, inputs, checkpoints.to_resume(), checkpoints.holds)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": job.steps}
     with (
         stop_when_asked(job.checkpoint.grace_s) as stopping,
@@ -83,7 +86,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
         cluster.tell(track.note, leave=stopping.soon)
         run = Run(job, run_dir, inputs.context, cluster, rollouts, feedback, held_out, track, stopping, checkpoints)
         summary = with_restarts(
-            lambda found: train_from(find_start(job, inputs, found), run),
+            lambda found: train_from(find_start(job, inputs, found, checkpoints.holds), run),
             start.checkpoint,
             job=job,
             cluster=cluster,
@@ -208,8 +211,8 @@ class Start:
         return {"resume_step": self.state.step, "wandb_run_id": self.state.wandb_run_id}
 
 
-def find_start(job: TrainJob, inputs: Inputs, found: Saved | None) -> Start:
-    """Where the checkpoint that was found stands, or the beginning.
+def find_start(job: TrainJob, inputs: Inputs, found: Saved | None, holds: Mapping[str, Content] | None = None) -> Start:
+    """Where the checkpoint that was found stands, or the beginning; `holds` is what the inputs held at the start.
 
     Raises:
         InputError: the checkpoint is another run's.
@@ -220,7 +223,7 @@ def find_start(job: TrainJob, inputs: Inputs, found: Saved | None) -> Start:
     )
     if found is None:
         return Start(RunState(kl_coef=job.algorithm.kl.coef), prompts, None)
-    state = read_state(found, job, job.steps)
+    state = read_state(found, job, job.steps, holds)
     prompts.restore(state.prompts)
     must_be_same_prompts(state, inputs.held_out, found)
     return Start(state, prompts, found)

@@ -107,8 +107,10 @@ def state_of(loaded: Loaded) -> Path:
     return output.with_name(f"{output.name}.state")
 
 
-def open_output(loaded: Loaded, output: Path, inputs: Inputs) -> Path:
+def open_output(loaded: Loaded, output: Path, inputs: Inputs, made: Sequence[str] = ()) -> Path:
     """Makes the folders of a data-making job; returns where it keeps what it goes on from, its state_of.
+
+    `made` are the files there that are results too, beside `output`, as patterns.
 
     Raises:
         InputError: a folder can't be written, is in use, or holds results of another run.
@@ -116,13 +118,11 @@ def open_output(loaded: Loaded, output: Path, inputs: Inputs) -> Path:
     state = state_of(loaded)
     make_folder(loaded.run_dir)
     make_folder(state)
-    go_on(loaded, state, inputs, output)
+    go_on(loaded, state, inputs, output, made=made)
     return state
 
 
-def go_on(
-    loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = None, made: Sequence[str] = ("**/*.jsonl",)
-) -> None:
+def go_on(loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = None, *, made: Sequence[str]) -> None:
     """Keeps in the folder `state` what its results follow from, the settings and what the inputs hold; a run that goes
     on there must have the same. Writes resolved.yaml.
 
@@ -134,8 +134,15 @@ def go_on(
         InputError: the folder's results were made from something else.
     """
     path = state / KEPT
-    kept = read_json(path) if _has_results(state, output, made) else {}
+    inputs.note_commits()
+    results = _results(state, output, made)
+    kept = read_json(path) if results else {}
     changes = kept.get("changes", [])
+    if results and not kept:
+        raise InputError(
+            f"{results[0]} is there, but nothing that says what it was made from ({path} is missing, or can't be "
+            f"read): what is made now might be mixed with other results. Use another run_dir or output, or remove it."
+        )
     if kept:
         where = "that folder" if output is None or state in output.parents else f"that folder and {output}"
         try:
@@ -161,11 +168,11 @@ def go_on(
         print(f"changed {line}", flush=True)
 
 
-def _has_results(folder: Path, output: Path | None, made: Sequence[str]) -> bool:
-    """Whether anything was made in the folder that a change would be mixed with."""
+def _results(folder: Path, output: Path | None, made: Sequence[str]) -> list[Path]:
+    """What was made in the folder that a change would be mixed with."""
     inside = [path for pattern in made for path in folder.glob(pattern)]
     found = [*inside, *([output, output.with_name(f"{output.name}.partial.jsonl")] if output else [])]
-    return any(path.is_file() and path.stat().st_size for path in found)
+    return [path for path in found if path.is_file() and path.stat().st_size]
 
 
 def fingerprint(path: str) -> str:

@@ -25,13 +25,13 @@ from rlaif_ray.pipelines.feedback import (
     start_feedback,
 )
 from rlaif_ray.pipelines.inputs import look_at
-from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again
+from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.display import share
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, rows_done, write_json
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def sample_responses(loaded: Loaded) -> dict[str, Any]:
     looked = look_at(job)
     inputs = read_inputs(job)
     output = output_of(loaded, "responses.jsonl")
-    rows_file = open_output(loaded, output, looked) / "sampled.jsonl"
+    rows_file = open_output(loaded, output, looked, made=["sampled.jsonl"]) / "sampled.jsonl"
     with stop_when_asked() as stopping:
-        done = rows_done(rows_file, len(inputs.prompts), CHUNK)
+        done = rows_kept(rows_file, [prompt.id for prompt in inputs.prompts], lambda row: row["prompt_id"])
         if done < len(inputs.prompts) or any(map(_failed, read_rows_streaming(rows_file))):
             _sample(job, inputs, done, rows_file, stopping)
     if stopping():

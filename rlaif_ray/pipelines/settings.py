@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -51,12 +51,12 @@ def changed_settings(
         before = {key: one for key, value in kept["contents"].items() if (one := Content.of_json(value)) is not None}
         now = contents(job) if now is None else now
         # Of the same content, whatever is known of it besides, both get the same.
-        same = {key: now[key].digest for key in before.keys() & now.keys() if now[key].same_as(before[key])}
+        same = {key: now[key].known_by for key in before.keys() & now.keys() if now[key].same_as(before[key])}
         digests = (
-            {key: f"{one.digest} {one.commit or ''}".strip() for key, one in all_.items()} | same
+            {key: f"{one.known_by} {one.commit or ''}".strip() for key, one in all_.items()} | same
             for all_ in (before, now)
         )
-        found = changes(then, job, *digests)
+        found = [one for one in changes(then, job, *digests) if not _is_same_commit(one, same)]
     except (KeyError, TypeError, ValidationError) as error:
         raise ValueError(f"its settings can't be read: {str(error).splitlines()[0]}") from error
     fixed = [change for change in found if not change.role.resume]
@@ -69,10 +69,21 @@ def changed_settings(
     return found
 
 
+def _is_same_commit(change: Change, same: Collection[str]) -> bool:
+    """Whether a revision has another name, and what it names is the same."""
+    section, _, name = change.key.rpartition(".")
+    return name == "revision" and f"{section}.model".removeprefix(".") in same
+
+
 def _told(change: Change, before: Mapping[str, Content], now: Mapping[str, Content]) -> str:
     was, is_ = before.get(change.key), now.get(change.key)
     if was is not None and is_ is not None and was.name == is_.name:
-        return f"{change.key}: {is_.told(was)}"
+        told = f"{change.key}: {is_.told(was)}"
+        if was.commit is None or was.digest != is_.digest:
+            return told
+        section, _, name = change.key.rpartition(".")
+        pinned = f"{section}.revision={was.commit}" if name == "model" else f"{change.key}={was.name}@{was.commit}"
+        return f"{told} (the old value is {pinned.removeprefix('.')})"
     return str(change)
 
 

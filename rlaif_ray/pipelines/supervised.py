@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.jobs import SftJob, SupervisedJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.config.sections import PolicyConfig
+    from rlaif_ray.data.identity import Content
     from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.runtime.groups import SftGroup
     from rlaif_ray.tracking import Tracker
@@ -58,15 +59,21 @@ def batch_of(cfg: SupervisedConfig, examples: Sequence[Example], step: int, seed
     return [examples[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
 
 
-def start_state(job: SupervisedJob, found: Saved | None, steps: int, data: str) -> RunState:
-    """Where a run begins, with the checkpoint that was found; `data` is the data's fingerprint.
+def start_state(
+    job: SupervisedJob, found: Saved | None, steps: int, data: str, holds: Mapping[str, Content] | None = None
+) -> RunState:
+    """Where a run begins, with the checkpoint that was found.
+
+    Args:
+        data: the data's fingerprint.
+        holds: what the inputs held when this process began.
 
     Raises:
         InputError: there is a checkpoint of another run, or of other data.
     """
     if found is None:
         return RunState(prompts={"data": data})
-    state = read_state(found, job, steps)
+    state = read_state(found, job, steps, holds)
     if state.prompts["data"] != data:
         raise InputError(
             f"{job.data.path} has changed since the checkpoint {found}: its batches would be other ones. "
@@ -159,7 +166,7 @@ def run_supervised(
     make_folder(run_dir)  # its own before a checkpoint is looked for
     checkpoints = open_checkpoints(job, run_dir)
     resumed = checkpoints.to_resume()
-    state = start_state(job, resumed, steps, data)
+    state = start_state(job, resumed, steps, data, checkpoints.holds)
     tracking = {"config": job.model_dump(mode="json"), "tracking": job.tracking, "total_steps": steps}
     with (
         stop_when_asked(job.checkpoint.grace_s) as stopping,
@@ -182,7 +189,7 @@ def run_supervised(
         cluster.tell(track.note, leave=stopping.soon)
 
         def attempt(found: Saved | None) -> dict[str, Any]:
-            state = start_state(job, found, steps, data)
+            state = start_state(job, found, steps, data, checkpoints.holds)
             state.wandb_run_id = track.wandb_run_id
             learner = start(cluster, steps)
             cluster.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from rlaif_ray.config.pipeline import Pipeline, load_pipeline
 from rlaif_ray.errors import FeedbackError, InputError, RunError
+from rlaif_ray.pipelines.chat_date import pipeline_date
 from rlaif_ray.pipelines.pipeline import (
     DONE,
     WORK,
@@ -440,6 +442,26 @@ def test_what_moved_on_the_hub_is_done_again_with_all_that_builds_on_it(
     assert chosen(pipeline) == []
     (refs / "main").write_text("b" * 40)
     assert chosen(pipeline) == ["sft", "pairs", "label", "rm", "rlaif", "dpo"]
+    told = plan_pipeline(pipeline)
+    assert f"[to do again: policy.model: owner/name was at commit {'a' * 40} and is at {'b' * 40}]" in told
+    assert re.search(r"^rm: reward-model, after .* \[to do again: what it builds on is done again\]$", told, re.M)
+
+
+def test_all_stages_have_the_date_of_the_pipelines_first_day(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load(folder)
+    assert pipeline_date(pipeline.run_dir, today="2026-11-30") == "2026-11-30"
+    dates: list[str] = []
+
+    def make(loaded: Any) -> dict[str, Any]:
+        dates.append(loaded.config.chat_date)
+        raise RunError("far enough")
+
+    monkeypatch.setitem(WORK, "revise", Work(make, "revisions.jsonl"))
+    for own in (pipeline, load(folder, None, "stages.revise.chat_date=2020-02-29")):
+        with pytest.raises(RunError, match="far enough"):
+            run_stage(own, place(own), "revise")
+    assert dates == ["2026-11-30", "2020-02-29"]
+    assert pipeline_date(pipeline.run_dir) == "2026-11-30"  # today is another day
 
 
 def test_a_stage_whose_endpoint_fails_is_not_done_and_asks_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

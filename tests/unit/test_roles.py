@@ -159,7 +159,7 @@ class TestDataJobs:
     def go_on(self, tmp_path: Path, *settings: str) -> None:
         """As a job that has made something."""
         loaded = self.loaded(tmp_path, *settings)
-        go_on(loaded, tmp_path, look_at(loaded.config))
+        go_on(loaded, tmp_path, look_at(loaded.config), made=["labels.jsonl"])
         (tmp_path / "labels.jsonl").write_text("{}\n")
 
     def test_a_run_that_goes_on(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

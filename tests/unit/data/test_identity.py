@@ -84,6 +84,18 @@ def test_a_commit_on_the_hub_counts_once_it_is_known(tmp_path: Path, monkeypatch
     assert not second.same_as(first)
     assert second.told(first) == f"owner/name was at commit {'a' * 40} and is at {'b' * 40}"
     assert model_content("owner/name", "c" * 40).commit == "c" * 40
+    assert model_content("owner/name", "b" * 40).same_as(second)  # by its commit as well as by its branch
+    assert not model_content("owner/name", "a" * 40).same_as(second)
+
+
+def test_a_data_set_on_the_hub_at_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    refs = tmp_path / "datasets--owner--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("a" * 40)
+    assert data_content(f"owner/name@{'a' * 40}").same_as(data_content("owner/name"))
+    assert not data_content(f"owner/name@{'b' * 40}").same_as(data_content("owner/name"))
+    assert not data_content("owner/name@v2").same_as(data_content("owner/name@v1"))
 
 
 def test_digests_of_large_files_are_noted_and_forgotten_with_a_change(
@@ -107,6 +119,6 @@ def test_digests_of_large_files_are_noted_and_forgotten_with_a_change(
 
 
 def test_json_and_back() -> None:
-    content = Content("n", "d", None, 1.5, {"a": "b"})
+    content = Content("n", "d", "main", None, 1.5, {"a": "b"})
     assert Content.of_json(content.as_json()) == content
     assert Content.of_json({"nonsense": 1}) is None and Content.of_json(None) is None

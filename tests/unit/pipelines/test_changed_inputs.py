@@ -169,3 +169,77 @@ def test_what_the_model_says_is_an_answer(run: Callable[..., dict[str, Any]], mo
     assert summary["revised"] == 0 and sum(summary["failures"].values()) == 20 and summary["unanswered"] == 0
     with pytest.raises(FeedbackError, match=r"revision.min_revised_fraction=0.5 of the prompts must get a revision"):
         run("revise", engines, "revision.min_revised_fraction=0.5")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_prompts_that_are_no_longer_too_long_do_not_shift_the_others(
+    job: str, run: Callable[..., dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    """rollout.max_context may change on the way, and decides which prompts there are."""
+    engines = Engines(model)
+    rows = [{"id": str(n), "prompt": f"q{n} " * (300 if n % 2 else 1)} for n in range(200)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    skip = ("data.too_long=skip", "rollout.max_context=512")
+    first = run(job, engines, *skip)
+    made = "steps.jsonl" if job == "revise" else "sampled.jsonl" if job == "sample" else "responses/policy.jsonl"
+    lines = (tmp_path / "run" / made).read_text().splitlines(keepends=True)
+    assert len(lines) == 100, first
+    (tmp_path / "run" / made).write_text("".join(lines[:64]))  # as if it had ended there
+    with pytest.raises(InputError, match=r"row 2, is about '2', where the inputs now have '1': others are left out"):
+        run(job, engines, "data.too_long=skip", "rollout.max_context=4096")
+    run(job, engines, *skip)
+    assert len((tmp_path / "run" / made).read_text().splitlines()) == 100
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_results_without_the_settings_they_were_made_from(
+    job: str, run: Callable[..., dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    engines = Engines(model)
+    run(job, engines)
+    asked = engines.asked
+    settings = tmp_path / "run" / "settings.json"
+    for damage in (lambda: settings.write_text("{"), settings.unlink):
+        damage()
+        with pytest.raises(InputError, match="nothing that says what it was made from") as refused:
+            run(job, engines, "seed=1")
+        assert str(settings) in str(refused.value) and engines.asked == asked
+
+
+def test_inputs_in_the_run_folder_are_no_results(
+    run: Callable[..., dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    engines = Engines(model)
+    engines.lost = lambda _: "engine_error: it died"
+    here = (f"run_dir={tmp_path}",)  # beside prompts.jsonl
+    (tmp_path / "settings.json").write_text("{}")  # as a command leaves it that ends before its first result
+    assert run("sample", Engines(model), *here)["records"] == 20
+
+
+def test_a_commit_that_comes_while_the_inputs_are_read_is_no_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlaif_ray.pipelines.inputs import look_at
+    from rlaif_ray.pipelines.run_folder import go_on, make_folder
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    refs = tmp_path / "hub" / "models--owner--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("a" * 40)
+    loaded = load_job("sample", [], ["policy.model=owner/name", f"run_dir={tmp_path / 'run'}"])
+    looked = look_at(loaded.config)
+    (refs / "main").write_text("b" * 40)  # the model was loaded, and its newest commit came
+    make_folder(loaded.run_dir)
+    go_on(loaded, loaded.run_dir, looked, made=["sampled.jsonl"])
+    looked.check(tmp_path)
+    (tmp_path / "run" / "sampled.jsonl").write_text("{}\n")
+    go_on(loaded, loaded.run_dir, look_at(loaded.config), made=["sampled.jsonl"])
+    (refs / "main").write_text("c" * 40)  # and this one came later
+    with pytest.raises(RunError, match=f"owner/name was at commit {'b' * 40} and is at {'c' * 40}"):
+        looked.check(tmp_path)
+    with pytest.raises(InputError, match=rf"\(the old value is policy.revision={'b' * 40}\)"):
+        go_on(loaded, loaded.run_dir, look_at(loaded.config), made=["sampled.jsonl"])
+    pinned = load_job(
+        "sample", [], ["policy.model=owner/name", f"policy.revision={'b' * 40}", f"run_dir={tmp_path / 'run'}"]
+    )
+    go_on(pinned, loaded.run_dir, look_at(pinned.config), made=["sampled.jsonl"])

@@ -196,7 +196,7 @@ def begin(one: Loaded, *, checkpoint: bool = True) -> None:
     make_folder(one.run_dir)
     if not hasattr(one.config, "checkpoint"):
         make_folder(state_of(one))
-        go_on(one, state_of(one), look_at(one.config))
+        go_on(one, state_of(one), look_at(one.config), made=["*.jsonl"])
         (state_of(one) / "made.jsonl").write_text("{}\n")
         return
     write_resolved(one)
@@ -211,6 +211,7 @@ def begin(one: Loaded, *, checkpoint: bool = True) -> None:
 RUNS = {
     "train": ["run_dir=run"],
     "train elsewhere": ["run_dir=run", "checkpoint.path=there"],
+    "train in an object store": ["run_dir=run", "checkpoint.path=memory://chat-dates"],
     "sft": ["run_dir=run", "data.path=x.jsonl"],
     "sample": ["run_dir=run"],
     "label": ["output=labels.jsonl", "data.path=x.jsonl"],  # its run_dir is another each time
