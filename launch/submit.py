@@ -94,8 +94,8 @@ def main() -> int:
     if job_id is None:
         print(
             f"submit: the cluster at {options.address} answers, but has had no agent that takes jobs for "
-            f"{AGENT_WAIT_S:.0f} s (RLAIF_AGENT_WAIT_S). See dashboard_agent.log in its session folder: the agent has none "
-            f"if another program holds its port (ray start --dashboard-agent-listen-port, 52365 by default).",
+            f"{AGENT_WAIT_S:.0f} s (RLAIF_AGENT_WAIT_S). See its session folder's dashboard_agent.log: the agent takes "
+            f"none if another program holds its port (ray start --dashboard-agent-listen-port, 52365 by default).",
             file=sys.stderr,
         )
         return 1
