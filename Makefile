@@ -3,7 +3,7 @@
 # make test      set up .venv and pass the tests: every unit test, and each main path on the real engines
 # make test-all  these and the long ones: faults, lost nodes, Slurm, pipelines stopped in every stage
 # make demo ARGS="steps=2"   the same with other settings
-# make check     lint, types, test and the rest of test-all (what CI runs)
+# make check     lint, types and test-all (what CI runs)
 SHELL := /bin/bash
 # The first Python found that the lock has wheels for; name another with PYTHON=...
 PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
@@ -52,11 +52,13 @@ slurm:
 test: $(READY)
 	@$(PYTEST) -m "$(CHOSEN) and not long"
 
+# In one go: what both share, such as a pipeline's straight run, is made once.
+test-all: $(READY) chromium slurm
+	@$(PYTEST) -m "$(CHOSEN)"
+
 # What `make test` leaves out.
 test-rest: $(READY) chromium slurm
 	@$(PYTEST) -m "$(CHOSEN) and long"
-
-test-all: test test-rest
 
 # Records how long each file takes, which says what runs first and how long it will be. On an idle machine.
 test-times: $(READY) chromium slurm
@@ -73,7 +75,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy rlaif_ray
 
-check: lint types test test-rest
+check: lint types test-all
 
 # Hundreds of steps under random kills: most of an hour.
 soak: $(READY)

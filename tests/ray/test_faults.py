@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.t
 SILENT_S = round(scaled(10))
 SHORT = (
     "evaluation.held_out.path=null",
+    "tracking.wandb=disabled",  # seconds of every start; test_train has it, killed and resumed too
     f"cluster.silent_after_s={SILENT_S}",
     f"cluster.start_timeout_s={scaled(120):.0f}",
 )
