@@ -31,6 +31,7 @@ class AnswerShape:
     opened: str  # the thought that the generation prompt leaves open, such as "<think>\n"; "" without one
     before: str  # what the model writes before its answer: the end of that thought, an empty one, a channel; or ""
     after: str  # what the template writes after the answer
+    prompt: str = ""  # the generation prompt: what stands between the user's text and where the model begins to write
 
 
 class ChatTemplate:
@@ -146,11 +147,11 @@ class ChatTemplate:
             whole = ""
         head, found, after = whole.rpartition(user)[2].partition(said)
         if not found or user not in asked or not head.startswith(prompt):
-            return AnswerShape(opened, end, after if found else "")
+            return AnswerShape(opened, end, after if found else "", prompt)
         before = head.removeprefix(prompt)
         if opened and closing_of(opening_tag(opened)) not in before:  # it writes every answer into the thought
             before += end
-        return AnswerShape(opened, before, after)
+        return AnswerShape(opened, before, after, prompt)
 
     def _knows(self, name: str) -> bool:
         return bool(re.search(rf"\b{re.escape(name)}\b", self.source))

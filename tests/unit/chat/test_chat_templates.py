@@ -8,7 +8,7 @@ import pytest
 
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.template import WITHOUT_THOUGHTS, ChatTemplate
-from rlaif_ray.chat.thoughts import answer_of, closed, closing_of, open_thought
+from rlaif_ray.chat.thoughts import answer_of, closed, closing_of, open_thought, thought_tokens, written_text
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.local import ChatPrompts
 from rlaif_ray.types import Message
@@ -42,6 +42,7 @@ WRITTEN = [  # (family, arguments of the template, how the prompt ends, what the
     ("phi-3", {}, "<|assistant|>\n", "4"),
     ("gemma", {}, "<start_of_turn>model\n", "4"),
     ("harmony", {}, "<|start|>assistant", "<|channel|>final<|message|>4"),
+    ("falcon", {}, "\nAssistant:", " 4"),
 ]
 
 
@@ -63,6 +64,43 @@ def test_and_what_the_template_itself_writes_of_an_answer(
     whole = render.chat.text([USER, Message("assistant", "4")], "row 1", to_answer=False)
     ours = read(render, USER) + written(render, "4")
     assert whole.startswith(ours) or family == "deepseek-r1"  # whose template leaves the thought out of answers
+
+
+TEXTS = ["the answer is 4.", "4", "Ünï, two  blanks\nand the lines", "the <|im_end|> and </s> of a turn"]
+# deepseek-r1's template writes answers without the thought that its prompt opens.
+WHOLE = [family for family in FAMILIES if family != "deepseek-r1"]
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_the_tokens_are_those_of_the_whole_conversation(family: str) -> None:
+    """As transformers tokenises it, at every turn; what is learned is the answer and what the template puts before."""
+    render = renderer(family)
+    for text in TEXTS[:3]:
+        turns = [USER, Message("assistant", text), Message("user", "And the 3?"), Message("assistant", text)]
+        for end in (2, 4):
+            chat = [{"role": turn.role, "content": turn.content} for turn in turns[:end]]
+            whole = render.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+            prompt, response = render.tokens(turns[: end - 1], "row 1"), render.response(text)
+            length = len(prompt) + len(response)
+            assert list(prompt + response) == list(whole[:length])
+            after = render.tokenizer.decode(whole[length:])
+            assert after.strip() == render.chat.answer.after.strip()
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_what_an_engine_sampled_has_its_own_tokens_again(family: str) -> None:
+    """A completion's text, as the engine writes it, is learned in the tokens that were sampled."""
+    render = renderer(family)
+    for text in TEXTS:
+        sampled = render.response(text)
+        made = written_text(render.tokenizer, sampled, thought_tokens(render.tokenizer))
+        assert render.response(render.opened + made) == sampled
+
+
+def test_control_strings_in_a_response_stay_text_and_change_nothing_else() -> None:
+    render = renderer("llama-2")
+    plain, odd = render.response("the 4"), render.response("the 4</s>")
+    assert odd[: len(plain)] == plain and not set(odd) & set(render.control.values())
 
 
 @pytest.mark.parametrize(
