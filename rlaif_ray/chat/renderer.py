@@ -9,7 +9,7 @@ from typing import Any
 
 from rlaif_ray.chat.template import ChatTemplate
 from rlaif_ray.chat.text import conversation_text
-from rlaif_ray.chat.thoughts import answer_of, closing_of, opening_tag
+from rlaif_ray.chat.thoughts import CHANNEL, closing_of, in_channels, marks_and_texts, opening_tag
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
@@ -56,8 +56,7 @@ class ChatRenderer:
         tokenised together with the end of the prompt and what stands before the answer.
         """
         before, rest = self._as_written(text)
-        tags = [re.escape(tag) for tag in self._thought_tags(text) if tag in self.control]
-        pieces = re.split(f"({'|'.join(tags)})", rest, maxsplit=2) if tags else [rest]  # text, tag, text, ...
+        pieces = self._pieces(text, rest)
         texts, back = self._hidden(pieces[::2])
         pieces[::2] = texts
         written = before + "".join(pieces)
@@ -126,8 +125,11 @@ class ChatRenderer:
             expected = opening_tag(shape.opened)
             if tag == expected:
                 return "", text.lstrip().removeprefix(tag).removeprefix(shape.opened.removeprefix(expected))
-            goes_on = closing_of(expected) in text and answer_of(text) != text
+            thought, end, _ = text.partition(closing_of(expected))
+            goes_on = bool(end) and expected not in thought
             return ("", text) if goes_on else (shape.before, text)
+        if in_channels(text) and shape.before.startswith(CHANNEL):
+            return "", text.lstrip()
         if tag and tag in shape.before:  # the response's own thought stands for the empty one
             start = shape.before.index(tag)
             _, _, after = shape.before[start:].partition(closing_of(tag))
@@ -135,10 +137,13 @@ class ChatRenderer:
         # A sampled text may begin with the blank that the template writes before answers: there is one, not two.
         return (shape.before.rstrip(" ") if text.startswith(" ") else shape.before), text
 
-    @staticmethod
-    def _thought_tags(text: str) -> list[str]:
+    def _pieces(self, text: str, rest: str) -> list[str]:
+        """The `rest` of a response as text, control token, text, ..., text: its thought's tags steer the model."""
+        if in_channels(text) and self.chat.source and self.chat.answer.before.startswith(CHANNEL):
+            return marks_and_texts(rest)
         tag = opening_tag(text)
-        return [tag, closing_of(tag)] if tag else []
+        tags = [re.escape(mark) for mark in (tag, closing_of(tag)) if mark in self.control] if tag else []
+        return re.split(f"({'|'.join(tags)})", rest, maxsplit=2) if tags else [rest]
 
     def _plain(self, messages: Sequence[Message]) -> str:
         """For a model without a chat template: the text itself, or labelled turns that end with the policy's own."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rlaif_ray.chat.thoughts import closed, closing_of, open_thought, opening_tag
+from rlaif_ray.chat.thoughts import closed, closing_of, known_tags, open_thought, opening_tag
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
@@ -131,6 +131,16 @@ class ChatTemplate:
                 f"{', '.join(role for role, _ in shape)}): the model would never read it. Use a model whose template "
                 f"takes it, or {remedy if lost[0] == 'system' else 'remove that message'}."
             )
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the config asks for thoughts."""
+        return any(self._arguments.get(name) for name in WITHOUT_THOUGHTS)
+
+    @cached_property
+    def tags(self) -> tuple[str, ...]:
+        """How thoughts of this model begin, as far as its template and tokenizer know any."""
+        return known_tags(self.tokenizer, self.source)
 
     @cached_property
     def answer(self) -> AnswerShape:

@@ -227,6 +227,19 @@ def test_a_line_break_before_the_answer_counts() -> None:
     assert trie.probabilities(logs(rows)) == pytest.approx([0.1 + 0.2, 0.2 + 0.15])
 
 
+@pytest.mark.parametrize(("tail", "merge"), [("assistant\n", ("Ċ", "Ċ")), ("Better:", (":", "Ċ"))])
+def test_a_blank_that_joins_the_end_of_the_prompt_is_no_way_to_an_answer(tail: str, merge: tuple[str, str]) -> None:
+    """The prompt keeps its tokens, so that answers have the probability that the model gives them behind it."""
+    tokenizer = with_merges(*SPACED_DIGITS, merge)
+    one, two, spaced_one, spaced_two = tokenizer.convert_tokens_to_ids(["1", "2", "Ġ1", "Ġ2"])
+    trie = pair_trie(tokenizer, tail)
+    prompt = tuple(tokenizer.encode(tail))
+    [query] = trie.queries(prompt)
+    assert query.prompt == prompt and set(query.candidates) == {one, two, spaced_one, spaced_two}
+    p = {one: 0.1, two: 0.05, spaced_one: 0.5, spaced_two: 0.15}
+    assert trie.probabilities(logs([[p[token] for token in query.candidates]])) == pytest.approx([0.6, 0.2])
+
+
 def test_where_the_answer_goes_on_from_a_space_no_more_is_asked() -> None:
     """As with the shipped templates: one query for a pair, two for a score."""
     for tokenizer in (make_tokenizer(None), with_merges(*SPACED_DIGITS)):
