@@ -27,12 +27,17 @@ def read_trl(row: Row) -> tuple[tuple[Message, ...], Any, Any]:
     if given is not None:
         explicit = _held_as_text(given, values) or read_messages(row, "prompt", None)
         values = _without_prompt(values, given)
-    transcripts = [_turns(value, row, column, explicit) for column, value in zip(_ANSWERED, values, strict=True)]
+    transcripts = [transcript(value) if isinstance(value, str) else [] for value in values]
     before, responses = [], []
     for column, value, written in zip(_ANSWERED, values, transcripts, strict=True):
         if written and (explicit is None or any(_repeats(turns, explicit) for turns in transcripts)):
             value = written  # else one that a model went on to write: part of what it answered
         if not isinstance(value, list):
+            if explicit is None and isinstance(value, str):
+                raise InputError(
+                    f"{row.place}: there is no prompt, and {column} is plain text in which its end can't be seen "
+                    f"(got {shorten(repr(value))}). Give the prompt in a column of its own."
+                )
             before.append(explicit)
             responses.append(value)
             continue
@@ -77,19 +82,6 @@ def _repeats(turns: list[dict[str, str]], prompt: tuple[Message, ...]) -> bool:
 def _asked(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     """The turns without a system message."""
     return turns[1:] if turns and turns[0].role == "system" else turns
-
-
-def _turns(value: Any, row: Row, column: str, explicit: tuple[Message, ...] | None) -> list[dict[str, str]]:
-    """The turns of a transcript; [] for messages, or a plain response to the prompt that there is."""
-    if not isinstance(value, str):
-        return []
-    text, turns = value, transcript(value)
-    if not turns and explicit is None:
-        raise InputError(
-            f"{row.place}: there is no prompt, and {column} is plain text in which its end can't be seen "
-            f"(got {shorten(repr(text))}). Give the prompt in a column of its own."
-        )
-    return turns
 
 
 def _prompt_of(

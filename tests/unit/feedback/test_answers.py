@@ -18,14 +18,18 @@ from tests.tiny import make_tokenizer
 TAIL = "Score: "
 
 
-def with_merges(*merges: tuple[str, str]) -> Any:
-    """The tiny tokenizer with these merges too, before its own; their tokens come after its own."""
+def with_merges(*merges: tuple[str, str], across: bool = False) -> Any:
+    """The tiny tokenizer with these merges too, before its own; their tokens come after its own.
+
+    `across`: merges join what most tokenizers first take apart, such as a colon and the line break behind it.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tiny = make_tokenizer(None)
     state = json.loads(tiny.backend_tokenizer.to_str())
     state["model"]["merges"] = [*map(list, merges), *state["model"]["merges"]]
+    state["pre_tokenizer"]["use_regex"] = not across
     for left, right in merges:
         state["model"]["vocab"].setdefault(left + right, len(state["model"]["vocab"]))
     return PreTrainedTokenizerFast(
@@ -230,7 +234,8 @@ def test_a_line_break_before_the_answer_counts() -> None:
 @pytest.mark.parametrize(("tail", "merge"), [("assistant\n", ("Ċ", "Ċ")), ("Better:", (":", "Ċ"))])
 def test_a_blank_that_joins_the_end_of_the_prompt_is_no_way_to_an_answer(tail: str, merge: tuple[str, str]) -> None:
     """The prompt keeps its tokens, so that answers have the probability that the model gives them behind it."""
-    tokenizer = with_merges(*SPACED_DIGITS, merge)
+    tokenizer = with_merges(*SPACED_DIGITS, merge, across=True)
+    assert len(tokenizer.encode("".join(merge).replace("Ċ", "\n"))) == 1
     one, two, spaced_one, spaced_two = tokenizer.convert_tokens_to_ids(["1", "2", "Ġ1", "Ġ2"])
     trie = pair_trie(tokenizer, tail)
     prompt = tuple(tokenizer.encode(tail))
