@@ -136,7 +136,7 @@ def is_plain(prompt: Any, place: str) -> bool:
 def response_of(row: Row, column: str) -> Any:
     """The cell of a response, with messages for a text that holds these. Beside a plain prompt they must repeat it."""
     value, prompt = row.cells[column], row.cells.get("prompt")
-    if not isinstance(value, str) or not is_plain(prompt, row.place):
+    if not isinstance(value, str) or not isinstance(prompt, str) or not is_plain(prompt, row.place):
         return decoded(value, row.place, column)
     try:
         found = decoded(value, row.place, column)
