@@ -172,10 +172,12 @@ def _place(positions: Sequence[dict[str, Any]], index: int, names: Sequence[str]
         elif token != sampled or not following:
             unsure.append(p)
         else:
+            goes_on = 0.0
             for more, p_more in following:
                 if _bare(token + more) in longer:
                     found[_bare(token + more)].append(p * p_more)
-            goes_on = math.fsum(p_more for more, p_more in following if more[:1].isdigit())
+                if _bare(token + more) in longer or more[:1].isdigit():
+                    goes_on += p_more
             found[name].append(p * max(0.0, 1.0 - goes_on))
             # What is not listed there may be the longer answer's rest.
             rest = min(min(p_more for _, p_more in following), max(0.0, 1.0 - math.fsum(q for _, q in following)))
