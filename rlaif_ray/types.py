@@ -29,6 +29,7 @@ class Prompt:
     tokens: tuple[int, ...]  # the rendered chat, generation prompt included, in the policy's tokens
     text: str = ""  # the conversation as plain text, as a judge reads it
     opened: str = ""  # the thought that `tokens` leave open, such as "<think>\n": answers' texts begin with it
+    tags: tuple[str, ...] | None = None  # how thoughts begin that its policy knows; None: answers come from elsewhere
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,36 @@ HARMONY = r"""
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
 
+# A blank before the answer, which joins the answer's first word. The marks of turns are text.
+LLAMA2 = r"""
+{%- if messages[0].role == 'system' %}{%- set system, messages = messages[0].content, messages[1:] %}{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{%- set start = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first and system is defined else '' %}
+{{- bos_token + '[INST] ' + start + m.content + ' [/INST]' }}
+{%- else %}{{- ' ' + m.content + ' ' + eos_token }}{%- endif %}
+{%- endfor %}"""
+
+# The same with marks that are control tokens, and a blank that is all there is between one and the answer.
+MISTRAL = r"""
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}{%- set system, messages = messages[0].content, messages[1:] %}{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{{- '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m.content + '[/INST]' }}
+{%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}
+{%- endfor %}"""
+
+OPENCHAT = r"""
+{{- bos_token }}
+{%- for m in messages %}{{- 'GPT4 Correct ' + m.role.title() + ': ' + m.content + '<|end_of_turn|>' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- 'GPT4 Correct Assistant:' }}{%- endif %}"""
+
+# No control tokens at all.
+FALCON = r"""
+{%- for m in messages %}{{- m.role.title() + ': ' + m.content + '\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}"""
+
 FAMILIES = {
     "chatml": CHATML,
     "qwen3": QWEN3,
@@ -87,14 +117,57 @@ FAMILIES = {
     "phi-3": PHI3,
     "gemma": GEMMA,
     "harmony": HARMONY,
+    "llama-2": LLAMA2,
+    "mistral": MISTRAL,
+    "openchat": OPENCHAT,
+    "falcon": FALCON,
 }
+
+# Control tokens of families whose tokenizer works on whole texts with their blanks (SentencePiece).
+_METASPACE = {"llama-2": [], "mistral": ["[INST]", "[/INST]"], "openchat": ["<|end_of_turn|>"]}
+HARMONY_TOKENS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
 
 
 def tokenizer_of(family: str) -> Any:
-    """The tiny tokenizer with the family's template."""
-    tokenizer = make_tokenizer(None)
+    """A tiny tokenizer of the family's kind, with its template."""
+    if family in _METASPACE:
+        # As Llama 2's and Mistral's: a blank before each piece between control tokens, or before the text alone.
+        tokenizer = metaspace_tokenizer(_METASPACE[family], each_piece=family == "llama-2")
+    else:
+        tokenizer = make_tokenizer(None)
     tokenizer.chat_template = FAMILIES[family]
+    if family == "harmony":
+        tokenizer.add_special_tokens({"additional_special_tokens": HARMONY_TOKENS})
     return tokenizer
+
+
+def metaspace_tokenizer(control: list[str], *, each_piece: bool) -> Any:
+    """A BPE tokenizer that puts a blank before texts and falls back to bytes, as SentencePiece models do."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<s>", "</s>", *control]
+    merges = [("▁", letter) for letter in "aft4"]
+    merges += [("▁t", "h"), ("▁th", "e"), ("i", "s")]
+    tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefhilmnorstuw4"]
+    tokens += [left + right for left, right in merges]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    if each_piece:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=control,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def model_of(family: str, folder: Path, **kwargs: Any) -> str:

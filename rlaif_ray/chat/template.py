@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rlaif_ray.chat.thoughts import closed, closing_of, open_thought, opening_tag
+from rlaif_ray.chat.thoughts import closed, closing_of, known_tags, open_thought, opening_tag
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
@@ -31,6 +31,7 @@ class AnswerShape:
     opened: str  # the thought that the generation prompt leaves open, such as "<think>\n"; "" without one
     before: str  # what the model writes before its answer: the end of that thought, an empty one, a channel; or ""
     after: str  # what the template writes after the answer
+    prompt: str = ""  # the generation prompt: what stands between the user's text and where the model begins to write
 
 
 class ChatTemplate:
@@ -131,6 +132,16 @@ class ChatTemplate:
                 f"takes it, or {remedy if lost[0] == 'system' else 'remove that message'}."
             )
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the config asks for thoughts."""
+        return any(self._arguments.get(name) for name in WITHOUT_THOUGHTS)
+
+    @cached_property
+    def tags(self) -> tuple[str, ...]:
+        """How thoughts of this model begin, as far as its template and tokenizer know any."""
+        return known_tags(self.tokenizer, self.source)
+
     @cached_property
     def answer(self) -> AnswerShape:
         """Read off the template, with and without an answer."""
@@ -146,11 +157,11 @@ class ChatTemplate:
             whole = ""
         head, found, after = whole.rpartition(user)[2].partition(said)
         if not found or user not in asked or not head.startswith(prompt):
-            return AnswerShape(opened, end, after if found else "")
+            return AnswerShape(opened, end, after if found else "", prompt)
         before = head.removeprefix(prompt)
         if opened and closing_of(opening_tag(opened)) not in before:  # it writes every answer into the thought
             before += end
-        return AnswerShape(opened, before, after)
+        return AnswerShape(opened, before, after, prompt)
 
     def _knows(self, name: str) -> bool:
         return bool(re.search(rf"\b{re.escape(name)}\b", self.source))

@@ -1,11 +1,12 @@
-"""Conversations to learn from: rows of `messages`, or of a prompt and a response (or completion). Read as a stream."""
+"""Conversations to learn from: rows of `messages` (or ShareGPT's `conversations`), or of a prompt and a response (or
+completion). Read as a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rlaif_ray.data.messages import Row, decoded, described, read_message, read_messages
+from rlaif_ray.data.messages import Row, decoded, described, read_message, read_messages, response_of
 from rlaif_ray.data.preferences import rows_of
 from rlaif_ray.data.prompts import nearest_hint
 from rlaif_ray.errors import InputError
@@ -14,8 +15,9 @@ from rlaif_ray.types import Message
 _FORMS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("prompt", "response"),
-    ("prompt", "completion"),
-)  # the last is TRL's
+    ("prompt", "completion"),  # TRL's
+    ("conversations",),  # ShareGPT's
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +69,14 @@ def _demonstration(row: Row) -> Demonstration:
             f"{row.place}: a row must have messages, or prompt and response (its columns: "
             f"{', '.join(row.cells) or 'none'}).{hint} Rename a column."
         )
-    if form == ("messages",):
-        value = decoded(row.cells["messages"], row.place, "messages")
+    if len(form) == 1:
+        (column,) = form
+        value = decoded(row.cells[column], row.place, column)
         if not isinstance(value, list):
             raise InputError(
-                f"{row.place}: messages must be a list of {{role, content}} (got {described(value)}). Correct it."
+                f"{row.place}: {column} must be a list of {{role, content}} (got {described(value)}). Correct it."
             )
-        messages = tuple(read_message(entry, index, row.place, "messages") for index, entry in enumerate(value))
+        messages = tuple(read_message(entry, index, row.place, column) for index, entry in enumerate(value))
     else:
         messages = (*_prompt(row), *_answer(row, form[-1]))
     for before, turn in zip((None, *messages), messages, strict=False):
@@ -98,7 +101,7 @@ def _prompt(row: Row) -> tuple[Message, ...]:
 
 
 def _answer(row: Row, column: str) -> tuple[Message, ...]:
-    value = decoded(row.cells[column], row.place, column)
+    value = response_of(row, column)
     if isinstance(value, list):  # TRL's conversational form
         return tuple(read_message(entry, index, row.place, column) for index, entry in enumerate(value))
     if not isinstance(value, str):

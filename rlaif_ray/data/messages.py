@@ -12,6 +12,10 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
 _ROLES = ("system", "user", "assistant")
+_CHAT_ROLES = (*_ROLES, "tool", "function", "developer")  # that messages have; not all of them are read
+# ShareGPT's names of them, of messages {from, value}.
+_SPEAKERS = dict.fromkeys(("human", "user"), "user") | {"system": "system"}
+_SPEAKERS |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a content's parts, as APIs name them
 _NOT_READ = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
 
@@ -56,10 +60,14 @@ def read_message(entry: Any, index: int, place: str, column: str) -> Message:
     where = f"{place}: {column}[{index}]"
     if not isinstance(entry, dict):
         raise InputError(f"{where} must be a message {{role, content}} (got {described(entry)}). Write it as one.")
-    role = entry.get("role")
+    shared = "from" in entry and "role" not in entry  # ShareGPT's form
+    speaker = entry.get("from") if shared else entry.get("role")
+    role = _SPEAKERS.get(speaker) if shared and isinstance(speaker, str) else speaker
     if role not in _ROLES:
+        known = _SPEAKERS if shared else _ROLES
         raise InputError(
-            f"{where}.role must be one of {', '.join(_ROLES)} (got {described(role)}). Correct or remove it."
+            f"{where}.{'from' if shared else 'role'} must be one of {', '.join(known)} (got {described(speaker)}). "
+            f"Correct or remove it."
         )
     if role == "system" and index:
         raise InputError(f"{where}: a system message must be the first (got it as number {index + 1}). Move it.")
@@ -69,14 +77,16 @@ def read_message(entry: Any, index: int, place: str, column: str) -> Message:
             f"{where}.{unread} is not read (got {described(entry[unread])}): it would be lost. Write into content "
             f"what the model is to see, a thought as its template has it, such as <think>...</think>; or remove it."
         )
-    return Message(role, _text_of(entry.get("content"), where))
+    return Message(
+        role, _text_of(entry.get("value"), where, "value") if shared else _text_of(entry.get("content"), where)
+    )
 
 
-def _text_of(content: Any, where: str) -> str:
+def _text_of(content: Any, where: str, key: str = "content") -> str:
     """A content's text; of several parts one after the other, a line each."""
     if not isinstance(content, list):
         if not isinstance(content, str):
-            raise InputError(f"{where}.content must be text (got {described(content)}). Only text prompts are read.")
+            raise InputError(f"{where}.{key} must be text (got {described(content)}). Only text prompts are read.")
         return content
     texts = []
     for number, part in enumerate(content):
@@ -84,7 +94,7 @@ def _text_of(content: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, dict) else part
         if kind not in _TEXT_PARTS or not isinstance(text, str):
             raise InputError(
-                f"{where}.content[{number}] must be text (got {described(kind or part)}). Only text is read: remove "
+                f"{where}.{key}[{number}] must be text (got {described(kind or part)}). Only text is read: remove "
                 "the row, or the part."
             )
         texts.append(text)
@@ -93,6 +103,8 @@ def _text_of(content: Any, where: str) -> str:
 
 def decoded(value: Any, place: str, column: str) -> Any:
     """The messages that are written in a text as JSON, or as Python (what pandas writes into CSV); else `value`.
+
+    Other data may have a "role" too: what has one that no message has is text.
 
     Raises:
         InputError: they can't be read, though the text begins and ends as they do.
@@ -108,11 +120,30 @@ def decoded(value: Any, place: str, column: str) -> Any:
             continue
         messages = [found] if isinstance(found, dict) else found
         if isinstance(messages, list) and all(isinstance(one, dict) for one in messages):
-            return messages
+            return messages if all(one.get("role") in _CHAT_ROLES for one in messages) else value
     raise InputError(
         f"{place}: {column} is a text that begins like messages and can't be read as them, neither as JSON nor as "
         f"Python (got {shorten(repr(value))}). Write them as a list of {{role, content}}, or as JSON."
     )
+
+
+def is_plain(prompt: Any, place: str) -> bool:
+    """Whether a row's prompt is a text in which no conversation is written down: then its responses are texts too, even
+    where they look like messages."""
+    return isinstance(prompt, str) and isinstance(decoded(prompt, place, "prompt"), str) and not transcript(prompt)
+
+
+def response_of(row: Row, column: str) -> Any:
+    """The cell of a response, with messages for a text that holds these. Beside a plain prompt they must repeat it."""
+    value, prompt = row.cells[column], row.cells.get("prompt")
+    if not isinstance(value, str) or not isinstance(prompt, str) or not is_plain(prompt, row.place):
+        return decoded(value, row.place, column)
+    try:
+        found = decoded(value, row.place, column)
+    except InputError:  # a text that begins like messages
+        return value
+    asked = [turn.get("content") for turn in found if turn["role"] == "user"] if isinstance(found, list) else []
+    return found if any(isinstance(text, str) and text.strip() == prompt.strip() for text in asked) else value
 
 
 def transcript(text: str) -> list[dict[str, str]]:

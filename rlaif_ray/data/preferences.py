@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import TypedDict
 
 from rlaif_ray.chat.text import conversation_text
-from rlaif_ray.data.messages import Row, decoded, described, read_messages, shorten
+from rlaif_ray.data.messages import Row, described, read_messages, response_of, shorten
 from rlaif_ray.data.prompts import hub_reference, id_of_row, nearest_hint, one_line
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
@@ -391,7 +391,7 @@ def _record(row: Row, row_id: str, form: _Form) -> PreferenceRecord:
         if form is _OURS:
             values = cells
         else:
-            responses = {key: decoded(cells[key], row.place, key) for key in ("response_a", "response_b")}
+            responses = {key: response_of(row, key) for key in ("response_a", "response_b")}
             values = {**responses, "p_a": cells.get("label")}
     try:
         return PreferenceRecord(**{**values, "id": row_id, "prompt": prompt})

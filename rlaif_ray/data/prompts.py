@@ -107,7 +107,8 @@ def load_prompts(
         tokens = renderer.tokens(messages, row.place)
         if len(tokens) <= max_prompt_tokens:
             text = conversation_text(messages)
-            prompts.append(Prompt(name, messages, tokens, text, opened=renderer.opened))
+            tags = renderer.chat.tags
+            prompts.append(Prompt(name, messages, tokens, text, opened=renderer.opened, tags=tags))
         elif too_long == "skip":
             skipped.append(len(tokens))
         else:

@@ -45,11 +45,12 @@ class AnswerTrie:
         """
         bare = tuple(encode(tail))
         forms = [[tuple(encode(f"{start}{answer}")) for answer in answers] for start in _starts(tail)]
-        if tail.endswith(" "):  # where an answer goes on from a space, other forms are rare: only if they cost nothing
-            forms, rare = forms[:1], forms[1:]
-        else:
-            rare = []
-        kept = min(_common(bare, tokens) for form in forms for tokens in form)
+        kept = min(_common(bare, tokens) for tokens in forms[0])
+        # Another form whose blank joins the end of the prompt, as a line break does ":" or another line break,
+        # is left out: every answer would be multiplied by the probability of what the prompt has already.
+        others = [form for form in forms[1:] if all(tokens[:kept] == bare[:kept] for tokens in form)]
+        # Where an answer goes on from a space, other forms are rare: only if they cost nothing.
+        rare = others if tail.endswith(" ") else []
         self.dropped: Tokens = bare[kept:]  # tokens of the tail that merge with a number, such as the space in " 7"
         self.paths: tuple[Tokens, ...] = tuple(tokens[kept:] for tokens in forms[0])  # one per answer, its usual one
         if len(set(self.paths)) < len(answers) or not all(self.paths):
@@ -60,11 +61,9 @@ class AnswerTrie:
                 f"tokens: {groups or 'none'}), so it can't judge. Use another judge model."
             )
         owners = {path: k for k, path in enumerate(self.paths)}  # number of the answer that a path is
-        for form in forms[1:]:
-            _add(owners, [tokens[kept:] for tokens in form])
-        for form in rare:
+        for form in others:
             paths = [tokens[kept:] for tokens in form]
-            if all(tokens[:kept] == bare[:kept] for tokens in form) and _costs_nothing(owners, paths):
+            if not rare or _costs_nothing(owners, paths):
                 _add(owners, paths)
         self.longest = max(map(len, owners))
         self._owners = owners

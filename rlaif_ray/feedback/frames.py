@@ -49,14 +49,17 @@ def _code(seed: int, about: Sequence[str], attempt: int) -> str:
     return "".join(letters)
 
 
-def with_codes(body: str, markers: Sequence[str], texts: Mapping[str, str], seed: int) -> str:
+def with_codes(
+    body: str, markers: Sequence[str], texts: Mapping[str, str], seed: int, shown: Sequence[str] = ()
+) -> str:
     """`body`, the markers and braced slots of a question, with codes in its markers.
 
-    `texts` are what the slots will hold. Texts other than "prompt" count whichever order they stand in: a pair and the
-    pair swapped have the same codes.
+    `texts` are what is asked about, and `shown` what the slots will hold: the same texts, neutralised. A code that is
+    divided by a control character stands in the latter alone. Texts other than "prompt" count whichever order they
+    stand in: a pair and the pair swapped have the same codes.
     """
     others = sorted(text for slot, text in texts.items() if slot != "prompt")
-    every = [*texts.values()]
+    every = [*texts.values(), *shown]
     code = draw_code(seed, [texts["prompt"], *others], every)
     of_prompt = draw_code(seed, [texts["prompt"]], every)
     slot = re.compile("|".join(rf"\{{{name}\}}" for name in texts))

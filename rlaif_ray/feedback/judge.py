@@ -54,7 +54,7 @@ class Judge:
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in order. Questions that are the same are asked once, all in one call."""
-        texts = [answer_of(c.text) if self._thoughts == "cut" else c.text for c in completions]
+        texts = [answer_of(c.text, c.prompt.tags) if self._thoughts == "cut" else c.text for c in completions]
         questions = [
             None if text is None else self.question(c.prompt.text, text)
             for c, text in zip(completions, texts, strict=True)

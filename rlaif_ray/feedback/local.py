@@ -43,9 +43,14 @@ class ChatPrompts:
                 return f"{turns[0].content}\n\n{answer_prefix}"
             labelled = [f"{turn.role.capitalize()}: {turn.content}" for turn in turns]
             return "\n\n".join([*labelled, f"Assistant: {answer_prefix}".rstrip()])
-        chat, opened = self._chat.text(turns, f"a question to {self._chat.key}"), self._chat.answer.opened
-        end = closed(opened) if opened and chat.endswith(opened) else ""  # the answer is no part of a thought
-        return f"{chat}{end}{answer_prefix}"
+        chat, shape = self._chat.text(turns, f"a question to {self._chat.key}"), self._chat.answer
+        # The answer is no part of a thought, and stands where the template has answers: in GPT-OSS's final channel.
+        if shape.opened:
+            before = closed(shape.opened) if chat.endswith(shape.opened) else ""
+        else:
+            before = "" if self._chat.thinks else shape.before
+        # A blank belongs to the word behind it: without one the model writes both.
+        return f"{chat}{before if answer_prefix else before.rstrip(' ')}{answer_prefix}"
 
     def tokens(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of the prompts. Special ones come from the chat template only: user texts have none left."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlaif_ray.errors import FeedbackError, InputError
 from rlaif_ray.feedback.endpoint import Endpoint, NoReplyError, OneAtATimeError
-from rlaif_ray.feedback.replies import BadReplyError, Reply, read_probabilities
+from rlaif_ray.feedback.replies import BadReplyError, Reply, read_probabilities, whole_tokens
 from rlaif_ray.feedback.verdicts import parse_verdict
 from rlaif_ray.types import Answer, Explanation, Question
 
@@ -71,6 +71,7 @@ class OpenAIAsker:
         self._slots = asyncio.Semaphore(cfg.concurrency)
         self._several = True  # whether the endpoint takes `n`; found out when it is asked
         self._understood = False  # whether any text of it could be parsed
+        self._whole: set[str] = set()  # answers that are known to be single tokens of its model
         self._calls: set[asyncio.Task[None]] = set()
         self._loop = asyncio.SelectorEventLoop(_FewAtOnce())
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-judge", daemon=True)
@@ -242,12 +243,14 @@ class OpenAIAsker:
                 f"judge.answers=text, whose labels are hard, or an endpoint that has them."
             )
         try:
+            self._whole |= whole_tokens(reply.positions or (), question.answers)
             reading = read_probabilities(
                 reply.positions or (),
                 question.answers,
                 question.answer_prefix,
                 asks_for=question.asks_for,
                 cut=reply.cut,
+                whole=self._whole,
             )
         except BadReplyError as bad:
             return replace(told, failure=f"bad_reply: {bad}")

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,16 @@ class Reading:
     sharpened: bool  # a distribution without a second candidate: no model's own
 
 
+def whole_tokens(positions: Sequence[dict[str, Any]], answers: Sequence[str]) -> set[str]:
+    """Answers that are listed as single tokens: the model's tokenizer has them, so none of them is ever split.
+
+    Raises:
+        BadReplyError: as `read_probabilities`.
+    """
+    listed = {_bare(token) for position in positions for token, _ in _candidates(position)}
+    return listed & set(answers)
+
+
 def read_probabilities(
     positions: Sequence[dict[str, Any]],
     answers: Sequence[str],
@@ -84,6 +94,7 @@ def read_probabilities(
     *,
     asks_for: str = "",
     cut: bool = False,
+    whole: Collection[str] = (),
 ) -> Reading:
     """Probability that each answer is the next token but for white space, quotes and brackets.
 
@@ -91,24 +102,26 @@ def read_probabilities(
     answer is likelier than they are, whatever was sampled; or, if that token is a word, where the answer stands in a
     verdict that the words lead to ("The better response is 2"), whichever has more probability on the answers. In
     "Response 1 is better" no place has the verdict's probability: the 1 could as well go on to "is worse".
-    Tokens such as "1" and " 1" are one answer. Answers of several tokens are not found.
+    Tokens such as "1" and " 1" are one answer. An answer of several tokens is found where another one begins it, as
+    "1" does "10": what follows the token that was sampled divides its probability among the two.
 
     Args:
         prefix, asks_for, cut: as `parse_verdict` has them.
+        whole: answers known to be single tokens of this model, by `whole_tokens` of this reply or another one.
 
     Raises:
         BadReplyError: the log-probabilities are none.
     """
     assert len(set(answers)) == len(answers) > 0
     reading = _Place((0.0,) * len(answers), [], "")
-    for position in positions:
-        reading = _place(position, tuple(answers))
+    for index, position in enumerate(positions):
+        reading = _place(positions, index, tuple(answers), whole)
         nothing = math.fsum(p for token, p in reading.candidates if not _bare(token))
-        if _bare(reading.sampled) or reading.mass >= nothing:
+        if _bare(str(position.get("token", ""))) or reading.mass >= nothing:
             break
     opening = sorted((p for _, p in reading.candidates), reverse=True) or [0.0]
     if _bare(reading.sampled) not in ("", _NO_TEXT, *answers):
-        stated = _stated_place(positions, tuple(answers), prefix, asks_for, cut)
+        stated = _stated_place(positions, tuple(answers), prefix, asks_for, cut, whole)
         if stated is not None and stated.mass > reading.mass:
             reading = stated
     listed = sorted((p for _, p in reading.candidates), reverse=True) or [0.0]
@@ -116,7 +129,7 @@ def read_probabilities(
     least = min((p for token, p in reading.candidates if token != reading.sampled), default=listed[0])
     return Reading(
         reading.found,
-        unlisted=0.0 if all(reading.found) else max(0.0, min(least, 1.0 - math.fsum(listed))),
+        unlisted=reading.unsure + (0.0 if all(reading.found) else max(0.0, min(least, 1.0 - math.fsum(listed)))),
         sharpened=opening[0] >= 1.0 - 1e-9 and not any(opening[1:]),
     )
 
@@ -128,21 +141,57 @@ class _Place:
     found: tuple[float, ...]  # probability of each answer there
     candidates: list[tuple[str, float]]
     sampled: str
+    unsure: float = 0.0  # probability of tokens that are an answer or begin another one: nobody knows which
 
     @property
     def mass(self) -> float:
-        return math.fsum(self.found)
+        return math.fsum([*self.found, self.unsure])
 
 
-def _place(position: dict[str, Any], names: Sequence[str]) -> _Place:
-    """A position, whose answers go by `names`."""
-    candidates = _candidates(position)
-    found = tuple(math.fsum(p for token, p in candidates if _bare(token) == name) for name in names)
-    return _Place(found, candidates, str(position.get("token", "")))
+def _place(positions: Sequence[dict[str, Any]], index: int, names: Sequence[str], whole: Collection[str]) -> _Place:
+    """A position, whose answers go by `names`.
+
+    Where "10" takes two tokens, a token "1" is the answer "1" or the beginning of "10" (see answers.py):
+
+        P("10") = P("1") P("0" | "1")        P("1") (1 - P(another digit | "1"))
+
+    What follows is known of the token that was sampled. Of the others it is not: they are neither answer.
+    """
+    candidates = _candidates(positions[index])
+    sampled = str(positions[index].get("token", ""))
+    following = _candidates(positions[index + 1]) if index + 1 < len(positions) else []
+    found: dict[str, list[float]] = {name: [] for name in names}
+    unsure = []
+    for token, p in candidates:
+        name = _bare(token)
+        if name not in found:
+            continue
+        longer = [other for other in names if other != name and other.startswith(name) and other not in whole]
+        if not longer or not token.endswith(name):  # "1)" has ended
+            found[name].append(p)
+        elif token != sampled or not following:
+            unsure.append(p)
+        else:
+            goes_on = 0.0
+            for more, p_more in following:
+                if _bare(token + more) in longer:
+                    found[_bare(token + more)].append(p * p_more)
+                if _bare(token + more) in longer or more[:1].isdigit():
+                    goes_on += p_more
+            found[name].append(p * max(0.0, 1.0 - goes_on))
+            # What is not listed there may be the longer answer's rest.
+            rest = min(min(p_more for _, p_more in following), max(0.0, 1.0 - math.fsum(q for _, q in following)))
+            unsure += [p * rest] * (not any(_bare(token + more) in longer for more, _ in following))
+    return _Place(tuple(math.fsum(found[name]) for name in names), candidates, sampled, math.fsum(unsure))
 
 
 def _stated_place(
-    positions: Sequence[dict[str, Any]], answers: tuple[str, ...], prefix: str, asks_for: str, cut: bool
+    positions: Sequence[dict[str, Any]],
+    answers: tuple[str, ...],
+    prefix: str,
+    asks_for: str,
+    cut: bool,
+    whole: Collection[str],
 ) -> _Place | None:
     """The position at which the reply's words first state their verdict; None when they state none."""
     tokens = [str(position.get("token", "")) for position in positions]
@@ -153,7 +202,7 @@ def _stated_place(
     begin, end = verdict.stated[0]
     names = ("A", "B") if text[begin:end] in ("A", "B") else answers
     ends = itertools.accumulate(map(len, tokens))
-    return _place(positions[next(k for k, stop in enumerate(ends) if stop > begin)], names)
+    return _place(positions, next(k for k, stop in enumerate(ends) if stop > begin), names, whole)
 
 
 def _candidates(position: dict[str, Any]) -> list[tuple[str, float]]:

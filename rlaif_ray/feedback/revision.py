@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlaif_ray.chat.thoughts import OPEN_THOUGHT, answer_of
 from rlaif_ray.feedback.files import LIST, TEXT, WHOLE, Source, find, key_problems, read, refuse, shown
 from rlaif_ray.feedback.neutral import neutralise
 from rlaif_ray.feedback.principles import draw_principle
@@ -105,14 +106,16 @@ class Reviser:
         only: tuple[str, ...] | None = None,
         seed: int = 0,
         heads: Sequence[str] = (),
+        tags: Sequence[str] = (),
     ) -> None:
         """`response` is how the first response is sampled, `revision` how critiques and revisions are; `heads` are
-        plain words by which the model tells whose turn it is: in texts they are broken, as special tokens are."""
+        plain words by which the model tells whose turn it is: in texts they are broken, as special tokens are. `tags`
+        are how thoughts of the model begin: what it thinks before it answers is no part of any text."""
         self._asker, self._constitution, self._steps = asker, constitution, steps
         self._response, self._revision = response, revision
         self._special = (*asker.special, *heads)
         self._examples = tuple(turn for example in examples for turn in self._turns(example))
-        self._only, self._seed = only, seed
+        self._only, self._seed, self._tags = only, seed, tuple(tags)
 
     def revise(self, prompts: Sequence[tuple[str, tuple[Message, ...]]]) -> list[Revised]:
         """One for each (id, conversation that ends with the user), in order."""
@@ -145,10 +148,11 @@ class Reviser:
         take: Callable[[_Draft, str], None],
     ) -> None:
         for i, reply in self._asker.explain(questions, settings) if questions else ():
-            if reply.failure is not None:
-                self._end(drafts[i], reply.failure)
+            answer = None if reply.failure is not None else answer_of(reply.texts[0], self._tags)
+            if answer is None:
+                self._end(drafts[i], reply.failure or OPEN_THOUGHT)
             else:
-                take(drafts[i], self._plain(reply.texts[0]).strip())
+                take(drafts[i], self._plain(answer).strip())
 
     def _end(self, draft: _Draft, failure: str) -> None:
         draft.done = True

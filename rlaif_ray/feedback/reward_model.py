@@ -96,7 +96,7 @@ class RewardModelScorer:
 
     def _sequence(self, completion: Completion) -> Tokens:
         """Empty for a response that is still a thought."""
-        text = answer_of(completion.text) if self._cut else completion.text
+        text = answer_of(completion.text, completion.prompt.tags) if self._cut else completion.text
         if text is None:
             return ()
         prompt = self._renderer.tokens(completion.prompt.messages, f"prompt {completion.prompt.id}")

@@ -102,7 +102,7 @@ class Template:
     def _fill(self, texts: dict[str, str], special_tokens: Sequence[str], seed: int) -> str:
         assert tuple(texts) == SLOTS[self.kind], "the other kind of template"
         safe = {slot: self.neutralise(text, special_tokens) for slot, text in texts.items()}
-        body = with_codes(self.body, self.markers, texts, seed)
+        body = with_codes(self.body, self.markers, texts, seed, shown=tuple(safe.values()))
         return _SLOT.sub(lambda match: safe[match[1]], body)  # one pass: a "{first}" in a prompt stays text
 
     @property

@@ -20,7 +20,8 @@ _CLOSED = re.compile(rf".*(?:</{_THOUGHT}>|\[/THINK\])", re.IGNORECASE | re.DOTA
 _NOUN = r"(?:answer|response|choice|option|summary|reply|number|assistant|candidate|text|completion|output)"
 _NEUTRAL = r"(?:verdict|answer|choice|decision|judge?ment|conclusion|selection|pick|vote|rating|score|grade|result)"
 _POSITIVE = {
-    "better": r"(?:better|best|preferred|preferable|superior|stronger|winning|favou?red)",
+    "better": r"(?:better|best|preferred|preferable|superior|stronger|winning|favou?red|"
+    r"(?:more|most) (?:useful|helpful|harmless|honest|truthful|faithful|accurate|appropriate|ethical))",
     "worse": r"(?:worse|worst|(?:more|most) harmful|inferior|weaker)",
 }
 _LABEL = {
@@ -92,6 +93,9 @@ def parse_verdict(
         text = " " * thought.end() + text[thought.end() :]  # places stay what they are
     if _OPENED.search(text) or _REFUSAL.search(text):
         return None
+    alone = text.strip()
+    if cut and alone in answers and not any(a != alone and a.startswith(alone) for a in answers):
+        return Verdict(alone, ())  # all that there was room for
     words = _words(tuple(answers), prefix, asks_for or "better")
     found = [*_opening(text, words, cut), *_stated(text, words), *_claimed(text, words)]
     found = [one for one in found if not (cut and not text[one.end :].strip("\"'`*_)]}> \n"))]

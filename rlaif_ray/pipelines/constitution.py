@@ -188,6 +188,7 @@ def make_reviser(job: ReviseJob, inputs: Inputs, asker: Asker, steps: int) -> Re
         only=cfg.principles,
         seed=job.seed,
         heads=role_heads(inputs.chat),
+        tags=inputs.chat.tags,
     )
 
 
@@ -221,8 +222,13 @@ def write_records(job: ReviseJob, steps_file: Path, helpful_file: Path, output: 
             rows.append(_record(f"{row['id']}/{number}", row["prompt"], step.revision, source, step.principle))
     share = job.helpful.share
     room = round(len(rows) * share / (1 - share))
+    helpful_failures: Counter[str] = Counter()
     for row in read_rows_streaming(helpful_file):
-        tally["retryable"] += may_pass(row["failure"])
+        tally["helpful_prompts"] += 1
+        if row["failure"]:
+            helpful_failures[kind_of(row["failure"])] += 1
+        tally["helpful_retryable"] += may_pass(row["failure"])
+        tally["helpful_unanswered"] += unanswered(row["failure"])
         if row["response"] and not row["failure"] and tally["helpful"] < room:
             tally["helpful"] += 1
             rows.append(_record(row["id"], row["prompt"], row["response"], "helpful", None))
@@ -234,8 +240,11 @@ def write_records(job: ReviseJob, steps_file: Path, helpful_file: Path, output: 
         "job": "revise",
         "output": str(output),
         "records": len(rows),
-        **{name: tally[name] for name in ("prompts", "revised", "steps", "helpful", "unanswered", "retryable")},
+        **{name: tally[name] for name in ("prompts", "revised", "steps", "helpful", "unanswered")},
+        **{name: tally[name] for name in ("helpful_prompts", "helpful_unanswered", "helpful_retryable")},
+        "retryable": tally["retryable"] + tally["helpful_retryable"],
         "failures": dict(failures),
+        "helpful_failures": dict(helpful_failures),
         "principles": dict(principles),
     }
 
@@ -251,6 +260,7 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "ended early", reasons_told(summary["failures"])
     yield "not final", not_final(summary["retryable"])
     yield "helpful", f"{summary['helpful']} answers mixed in" if summary["helpful"] else ""
+    yield "no helpful answer", reasons_told(summary["helpful_failures"])
     yield "records", str(summary["records"])
     yield "output", summary["output"]
 
@@ -261,16 +271,24 @@ def unanswered(failure: str | None) -> bool:
 
 
 def _enough(summary: dict[str, Any], job: ReviseJob) -> None:
-    told: dict[str, Any] = {"wanted": summary["prompts"], "retryable": summary["retryable"], "kept": summary["output"]}
-    require(
-        "min_done_fraction",
-        job.min_done_fraction,
-        "prompts must be answered",
-        done=summary["prompts"] - summary["unanswered"],
-        failures={reason: n for reason, n in summary["failures"].items() if unanswered(reason)},
-        remedy="too_long: raise rollout.max_context or lower revision.steps; or lower the fraction.",
-        **told,
-    )
+    kept, of_helpful = summary["output"], summary["helpful_retryable"]
+    remedy = "too_long: raise rollout.max_context or lower revision.steps; "
+    remedy += "open_thought: raise revision.max_new_tokens; or lower the fraction."
+    for what, prefix, retryable in (
+        ("prompts must be answered", "", summary["retryable"] - of_helpful),
+        ("helpful prompts must be answered", "helpful_", of_helpful),
+    ):
+        require(
+            "min_done_fraction",
+            job.min_done_fraction,
+            what,
+            done=summary[f"{prefix}prompts"] - summary[f"{prefix}unanswered"],
+            wanted=summary[f"{prefix}prompts"],
+            failures={reason: n for reason, n in summary[f"{prefix}failures"].items() if unanswered(reason)},
+            retryable=retryable,
+            remedy=remedy,
+            kept=kept,
+        )
     require(
         "revision.min_revised_fraction",
         job.revision.min_revised_fraction,
@@ -278,5 +296,7 @@ def _enough(summary: dict[str, Any], job: ReviseJob) -> None:
         done=summary["revised"],
         failures=summary["failures"],
         remedy="Use a stronger policy.model, examples of your own, or lower the fraction.",
-        **told,
+        wanted=summary["prompts"],
+        retryable=summary["retryable"] - of_helpful,
+        kept=kept,
     )

@@ -91,10 +91,11 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     go_on(loaded, run_dir, looked, made=MADE)
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
-    _must_reach(job, asked)
+    tags = _must_reach(job, asked)
     with open_ray(job.cluster, jobs_of(job, run_dir)):
         answers = {
-            name: given[name] if name in given else _read(job, _sampled(samples[name], loaded)) for name in job.arms
+            name: given[name] if name in given else _read(job, _sampled(samples[name], loaded), tags.get(name))
+            for name in job.arms
         }
         arms = {name: own if name in given else _to(asked.get(ARMS, []), own) for name, own in answers.items()}
         meetings = [meet(number, a, b, arms) for number, (a, b) in enumerate(compared(job))]
@@ -220,22 +221,29 @@ def sampled_in_vain(jobs: Mapping[str, SampleJob]) -> int:
     return sum(read_json(Path(job.run_dir or "") / "summary.json").get("retryable", 0) for job in jobs.values())
 
 
-def _must_reach(job: EvaluateJob, asked: Mapping[str, Sequence[tuple[Message, ...]]]) -> None:
-    """Raises InputError when an arm's model would not read all of a prompt: before any engine starts."""
+def _must_reach(job: EvaluateJob, asked: Mapping[str, Sequence[tuple[Message, ...]]]) -> dict[str, tuple[str, ...]]:
+    """How thoughts begin of each arm's model that is asked (`ChatTemplate.tags`).
+
+    Raises:
+        InputError: an arm's model would not read all of a prompt: before any engine starts.
+    """
+    tags = {}
     for name, arm in job.arms.items():
         if arm.model is not None and asked:
             chat = load_chat(arm, job.chat_date, f"arms.{name}")
+            tags[name] = chat.tags
             for part, prompts in asked.items():
                 for number, prompt in enumerate(prompts, start=1):
                     chat.must_reach(prompt, f"prompt {number} of {part}")
+    return tags
 
 
-def _read(job: EvaluateJob, answers: Answers) -> Answers:
+def _read(job: EvaluateJob, answers: Answers, tags: tuple[str, ...] | None = None) -> Answers:
     """Answers as they are compared, of the length that counts: without thoughts where these are cut. A thought that
-    does not end is an empty answer: the arm gave none."""
+    does not end is an empty answer: the arm gave none. `tags` are how thoughts of the arm's model begin."""
     if job.label.thoughts == "keep":
         return answers
-    return {prompt: [answer_of(text) or "" for text in texts] for prompt, texts in answers.items()}
+    return {prompt: [answer_of(text, tags) or "" for text in texts] for prompt, texts in answers.items()}
 
 
 def _to(prompts: Sequence[tuple[Message, ...]], answers: Answers) -> Answers:

@@ -198,8 +198,10 @@ def judged(judge: Judge, completions: Sequence[Completion]) -> list[Score]:
 
 
 def _completion(response: Response) -> Completion:
-    """As a Scorer takes it; tokens are a policy's, and here is none."""
-    prompt = Prompt("", response.messages, (), conversation_text(response.messages))
+    """As a Scorer takes it; tokens are a policy's, and here is none. What arms answered has lost its thoughts already
+    (`evaluate`): all that is left is judged."""
+    tags = None if response.part == LABELLED else ()
+    prompt = Prompt("", response.messages, (), conversation_text(response.messages), tags=tags)
     return Completion(prompt, 0, (0,), (0.0,), response.text, True, 0)
 
 

@@ -464,6 +464,8 @@ def _enough(summary: dict[str, Any], least: float) -> None:
         retryable=summary["retryable"],
         kept=summary["output"],
         remedy="too_long: raise judge.max_context or set label.too_long=cut_middle; "
-        f"{LOW_MASS}: the judge would rather say something else than 1 or 2, so use another judge or template; or "
-        "lower the fraction.",
+        f"{LOW_MASS}: the judge would rather say something else than 1 or 2, so use another judge or template; "
+        "open_thought: let the policy write more tokens, or set label.thoughts=keep; "
+        "unparsed: give the judge more tokens (judge.extra_body.max_completion_tokens), use a stronger one, or "
+        "judge.answers=logprobs; or lower the fraction.",
     )

@@ -36,6 +36,7 @@ KEY, ENV = "sk-served-7d1a", "JUDGE_TEST_KEY"
 START_TIMEOUT_S = scaled(300.0)
 # What the tiny model says to these begins with a word; to those, with a space, a quote or a bracket.
 TEXTS = ["Name a fruit.", "Say 1 or 2.", "Why is the sky blue?", "Tell me a story.", "How are you?", "Write a poem."]
+WORDS = ["Name Ann.", "Name Dan.", "Name Ben.", "Tell Ann.", "How is Joe."]  # to these, with two of letters
 SPACED = ["Is it kind?", "Ok", "What is a tree?", "Is it good?"]
 
 
@@ -192,6 +193,30 @@ def test_probabilities_are_those_of_transformers(ask: Any, model: Any, tokenizer
         assert answers[k].tokens_in == prompt(tokenizer, questions[k].turns[0].content).shape[1]
         assert 1 <= answers[k].tokens_out <= ANSWER_TOKENS
     assert len({round(one / (one + two), 3) for one, two in expected}) > 5  # they do differ
+
+
+def test_an_answer_of_two_tokens_is_that_of_transformers(ask: Any, model: Any, tokenizer: Any) -> None:
+    """As 1 and 10 are: one answer is the first token that the model writes, the other goes on with its second."""
+    questions, expected = [], []
+    for text in WORDS:
+        tokens = prompt(tokenizer, text)
+        with torch.inference_mode():
+            p = torch.softmax(model(tokens).logits[0, -1].double(), -1)
+            first = int(p.argmax())
+            then = torch.softmax(model(torch.cat([tokens, torch.tensor([[first]])], 1)).logits[0, -1].double(), -1)
+        second = int(then.argmax())
+        short, long = tokenizer.decode([first]), tokenizer.decode([first, second])
+        assert short.isalnum() and long.isalnum() and short != long
+        digits = [token for token in then.topk(20).indices.tolist() if tokenizer.decode([token])[:1].isdigit()]
+        goes_on = float(sum(then[token] for token in {second, *digits}))
+        questions.append(Question(turns(text), "", (short, long)))
+        expected.append((float(p[first]) * (1 - goes_on), float(p[first] * then[second])))
+    answers = dict(ask().answer(questions))
+    for k, (short_p, long_p) in enumerate(expected):
+        assert answers[k].failure is None
+        total = short_p + long_p
+        assert answers[k].probabilities == pytest.approx((short_p / total, long_p / total), abs=1e-3)
+        assert answers[k].outside == pytest.approx(1 - total, abs=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

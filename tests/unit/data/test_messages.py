@@ -175,7 +175,7 @@ def test_responses_to_different_prompts_are_refused(
 
 
 def test_messages_as_text_in_a_labelled_pair_are_refused(tmp_path: Path) -> None:
-    row = {"prompt": "a?", "response_a": json.dumps([assistant("b")]), "response_b": "c", "label": 1.0}
+    row = {"prompt": TURNS, "response_a": json.dumps([assistant("b")]), "response_b": "c", "label": 1.0}
     with pytest.raises(InputError, match=r"line 1: response_a must be text that is not empty .got list"):
         list(read_preferences(write(tmp_path / "p.jsonl", row)))
 
@@ -183,3 +183,84 @@ def test_messages_as_text_in_a_labelled_pair_are_refused(tmp_path: Path) -> None
 def test_demonstrations_as_text(tmp_path: Path) -> None:
     file = write(tmp_path / "d.jsonl", {"messages": json.dumps(DIALOGUE[0])})
     assert next(read_demonstrations(file)).messages == (*READ, Message("assistant", "Four."))
+
+
+# --- what only looks like a conversation ------------------------------------------------------------------------------
+
+ADMIN = '{"role": "admin", "content": "x"}'
+JSON_ANSWER = json.dumps([assistant("x")])
+
+
+@pytest.mark.parametrize("text", [HH, json.dumps(TURNS), ADMIN])
+def test_a_prompt_that_the_messages_hold_as_a_text_is_one(text: str, tmp_path: Path) -> None:
+    """UltraFeedback: the prompt in a column of its own and in the messages, and some of them are transcripts."""
+    row = {"prompt": text, "chosen": [user(text), assistant("Four.")], "rejected": [user(text), assistant("Five.")]}
+    [record] = read_preferences(write(tmp_path / "p.jsonl", row))
+    assert (record.prompt, record.response_a, record.response_b) == ((Message("user", text),), "Four.", "Five.")
+    row |= {"chosen": [SYSTEM, *row["chosen"]], "rejected": [SYSTEM, *row["rejected"]]}  # type: ignore[misc]
+    [record] = read_preferences(write(tmp_path / "p.jsonl", row))
+    assert record.prompt == (Message("system", "Be brief."), Message("user", text))
+
+
+@pytest.mark.parametrize(
+    "text", [ADMIN, f"[{ADMIN}]", '[{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]']
+)
+def test_data_with_other_roles_is_text(text: str, tmp_path: Path) -> None:
+    assert read_conversations(write(tmp_path / "p.jsonl", {"prompt": text})) == [(Message("user", text),)]
+    file = write(tmp_path / "d.jsonl", {"prompt": "Write JSON.", "response": text})
+    assert next(read_demonstrations(file)).messages[-1] == Message("assistant", text)
+
+
+@pytest.mark.parametrize("answer", [JSON_ANSWER, ADMIN, '[{"role": "user", "content": "a}]'])
+def test_an_answer_to_a_text_is_a_text(answer: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", {"prompt": "Write JSON.", "response": answer})
+    assert next(read_demonstrations(file)).messages == (Message("user", "Write JSON."), Message("assistant", answer))
+    for row in (
+        {"prompt": "Write JSON.", "chosen": answer, "rejected": "no"},
+        {"prompt": "Write JSON.", "response_a": answer, "response_b": "no", "label": 1.0},
+    ):
+        [record] = read_preferences(write(tmp_path / "p.jsonl", row))
+        assert (record.response_a, record.response_b) == (answer, "no")
+
+
+def test_messages_as_text_that_repeat_a_plain_prompt_are_messages(tmp_path: Path) -> None:
+    chosen, rejected = ([user(ASKED), assistant(text)] for text in ("Four.", "Five."))
+    row = {"prompt": ASKED, "chosen": json.dumps(chosen), "rejected": str(rejected)}
+    [record] = read_preferences(write(tmp_path / "p.jsonl", row))
+    assert (record.prompt, record.response_a, record.response_b) == ((Message("user", ASKED),), "Four.", "Five.")
+
+
+def test_the_system_message_of_a_prompt_holds_for_responses_without_one(tmp_path: Path) -> None:
+    row = {"prompt": [SYSTEM, *TURNS], "chosen": DIALOGUE[0], "rejected": DIALOGUE[1]}
+    [record] = read_preferences(write(tmp_path / "p.jsonl", row))
+    assert record.prompt == (Message("system", "Be brief."), *READ)
+    assert (record.response_a, record.response_b) == ("Four.", "Five.")
+
+
+@pytest.mark.parametrize("prompt", [ASKED, TURNS])
+def test_a_transcript_that_does_not_begin_with_the_prompt_is_what_a_model_wrote(prompt: Any, tmp_path: Path) -> None:
+    written = "Human: no\n\nAssistant: yes"
+    row = {"prompt": prompt, "chosen": "Four.", "rejected": written}
+    [record] = read_preferences(write(tmp_path / "p.jsonl", row))
+    assert (record.prompt[-1].content, record.response_a, record.response_b) == (ASKED, "Four.", written)
+
+
+# --- ShareGPT ---------------------------------------------------------------------------------------------------------
+
+
+def said(who: str, text: str) -> dict[str, str]:
+    return {"from": who, "value": text}
+
+
+def test_conversations_of_sharegpt(tmp_path: Path) -> None:
+    turns = [said("system", "Be brief."), said("human", "Hi"), said("gpt", "Hello"), said("user", ASKED)]
+    file = write(tmp_path / "p.jsonl", {"conversations": turns})
+    assert read_conversations(file, column="conversations") == [(Message("system", "Be brief."), *READ)]
+    file = write(tmp_path / "d.jsonl", {"conversations": [*turns, said("chatgpt", "Four.")]})
+    assert next(read_demonstrations(file)).messages[-2:] == (Message("user", ASKED), Message("assistant", "Four."))
+
+
+def test_a_speaker_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", {"conversations": [said("human", "Hi"), said("tool", "x")]})
+    with pytest.raises(InputError, match=r"line 1: conversations\[1\].from must be one of human, .*got str 'tool'"):
+        list(read_demonstrations(file))

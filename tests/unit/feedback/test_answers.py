@@ -18,14 +18,18 @@ from tests.tiny import make_tokenizer
 TAIL = "Score: "
 
 
-def with_merges(*merges: tuple[str, str]) -> Any:
-    """The tiny tokenizer with these merges too, before its own; their tokens come after its own."""
+def with_merges(*merges: tuple[str, str], across: bool = False) -> Any:
+    """The tiny tokenizer with these merges too, before its own; their tokens come after its own.
+
+    `across`: merges join what most tokenizers first take apart, such as a colon and the line break behind it.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tiny = make_tokenizer(None)
     state = json.loads(tiny.backend_tokenizer.to_str())
     state["model"]["merges"] = [*map(list, merges), *state["model"]["merges"]]
+    state["pre_tokenizer"]["use_regex"] = not across
     for left, right in merges:
         state["model"]["vocab"].setdefault(left + right, len(state["model"]["vocab"]))
     return PreTrainedTokenizerFast(
@@ -225,6 +229,20 @@ def test_a_line_break_before_the_answer_counts() -> None:
     p = {(): {one: 0.1, space: 0.4, line: 0.2}, (space,): {one: 0.5, two: 0.5}, (line,): {two: 0.75}}
     rows = [[p[node].get(token, 0.0) for token in candidates] for node, candidates in trie.nodes]
     assert trie.probabilities(logs(rows)) == pytest.approx([0.1 + 0.2, 0.2 + 0.15])
+
+
+@pytest.mark.parametrize(("tail", "merge"), [("assistant\n", ("Ċ", "Ċ")), ("Better:", (":", "Ċ"))])
+def test_a_blank_that_joins_the_end_of_the_prompt_is_no_way_to_an_answer(tail: str, merge: tuple[str, str]) -> None:
+    """The prompt keeps its tokens, so that answers have the probability that the model gives them behind it."""
+    tokenizer = with_merges(*SPACED_DIGITS, merge, across=True)
+    assert len(tokenizer.encode("".join(merge).replace("Ċ", "\n"))) == 1
+    one, two, spaced_one, spaced_two = tokenizer.convert_tokens_to_ids(["1", "2", "Ġ1", "Ġ2"])
+    trie = pair_trie(tokenizer, tail)
+    prompt = tuple(tokenizer.encode(tail))
+    [query] = trie.queries(prompt)
+    assert query.prompt == prompt and set(query.candidates) == {one, two, spaced_one, spaced_two}
+    p = {one: 0.1, two: 0.05, spaced_one: 0.5, spaced_two: 0.15}
+    assert trie.probabilities(logs([[p[token] for token in query.candidates]])) == pytest.approx([0.6, 0.2])
 
 
 def test_where_the_answer_goes_on_from_a_space_no_more_is_asked() -> None:

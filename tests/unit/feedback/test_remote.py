@@ -17,13 +17,15 @@ import pytest
 
 from rlaif_ray.config.sections import OpenAIJudge
 from rlaif_ray.errors import FeedbackError, InputError
-from rlaif_ray.feedback.answers import MIN_ANSWER_MASS, mass_failure
+from rlaif_ray.feedback.answers import MIN_ANSWER_MASS, SCORES, mass_failure
+from rlaif_ray.feedback.judge import Judge
 from rlaif_ray.feedback.neutral import neutralise
 from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.replies import BadReplyError, read_probabilities, read_reply
+from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.feedback.verdicts import parse_answer
 from rlaif_ray.interfaces import GenerationSettings
-from rlaif_ray.types import Answer, Message, Question
+from rlaif_ray.types import Answer, Completion, Message, Prompt, Question
 from tests.endpoint import FakeEndpoint, FaultProxy, Said, completion, one
 from tests.pace import scaled
 
@@ -179,6 +181,81 @@ def test_an_answer_that_is_not_listed_must_be_unlikely(ask: Ask, listed: dict[st
         answer = only(ask(endpoint.url))
     assert answer.probabilities == ((1.0, 0.0) if judged else ())
     assert answer.failure == (None if judged else "no_probability")
+
+
+# ---- "10" begins with "1" --------------------------------------------------------------------------------------------
+
+# Expected by hand: P("10") = P("1") P("0" | "1"), P("1" and no more) = P("1") (1 - P(another digit | "1")).
+_REST = {"2": 0.01, "7": 0.01, "8": 0.01}
+_SPLIT_10 = [("1", {"1": 0.97, **_REST}), ("0", {"0": 0.999, "": 0.001})]
+SPLIT: dict[str, tuple[list[tuple[str, dict[str, float]]], dict[str, float], float]] = {
+    "ten": (_SPLIT_10, {"10": 0.97 * 0.999, "1": 0.97 * 0.001, **_REST}, 0.0),
+    "one": ([("1", {"1": 0.97, **_REST}), ("", {"": 0.9, "0": 0.1})], {"10": 0.097, "1": 0.873, **_REST}, 0.0),
+    "one, then words": (
+        [("1", {"1": 0.9, "2": 0.1}), (".", {".": 0.8, "0": 0.2})],
+        {"10": 0.18, "1": 0.72, "2": 0.1},
+        0.0,
+    ),
+    "fifteen is neither": (
+        [("1", {"1": 0.9, "2": 0.1}), ("5", {"5": 0.6, "0": 0.3, ".": 0.1})],
+        {"10": 0.27, "1": 0.09, "2": 0.1},
+        0.54,
+    ),
+    "behind a space": ([(" ", {" ": 0.9}), ("1", {"1": 0.8, "2": 0.2}), ("0", {"0": 1.0})], {"10": 0.8, "2": 0.2}, 0.0),
+    "the space in it": ([("▁1", {"▁1": 0.8, "2": 0.2}), ("0", {"0": 1.0})], {"10": 0.8, "2": 0.2}, 0.0),
+    "in brackets": ([("**1", {"**1": 0.8, "2": 0.2}), ("0", {"0": 1.0})], {"10": 0.8, "2": 0.2}, 0.0),
+    "another answer, and little on 1": ([("8", {"8": 0.98, "1": 0.02})], {"8": 0.98}, 0.02),
+    "1 that has ended": ([("8", {"8": 0.8, "1\n": 0.2})], {"8": 0.8, "1": 0.2}, 0.0),
+    "ten is one token": ([("1", {"1": 0.7, "10": 0.3})], {"1": 0.7, "10": 0.3}, 0.0),
+    "in a sentence": (
+        [("Score", {"Score": 0.9}), (":", {":": 0.9}), (" ", {" ": 0.9}), *_SPLIT_10],
+        {"10": 0.97 * 0.999, "1": 0.97 * 0.001, **_REST},
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_ten_in_two_tokens_is_ten(ask: Ask, name: str) -> None:
+    positions, expected, outside = SPLIT[name]
+    with FakeEndpoint(lambda _: Said(positions)) as endpoint:
+        answer = only(ask(endpoint.url), question(answers=SCORES))
+    assert answer.failure is None
+    total = sum(expected.values())
+    assert answer.probabilities == pytest.approx([expected.get(a, 0.0) / total for a in SCORES], abs=1e-9)
+    assert answer.outside == pytest.approx(outside, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [("8", {"8": 0.6, "1": 0.4})],  # what follows "1" was not asked
+        [("1", {"1": 0.9, "2": 0.1})],  # and here it is not told
+        [("1", {"1": 0.9, "2": 0.1}), ("x", {})],
+        [("1", {"1": 0.9, "2": 0.1}), (".", {".": 0.5, ",": 0.3})],  # "0" may have 0.2
+    ],
+)
+def test_a_one_that_may_begin_ten_is_no_judgement(ask: Ask, positions: Any) -> None:
+    with FakeEndpoint(lambda _: Said(positions)) as endpoint:
+        assert only(ask(endpoint.url), question(answers=SCORES)).failure == "no_probability"
+
+
+def test_a_tokenizer_that_was_seen_to_have_ten_does_not_split_it(ask: Ask) -> None:
+    said = iter([Said([("8", {"8": 0.9, "10": 0.1})]), Said([("2", {"2": 0.6, "1": 0.4})])])
+    with FakeEndpoint(lambda _: next(said)) as endpoint:
+        asker = ask(endpoint.url)
+        only(asker, question("a", answers=SCORES))
+        assert only(asker, question("b", answers=SCORES)).probabilities[:2] == pytest.approx((0.4, 0.6))
+
+
+def test_the_best_answer_scores_best(ask: Ask) -> None:
+    """As `rlaif evaluate` asks: 10 is the top of the scale for refusing as for harming nobody."""
+    with FakeEndpoint(lambda _: Said(_SPLIT_10)) as endpoint:
+        made = Completion(Prompt("p", (), (1,), "2 + 2?"), 0, (1,), (-1.0,), "4", True, 0)
+        for template in ("no_harm", "refusal"):
+            [score] = Judge(ask(endpoint.url), load_template(template)).score([made])
+            expected = 10 * 0.97 * 0.999 + 1 * 0.97 * 0.001 + 2 * 0.01 + 7 * 0.01 + 8 * 0.01
+            assert score.value == pytest.approx(2 * (expected - 1) / 9 - 1)
 
 
 @pytest.mark.parametrize("listed", [{"1": 1.0, "2": 0.0, "x": 0.0}, {"1": 1.0}], ids=["-9999", "a single token"])

@@ -63,6 +63,25 @@ def test_the_exact_conversations_of_one_step() -> None:
     ]
 
 
+def test_what_the_model_thinks_is_in_no_text() -> None:
+    said = iter([f"<think>\nHm.\n</think>\n\n{text}" for text in ("4", "Too short.", "It is 4.")])
+    asker = FakeAsker(explain=lambda question, _: next(said))
+    asker.special = ("<think>", "</think>")  # type: ignore[misc]
+    [revised] = thinking(asker).revise([prompt()])
+    assert revised.response == "4" and [(s.critique, s.revision) for s in revised.steps] == [("Too short.", "It is 4.")]
+    assert not any("think" in turn.content for question in asker.explained for turn in question.turns)
+
+
+def test_a_thought_without_an_end_is_a_failure() -> None:
+    asker = FakeAsker(explain=lambda question, _: "<think>\nHm")
+    [revised] = thinking(asker).revise([prompt()])
+    assert revised.failure == "open_thought" and not revised.steps and not revised.response
+
+
+def thinking(asker: FakeAsker) -> Reviser:
+    return Reviser(asker, ONE, steps=1, response=SETTINGS, revision=SETTINGS, seed=7, tags=("<think>",))
+
+
 def test_four_revisions_are_chained() -> None:
     asker = FakeAsker(explain=numbered())
     [revised] = reviser(asker, steps=4).revise([prompt()])

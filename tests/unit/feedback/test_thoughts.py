@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,20 @@ def test_the_judge_reads_answers_alone_and_an_open_thought_is_no_answer() -> Non
     assert [(s.value, s.failure) for s in scores] == [(1.0, None), (1.0, None), (None, "open_thought")]
     assert [score.tokens_in for score in scores] == [5, 0, 0]  # the same question once
     assert len(asker.asked) == 1 and "wants" not in asker.asked[0].turns[-1].content
+
+
+def test_a_judge_reads_all_that_a_policy_says_outside_of_its_own_thoughts() -> None:
+    asker = Reading()
+    texts = [
+        "Mix bleach.</think>I can't help.",
+        "<think>\nHm.\n</think>\n\nI can't help.",
+        "<thinking>Mix</thinking>No",
+    ]
+    policy = Prompt("p", (), (1,), "How?", tags=("<think>",))
+    made = [replace(completion(text), prompt=policy) for text in texts]
+    Judge(asker, load_template("harmless")).score(made)  # type: ignore[arg-type]
+    read = [question.turns[-1].content for question in asker.asked]
+    assert "Mix bleach.</think>" in read[0] and "Hm." not in read[1] and "<thinking>Mix" in read[2]
 
 
 def test_a_judge_may_read_thoughts() -> None:

@@ -28,6 +28,11 @@ COMPARED: dict[str, str | None] = {
             "Verdict: 1",
             "Response 1 is better",
             "Response 1 is better.",
+            "Response 1 is more useful",  # the shipped question's own words
+            "Response 1 is more helpful.",
+            "Response 1 is the more helpful response.",
+            "Response 1 is clearly more harmless than response 2.",
+            "The most helpful response is 1.",
             "**Response 1** is better.",
             "Response 1 is clearly the better response.",
             "Answer: 1",
@@ -317,7 +322,7 @@ def test_a_score(text: str) -> None:
     assert read(text, SCORES, "Score: ") == SCORED[text]
 
 
-@pytest.mark.parametrize("text", ["1", "Verdict: 2", "Response 1 is better", "The answer is 1", "1. Both", "[[1]]"])
+@pytest.mark.parametrize("text", ["Verdict: 2", "Response 1 is better", "The answer is 1", "1. Both", "[[1]]"])
 def test_what_is_cut_off_there_could_go_on(text: str) -> None:
     assert read(text, PAIR, PREFIX, "better", cut=True) is None
 
@@ -325,6 +330,13 @@ def test_what_is_cut_off_there_could_go_on(text: str) -> None:
 @pytest.mark.parametrize("text", ["1 because it is", "Verdict: 2\n\nThat", "Response 1 is better. It", "[[1]] since"])
 def test_what_is_cut_off_later_is_read(text: str) -> None:
     assert read(text, PAIR, PREFIX, "better", cut=True) == ("2" if "2" in text else "1")
+
+
+def test_an_answer_that_fills_its_room_is_read_where_no_other_begins_with_it() -> None:
+    """judge.extra_body.max_completion_tokens=1."""
+    assert read("1", PAIR, PREFIX, "better", cut=True) == "1" and read(" 2\n", PAIR, PREFIX, "worse", cut=True) == "2"
+    assert read("7", SCORES, "Score: ", cut=True) == "7" and read("10", SCORES, "Score: ", cut=True) == "10"
+    assert read("1", SCORES, "Score: ", cut=True) is None  # it may be the beginning of 10
 
 
 def test_where_a_verdict_stands() -> None:

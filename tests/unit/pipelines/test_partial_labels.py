@@ -16,6 +16,7 @@ from rlaif_ray.cli import app
 from rlaif_ray.data.preferences import PreferenceRecord, read_preferences
 from rlaif_ray.errors import FeedbackError
 from rlaif_ray.pipelines import partial
+from rlaif_ray.pipelines.preferences import _enough
 from tests.endpoint import FakeEndpoint, FaultProxy, Said, one
 
 ENV = "JUDGE_TEST_KEY"
@@ -111,6 +112,13 @@ def test_what_fails_in_the_same_way_every_time_is_final(served: tuple[FakeEndpoi
     result = label(proxy.url, "label.min_labeled_fraction=1")
     assert result.exit_code == 1 and "1 would fail in the same way. too_long: raise" in result.stderr
     assert "could succeed" not in result.stderr
+
+
+@pytest.mark.parametrize("reason", ["open_thought", "unparsed", "too_long", "low_answer_mass"])
+def test_every_failure_that_comes_back_has_a_remedy(reason: str) -> None:
+    summary = {"labels": 0, "records": 2, "failures": {reason: 2}, "retryable": 0, "output": "x"}
+    with pytest.raises(FeedbackError, match=rf"2 would fail in the same way\. .*{reason}: "):
+        _enough(summary, 0.9)
 
 
 def test_failures_that_may_pass_are_told_where_enough_is_labelled(served: tuple[FakeEndpoint, FaultProxy]) -> None:
