@@ -101,13 +101,39 @@ def sharded_loading(cfg: LearnerConfig, precision: Literal["fp32", "bf16"]) -> I
     if cfg.zero_stage < 3:
         yield
         return
+    import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     keep = HfDeepSpeedConfig(deepspeed_config(cfg, precision=precision))  # transformers holds it weakly
+    plain = deepspeed.zero.Init
+    deepspeed.zero.Init = _sharding(plain)
     try:
         yield
     finally:
+        deepspeed.zero.Init = plain
         del keep
+
+
+def _sharding(plain: Any) -> Any:
+    """DeepSpeed's context `plain`, in which modules are sharded as they are built, but for the types of buffers.
+
+    DeepSpeed's own casts whatever a module's __init__ makes: the frequencies of rotary embeddings, which transformers
+    asks for in fp32, would be rounded to bf16. transformers' default type is the model's meanwhile, so what names no
+    type has the right one anyway. Parameters are cast as before: DeepSpeed shards one type.
+    """
+    from deepspeed.runtime.zero import DeepSpeedTensorOverride
+
+    class Sharding(plain):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{"tensor_overrides": [DeepSpeedTensorOverride.device], **kwargs})
+
+        def _post_init_method(self, module: torch.nn.Module) -> None:
+            for parameter in module.parameters(recurse=False):
+                if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.dtype)
+            super()._post_init_method(module)
+
+    return Sharding
 
 
 def learning_rate_factor(step: int, *, warmup: int, total: int, schedule: str) -> float:
