@@ -7,18 +7,21 @@ nothing but odd curves to show for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rlaif_ray.attention import switch_length
 from rlaif_ray.config.jobs import RewardModelJob
-from rlaif_ray.errors import MismatchError
+from rlaif_ray.errors import InputError, MismatchError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.learner.agreement import before_last_tokens
 from rlaif_ray.learner.probe import Text
 from rlaif_ray.models import load_config, load_tokenizer
 from rlaif_ray.pipelines.agreement import WORST, Comparison, bound_for, compare
 from rlaif_ray.pipelines.checkpoint import due
+from rlaif_ray.pipelines.finite import OF_GUARD, require_numbers
 from rlaif_ray.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -75,8 +78,10 @@ class Guard:
             "revision": job.policy.revision,
             "trust_remote_code": job.policy.trust_remote_code,
         }
+        config = load_config(job.policy.model, **code)
+        room = min(room, switch_length(config) or room)  # all texts are computed together
         self._text = guard_text(load_tokenizer(job.policy.model, **code), room - GENERATED)
-        self._model = described(job.policy.model, load_config(job.policy.model, **code))
+        self._model = described(job.policy.model, config)
         self._pushes = 0
         self._from_start = False  # whether the policy was the reference at the first push
         self._steps = 0
@@ -86,6 +91,7 @@ class Guard:
 
         Raises:
             MismatchError: they differ.
+            NotFiniteError: the learner's own numbers are NaN or infinite.
         """
         self._pushes += 1
         if self._pushes == 1:
@@ -103,6 +109,7 @@ class Guard:
             if text not in read:
                 read[text] = self._learner.readings(text)
             found, together = read[text], self._layout(read[text])
+            self._check_numbers(found.alone, f"weight version {version}", trained=version > 0)
             readings = {ENGINE: engine_readings(self._text, completions), together: found.together, ALONE: found.alone}
             comparison = compare(readings, self._bound)
             if not comparison.agrees:
@@ -148,6 +155,7 @@ class Guard:
         if not self._cfg.enabled:
             return {}
         found = self._learner.readings(self._text)
+        self._check_numbers(found.alone, "before the first step", trained=False)
         together = self._layout(found)
         comparison = compare(self._scaled({together: found.together, ALONE: found.alone}), self._bound)
         if not comparison.agrees:
@@ -159,10 +167,12 @@ class Guard:
 
         Raises:
             MismatchError: they differ; says what to go on from instead.
+            NotFiniteError: the learner's own numbers are NaN or infinite.
         """
         if not (self._cfg.enabled and self._cfg.saved):
             return {}
         trained = self._learner.readings(self._text).alone
+        self._check_numbers(trained, f"the weights in {folder}", trained=True)
         if self._unit != "nats":
             trained = before_last_tokens(trained, self._text)
         saved = self._learner.readings_of_saved(str(folder), self._text)
@@ -175,6 +185,22 @@ class Guard:
                 f"trained ({self._model}; {self._gap(comparison)}). {instead}; report this with the model's name."
             )
         return {"guard/saved_gap": comparison.worst}
+
+    def _check_numbers(self, found: Sequence[float], when: str, *, trained: bool) -> None:
+        """Finite weights may still give NaN, as after one step at a hopeless learning rate: no program is to blame.
+
+        Raises:
+            InputError: some of what the model alone says is NaN or infinite, and it has learned nothing yet.
+            NotFiniteError: the same after training.
+        """
+        if trained:
+            require_numbers(found, f"values of {OF_GUARD} under finite weights ({self._model}; {when})")
+        elif not all(map(math.isfinite, found)):
+            wider = " Try policy.precision=fp32, or another model." if self._precision == "bf16" else " Use another one."
+            raise InputError(
+                f"{self._model} gives NaN or infinite values of {OF_GUARD} in {self._precision}, {when}: nothing could "
+                f"be learned.{wider}"
+            )
 
     def _layout(self, found: Readings) -> str:
         return f"the learner's {'packed' if found.packed else 'padded'} micro-batch"

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from rlaif_ray.config.jobs import RewardModelJob, SftJob, TrainJob
-from rlaif_ray.errors import MismatchError
+from rlaif_ray.errors import InputError, MismatchError, NotFiniteError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.learner.agreement import Readings
 from rlaif_ray.learner.probe import Text
+from rlaif_ray.pipelines.finite import how_to_go_on
 from rlaif_ray.pipelines.guard import GENERATED, Guard, described, guard_text
 from rlaif_ray.types import Completion, Experience, Prompt
 from tests.tiny import cached_tiny_model, make_tokenizer
@@ -151,6 +152,38 @@ def test_a_push_that_does_not_arrive_ends_the_run(
         assert part in text, text
     if engines.off:
         assert "rollout engine 1" in text
+
+
+@dataclass
+class NoNumbers(HandLearner):
+    """Finite weights so large that everything computed from them is NaN, in every layout."""
+
+    def _off(self, text: Text, by: float) -> list[float]:
+        return [float("nan")] * sum(map(len, text.completions))
+
+
+def test_nan_of_the_model_itself_is_no_mismatch(tmp_path: Path) -> None:
+    guard = guard_of(NoNumbers())
+    for attempt in (
+        lambda: guard.check_push(HandEngines(), 1),  # type: ignore[arg-type]
+        lambda: guard.check_saved(tmp_path, NO_CHECKPOINTS),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(NotFiniteError, match="of the guard's text under finite weights") as caught:
+            attempt()
+        told = str(how_to_go_on(caught.value, train_job(), 1, "checkpoints/step-1"))
+        assert "learner.lr=" in told and "checkpoints/step-1" in told and "report" not in told
+        assert "Nothing of it was" not in told  # engines have it, or the folder
+    # A model that nobody has trained yet is the user's choice.
+    for start in (lambda: guard.check_push(HandEngines(), 0), guard.check_layout):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="nothing could be learned"):
+            start()
+
+
+def test_nan_of_one_program_is_a_mismatch() -> None:
+    with pytest.raises(MismatchError, match="the engine differs"):
+        guard_of(HandLearner()).check_push(HandEngines(off=float("nan")), 1)  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="packed micro-batch differs"):
+        guard_of(HandLearner(together=float("nan"))).check_push(HandEngines(), 1)  # type: ignore[arg-type]
 
 
 def test_an_engine_that_is_lost_meanwhile_is_not_judged() -> None:
