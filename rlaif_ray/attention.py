@@ -117,14 +117,14 @@ def _exact_lengths(config: Any) -> dict[str, int]:
     # An index (DeepSeek-V3.2) picks the tokens that attention reads. Where several have the same score, which it picks
     # depends on the width of the batch; up to index_topk tokens it picks all.
     if topk := getattr(_text(config), "index_topk", None):
-        found[
-            "its index_topk: beyond, which tokens its attention reads depends on the other samples of the batch"
-        ] = int(topk)
+        found["its index_topk: beyond, which tokens its attention reads depends on the other samples of the batch"] = (
+            int(topk)
+        )
     # transformers takes the frequencies of "dynamic" RoPE from the longest sample of the batch, and of earlier ones.
     if any("dynamic" in _kind(rope) for rope in _ropes(config)) and (most := _text(config).max_position_embeddings):
-        found[
-            "its max_position_embeddings: beyond, its dynamic RoPE depends on the other samples of the batch"
-        ] = int(most)
+        found["its max_position_embeddings: beyond, its dynamic RoPE depends on the other samples of the batch"] = int(
+            most
+        )
     return found
 
 

@@ -40,7 +40,9 @@ def plan_ranks(
     budget: int,
     apart: Sequence[bool] | None = None,
 ) -> list[RankPlan]:
-    """Splits samples over ranks, balanced by tokens, each rank with the same number of micro-batches. `apart`: as above.
+    """Splits samples over ranks, balanced by tokens, each rank with the same number of micro-batches.
+
+    `apart`: as above.
 
     Equal numbers matter: under ZeRO each forward and backward is a collective, and a rank with one fewer would leave
     the others waiting. Ranks with fewer split a micro-batch, or, out of samples, get an empty one.

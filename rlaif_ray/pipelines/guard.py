@@ -22,6 +22,7 @@ from rlaif_ray.models import load_config, load_tokenizer
 from rlaif_ray.pipelines.agreement import WORST, Comparison, bound_for, compare
 from rlaif_ray.pipelines.checkpoint import due
 from rlaif_ray.pipelines.finite import OF_GUARD, require_numbers
+from rlaif_ray.pipelines.long_text import long_sample
 from rlaif_ray.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ TEXT = (
 
 def guard_text(tokenizer: Any, room: int) -> Text:
     """The fixed text as samples, none longer than `room` tokens: of several lengths, so that both packing and padding
-    have something to get wrong, and two with the same prompt, which packing computes once."""
+    have something to get wrong, and two with the same prompt, which packing computes once; one is long."""
     tokens = tokenizer.encode(TEXT, add_special_tokens=False) or [tokenizer.eos_token_id]
     while len(tokens) < 58:
         tokens += tokens
@@ -52,6 +53,10 @@ def guard_text(tokenizer: Any, room: int) -> Text:
     for prompt, completion in (((0, 6), (6, 25)), ((0, 6), (30, 41)), ((12, 15), (41, 58)), ((50, 51), (52, 58))):
         prompts.append((*begin, *tokens[slice(*prompt)])[: max(1, room // 2)])
         completions.append(tuple(tokens[slice(*completion)][: max(1, room - len(prompts[-1]))]))
+    long = long_sample(tokenizer, begin, room)
+    if long is not None:
+        prompts.append(long[0])
+        completions.append(long[1])
     return Text(tuple(prompts), tuple(completions))
 
 
@@ -196,7 +201,9 @@ class Guard:
         if trained:
             require_numbers(found, f"values of {OF_GUARD} under finite weights ({self._model}; {when})")
         elif not all(map(math.isfinite, found)):
-            wider = " Try policy.precision=fp32, or another model." if self._precision == "bf16" else " Use another one."
+            wider = (
+                " Try policy.precision=fp32, or another model." if self._precision == "bf16" else " Use another one."
+            )
             raise InputError(
                 f"{self._model} gives NaN or infinite values of {OF_GUARD} in {self._precision}, {when}: nothing could "
                 f"be learned.{wider}"

@@ -17,6 +17,7 @@ from rlaif_ray.learner.agreement import Readings
 from rlaif_ray.learner.probe import Text
 from rlaif_ray.pipelines.finite import how_to_go_on
 from rlaif_ray.pipelines.guard import GENERATED, Guard, described, guard_text
+from rlaif_ray.pipelines.long_text import LONGEST
 from rlaif_ray.types import Completion, Experience, Prompt
 from tests.tiny import cached_tiny_model, make_tokenizer
 
@@ -87,15 +88,16 @@ def guard_of(learner: HandLearner, **guard: Any) -> Guard:
     return Guard(train_job(guard=guard), learner, "fp32", 512)
 
 
-def test_texts_are_short_unlike_and_two_share_a_prompt() -> None:
+def test_texts_are_unlike_one_is_long_and_two_share_a_prompt() -> None:
     tokenizer = make_tokenizer(None)
     text = guard_text(tokenizer, 512)
     assert text == guard_text(tokenizer, 512)
     lengths = [len(p) + len(c) for p, c in zip(text.prompts, text.completions, strict=True)]
-    assert len(set(lengths)) == len(lengths) >= 3 and sum(lengths) < 100
+    assert len(set(lengths)) == len(lengths) >= 4 and sum(lengths[:-1]) < 100
+    assert lengths[-1] == LONGEST and len(text.completions[-1]) < 30  # few that are compared, far from the beginning
     assert len(set(text.prompts)) == len(text.prompts) - 1
     assert all(prompt[0] == tokenizer.bos_token_id for prompt in text.prompts)
-    for room in (4, 5, 11):
+    for room in (4, 5, 11, 63, 64, 100):
         short = guard_text(tokenizer, room)
         assert all(p and c and len(p) + len(c) <= room for p, c in zip(short.prompts, short.completions, strict=True))
 
