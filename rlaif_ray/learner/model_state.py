@@ -8,6 +8,7 @@ freed: nobody ever holds a full copy of a sharded model.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -157,12 +158,13 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Si
 def _require_whole(model: Any, entries: Sequence[StateEntry], metadata: Metadata) -> None:
     """Raises InputError where a conversion loses numbers, makes some up, or gives them another type.
 
-    That of a checkpoint with quantised weights does: it goes back to packed integers, or leaves weights out.
+    That of a checkpoint with quantised weights does: it goes back to packed integers, or leaves weights out, or gives
+    those of all layers one name, a pattern.
     """
     own, sent = Counter[str](), Counter[str]()
     for entry in entries:
         own[str(entry.dtype).removeprefix("torch.")] += prod(entry.shape)
-    for _, dtype, shape in metadata:
+    for dtype, shape in {name: rest for name, *rest in metadata if re.fullmatch(r"[\w.-]+", name)}.values():
         sent[dtype] += prod(shape)
     if own != sent:
         name = getattr(model.config, "name_or_path", "") or model.config.model_type
