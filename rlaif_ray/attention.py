@@ -117,14 +117,13 @@ def _exact_lengths(config: Any) -> dict[str, int]:
     # An index (DeepSeek-V3.2) picks the tokens that attention reads. Where several have the same score, which it picks
     # depends on the width of the batch; up to index_topk tokens it picks all.
     if topk := getattr(_text(config), "index_topk", None):
-        found["its index_topk: beyond, which tokens its attention reads depends on the other samples of the batch"] = (
-            int(topk)
-        )
+        why = "its index_topk: beyond, which tokens its attention reads depends on the other samples of the batch"
+        found[why] = int(topk)
     # transformers takes the frequencies of "dynamic" RoPE from the longest sample of the batch, and of earlier ones.
-    if any("dynamic" in _kind(rope) for rope in _ropes(config)) and (most := _text(config).max_position_embeddings):
-        found["its max_position_embeddings: beyond, its dynamic RoPE depends on the other samples of the batch"] = int(
-            most
-        )
+    most = getattr(_text(config), "max_position_embeddings", None)
+    if most and any("dynamic" in _kind(rope) for rope in _ropes(config)):
+        why = "its max_position_embeddings: beyond, its dynamic RoPE depends on the other samples of the batch"
+        found[why] = int(most)
     return found
 
 
@@ -138,8 +137,8 @@ def switch_length(config: Any) -> int | None:
     lengths = []
     for rope in _ropes(config):
         if _kind(rope) in ("longrope", "su"):
-            own = getattr(text, "original_max_position_embeddings", None)
-            lengths.append(own or rope.get("original_max_position_embeddings") or text.max_position_embeddings)
+            name = "original_max_position_embeddings"
+            lengths.append(getattr(text, name, None) or rope.get(name) or text.max_position_embeddings)
     return min(map(int, lengths), default=None)
 
 

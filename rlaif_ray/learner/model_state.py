@@ -164,7 +164,8 @@ def _require_whole(model: Any, entries: Sequence[StateEntry], metadata: Metadata
     own, sent = Counter[str](), Counter[str]()
     for entry in entries:
         own[str(entry.dtype).removeprefix("torch.")] += prod(entry.shape)
-    for dtype, shape in {name: rest for name, *rest in metadata if re.fullmatch(r"[\w.-]+", name)}.values():
+    by_name = {name: (dtype, shape) for name, dtype, shape in metadata if re.fullmatch(r"[\w.-]+", name)}
+    for dtype, shape in by_name.values():
         sent[dtype] += prod(shape)
     if own != sent:
         name = getattr(model.config, "name_or_path", "") or model.config.model_type
