@@ -147,7 +147,7 @@ class Guard:
                 raise MismatchError(
                     f"{self._model}: {name} must be 0 at the first step but for rounding (got {value:.3g}, allowed in "
                     f"{self._precision} {most:.2g}): engine, learner and reference still have the same weights, and "
-                    f"compute this step's samples differently, though not the guard's short text. Try "
+                    f"compute this step's samples differently, though not the guard's texts. Try "
                     f"policy.attention=eager. {self._remedy(ENGINE, '')}"
                 )
 
