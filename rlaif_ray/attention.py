@@ -28,12 +28,13 @@ def _types(names: str) -> frozenset[str]:
 PACKABLE = _types(
     "apertus bitnet cohere cohere2 deepseek_v2 deepseek_v3 gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 "
     "glm4_moe gpt2 gpt_bigcode gpt_neox granite granitemoe llama minicpm3 minimax_m2 ministral ministral3 mistral "
-    "mixtral olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3 starcoder2"
+    "mixtral olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen3 qwen3_moe smollm3 starcoder2"
 )
-# Model types for which sdpa is right on padded samples, while packing is wrong or not possible.
+# Model types for which sdpa is right on padded samples, while packing is wrong, not possible, or depends on the config:
+# the attention of phimoe and qwen2_moe is not told its window, which only their mask has.
 SDPA_ONLY = _types(
     "deepseek_v32 doge falcon falcon_h1 granitemoehybrid jamba kimi_linear lfm2 llama4_text minimax nemotron "
-    "nemotron_h qwen3_5_text qwen3_next recurrent_gemma stablelm zamba2"
+    "nemotron_h phimoe qwen2_moe qwen3_5_text qwen3_next recurrent_gemma stablelm zamba2"
 )
 # Attention-only models whose classes say that they take any attention, and don't.
 NOT_PACKABLE = {
@@ -96,22 +97,61 @@ def padded_kernel(config: Any) -> str:
 
 
 def longest_exact(config: Any) -> int | None:
-    """Tokens up to which padding changes nothing in a sample; None: any number.
-
-    An index (DeepSeek-V3.2) picks the tokens that attention reads. Where several have the same score, which it picks
-    depends on the width of the batch; up to index_topk tokens it picks all.
-    """
-    return getattr(_text(config), "index_topk", None) or None
+    """Tokens up to which other samples of the batch change nothing in a sample; None: any number."""
+    return min(_exact_lengths(config).values(), default=None)
 
 
 def check_length(config: Any, name: str, longest: int) -> None:
     """Raises InputError when samples of `longest` tokens are too long to be computed beside others."""
-    exact = longest_exact(config)
-    if exact is not None and longest > exact:
-        raise InputError(
-            f"samples of {name} must have at most {exact} tokens, its index_topk (got {longest}): beyond, which tokens "
-            f"its attention reads depends on the other samples of the batch. Use shorter ones, or another model."
-        )
+    for why, exact in _exact_lengths(config).items():
+        if longest > exact:
+            raise InputError(
+                f"samples of {name} must have at most {exact} tokens, {why} (got {longest}). Use shorter ones, or "
+                f"another model."
+            )
+
+
+def _exact_lengths(config: Any) -> dict[str, int]:
+    """The most tokens of a sample, by what sets that bound."""
+    found = {}
+    # An index (DeepSeek-V3.2) picks the tokens that attention reads. Where several have the same score, which it picks
+    # depends on the width of the batch; up to index_topk tokens it picks all.
+    if topk := getattr(_text(config), "index_topk", None):
+        why = "its index_topk: beyond, which tokens its attention reads depends on the other samples of the batch"
+        found[why] = int(topk)
+    # transformers takes the frequencies of "dynamic" RoPE from the longest sample of the batch, and of earlier ones.
+    most = getattr(_text(config), "max_position_embeddings", None)
+    if most and any("dynamic" in _kind(rope) for rope in _ropes(config)):
+        why = "its max_position_embeddings: beyond, its dynamic RoPE depends on the other samples of the batch"
+        found[why] = int(most)
+    return found
+
+
+def switch_length(config: Any) -> int | None:
+    """Tokens beyond which a sample is computed with other RoPE factors ("longrope", Phi 3 and 4); None: never.
+
+    transformers chooses the factors by the longest sample of a batch, so samples up to this length and longer ones must
+    not share one. vLLM chooses them by the context of its engine, for samples of every length.
+    """
+    text = _text(config)
+    lengths = []
+    for rope in _ropes(config):
+        if _kind(rope) in ("longrope", "su"):
+            name = "original_max_position_embeddings"
+            lengths.append(getattr(text, name, None) or rope.get(name) or text.max_position_embeddings)
+    return min(map(int, lengths), default=None)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The RoPE parameters of a model: one dict, or one for each kind of layers."""
+    text = _text(config)
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [part for part in found.values() if isinstance(part, dict)]
+    return nested or [found]
+
+
+def _kind(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def _text(config: Any) -> Any:

@@ -10,13 +10,19 @@ MicroBatch = tuple[int, ...]  # indices of samples
 RankPlan = tuple[MicroBatch, ...]  # what one rank computes, one micro-batch after the other; () is a place-holder
 
 
-def token_budget_batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -> list[MicroBatch]:
-    """Neighbours in length, longest first, as many as fit `budget` tokens; a sample above it stands alone."""
+def token_budget_batches(
+    indices: Sequence[int], lengths: Sequence[int], budget: int, apart: Sequence[bool] | None = None
+) -> list[MicroBatch]:
+    """Neighbours in length, longest first, as many as fit `budget` tokens; a sample above it stands alone.
+
+    `apart`: for each sample, whether it is of those that may not share a micro-batch with the others.
+    """
     batches: list[MicroBatch] = []
     current: list[int] = []
     used = 0
-    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
-        if current and used + lengths[i] > budget:
+    sides = apart or [False] * len(lengths)
+    for i in sorted(indices, key=lambda i: (not sides[i], -lengths[i], i)):
+        if current and (used + lengths[i] > budget or sides[i] != sides[current[0]]):
             batches.append(tuple(current))
             current, used = [], 0
         current.append(i)
@@ -26,8 +32,17 @@ def token_budget_batches(indices: Sequence[int], lengths: Sequence[int], budget:
     return batches
 
 
-def plan_ranks(indices: Sequence[int], lengths: Sequence[int], *, ranks: int, budget: int) -> list[RankPlan]:
+def plan_ranks(
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    ranks: int,
+    budget: int,
+    apart: Sequence[bool] | None = None,
+) -> list[RankPlan]:
     """Splits samples over ranks, balanced by tokens, each rank with the same number of micro-batches.
+
+    `apart`: as above.
 
     Equal numbers matter: under ZeRO each forward and backward is a collective, and a rank with one fewer would leave
     the others waiting. Ranks with fewer split a micro-batch, or, out of samples, get an empty one.
@@ -38,7 +53,7 @@ def plan_ranks(indices: Sequence[int], lengths: Sequence[int], *, ranks: int, bu
         lightest = min(range(ranks), key=lambda r: (loads[r], len(shares[r]), r))
         shares[lightest].append(i)
         loads[lightest] += lengths[i]
-    plans = [token_budget_batches(share, lengths, budget) for share in shares]
+    plans = [token_budget_batches(share, lengths, budget, apart) for share in shares]
     count = max(len(plan) for plan in plans)
     for plan in plans:
         while len(plan) < count:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlaif_ray.attention import longest_exact, padded_kernel
+from rlaif_ray.attention import longest_exact, padded_kernel, switch_length
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.template import ChatTemplate
 from rlaif_ray.chat.thoughts import OPEN_THOUGHT, answer_of
@@ -83,6 +83,7 @@ class RewardModelScorer:
         self._cut = (cfg.thoughts or getattr(config, "reward_thoughts", "cut")) == "cut"
         eos = self._renderer.tokenizer.eos_token_id
         self._ends = (eos,) if eos is not None and getattr(config, "reward_ends_with_eos", True) else ()
+        self._switch = switch_length(config) or 2**31
         self._room = min(cfg.max_context or context_length(config) or 2**31, longest_exact(config) or 2**31)
 
     def score(self, completions: Sequence[Completion]) -> list[Score]:
@@ -120,11 +121,13 @@ class RewardModelScorer:
         return [rewards[i] for i in range(len(sequences))]
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Longest first; a batch, padded to its first, stays within tokens_per_batch."""
+        """Longest first; a batch, padded to its first, stays within tokens_per_batch, and on one side of the length at
+        which the model's RoPE factors change."""
         batches: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             longest = lengths[batches[-1][0]] if batches else 0
-            if batches and longest * (len(batches[-1]) + 1) <= self._cfg.tokens_per_batch:
+            fits = longest * (len(batches[-1]) + 1) <= self._cfg.tokens_per_batch if batches else False
+            if fits and (lengths[i] > self._switch) == (longest > self._switch):
                 batches[-1].append(i)
             else:
                 batches.append([i])

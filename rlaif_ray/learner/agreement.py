@@ -4,6 +4,7 @@ what was saved. What should agree is compared in pipelines/guard.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.learner.probe import alone_outputs, attention_of, evaluating, laid_out_outputs
 
 if TYPE_CHECKING:
+    from rlaif_ray.learner.engine import RankSpec
     from rlaif_ray.learner.probe import Run, Text
 
 
@@ -49,6 +51,22 @@ def reference_attention(model: Any) -> Iterator[None]:
         return
     with attention_of(model, "eager"):
         yield
+
+
+@contextmanager
+def saved_threads(spec: RankSpec) -> Iterator[None]:
+    """Within it torch computes on as many cores of the CPU as this rank may use.
+
+    Ray leaves a process that has a GPU one thread, on which a large model that was saved would take hours to read.
+    """
+    before = torch.get_num_threads()
+    if spec.device == "cuda":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(before, min(cores, max(spec.threads, cores // spec.world_size))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

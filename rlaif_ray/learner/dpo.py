@@ -31,6 +31,10 @@ class DpoExample:
     def __len__(self) -> int:
         return len(self.pair)
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return self.pair.lengths
+
 
 class DpoRank(CausalRank[DpoExample]):
     """One rank that trains a policy on preference labels.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from rlaif_ray.config.deepspeed import deepspeed_config
+from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
 from rlaif_ray.learner.packing import Arguments, ModelInput
 
@@ -31,7 +34,7 @@ class RankSpec:
     address: str
     port: int
     device: Literal["cpu", "cuda"]
-    threads: int  # compute threads on CPU
+    threads: int  # compute threads on the CPU
 
 
 def learner_environment(spec: RankSpec) -> dict[str, str]:
@@ -101,13 +104,39 @@ def sharded_loading(cfg: LearnerConfig, precision: Literal["fp32", "bf16"]) -> I
     if cfg.zero_stage < 3:
         yield
         return
+    import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     keep = HfDeepSpeedConfig(deepspeed_config(cfg, precision=precision))  # transformers holds it weakly
+    plain = deepspeed.zero.Init
+    deepspeed.zero.Init = _sharding(plain)
     try:
         yield
     finally:
+        deepspeed.zero.Init = plain
         del keep
+
+
+def _sharding(plain: Any) -> Any:
+    """DeepSpeed's context `plain`, in which modules are sharded as they are built, but for the types of buffers.
+
+    DeepSpeed's own casts whatever a module's __init__ makes: the frequencies of rotary embeddings, which transformers
+    asks for in fp32, would be rounded to bf16. transformers' default type is the model's meanwhile, so what names no
+    type has the right one anyway. Parameters are cast as before: DeepSpeed shards one type.
+    """
+    from deepspeed.runtime.zero import DeepSpeedTensorOverride
+
+    class Sharding(plain):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{"tensor_overrides": [DeepSpeedTensorOverride.device], **kwargs})
+
+        def _post_init_method(self, module: torch.nn.Module) -> None:
+            for parameter in module.parameters(recurse=False):
+                if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.dtype)
+            super()._post_init_method(module)
+
+    return Sharding
 
 
 def learning_rate_factor(step: int, *, warmup: int, total: int, schedule: str) -> float:
@@ -261,11 +290,80 @@ def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], fold
 
     Raises:
         NotFiniteError: one of them is no number; nothing is written.
+        RunError: the weights are written, and what belongs to them is not.
     """
+    from safetensors.torch import save_file
+
     require_finite_state(state)
+    trained = dict(state)  # transformers empties what it is given, shard by shard
     model.config.use_cache = True  # off while training, on for whoever loads it
-    model.save_pretrained(folder, state_dict=state, save_original_format=False)  # its names are the checkpoint's
-    model.config.use_cache = False
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes for the owner alone; models are there to be shared
-    tokenizer.save_pretrained(folder)
+    try:
+        with _savable_generation(model, folder):
+            model.save_pretrained(folder, state_dict=state, save_original_format=False)  # its names: the checkpoint's
+        tokenizer.save_pretrained(folder)
+    except OSError:  # no room, no right to write: there is nothing to save either
+        raise
+    except Exception as error:
+        if not any(folder.glob("*.safetensors")):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+        raise RunError(
+            f"{folder} has the trained weights (*.safetensors), and not all of what belongs to them: transformers "
+            f"can't save it ({type(error).__name__}: {error}). Copy what is missing there from the model that was "
+            f"trained: config.json, generation_config.json and the files of its tokenizer."
+        ) from error
+    finally:
+        model.config.use_cache = False
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes for the owner alone; models are there to be shared
+
+
+def try_saving(model: Any, tokenizer: Any, name: str) -> None:
+    """Saves everything but the weights to a folder that is deleted: what can fail at the end fails at the start.
+
+    Raises:
+        InputError: transformers can't save the config or the tokenizer of model `name`.
+    """
+    with TemporaryDirectory(prefix="rlaif-model-") as folder:
+        for part, what in (("config", model.config), ("tokenizer", tokenizer)):
+            try:
+                what.save_pretrained(folder)
+            except Exception as error:
+                raise InputError(
+                    f"the {part} of model {name} can't be saved ({type(error).__name__}: {error}), so what is trained "
+                    f"could not be saved whole. Mend it in the model's folder, or use another model."
+                ) from error
+        with _savable_generation(model, Path(folder)):
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+
+
+@contextmanager
+def _savable_generation(model: Any, folder: Path) -> Iterator[None]:
+    """Within it transformers can save the model's settings for generation; afterwards they are in the folder.
+
+    transformers loads settings that it refuses to save: in many a generation_config.json stand a temperature or top_p
+    without `do_sample`. That is put in, so that they count. What can't be mended so is written as it was loaded.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None or _is_valid(own):
+        yield
+        return
+    sampled = copy.deepcopy(own)
+    sampled.do_sample = True
+    model.generation_config = sampled if _is_valid(sampled) else type(own)()
+    try:
+        yield
+    finally:
+        mended, model.generation_config = model.generation_config is sampled, own
+    if not mended:
+        own.to_json_file(folder / "generation_config.json", use_diff=True)
+
+
+def _is_valid(settings: Any) -> bool:
+    """Whether transformers would save them."""
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True

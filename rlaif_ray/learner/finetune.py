@@ -33,6 +33,11 @@ class SftExample:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
+    @property
+    def lengths(self) -> tuple[int]:
+        """Tokens of each sequence that the model reads."""
+        return (len(self),)
+
 
 Example = TypeVar("Example")
 

@@ -67,7 +67,7 @@ def require_finite_weights(modules: Mapping[str, torch.nn.Module], when: str) ->
 
 def finite_weights(parameters: Iterable[Any]) -> bool:
     """Whether all values of parameters are numbers, on all ranks. A collective."""
-    shards = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters]  # ZeRO-3: a rank's part
+    shards = [_own_part(parameter) for parameter in parameters]
     largest = [
         torch.linalg.vector_norm(shard, math.inf).float()
         for shard in shards
@@ -82,6 +82,23 @@ def finite_weights(parameters: Iterable[Any]) -> bool:
     if distributed:
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
     return not bool(bad)
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """The numbers of a parameter that this rank holds: all of them, or its part under ZeRO-3.
+
+    Parts have one size, so where that does not divide the parameter the last ones end in memory that nobody has
+    written, and whose bits may well be those of NaN.
+    """
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        whole: Tensor = parameter.detach()
+        return whole
+    if shard.numel() < shard.ds_numel:  # it is on NVMe
+        return torch.zeros(0)
+    before = torch.distributed.get_rank(parameter.ds_process_group) * shard.ds_numel
+    part: Tensor = shard.detach().view(-1)[: max(0, min(shard.ds_numel, parameter.ds_numel - before))]
+    return part
 
 
 def require_finite_model(model: torch.nn.Module, name: str) -> None:

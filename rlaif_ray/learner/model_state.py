@@ -8,15 +8,19 @@ freed: nobody ever holds a full copy of a sharded model.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import full_weights
 
 Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, full shape)
@@ -77,7 +81,11 @@ class ModelState:
     """
 
     def __init__(self, model: torch.nn.Module, entries: Sequence[StateEntry] | None = None) -> None:
-        """`entries` take the place of the model's own where it has adapters to merge (lora.py)."""
+        """`entries` take the place of the model's own where it has adapters to merge (lora.py).
+
+        Raises:
+            InputError: what would be pushed and saved is not all of the model.
+        """
         self._model = model
         _drop_unused_conversions(model)
         entries = model_entries(model) if entries is None else entries
@@ -96,6 +104,7 @@ class ModelState:
             for group in converted
             for name, tensor in group.items()
         ]
+        _require_whole(model, entries, self._metadata)
 
     def _meta(self, entries: Sequence[StateEntry]) -> dict[str, Tensor]:
         return self._convert({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries})
@@ -144,6 +153,31 @@ class ModelState:
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _require_whole(model: Any, entries: Sequence[StateEntry], metadata: Metadata) -> None:
+    """Raises InputError where a conversion loses numbers, makes some up, or gives them another type.
+
+    That of a checkpoint with quantised weights does: it goes back to packed integers, or leaves weights out, or gives
+    those of all layers one name, a pattern.
+    """
+    own, sent = Counter[str](), Counter[str]()
+    for entry in entries:
+        own[str(entry.dtype).removeprefix("torch.")] += prod(entry.shape)
+    by_name = {name: (dtype, shape) for name, dtype, shape in metadata if re.fullmatch(r"[\w.-]+", name)}
+    for dtype, shape in by_name.values():
+        sent[dtype] += prod(shape)
+    if own != sent:
+        name = getattr(model.config, "name_or_path", "") or model.config.model_type
+        raise InputError(
+            f"model {name} can't be pushed or saved once it is trained: going back to the names of its checkpoint, "
+            f"transformers makes {_counted(sent)} out of {_counted(own)}. That is what it does to a checkpoint "
+            f"with quantised weights. Train from one with plain weights (bf16 or fp32), or another model."
+        )
+
+
+def _counted(numbers: Counter[str]) -> str:
+    return " and ".join(f"{count} numbers in {dtype}" for dtype, count in sorted(numbers.items()))
 
 
 def _drop_unused_conversions(model: Any) -> None:

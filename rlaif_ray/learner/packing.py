@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlaif_ray.attention import PACKED, check_length
+from rlaif_ray.attention import PACKED, check_length, longest_exact
 from rlaif_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -346,7 +346,8 @@ class Arguments:
         Raises:
             InputError: the model can't compute such samples together.
         """
-        check_length(self._config, self._config.name_or_path, batch.tokens.shape[1])
+        if longest_exact(self._config) is not None:
+            check_length(self._config, self._config.name_or_path, int(batch.positions.max()) + 1)
         found = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
         if "position_ids" in self._names:
             found["position_ids"] = batch.positions

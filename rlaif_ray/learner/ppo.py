@@ -24,9 +24,9 @@ from rlaif_ray.config.algorithms import AlgorithmConfig, GrpoConfig, PpoConfig, 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
-from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read
+from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read, saved_threads
 from rlaif_ray.learner.checkpoints import RankCheckpoint
-from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, save_model_folder
+from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, save_model_folder, try_saving
 from rlaif_ray.learner.finite import Tally, require_finite_model, require_finite_weights
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
@@ -99,6 +99,7 @@ class RlRank:
             frozen = CausalPolicy(load(load_causal_lm, attention))
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = ModelState(self._model)
+        try_saving(self._model, self._tokenizer(), policy.model)
         self._steps, self._critic_steps = Tally(), Tally()
         self._trained = {"policy": self._model} | ({} if self._critic is None else {"critic": self._critic.module})
         require_finite_model(self._model, policy.model)
@@ -229,17 +230,20 @@ class RlRank:
         state = self.weights.full_state(keep=self._spec.rank == 0)
         if self._spec.rank != 0:
             return
+        save_model_folder(self._model, self._tokenizer(), state, Path(folder))
+
+    def _tokenizer(self) -> Any:
         policy = self._job.policy
-        tokenizer = load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
-        save_model_folder(self._model, tokenizer, state, Path(folder))
+        return load_tokenizer(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
 
     def readings_of_saved(self, folder: str, text: Text) -> list[float] | None:
         """The text's log-probabilities by what was saved there, on CPU; rank 0 alone loads it."""
         if self._spec.rank != 0:
             return None
         code = self._job.policy.trust_remote_code
-        saved = load_causal_lm(folder, dtype=DTYPES[self._precision], attention="eager", trust_remote_code=code)
-        return logprobs_of_saved(saved, text)
+        with saved_threads(self._spec):
+            saved = load_causal_lm(folder, dtype=DTYPES[self._precision], attention="eager", trust_remote_code=code)
+            return logprobs_of_saved(saved, text)
 
 
 class _Flat:

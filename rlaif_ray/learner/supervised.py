@@ -21,11 +21,12 @@ from torch import Tensor
 from rlaif_ray.algorithm.losses import preference_loss
 from rlaif_ray.attention import PACKED, plan_attention
 from rlaif_ray.learner import engine as deepspeed_door
-from rlaif_ray.learner.agreement import Readings, read, rewards_of_saved
+from rlaif_ray.learner.agreement import Readings, read, rewards_of_saved, saved_threads
 from rlaif_ray.learner.checkpoints import RankCheckpoint
-from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder
+from rlaif_ray.learner.engine import RankSpec, full_weights, save_model_folder, try_saving
 from rlaif_ray.learner.finite import Tally, require_finite_model
-from rlaif_ray.learner.lora import add_adapters, merged_state, try_merge
+from rlaif_ray.learner.lora import add_adapters, merged_entries, merged_state, try_merge
+from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import settle_attention
@@ -98,6 +99,8 @@ class SupervisedRank(ABC, Generic[Example]):
             text = torch.randint(self._model.config.get_text_config().vocab_size, (16,), generator=tokens).tolist()
             batch = build_input([text[:8]], [text[8:]], packed=self._packed, device=self.device)
             try_merge(self._model, lambda: self._engine(batch), policy.model, seed=job.seed)
+        ModelState(self._model, merged_entries(self._model))  # raises where not all of it could be saved
+        try_saving(self._model, load_tokenizer(policy.model, **self._code), policy.model)
         self.checkpoint = RankCheckpoint({"model": self._engine}, spec.rank)
 
     @abstractmethod
@@ -129,7 +132,9 @@ class SupervisedRank(ABC, Generic[Example]):
         if self._spec.rank != 0:
             return None
         code = self._code | {"revision": None}
-        return self._readings_of(self._load(folder, dtype=DTYPES[self._precision], attention="eager", **code), text)
+        with saved_threads(self._spec):
+            saved = self._load(folder, dtype=DTYPES[self._precision], attention="eager", **code)
+            return self._readings_of(saved, text)
 
     def _size(self, examples: Sequence[Example]) -> int:
         """What the sum of a minibatch's losses is divided by."""
@@ -182,6 +187,11 @@ class PairExample:
     def __len__(self) -> int:
         """Tokens to compute: the prompt stands once in the packed row."""
         return len(self.prompt) + len(self.response_a) + len(self.response_b)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of each sequence that the model reads."""
+        return len(self.prompt) + len(self.response_a), len(self.prompt) + len(self.response_b)
 
 
 def reward_input(

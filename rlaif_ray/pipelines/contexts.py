@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.attention import check_length, plan_attention
+from rlaif_ray.attention import check_length, plan_attention, switch_length
 from rlaif_ray.chat.template import WITHOUT_THOUGHTS, ChatTemplate
 from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import InputError
@@ -102,21 +102,49 @@ def policy_prompts(
 
 
 def policy_room(
-    policy: PolicyConfig, max_context: int | None, max_new_tokens: int, date: str | None, key: str = "policy"
+    policy: PolicyConfig,
+    max_context: int | None,
+    max_new_tokens: int,
+    date: str | None,
+    key: str = "policy",
+    *,
+    trained: bool = False,
 ) -> tuple[ChatTemplate, int]:
-    """A policy's chat template, and how many tokens of context it has for a prompt and an answer.
+    """A policy's chat template, and how many tokens of context it has for a prompt and an answer. `trained`: engine and
+    learner must compute it alike.
 
     Raises:
         InputError: the model or the context is wrong.
     """
     chat = load_chat(policy, date, key)
     room = readable_context(policy, max_context, "rollout.max_context")
+    if trained:
+        room = _alike_context(policy, max_context, room)
     if room <= max_new_tokens:
         raise InputError(
             f"sampling.max_new_tokens must leave room for a prompt in the {room} tokens of context of "
             f"{policy.model} (got {max_new_tokens}). Lower it."
         )
     return chat, room
+
+
+def _alike_context(policy: PolicyConfig, max_context: int | None, room: int) -> int:
+    """Of `room` tokens of context as many as engine and learner compute alike.
+
+    Raises:
+        InputError: the config asks for more.
+    """
+    code: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
+    switch = switch_length(load_config(policy.model, **code))
+    if switch is None:
+        return room
+    if max_context is not None and max_context > switch:
+        raise InputError(
+            f"rollout.max_context must not exceed {switch} for training {policy.model} (got {max_context}): beyond, "
+            f"vLLM takes the model's long RoPE factors for texts of every length, and the learner for long ones alone. "
+            f"Set rollout.max_context={switch} or less, or use another model."
+        )
+    return min(room, switch)
 
 
 def read_prompts(data: DataConfig, chat: ChatTemplate, longest: int) -> list[Prompt]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rlaif_ray.config.sections import LearnerConfig
     from rlaif_ray.types import Experience
 
+OF_GUARD = "the guard's text"  # in messages about what is found after weights were sent or saved
 SKIPPED, IN_ROW = "/skipped_updates", "/skipped_in_row"  # how the metrics end that count updates left out
 
 
@@ -77,6 +78,7 @@ def how_to_go_on(error: Exception, job: Any, last_step: int, checkpoint: str | N
     ]
     anew = "start anew with it in another run_dir, or with checkpoint.resume=never"
     skip = ", and with learner.nonfinite=skip it leaves such updates out" if learner.nonfinite == "stop" else ""
+    kept = "" if OF_GUARD in what else " Nothing of it was saved or sent to engines."
     there = (
         f"The last checkpoint, of finite weights, is {checkpoint}: the same command goes on from there{skip}. Another "
         f"learning rate is another run: {anew}."
@@ -84,6 +86,5 @@ def how_to_go_on(error: Exception, job: Any, last_step: int, checkpoint: str | N
         else f"There is no checkpoint (checkpoint.every={job.checkpoint.every}). Change the setting, and {anew}."
     )
     return NotFiniteError(
-        f"training stopped after step {last_step}: {what}. Nothing of it was saved or sent to engines. Likely causes: "
-        f"{'; '.join(causes)}. {there}"
+        f"training stopped after step {last_step}: {what}.{kept} Likely causes: {'; '.join(causes)}. {there}"
     )

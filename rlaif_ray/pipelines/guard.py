@@ -7,18 +7,22 @@ nothing but odd curves to show for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rlaif_ray.attention import switch_length
 from rlaif_ray.config.jobs import RewardModelJob
-from rlaif_ray.errors import MismatchError
+from rlaif_ray.errors import InputError, MismatchError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.learner.agreement import before_last_tokens
 from rlaif_ray.learner.probe import Text
 from rlaif_ray.models import load_config, load_tokenizer
 from rlaif_ray.pipelines.agreement import WORST, Comparison, bound_for, compare
 from rlaif_ray.pipelines.checkpoint import due
+from rlaif_ray.pipelines.finite import OF_GUARD, require_numbers
+from rlaif_ray.pipelines.long_text import long_sample
 from rlaif_ray.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -40,7 +44,7 @@ TEXT = (
 
 def guard_text(tokenizer: Any, room: int) -> Text:
     """The fixed text as samples, none longer than `room` tokens: of several lengths, so that both packing and padding
-    have something to get wrong, and two with the same prompt, which packing computes once."""
+    have something to get wrong, and two with the same prompt, which packing computes once; one is long."""
     tokens = tokenizer.encode(TEXT, add_special_tokens=False) or [tokenizer.eos_token_id]
     while len(tokens) < 58:
         tokens += tokens
@@ -49,6 +53,10 @@ def guard_text(tokenizer: Any, room: int) -> Text:
     for prompt, completion in (((0, 6), (6, 25)), ((0, 6), (30, 41)), ((12, 15), (41, 58)), ((50, 51), (52, 58))):
         prompts.append((*begin, *tokens[slice(*prompt)])[: max(1, room // 2)])
         completions.append(tuple(tokens[slice(*completion)][: max(1, room - len(prompts[-1]))]))
+    long = long_sample(tokenizer, begin, room)
+    if long is not None:
+        prompts.append(long[0])
+        completions.append(long[1])
     return Text(tuple(prompts), tuple(completions))
 
 
@@ -75,8 +83,10 @@ class Guard:
             "revision": job.policy.revision,
             "trust_remote_code": job.policy.trust_remote_code,
         }
+        config = load_config(job.policy.model, **code)
+        room = min(room, switch_length(config) or room)  # all texts are computed together
         self._text = guard_text(load_tokenizer(job.policy.model, **code), room - GENERATED)
-        self._model = described(job.policy.model, load_config(job.policy.model, **code))
+        self._model = described(job.policy.model, config)
         self._pushes = 0
         self._from_start = False  # whether the policy was the reference at the first push
         self._steps = 0
@@ -86,6 +96,7 @@ class Guard:
 
         Raises:
             MismatchError: they differ.
+            NotFiniteError: the learner's own numbers are NaN or infinite.
         """
         self._pushes += 1
         if self._pushes == 1:
@@ -103,6 +114,7 @@ class Guard:
             if text not in read:
                 read[text] = self._learner.readings(text)
             found, together = read[text], self._layout(read[text])
+            self._check_numbers(found.alone, f"weight version {version}", trained=version > 0)
             readings = {ENGINE: engine_readings(self._text, completions), together: found.together, ALONE: found.alone}
             comparison = compare(readings, self._bound)
             if not comparison.agrees:
@@ -135,7 +147,7 @@ class Guard:
                 raise MismatchError(
                     f"{self._model}: {name} must be 0 at the first step but for rounding (got {value:.3g}, allowed in "
                     f"{self._precision} {most:.2g}): engine, learner and reference still have the same weights, and "
-                    f"compute this step's samples differently, though not the guard's short text. Try "
+                    f"compute this step's samples differently, though not the guard's texts. Try "
                     f"policy.attention=eager. {self._remedy(ENGINE, '')}"
                 )
 
@@ -148,6 +160,7 @@ class Guard:
         if not self._cfg.enabled:
             return {}
         found = self._learner.readings(self._text)
+        self._check_numbers(found.alone, "before the first step", trained=False)
         together = self._layout(found)
         comparison = compare(self._scaled({together: found.together, ALONE: found.alone}), self._bound)
         if not comparison.agrees:
@@ -159,10 +172,12 @@ class Guard:
 
         Raises:
             MismatchError: they differ; says what to go on from instead.
+            NotFiniteError: the learner's own numbers are NaN or infinite.
         """
         if not (self._cfg.enabled and self._cfg.saved):
             return {}
         trained = self._learner.readings(self._text).alone
+        self._check_numbers(trained, f"the weights in {folder}", trained=True)
         if self._unit != "nats":
             trained = before_last_tokens(trained, self._text)
         saved = self._learner.readings_of_saved(str(folder), self._text)
@@ -175,6 +190,24 @@ class Guard:
                 f"trained ({self._model}; {self._gap(comparison)}). {instead}; report this with the model's name."
             )
         return {"guard/saved_gap": comparison.worst}
+
+    def _check_numbers(self, found: Sequence[float], when: str, *, trained: bool) -> None:
+        """Finite weights may still give NaN, as after one step at a hopeless learning rate: no program is to blame.
+
+        Raises:
+            InputError: some of what the model alone says is NaN or infinite, and it has learned nothing yet.
+            NotFiniteError: the same after training.
+        """
+        if trained:
+            require_numbers(found, f"values of {OF_GUARD} under finite weights ({self._model}; {when})")
+        elif not all(map(math.isfinite, found)):
+            wider = (
+                " Try policy.precision=fp32, or another model." if self._precision == "bf16" else " Use another one."
+            )
+            raise InputError(
+                f"{self._model} gives NaN or infinite values of {OF_GUARD} in {self._precision}, {when}: nothing could "
+                f"be learned.{wider}"
+            )
 
     def _layout(self, found: Readings) -> str:
         return f"the learner's {'packed' if found.packed else 'padded'} micro-batch"

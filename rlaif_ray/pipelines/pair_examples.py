@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.attention import switch_length
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.thoughts import answer_of
 from rlaif_ray.config.jobs import RewardModelJob
@@ -13,6 +14,7 @@ from rlaif_ray.data.preferences import PreferenceRecord, human_label, read_prefe
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats, brier, expected_calibration_error, pairwise_accuracy, preference
 from rlaif_ray.learner.supervised import PairExample
+from rlaif_ray.models import load_config
 from rlaif_ray.pipelines.contexts import check_attention, load_chat, readable_context
 from rlaif_ray.pipelines.finite import require_numbers
 from rlaif_ray.pipelines.run_folder import fingerprint
@@ -71,9 +73,24 @@ def read_pairs(
     if human_path is not None:
         by_people = _ExampleWriter(render, room, cfg.labels, end, {}, name=human_path, cut=cut, human=True)
         human = [e for r in read_preferences(human_path) if (e := by_people(r)) is not None]
-    longest = max(len(e.prompt) + max(len(e.response_a), len(e.response_b)) for e in [*train, *held_out, *human])
-    check_attention(policy, longest)
+    used = [*train, *held_out, *human]
+    check_attention(policy, max(max(e.lengths) for e in used))
+    _check_switch(policy, used, f"{job.section}.max_tokens")
     return PairInputs(train, held_out, left_out, fingerprint(job.data.path)), human
+
+
+def _check_switch(policy: PolicyConfig, examples: Sequence[PairExample], key: str) -> None:
+    """Raises InputError when the two responses of a pair, which are computed together, need other RoPE factors."""
+    code: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
+    switch = switch_length(load_config(policy.model, **code))
+    mixed = 0 if switch is None else sum(min(e.lengths) <= switch < max(e.lengths) for e in examples)
+    if mixed:
+        raise InputError(
+            f"{mixed} of {len(examples)} pairs have one response of at most {switch} tokens (with the prompt) and one "
+            f"of more. {policy.model} reads texts beyond {switch} tokens with other RoPE factors, which transformers "
+            f"chooses for both of a pair at once: the shorter would get wrong numbers. Set {key}={switch} to leave "
+            f"longer pairs out, or use another model."
+        )
 
 
 class _ExampleWriter:

@@ -245,7 +245,8 @@ def read_inputs(job: TrainJob) -> Inputs:
     Raises:
         InputError: any of them is wrong, or they don't fit together.
     """
-    chat, room = policy_room(job.policy, job.rollout.max_context, job.sampling.max_new_tokens, job.chat_date)
+    rollout, new = job.rollout, job.sampling.max_new_tokens
+    chat, room = policy_room(job.policy, rollout.max_context, new, job.chat_date, trained=True)
     longest = min(room - job.sampling.max_new_tokens, job.data.max_prompt_tokens or room)
     prompts = read_prompts(job.data, chat, longest)
     feedback = read_feedback(job.feedback, job.seed, job.chat_date)

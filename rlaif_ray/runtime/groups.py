@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import ray
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from rlaif_ray.algorithm.losses import explained_variance
+from rlaif_ray.attention import switch_length
 from rlaif_ray.data.batching import balanced_shares, minibatches, plan_ranks
 from rlaif_ray.learner.dpo import DpoExample
+from rlaif_ray.models import load_config
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.types import Completion, Experience, Score, TokenAnswer
 
@@ -30,7 +32,19 @@ if TYPE_CHECKING:
 WRITING = "writing"  # Ray's concurrency group of `write_checkpoint`
 QUARANTINED = "quarantined"  # the reason why a request that ends engines has no answer
 
-Example = TypeVar("Example", bound=Sized)
+
+class Computed(Protocol):
+    """What a supervised learner learns from."""
+
+    def __len__(self) -> int:
+        """Tokens to compute."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence in it."""
+
+
+Example = TypeVar("Example", bound=Computed)
 
 
 class EngineGroup:
@@ -231,6 +245,9 @@ class SupervisedGroup(Generic[Example]):
         self._ranks = Ranks(ranks, job.cluster.call_timeout_s)
         self.actors = self._ranks.actors
         self._job = job
+        policy = job.policy
+        code = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
+        self._switch = switch_length(load_config(policy.model, **code))
 
     def train(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer step; returns metrics by name."""
@@ -244,16 +261,22 @@ class SupervisedGroup(Generic[Example]):
     def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
         raise NotImplementedError
 
-    def _planned(self, verb: str, examples: Sequence[Sized]) -> list[Any]:
+    def _planned(self, verb: str, examples: Sequence[Computed]) -> list[Any]:
         """What each rank says of its share."""
-        learner = self._job.learner
+        learner, switch = self._job.learner, self._switch
         lengths = [len(example) for example in examples]
-        plans = plan_ranks(range(len(examples)), lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
+        plans = plan_ranks(
+            range(len(examples)),
+            lengths,
+            ranks=learner.ranks,
+            budget=learner.tokens_per_micro_batch,
+            apart=None if switch is None else [max(example.lengths) > switch for example in examples],
+        )
         shared = ray.put(list(examples))
         refs = [getattr(actor, verb).remote(shared, plan) for actor, plan in zip(self.actors, plans, strict=True)]
         return self._ranks.gather(verb, refs)
 
-    def _of_each(self, verb: str, examples: Sequence[Sized]) -> list[Any]:
+    def _of_each(self, verb: str, examples: Sequence[Computed]) -> list[Any]:
         """What the ranks say of each example, in order."""
         found: dict[int, Any] = {}
         for part in self._planned(verb, examples):

@@ -145,6 +145,35 @@ def test_shards_are_read_whole_by_all_ranks_together(
     assert parts[1]["saved"] is None
 
 
+@pytest.mark.parametrize("kind", ["train", "sft"])
+def test_a_saved_folder_is_read_on_all_cores(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives a rank on a GPU one thread. Two ranks share six cores."""
+    from rlaif_ray.learner import finetune, ppo
+
+    used = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        used.append(torch.get_num_threads())
+        raise EOFError
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    for module in (ppo, finetune):
+        monkeypatch.setattr(module, "load_causal_lm", load)
+    rank: Any = object.__new__(ppo.RlRank if kind == "train" else finetune.SftRank)
+    rank._job, rank._precision, rank._code = job_of(kind), "fp32", {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for device in ("cuda", "cpu"):
+            rank._spec = RankSpec(0, 2, 0, "", 0, device, threads=1)
+            with pytest.raises(EOFError):
+                rank.readings_of_saved("x", TEXT)
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert used == [3, 1]
+
+
 def test_adapters_are_read_without_dropout(one_rank: RankProcesses) -> None:
     [found] = one_rank.run(read, "sft", job_of("sft", dropout=0.5))
     assert found["again"] == found["readings"]

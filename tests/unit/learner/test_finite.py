@@ -88,6 +88,26 @@ def spoiled_weight(spec: RankSpec, stage: int, precision: str) -> list[str]:
     return said
 
 
+def padded_weight(spec: RankSpec) -> list[bool]:
+    """Of nine weights each of two ranks has five: whether they are finite with NaN after rank 1's four, and in them."""
+    import deepspeed
+
+    from rlaif_ray.learner.engine import join_ranks
+
+    join_ranks(spec, 60)
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}}):
+        weight = torch.nn.Linear(3, 3, bias=False).weight
+    found = []
+    assert weight.ds_tensor.numel() == 5
+    for place in (4, 3):
+        if spec.rank == 1:
+            weight.ds_tensor.data[place] = math.nan
+        found.append(finite_weights([weight]))
+    with deepspeed.zero.GatheredParameters([weight]):
+        assert int(weight.isnan().sum()) == 1  # the padding is no part of it
+    return found
+
+
 def rl_update(spec: RankSpec, spoil: str) -> Any:
     """An update whose advantages, values or learning rate are of no use."""
     from rlaif_ray.learner.ppo import RlRank
@@ -189,6 +209,11 @@ def test_all_ranks_agree_on_a_weight_that_is_no_number(stage: int, precision: st
             "the model's weights are not finite (NaN or infinite) now",
             "the model's weights are not finite (NaN or infinite) so no checkpoint is written",
         ]
+
+
+@pytest.mark.slow
+def test_what_pads_a_shard_is_no_weight(two_ranks: RankProcesses) -> None:
+    assert two_ranks.run(padded_weight) == [[True, False]] * 2
 
 
 @pytest.mark.slow

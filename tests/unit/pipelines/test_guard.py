@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from rlaif_ray.config.jobs import RewardModelJob, SftJob, TrainJob
-from rlaif_ray.errors import MismatchError
+from rlaif_ray.errors import InputError, MismatchError, NotFiniteError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.learner.agreement import Readings
 from rlaif_ray.learner.probe import Text
+from rlaif_ray.pipelines.finite import how_to_go_on
 from rlaif_ray.pipelines.guard import GENERATED, Guard, described, guard_text
+from rlaif_ray.pipelines.long_text import LONGEST
 from rlaif_ray.types import Completion, Experience, Prompt
 from tests.tiny import cached_tiny_model, make_tokenizer
 
@@ -86,15 +88,16 @@ def guard_of(learner: HandLearner, **guard: Any) -> Guard:
     return Guard(train_job(guard=guard), learner, "fp32", 512)
 
 
-def test_texts_are_short_unlike_and_two_share_a_prompt() -> None:
+def test_texts_are_unlike_one_is_long_and_two_share_a_prompt() -> None:
     tokenizer = make_tokenizer(None)
     text = guard_text(tokenizer, 512)
     assert text == guard_text(tokenizer, 512)
     lengths = [len(p) + len(c) for p, c in zip(text.prompts, text.completions, strict=True)]
-    assert len(set(lengths)) == len(lengths) >= 3 and sum(lengths) < 100
+    assert len(set(lengths)) == len(lengths) >= 4 and sum(lengths[:-1]) < 100
+    assert lengths[-1] == LONGEST and len(text.completions[-1]) < 30  # few that are compared, far from the beginning
     assert len(set(text.prompts)) == len(text.prompts) - 1
     assert all(prompt[0] == tokenizer.bos_token_id for prompt in text.prompts)
-    for room in (4, 5, 11):
+    for room in (4, 5, 11, 63, 64, 100):
         short = guard_text(tokenizer, room)
         assert all(p and c and len(p) + len(c) <= room for p, c in zip(short.prompts, short.completions, strict=True))
 
@@ -151,6 +154,38 @@ def test_a_push_that_does_not_arrive_ends_the_run(
         assert part in text, text
     if engines.off:
         assert "rollout engine 1" in text
+
+
+@dataclass
+class NoNumbers(HandLearner):
+    """Finite weights so large that everything computed from them is NaN, in every layout."""
+
+    def _off(self, text: Text, by: float) -> list[float]:
+        return [float("nan")] * sum(map(len, text.completions))
+
+
+def test_nan_of_the_model_itself_is_no_mismatch(tmp_path: Path) -> None:
+    guard = guard_of(NoNumbers())
+    for attempt in (
+        lambda: guard.check_push(HandEngines(), 1),  # type: ignore[arg-type]
+        lambda: guard.check_saved(tmp_path, NO_CHECKPOINTS),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(NotFiniteError, match="of the guard's text under finite weights") as caught:
+            attempt()
+        told = str(how_to_go_on(caught.value, train_job(), 1, "checkpoints/step-1"))
+        assert "learner.lr=" in told and "checkpoints/step-1" in told and "report" not in told
+        assert "Nothing of it was" not in told  # engines have it, or the folder
+    # A model that nobody has trained yet is the user's choice.
+    for start in (lambda: guard.check_push(HandEngines(), 0), guard.check_layout):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="nothing could be learned"):
+            start()
+
+
+def test_nan_of_one_program_is_a_mismatch() -> None:
+    with pytest.raises(MismatchError, match="the engine differs"):
+        guard_of(HandLearner()).check_push(HandEngines(off=float("nan")), 1)  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="packed micro-batch differs"):
+        guard_of(HandLearner(together=float("nan"))).check_push(HandEngines(), 1)  # type: ignore[arg-type]
 
 
 def test_an_engine_that_is_lost_meanwhile_is_not_judged() -> None:
