@@ -163,7 +163,7 @@ def test_padding_is_as_it_was() -> None:
     assert model.attn.sinks.tolist() == [7.0, 7.0, 7.0, 1.0]
 
 
-# ---- vLLM's own transports, as engines on GPUs have them --------------------------------------------------------------
+# ---- vLLM's own transports, as engines on GPUs have them -------------------------------------------------------------
 
 
 class Transport:
