@@ -301,7 +301,7 @@ def _run(
 
         files, overrides = _split(arguments)
         loaded = load(files, overrides) if load is not None else load_job(job, files, overrides)
-        import_module("rlaif_ray.pipelines.model_checks").check_models(*_jobs(loaded))
+        import_module("rlaif_ray.pipelines.model_checks").check_models(*_jobs(loaded), dry_run=plan is not None)
         if plan is not None:
             typer.echo(_resolved(loaded))
             typer.echo(plan(loaded))

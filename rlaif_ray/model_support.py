@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 Device = Literal["cpu", "cuda"]
 
+_SETTING = {"cpu": "cpu", "cuda": "gpu"}  # of cluster.device
+
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
@@ -36,7 +38,8 @@ UNSUPPORTED: dict[str, Unsupported] = {
         ("cuda",),
         "loses new experts and attention sinks of an update (its loader writes them past the weight loaders), and "
         "would sample from the old ones",
-        "Train it with cluster.device=cpu, or train another model; as a judge it works.",
+        "Train a copy of it in full precision (its published weights are MXFP4) with cluster.device=cpu, or train "
+        "another model; as a judge it works.",
         only_updates=True,
     ),
     "mimo_v2_flash": Unsupported(
@@ -46,13 +49,24 @@ UNSUPPORTED: dict[str, Unsupported] = {
         "Train another model; as a judge it works.",
         only_updates=True,
     ),
+    "apertus": Unsupported(
+        ("cpu",),
+        "keeps the parameters of its activation (xIELU) in bf16, and in fp32, as CPUs compute, log-probabilities are "
+        "off by 2.6e-3",
+        "Use cluster.device=gpu, or train another model; as a judge it works.",
+        only_updates=True,
+    ),
 }
 
-# Of every model with latent attention (DeepSeek V2 and V3, Kimi, ...): a config with a `kv_lora_rank`.
+# Model types with a `kv_lora_rank` that vLLM computes by latent attention (its `is_deepseek_mla`, model_arch_config_
+# convertor.py); others, such as MiniCPM3, it computes by plain attention.
+LATENT_TYPES = {"axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "deepseek_v41"}
+LATENT_TYPES |= {"dots3_note", "glm4_moe_lite", "glm5_next", "glm5_next_text", "glm_moe_dsa", "hy_v4", "kimi_k2"}
+LATENT_TYPES |= {"kimi_linear", "longcat_flash", "pangu_ultra_moe"}
 LATENT_ATTENTION = Unsupported(
     ("cpu",),
     "takes latent attention in bf16 alone there, and with VLLM_MLA_DISABLE=1 its log-probabilities are wrong by nats",
-    "Use cluster.device=cuda, or a model without latent attention.",
+    "Use cluster.device=gpu, or a model without latent attention.",
 )
 
 
@@ -65,11 +79,11 @@ def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True) -
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for model_type in dict.fromkeys((config.model_type, text.model_type)):
         known = UNSUPPORTED.get(model_type)
-        if known is None and getattr(text, "kv_lora_rank", None):
+        if known is None and text.model_type in LATENT_TYPES and getattr(text, "kv_lora_rank", None):
             known = LATENT_ATTENTION
         if known is not None and device in known.devices and (takes_weights or not known.only_updates):
             return (
-                f"model type {model_type} can't be used on cluster.device={device}: vLLM 0.32 {known.reason}. "
-                f"{known.instead}"
+                f"model type {model_type} can't be used on cluster.device={_SETTING[device]}: vLLM 0.32 "
+                f"{known.reason}. {known.instead}"
             )
     return None

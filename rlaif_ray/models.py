@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.dropout import zero_dropout_in_config, zero_dropout_in_modules
 from rlaif_ray.errors import InputError
 from rlaif_ray.folders import build_folder_once
+from rlaif_ray.model_errors import WRONG_VALUES, one_line, remedy
 from rlaif_ray.reward_head import check_head, classifier_class
 
 if TYPE_CHECKING:
@@ -159,11 +160,11 @@ def _packaged_model(text: str) -> Path:
         return build_folder_once(folder, convert)
     except ImportError as error:
         raise InputError(
-            f"model {text!r} cannot be converted: {_one_line(error)} Install what is missing: pip install gguf"
+            f"model {text!r} cannot be converted: {one_line(error)} Install what is missing: pip install gguf"
         ) from error
     except OSError as error:
         raise InputError(
-            f"model {text!r} cannot be converted into {folder}: {_one_line(error)} "
+            f"model {text!r} cannot be converted into {folder}: {one_line(error)} "
             "It needs 1 GB there; set RLAIF_CACHE to a folder with room that you can write to."
         ) from error
 
@@ -273,6 +274,8 @@ def load_config(name: str | Path, *, revision: str | None = None, trust_remote_c
         config: PreTrainedConfig = _transformers().AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
+        if not isinstance(config.architectures, list | tuple | None):  # transformers doesn't look
+            raise TypeError(f"architectures must be a list of names, got {config.architectures!r}")
     return config
 
 
@@ -415,48 +418,29 @@ def count_parameters(model: torch.nn.Module) -> int:
 @contextmanager
 def _loading(part: str, name: str | Path, source: Path | str) -> Iterator[None]:
     """Turn what transformers raises about a model it cannot load into one InputError with cause and remedy."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         with _quiet_transformers():
             yield
+    except (StrictDataclassError, *WRONG_VALUES) as error:
+        if part != "config" and not isinstance(error, StrictDataclassError):
+            raise  # from building a model it may be anything
+        where = "config.json" if isinstance(source, Path) else f"the config.json of {source}"
+        raise InputError(
+            f"the {part} of model {str(name)!r} cannot be loaded: a value in its config.json is wrong "
+            f"({one_line(error).rstrip('.')}). Correct {where}, or give another model."
+        ) from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        cause = _one_line(error)
+        cause = one_line(error)
         if isinstance(error, RuntimeError):
             if "mismatch" not in cause:  # e.g. out of memory: no fault of the input
                 raise
             cause = "its weights have other shapes than its config.json says."
         raise InputError(
-            f"the {part} of model {str(name)!r} cannot be loaded: {cause} {_remedy(source, cause)}"
+            f"the {part} of model {str(name)!r} cannot be loaded: {cause} {remedy(source, cause)}"
         ) from error
-
-
-def _remedy(source: Path | str, cause: str) -> str:
-    if "trust_remote_code" in cause:
-        return "Set trust_remote_code=true if you trust the code that comes with this model."
-    if "attn" in cause or "attention" in cause.lower():
-        return "Choose another attention; eager works with every model."
-    if isinstance(source, Path):
-        return (
-            f"Check that {source} is a whole model: config.json, *.safetensors, tokenizer.json, tokenizer_config.json."
-        )
-    switches = (os.environ.get(switch, "").lower() for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-    if any(switch in {"1", "on", "yes", "true"} for switch in switches):
-        return (
-            f"The Hub is switched off (HF_HUB_OFFLINE); if {source} is not in the local cache, run "
-            f"`hf download {source}` with network first, or give a local folder."
-        )
-    return (
-        f"Check the spelling of {source} and the network; a gated or private model needs HF_TOKEN; "
-        "a local folder works without either."
-    )
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > limit:
-        text = text[:limit].rstrip() + "..."
-    return text if text.endswith((".", "!", "?")) else text + "."
 
 
 # ---- Command ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-# Of any token, in nats: about a hundred times what rounding does, a hundredth of what a wrong mask does.
+# Of any token of a dense model on CPUs, in nats: about a hundred times what rounding does, a hundredth of what a wrong
+# mask does. Of a mixture of experts on average: where two experts are nearly level, rounding chooses, and single tokens
+# are off by 1e-2.
 FP32_GAP = 1e-3
+# On average, on GPUs: attention kernels multiply in TF32, which has 3 bits more than bf16, so an eighth of its bound.
+FP32_GPU_GAP = 0.02
 # On average, in nats: in bf16 single tokens are far off by rounding alone. Measured on the guard's text, packed against
 # alone: 0.05 for SmolLM2-135M (worst token 0.21), 0.01-0.02 for tiny models. Between engine and trainer Ma et al.
 # 2510.11370 find a KL of 6.4e-4 for a dense model and 1.5e-3 for one of experts, whose routing tips over: of a normal
@@ -39,11 +43,19 @@ class Bound:
         return f"{self.gap:.2g} " + ("for each token" if self.of == "worst" else "on average")
 
 
-def bound_for(precision: Literal["fp32", "bf16"], max_gap: float | None) -> Bound:
-    """The bound of a precision, or what the config sets in its place."""
-    if precision == "fp32":
-        return Bound(max_gap or FP32_GAP, "worst")
-    return Bound(max_gap or BF16_GAP, "mean")
+def bound_for(
+    precision: Literal["fp32", "bf16"],
+    max_gap: float | None,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    experts: bool = False,
+) -> Bound:
+    """The bound of a precision, or what the config sets in its place; `experts`: the model is a mixture of them."""
+    if precision == "bf16":
+        return Bound(max_gap or BF16_GAP, "mean")
+    if device == "cuda":
+        return Bound(max_gap or FP32_GPU_GAP, "mean")
+    return Bound(max_gap or FP32_GAP, "mean" if experts else "worst")
 
 
 @dataclass(frozen=True, slots=True)

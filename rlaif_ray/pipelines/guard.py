@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlaif_ray.attention import switch_length
 from rlaif_ray.config.jobs import RewardModelJob
-from rlaif_ray.errors import InputError, MismatchError
+from rlaif_ray.errors import InputError, LearnerLostError, MismatchError, RunError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.learner.agreement import before_last_tokens
 from rlaif_ray.learner.probe import Text
@@ -72,13 +72,17 @@ class Guard:
     """Compares, and ends the run where what must be the same is not. One for each learner that starts."""
 
     def __init__(
-        self, job: TrainJob | SupervisedJob, learner: Learner, precision: Literal["fp32", "bf16"], room: int
+        self,
+        job: TrainJob | SupervisedJob,
+        learner: Learner,
+        precision: Literal["fp32", "bf16"],
+        room: int,
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         """`room`: tokens that engine and model can read."""
         self._cfg, self._policy, self._learner = job.guard, job.policy, learner
         self._precision: Literal["fp32", "bf16"] = precision
         self._unit = "nats" if not isinstance(job, RewardModelJob) else "of the largest reward"
-        self._bound = bound_for(precision, job.guard.max_gap)
         code: dict[str, Any] = {
             "revision": job.policy.revision,
             "trust_remote_code": job.policy.trust_remote_code,
@@ -87,21 +91,28 @@ class Guard:
         room = min(room, switch_length(config) or room)  # all texts are computed together
         self._text = guard_text(load_tokenizer(job.policy.model, **code), room - GENERATED)
         self._model = described(job.policy.model, config)
-        self._pushes = 0
+        self._bound = bound_for(precision, job.guard.max_gap, device=device, experts=experts_of(config) > 0)
+        self._pushed = False
+        self._checked = 0  # pushes of which something was read
+        self._seen: dict[str, int] = {}  # incarnation of each engine that was read, by its name
         self._from_start = False  # whether the policy was the reference at the first push
         self._steps = 0
 
     def check_push(self, rollouts: EngineGroup, version: int) -> dict[str, float]:
-        """After a push: the engines against the learner, when it is time to. Returns gaps as metrics.
+        """After a push: the engines against the learner, when it is time to, or one of them is new. Returns gaps as
+        metrics.
 
         Raises:
             MismatchError: they differ.
             NotFiniteError: the learner's own numbers are NaN or infinite.
         """
-        self._pushes += 1
-        if self._pushes == 1:
-            self._from_start = version == 0
-        if not self._cfg.enabled or not (self._pushes <= FIRST_PUSHES or due(version, self._cfg.every)):
+        if not self._pushed:
+            self._pushed, self._from_start = True, version == 0
+        if not self._cfg.enabled:
+            return {}
+        serving = rollouts.incarnations()
+        new = serving.items() - self._seen.items()  # took the place of others since, or were not asked yet
+        if not (self._checked < FIRST_PUSHES or new or due(version, self._cfg.every)):
             return {}
         samples = zip(self._text.prompts, self._text.completions, strict=True)
         prompts = [Prompt(f"guard-{i}", (), (*start, *rest)) for i, (start, rest) in enumerate(samples)]
@@ -121,7 +132,12 @@ class Guard:
                 raise MismatchError(self._message(comparison, f"weight version {version}, {name}", together))
             engine_gap = max(engine_gap, comparison.gaps[ENGINE, ALONE])
             packing_gap = max(packing_gap, comparison.gaps[together, ALONE])
-        return {"guard/engine_gap": engine_gap, "guard/packing_gap": packing_gap} if read else {}
+            if name in serving:
+                self._seen[name] = serving[name]
+        if not read:  # nobody answered: the next push is checked in the place of this one
+            return {}
+        self._checked += 1
+        return {"guard/engine_gap": engine_gap, "guard/packing_gap": packing_gap}
 
     def check_update(self, metrics: Mapping[str, float], experience: Experience) -> None:
         """After the first update: the rollouts, and the reference, against the policy that was updated.
@@ -171,7 +187,7 @@ class Guard:
         """After saving: what transformers loads from the folder against the learner. Returns the gap for the summary.
 
         Raises:
-            MismatchError: they differ; says what to go on from instead.
+            MismatchError: they differ, or it can't be loaded; says what to go on from instead.
             NotFiniteError: the learner's own numbers are NaN or infinite.
         """
         if not (self._cfg.enabled and self._cfg.saved):
@@ -180,11 +196,19 @@ class Guard:
         self._check_numbers(trained, f"the weights in {folder}", trained=True)
         if self._unit != "nats":
             trained = before_last_tokens(trained, self._text)
-        saved = self._learner.readings_of_saved(str(folder), self._text)
+        checkpoint = checkpoints.newest()
+        instead = f"The checkpoint {checkpoint} has the trained weights" if checkpoint else "There is no checkpoint"
+        try:
+            saved = self._learner.readings_of_saved(str(folder), self._text)
+        except LearnerLostError:
+            raise  # it died over it, which says nothing of the folder
+        except (InputError, RunError) as error:  # our own result is no input of the user's
+            raise MismatchError(
+                f"{folder} is not to be trusted: transformers can't load it ({self._model}; {error}) {instead}; report "
+                f"this with the model's name."
+            ) from error
         comparison = compare(self._scaled({SAVED: saved, ALONE: trained}), self._bound)
         if not comparison.agrees:
-            checkpoint = checkpoints.newest()
-            instead = f"The checkpoint {checkpoint} has the trained weights" if checkpoint else "There is no checkpoint"
             raise MismatchError(
                 f"{folder} is not to be trusted: loaded by transformers it is another model than the one that was "
                 f"trained ({self._model}; {self._gap(comparison)}). {instead}; report this with the model's name."
@@ -267,8 +291,13 @@ def described(name: str, config: Any) -> str:
     text = config.get_text_config()
     layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     kinds = sorted(set(map(str, layers))) or ["all of one kind"]
-    experts = next(
-        (n for f in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, f, 0))), 0
-    )
+    experts = experts_of(config)
     of_experts = f", {experts} experts" if experts else ""
     return f"model {name} ({text.model_type}; layers: {', '.join(kinds)}{of_experts})"
+
+
+def experts_of(config: Any) -> int:
+    """How many experts a layer of the model chooses from; 0 for a dense one."""
+    text = config.get_text_config()
+    fields = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((count for field in fields if (count := getattr(text, field, None) or 0)), 0)

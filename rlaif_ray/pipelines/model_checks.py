@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,10 +13,12 @@ from rlaif_ray.config.data_sections import ArmConfig
 from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob, TrainJob
 from rlaif_ray.config.sections import Config, JudgeConfig, PolicyConfig
 from rlaif_ray.errors import InputError
+from rlaif_ray.model_errors import is_wrong_config
 from rlaif_ray.model_support import engine_refusal
 from rlaif_ray.models import load_config
 from rlaif_ray.rollout.support import unknown_to_vllm
 
+GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: NVIDIA's, WSL's, AMD's
 INSTEAD = "Use a decoder-only language model, such as Llama, Qwen or Gemma"
 
 
@@ -29,9 +30,10 @@ class Use:
     section: Any  # has model, revision and trust_remote_code
     trained: bool  # as a language model, by the learner
     sampled: bool  # by a vLLM engine
+    updated: bool = False  # by the learner, as whatever
 
 
-def check_models(*jobs: Any) -> None:
+def check_models(*jobs: Any, dry_run: bool = False) -> None:
     """Reads the config of every model that the jobs name. One that isn't there is left to whoever loads it.
 
     Raises:
@@ -39,9 +41,13 @@ def check_models(*jobs: Any) -> None:
     """
     problems: dict[str, None] = {}
     for job in jobs:
-        device = _device(job)
+        device = _device(job, dry_run)
         for use in uses(job):
-            config = _config(use.section)
+            try:
+                config = _config(use.section)
+            except InputError as error:
+                problems[f"{use.key}.model={use.section.model} can't be used: {error}"] = None
+                continue
             problem = None if config is None else refusal(use, config, device)
             if problem is not None:
                 problems[f"{use.key}.model={use.section.model} can't be used (got {_type(config)}): {problem}"] = None
@@ -54,8 +60,9 @@ def uses(job: Any) -> Iterator[Use]:
     trains = isinstance(job, TrainJob | SupervisedJob)
     for key, section in _sections(job, ""):
         if isinstance(section, PolicyConfig):
-            trained = trains and key == "policy" and not isinstance(job, RewardModelJob)
-            yield Use(key, section, trained, sampled=not isinstance(job, SupervisedJob))
+            updated = trains and key == "policy"
+            trained = updated and not isinstance(job, RewardModelJob)
+            yield Use(key, section, trained, sampled=not isinstance(job, SupervisedJob), updated=updated)
         elif isinstance(section, JudgeConfig) or (isinstance(section, ArmConfig) and section.model is not None):
             yield Use(key, section, trained=False, sampled=True)
 
@@ -81,6 +88,13 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
     kind = _wrong_kind(config, writes=use.trained or use.sampled)
     if kind is not None:
         return kind
+    method = _quantised(config) if use.updated else None
+    if method is not None:
+        return (
+            f"its weights are quantised ({method}), and training needs them in full precision: they can't be updated "
+            f"as they are stored. Use a copy in bf16 or fp32, such as the one that it was quantised from; as a judge "
+            f"it works as it is."
+        )
     if use.trained:
         problem = _untrainable(config)
         if problem is not None:
@@ -115,17 +129,31 @@ def _untrainable(config: Any) -> str | None:
     """Models that the learner can't load as a language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if _reads_images(config):
+        # transformers loads some of them as language models (Gemma 3, Qwen 3.5), each in its own way, and what the
+        # learner saves and sends then is another checkpoint than vLLM reads: none was seen to be right.
+        return (
+            "it reads images or sound, and only models that read text alone can be trained here. Use a model of the "
+            "same family that reads text alone, such as Qwen/Qwen2.5-7B-Instruct or google/gemma-3-1b-it; as a judge "
+            "it works."
+        )
     if (
         "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     ):
         return None
-    if _reads_images(config):
-        return (
-            "it reads images or sound, and transformers' AutoModelForCausalLM does not load it. Use a model of the "
-            "same family that reads text alone, such as Qwen/Qwen2.5-7B-Instruct or google/gemma-3-1b-it."
-        )
     return f"transformers' AutoModelForCausalLM has no language model of this type. {INSTEAD}."
+
+
+def _quantised(config: Any) -> str | None:
+    """By what method the weights in the folder are quantised; None where they are not."""
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None)
+        if found:
+            values = found if isinstance(found, dict) else found.to_dict()
+            method = values.get("quant_method")
+            return str(getattr(method, "value", method) or "method not named")
+    return None
 
 
 def _unsampled(config: Any, device: Literal["cpu", "cuda"] | None, *, takes_weights: bool) -> str | None:
@@ -150,19 +178,30 @@ def _type(config: Any) -> str:
 
 
 def _config(section: Any) -> Any | None:
-    """The model's config; None where it can't be had. Packaged models are known to work, and not unpacked for this."""
+    """The model's config; None where it can't be had. Packaged models are known to work, and not unpacked for this.
+
+    Raises:
+        InputError: it is there, and a value in it is wrong.
+    """
     if str(section.model).startswith("package:"):
         return None
     try:
         return load_config(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    except InputError:
+    except InputError as error:
+        if is_wrong_config(error):
+            raise
         return None
 
 
-def _device(job: Any) -> Literal["cpu", "cuda"] | None:
-    """Where the job's engines will be, as far as that can be told without Ray."""
+def _device(job: Any, dry_run: bool) -> Literal["cpu", "cuda"] | None:
+    """Where the job's engines will be, as far as that can be told without Ray; None where it can't."""
     cluster = job.cluster
     if cluster.device != "auto":
         return "cuda" if cluster.device == "gpu" else "cpu"
-    elsewhere = cluster.address not in (None, "local") or os.environ.get("RAY_ADDRESS")
-    return None if elsewhere or any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+    if any(True for pattern in GPU_FILES for _ in Path("/dev").glob(pattern)):
+        return None
+    if dry_run:  # where the job will run, there may be GPUs and a cluster
+        return None
+    from rlaif_ray.runtime.cluster import surrounding_address
+
+    return "cpu" if surrounding_address(cluster) is None else None

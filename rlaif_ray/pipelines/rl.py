@@ -127,7 +127,9 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
     learner = run.cluster.start_learner()
     run.cluster.wait()
     sync = run.cluster.connect(learner, run.rollouts)
-    guard = Guard(job, learner, chosen_precision(job.policy.precision, run.cluster.device), run.context)
+    guard = Guard(
+        job, learner, chosen_precision(job.policy.precision, run.cluster.device), run.context, run.cluster.device
+    )
     if start.checkpoint is not None:
         learner.load_checkpoint(start.checkpoint.folder)
         track.note(f"resumed from {start.checkpoint}")

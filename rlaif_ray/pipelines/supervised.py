@@ -193,7 +193,7 @@ def run_supervised(
             state.wandb_run_id = track.wandb_run_id
             learner = start(cluster, steps)
             cluster.wait()
-            guard = Guard(job, learner, chosen_precision(job.policy.precision, cluster.device), room)
+            guard = Guard(job, learner, chosen_precision(job.policy.precision, cluster.device), room, cluster.device)
             gaps = guard.check_layout()
             run = SupervisedRun(job, run_dir, track, learner, state, found, steps, stopping, checkpoints, guard, gaps)
             return story(run)

@@ -22,6 +22,12 @@ from vllm.model_executor.model_loader.reload import layerwise as vllm_reload
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
 from rlaif_ray.errors import StaleWeightsError
+from rlaif_ray.rollout.loaded import not_loaded
+from rlaif_ray.rollout.weight_transfer import stale_message
+
+# By bytes an element: integers of that size, and bits that no weight has. As floats they are NaN, but not the one that
+# arithmetic gives.
+_MARK = {2: (torch.int16, 0x7FA5), 4: (torch.int32, 0x7FA5A5A5), 8: (torch.int64, 0x7FFA5A5A5A5A5A5A)}
 
 
 class Reload:
@@ -36,8 +42,7 @@ class Reload:
         for method in self._kernels:
             method.moe_kernel = None  # experts are packed where the kernel is built, so it is built again
         self._direct = _by_direct_copies(model)
-        for module in self._direct.values():
-            _materialize(module)
+        self._marked = {prefix: _materialize(module) for prefix, module in self._direct.items()}
         self._loaded: set[str] | None = set()
         self._begun = False  # whether any weight came
 
@@ -63,12 +68,13 @@ class Reload:
         Raises:
             StaleWeightsError: vLLM's loader left parameters as they were.
         """
-        stale = self._not_loaded() if self._begun else []
-        for module in self._direct.values():
+        stale = not_loaded(self._model, besides=self._direct) + self._not_copied() if self._begun else []
+        for prefix, module in self._direct.items():
             info = vllm_reload.get_layerwise_info(module)
-            if info.can_load():
+            if info.can_load() and (info.load_numel > 0 or self._any_copied(prefix, module)):
+                _fill(module, info, self._marked[prefix])
                 vllm_reload._layerwise_process(module, info)
-        finalize_layerwise_reload(self._model, model_config)
+        finalize_layerwise_reload(self._model, model_config)  # where nothing came it puts back what was there
         for method, kernel in self._kernels.items():
             if method.moe_kernel is None:
                 method.moe_kernel = kernel
@@ -76,26 +82,28 @@ class Reload:
             for module in modules:
                 module.quant_method.process_weights_after_loading(module)
         if stale:
-            raise StaleWeightsError(
-                f"{type(self._model).__name__} did not take {len(stale)} of its parameters from an update (first "
-                f"{stale[0]}): the engine would sample from old weights. Report this with the model's name."
-            )
+            raise StaleWeightsError(stale_message(type(self._model).__name__, stale))
 
-    def _not_loaded(self) -> list[str]:
-        """Parameters that no weight of this update went into: by vLLM's own count of what weight loaders copied, or,
-        where a loader may copy by itself, by what it says."""
-        shared = {id(module) for modules in self._shared for module in modules}
+    def _any_copied(self, prefix: str, module: nn.Module) -> bool:
+        marked = self._marked[prefix]
+        return any(not bool(_marks(module._parameters[name]).all()) for name in marked)
+
+    def _not_copied(self) -> list[str]:
+        """Of the modules that a loader may write by itself, the parameters that it left as they were."""
         found = []
-        for prefix, module in self._model.named_modules():
-            own = [f"{prefix}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None]
-            info = vllm_reload.get_layerwise_info(module)
-            if prefix in self._direct:
-                if info.can_load() and self._loaded is not None:
-                    found += [name for name in own if name not in self._loaded]
+        for prefix, module in self._direct.items():
+            if not vllm_reload.get_layerwise_info(module).can_load():
                 continue
-            loadable = info.can_load() and info.load_numel_total and not is_deferred_attention_layer(module)
-            if loadable and info.load_numel <= 0 and id(module) not in shared:
-                found += own
+            for name, parameter in module._parameters.items():
+                full = f"{prefix}.{name}".lstrip(".")
+                if parameter is None:
+                    continue
+                if name in self._marked[prefix]:
+                    left = bool(_marks(parameter).all())
+                else:  # it never left its device: only the loader itself can tell
+                    left = self._loaded is not None and full not in self._loaded
+                if left:
+                    found.append(full)
         return found
 
 
@@ -123,15 +131,47 @@ def _by_direct_copies(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _materialize(module: nn.Module) -> None:
-    """Real tensors in the place of those on the meta device; buffers, which an update may not have, as they were."""
+def _materialize(module: nn.Module) -> set[str]:
+    """Real tensors in the place of those on the meta device; buffers, which an update may not have, as they were.
+
+    Returns the names of the parameters that are full of a mark now, by which it shows where nothing was written.
+    """
     info = vllm_reload.get_layerwise_info(module)
+    absent = [name for name, p in module._parameters.items() if p is not None and p.is_meta]
     materialize_layer(module, info)
     assert info.kernel_tensors is not None
     for name, buffer in info.kernel_tensors[1].items():
         restored = module._buffers.get(name)
         if restored is not None and restored.shape == buffer.shape:
             restored.copy_(buffer)
+    marked = set()
+    for name in absent:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        if parameter.numel() and parameter.element_size() in _MARK:
+            bits, mark = _MARK[parameter.element_size()]
+            parameter.data.view(bits).fill_(mark)
+            marked.add(name)
+    return marked
+
+
+def _marks(parameter: Any) -> Tensor:
+    """Where the mark still is."""
+    bits, mark = _MARK[parameter.element_size()]
+    marked: Tensor = parameter.data.view(bits) == mark
+    return marked
+
+
+def _fill(module: nn.Module, info: Any, marked: set[str]) -> None:
+    """What nothing was written into (padding, or a whole parameter) is as it was; of kernels that pack weights, 0."""
+    packs = isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
+    for name in marked:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        marks, old = _marks(parameter), info.kernel_tensors[0].get(name)
+        if bool(marks.any()):
+            fits = not packs and old is not None and (old.shape, old.dtype) == (parameter.shape, parameter.dtype)
+            parameter.data.copy_(torch.where(marks, old.data if fits else torch.zeros_like(parameter.data), parameter))
 
 
 def _own_what_waits(model: nn.Module, storages: set[int]) -> None:

@@ -47,6 +47,14 @@ def additive_checksum(tensors: Sequence[Tensor]) -> int:
     return total % 2**63
 
 
+def stale_message(model: str, names: Sequence[str]) -> str:
+    """What to say of a model that did not take these parameters from an update."""
+    return (
+        f"{model} did not take {len(names)} of its parameters from an update (first {names[0]}): the engine would "
+        f"sample from old weights. Report this with the model's name."
+    )
+
+
 def describe(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
     """The part of an update message that every transport shares."""
     return {

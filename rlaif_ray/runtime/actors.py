@@ -87,8 +87,8 @@ class EngineActor(Actor):
     def update(self, update_info: dict[str, Any]) -> None:
         self._engine.update(update_info)
 
-    def finish_update(self, version: int) -> list[int]:
-        checksums: list[int] = self._engine.finish_update(version)
+    def finish_update(self, version: int) -> list[int | None]:
+        checksums: list[int | None] = self._engine.finish_update(version)
         return checksums
 
 

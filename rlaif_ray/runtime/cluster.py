@@ -96,9 +96,8 @@ def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     worker._worker_logs_enabled = False  # a thousand characters for every process that is lost: we tell it in one line
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = cfg.address or os.environ.get("RAY_ADDRESS") or read_ray_address(None)
-    named = bool(cfg.address or os.environ.get("RAY_ADDRESS"))
-    if address is not None and address != "local" and (named or _answers(address)):
+    address = surrounding_address(cfg)
+    if address is not None:
         _join(cfg.address, address, quiet)
         return False
     device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
@@ -112,6 +111,16 @@ def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
             **quiet,
         )
     return True
+
+
+def surrounding_address(cfg: ClusterConfig) -> str | None:
+    """The running cluster that a job joins: the configured one, the one around this process, or one that `ray start`
+    left on this machine and that answers. None where the job starts a Ray of its own."""
+    named = cfg.address or os.environ.get("RAY_ADDRESS")
+    address = named or read_ray_address(None)
+    if address is None or address == "local":
+        return None
+    return address if named or _answers(address) else None
 
 
 def _join(given: str | None, address: str, quiet: dict[str, Any]) -> None:

@@ -80,6 +80,10 @@ class EngineGroup:
         """Completions of all prompts by every replica that serves, by its name; without those that are lost over it."""
         return self.replicas.ask_each(lambda engine: engine.generate.remote(prompts, settings))
 
+    def incarnations(self) -> dict[str, int]:
+        """Which one in its place each replica that serves is, by its name: one that replaces another counts on."""
+        return {replica.watched.name: replica.incarnation for replica in self.replicas.serving()}
+
     def _given_up(self, prompt: Prompt, count: int) -> list[Completion]:
         return [Completion(prompt, k, (), (), "", False, self.weight_version, QUARANTINED) for k in range(count)]
 

@@ -32,6 +32,7 @@ class Replica:
     watched: Watched
     starting: Any  # ref of its start; None once it is ready
     began: float = field(default_factory=time.monotonic)
+    incarnation: int = 0  # how many others were in its place before
     serving: bool = False  # may be asked; with weights to take, only once it has them
 
     @property
@@ -81,11 +82,11 @@ class Replicas:
         self._replicas = [self._start(k) for k in range(count)]
         watch.every_beat(self.look_after)
 
-    def _start(self, k: int) -> Replica:
+    def _start(self, k: int, incarnation: int = 0) -> Replica:
         actor, ref = self._launch(k)
         watched = Watched(f"{self.role} {k}", actor, self._limits.silent_s)
         self._watch.add(watched)
-        return Replica(watched, ref)
+        return Replica(watched, ref, incarnation=incarnation)
 
     # Their life
 
@@ -167,7 +168,7 @@ class Replicas:
             self._note(f"{gone.watched.name} {gone.watched.lost}; given up after {START_TRIES} starts")
             return
         self._note(f"{gone.watched.name} {gone.watched.lost}; starting another")
-        self._replicas[k] = self._start(k)
+        self._replicas[k] = self._start(k, gone.incarnation + 1)
 
     def stop(self) -> None:
         """Ends them all."""

@@ -85,6 +85,19 @@ def must_share_gpus(ranks: list[list[Gpu]], engines: list[tuple[str, list[Gpu]]]
             )
 
 
+def differs(found: list[int | None], checksum: int, *, received: bool, has_buffers: bool) -> bool:
+    """Whether an engine's checksums, one a worker, say that it has other weights than the learner.
+
+    `received`: they are of the bytes that came, else of the parameters that the engine holds. Of those, workers of a
+    tensor-parallel engine each hold a part, and replicate some; what is a buffer here may be a parameter there; and
+    None says that vLLM keeps them in another form. Then the engine's own count of what was loaded, which failed if
+    something was not, and the guard's log-probabilities are all there is.
+    """
+    if not received and (has_buffers or len(found) > 1 or None in found):
+        return False
+    return any(c != checksum for c in found)
+
+
 class Sync:
     """The WeightSync between a learner and its rollout engines. Engines that are lost on the way are left out."""
 
@@ -223,10 +236,7 @@ class Sync:
             raise
         version = self._version
         for engine, found in self._of_engines(engines, lambda e: e.finish_update.remote(version)):
-            # Workers of a tensor-parallel engine on GPUs each hold a part, and replicate some; and what is a buffer
-            # here may be a parameter there, or of another type: not comparable.
-            comparable = self._backend == "shm" or (len(found) == 1 and not self._has_buffers)
-            if comparable and any(c != checksum for c in found):
+            if differs(found, checksum, received=self._backend == "shm", has_buffers=self._has_buffers):
                 raise StaleWeightsError(
                     f"{engine.watched.name} has other weights than the learner after the sync to version {version} "
                     f"(checksums {found}, learner {checksum}): it must not sample. Report this with the model's name."

@@ -41,6 +41,14 @@ LATENT = {
 }
 DEEPSEEK = WIDTH | ROUTED | LATENT | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+EXPERTLESS = {"num_local_experts": 0, "num_experts_per_tok": 0}
+LINEAR = {
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
 # name: (config class, its arguments). Experts, shared heads under several names, buffers, and plain ones beside.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", WIDTH),
@@ -70,7 +78,48 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3Config",
         DEEPSEEK | {"q_lora_rank": 32, "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc"},
     ),
+    "minicpm3": ("MiniCPM3Config", WIDTH | LATENT | {"q_lora_rank": 32}),
     "apertus": ("ApertusConfig", WIDTH),
+    "qwen2": ("Qwen2Config", WIDTH),
+    "mistral": ("MistralConfig", WIDTH | {"sliding_window": None}),
+    "gemma2": ("Gemma2Config", WIDTH | WINDOW | {"query_pre_attn_scalar": 32}),
+    "gemma3_text": ("Gemma3TextConfig", WIDTH | WINDOW | {"query_pre_attn_scalar": 32}),
+    "phi3": ("Phi3Config", WIDTH | {"sliding_window": None}),
+    "phi": ("PhiConfig", WIDTH),
+    "granite": ("GraniteConfig", WIDTH),
+    "smollm3": ("SmolLM3Config", WIDTH),
+    "olmo2": ("Olmo2Config", WIDTH),
+    "olmo3": ("Olmo3Config", WIDTH | WINDOW),
+    "cohere": ("CohereConfig", WIDTH),
+    "cohere2": ("Cohere2Config", WIDTH | WINDOW),
+    "starcoder2": ("Starcoder2Config", WIDTH | {"sliding_window": None}),
+    "glm4": ("Glm4Config", WIDTH | {"head_dim": 32}),
+    "stablelm": ("StableLmConfig", WIDTH),
+    "nemotron": ("NemotronConfig", WIDTH),
+    "lfm2": ("Lfm2Config", WIDTH | {"layer_types": ["conv", "full_attention"]}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        WIDTH | MAMBA | EXPERTLESS | {"shared_intermediate_size": 128, "layer_types": ["mamba", "attention"]},
+    ),
+    "falcon_h1": ("FalconH1Config", WIDTH | MAMBA | {"mamba_d_ssm": 256, "head_dim": 32}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        WIDTH
+        | ROUTED
+        | LINEAR
+        | {"num_experts": 4, "head_dim": 32, "shared_expert_intermediate_size": 64}
+        | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "qwen3_5_text": (
+        "Qwen3_5TextConfig",
+        WIDTH | LINEAR | {"head_dim": 32, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        WIDTH
+        | {"layers_block_type": ["mamba", "attention", "mlp"], "head_dim": 32}
+        | {"mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1},
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""A table of architectures: what the learner does with each, and how far its numbers are from the plain model's.
+"""A table of architectures: what the learner does with each, how far its numbers are from the plain model's, and what
+LoRA adapts of it.
 
     .venv/bin/python -m tests.benchmarks.zoo_table MODELS.py FOLDER [NAME ...]
 
@@ -18,16 +19,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from rlaif_ray.attention import PACKED, padded_kernel, plan_attention
+from rlaif_ray.config.data_sections import LoraConfig
 from rlaif_ray.errors import InputError
-from rlaif_ray.learner.engine import CausalPolicy
+from rlaif_ray.learner.engine import CausalPolicy, save_model_folder
+from rlaif_ray.learner.lora import add_adapters, merged_state
 from rlaif_ray.learner.packing import register_packed_attention
 from rlaif_ray.learner.probe import Text, alone_outputs, compare, laid_out_outputs, logprobs_of, settle_attention
-from rlaif_ray.models import load_causal_lm, load_config
+from rlaif_ray.models import count_parameters, load_causal_lm, load_config
 from tests.learner_ranks import random_samples
+from tests.tiny import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -66,6 +72,7 @@ def table(folder: Path, names: list[str], columns: list[str]) -> Iterator[str]:
         cells = [cell(COLUMNS[column], folder / name) for column in columns]
         yield f"| {name} | {' | '.join(cells)} |"
         layouts.cache_clear()
+        adapted.cache_clear()
 
 
 def cell(column: Callable[[Path], str], folder: Path) -> str:
@@ -117,7 +124,48 @@ def reward_model(folder: Path) -> str:
     return padded_kernel(load_config(folder))
 
 
+@cache
+def adapted(folder: Path) -> tuple[str, float, float]:
+    """(last names of what LoRA adapts at rank 4, its share of all parameters, largest difference in log-probability
+    between the merged and saved folder, loaded by transformers, and what was trained)."""
+    model = load_causal_lm(folder, dtype=torch.float32, attention="eager").eval()
+    total = count_parameters(model)
+    plan = add_adapters(model, LoraConfig(rank=4), 0, folder.name)
+    names = {next(n for n in reversed(p.split(".")) if not n.isdigit()) for p in (*plan.layers, *plan.experts)}
+    tokens = torch.randint(3, 320, (1, 24), generator=torch.Generator().manual_seed(1))
+
+    def read(model: Any) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits[0].log_softmax(-1)
+        return found
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        torch.nn.functional.nll_loss(read(model)[:-1], tokens[0, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad(), TemporaryDirectory() as scratch:
+        save_model_folder(model, make_tokenizer(None), merged_state(model, keep=True), Path(scratch))
+        saved = load_causal_lm(scratch, dtype=torch.float32, attention="eager").eval()
+        return ", ".join(sorted(names)), plan.trained / total, float((read(saved) - read(model)).abs().max())
+
+
+def adapters(folder: Path) -> str:
+    """What LoRA adapts, by last name."""
+    return adapted(folder)[0]
+
+
+def share(folder: Path) -> str:
+    """Trained parameters of all, at rank 4."""
+    return f"{adapted(folder)[1]:.2g}"
+
+
+def merged(folder: Path) -> str:
+    """Largest difference between what was saved and what was trained, nats."""
+    return f"{adapted(folder)[2]:.0e}"
+
+
 COLUMNS: dict[str, Callable[[Path], str]] = {"layout": layout, "gap": gap, "scoring": reward_model}
+COLUMNS |= {"adapters": adapters, "share": share, "merged": merged}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlaif_ray.pipelines.agreement import BF16_GAP, FP32_GAP, Bound, bound_for, compare
+from rlaif_ray.pipelines.agreement import BF16_GAP, FP32_GAP, FP32_GPU_GAP, Bound, bound_for, compare
 
 A = [-1.0, -2.0, -3.0, -4.0]
 FP32 = bound_for("fp32", None)
@@ -60,3 +60,22 @@ def test_bounds_are_of_the_precision() -> None:
     assert compare(one_token, bound_for("bf16", None)).agrees
     assert not compare(one_token, FP32).agrees
     assert not compare({"engine": shifted(math.nan), "alone": A}, bound_for("bf16", None)).agrees
+
+
+def test_in_fp32_one_token_may_be_off_where_routing_or_tf32_says_so() -> None:
+    """A near tie between two experts moves a token by 1e-2; a dense model on CPUs has nothing that could."""
+    experts = bound_for("fp32", None, experts=True)
+    assert experts == Bound(FP32_GAP, "mean") and bound_for("fp32", 0.5, experts=True) == Bound(0.5, "mean")
+    text = [-float(i % 5) for i in range(60)]
+    tie = {"engine": [x + (0.02 if i == 7 else 1e-5) for i, x in enumerate(text)], "alone": text}
+    assert compare(tie, experts).agrees
+    assert not compare(tie, FP32).agrees
+    # What is wrong everywhere, by however little, is not let pass, nor is one token that is wrong by nats.
+    for by in (dict.fromkeys(range(60), 0.002), {7: 2.3}):
+        wrong = {"engine": [x + by.get(i, 0.0) for i, x in enumerate(text)], "alone": text}
+        assert not compare(wrong, experts).agrees
+    for mixture in (False, True):
+        assert bound_for("fp32", None, device="cuda", experts=mixture) == Bound(FP32_GPU_GAP, "mean")
+        assert bound_for("bf16", None, device="cuda", experts=mixture) == Bound(BF16_GAP, "mean")
+    # TF32 keeps 10 bits of a fraction and bf16 7: an eighth of its rounding.
+    assert pytest.approx(BF16_GAP / 2 ** (10 - 7), rel=0.1) == FP32_GPU_GAP

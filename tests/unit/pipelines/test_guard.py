@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from rlaif_ray.config.jobs import RewardModelJob, SftJob, TrainJob
-from rlaif_ray.errors import InputError, MismatchError, NotFiniteError
+from rlaif_ray.errors import InputError, LearnerLostError, MismatchError, NotFiniteError, RlaifError, RunError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.learner.agreement import Readings
 from rlaif_ray.learner.probe import Text
 from rlaif_ray.pipelines.finite import how_to_go_on
-from rlaif_ray.pipelines.guard import GENERATED, Guard, described, guard_text
+from rlaif_ray.pipelines.guard import GENERATED, Guard, described, experts_of, guard_text
 from rlaif_ray.pipelines.long_text import LONGEST
 from rlaif_ray.types import Completion, Experience, Prompt
 from tests.tiny import cached_tiny_model, make_tokenizer
@@ -57,6 +57,10 @@ class HandEngines:
 
     off: float = 0.0
     asked: int = 0
+    replaced: int = 0  # how often the second was
+
+    def incarnations(self) -> dict[str, int]:
+        return {"rollout engine 0": 0, "rollout engine 1": self.replaced}
 
     def generate_on_each(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> dict[str, list[Completion]]:
         self.asked += 1
@@ -193,7 +197,36 @@ def test_an_engine_that_is_lost_meanwhile_is_not_judged() -> None:
         def generate_on_each(self, prompts: Any, settings: Any) -> dict[str, list[Completion]]:
             return {}
 
-    assert guard_of(HandLearner()).check_push(Lost(), 0) == {}  # type: ignore[arg-type]
+    guard = guard_of(HandLearner(), every=0)
+    assert guard.check_push(Lost(), 0) == {}  # type: ignore[arg-type]
+    # That was no check: three follow.
+    engines = HandEngines()
+    assert [v for v in range(1, 7) if guard.check_push(engines, v)] == [1, 2, 3]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("every", [0, 50])
+def test_an_engine_that_took_the_place_of_another_is_checked_at_its_first_push(every: int) -> None:
+    guard, engines = guard_of(HandLearner(), every=every), HandEngines()
+    looked = []
+    for version in range(1, 12):
+        if version == 6:
+            engines.replaced += 1
+        if guard.check_push(engines, version):  # type: ignore[arg-type]
+            looked.append(version)
+    assert looked == [1, 2, 3, 6]
+    engines.replaced, engines.off = 2, 2.5
+    with pytest.raises(MismatchError, match="rollout engine 1"):
+        guard.check_push(engines, 13)  # type: ignore[arg-type]
+
+
+def test_one_that_did_not_answer_is_checked_at_the_next_push() -> None:
+    class HalfLost(HandEngines):
+        def generate_on_each(self, prompts: Any, settings: Any) -> dict[str, list[Completion]]:
+            found = super().generate_on_each(prompts, settings)
+            return {name: said for name, said in found.items() if self.asked > 3 or name.endswith("0")}
+
+    guard, engines = guard_of(HandLearner(), every=0), HalfLost()
+    assert [v for v in range(1, 8) if guard.check_push(engines, v)] == [1, 2, 3, 4]  # type: ignore[arg-type]
 
 
 UPDATED = {"rollout/logprob_gap": 2e-5, "policy/first_ratio_error": 3e-4}
@@ -318,3 +351,48 @@ def test_a_model_is_described_by_its_kinds_of_layers() -> None:
     assert described("x", LlamaConfig()) == "model x (llama; layers: all of one kind)"
     config = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2, num_experts=4)
     assert described("x", config) == "model x (qwen3_next; layers: full_attention, linear_attention, 4 experts)"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("the weights of model 'x' are incomplete (missing 2, first a.b): give a folder with all weights."),
+        RunError("learner failed: RuntimeError: size mismatch"),
+    ],
+)
+def test_a_saved_folder_that_cannot_be_loaded_is_no_fault_of_the_user(error: RlaifError, tmp_path: Path) -> None:
+    class Broken(HandLearner):
+        def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+            raise error
+
+    with pytest.raises(MismatchError) as caught:
+        guard_of(Broken()).check_saved(tmp_path, SomeCheckpoints("checkpoints/step-8"))  # type: ignore[arg-type]
+    assert not isinstance(caught.value, InputError)  # exit code 1, not 2
+    for part in (str(tmp_path), "not to be trusted", str(error), "The checkpoint checkpoints/step-8 has the trained"):
+        assert part in str(caught.value)
+
+
+def test_a_learner_that_dies_over_it_says_nothing_of_the_folder(tmp_path: Path) -> None:
+    class Dying(HandLearner):
+        def readings_of_saved(self, folder: str, text: Text) -> list[float]:
+            raise LearnerLostError("learner rank 0 died")
+
+    with pytest.raises(LearnerLostError):
+        guard_of(Dying()).check_saved(tmp_path, NO_CHECKPOINTS)  # type: ignore[arg-type]
+
+
+def test_the_bound_follows_model_and_device() -> None:
+    """One token off by 5e-3 in a dense model on CPUs is an error, on GPUs it is TF32."""
+    one = HandLearner(together=5e-3)
+    with pytest.raises(MismatchError, match=r"fp32 0\.001 for each token"):
+        guard_of(one).check_layout()
+    assert Guard(train_job(), one, "fp32", 512, "cuda").check_layout()
+    with pytest.raises(MismatchError, match=r"fp32 0\.02 on average"):
+        Guard(train_job(), HandLearner(together=9.0), "fp32", 512, "cuda").check_layout()
+
+
+def test_experts_are_counted_by_any_name() -> None:
+    from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+
+    counts = [experts_of(kind()) for kind in (LlamaConfig, MixtralConfig, Qwen3MoeConfig, DeepseekV3Config)]
+    assert counts == [0, 8, 128, 256]

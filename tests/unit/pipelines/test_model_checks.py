@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from rlaif_ray import model_support
 from rlaif_ray.cli import app
 from rlaif_ray.config.jobs import EvaluateJob, LabelJob, PairsJob, RewardModelJob, SftJob, TrainJob
+from rlaif_ray.config.sections import ClusterConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines import model_checks
 from rlaif_ray.pipelines.model_checks import check_models, uses
@@ -28,6 +31,9 @@ CASES = {  # config class, architecture, what is wrong for a policy, what works
     "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
     "llava": ("LlavaConfig", "LlavaForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
     "gemma3": ("Gemma3Config", "Gemma3ForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
+    "qwen3_5": ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
+    "llama4": ("Llama4Config", "Llama4ForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
+    "mistral3": ("Mistral3Config", "Mistral3ForConditionalGeneration", "it reads images or sound", TEXT_ONLY),
     "rwkv": ("RwkvConfig", "RwkvForCausalLM", "this vLLM has no RwkvForCausalLM", "decoder-only language model"),
 }
 
@@ -167,3 +173,112 @@ def test_commands_refuse_before_anything_starts(
     assert result.exit_code == 2
     assert CASES[case][2] in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+# ---- Where a job will run --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mamba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainJob:
+    """A job that CPUs can't do, with `device: auto`, on a machine without GPUs and without Ray around."""
+    monkeypatch.setattr("rlaif_ray.runtime.cluster.read_ray_address", lambda _: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(model_checks, "GPU_FILES", ())
+    return train_job(folder_of(tmp_path, "MambaConfig", "MambaForCausalLM"), cluster={"device": "auto"})
+
+
+def test_without_gpus_and_without_a_cluster_it_will_be_cpus(mamba: TrainJob) -> None:
+    with pytest.raises(InputError, match="selective scan for GPUs alone"):
+        check_models(mamba)
+
+
+def test_a_dry_run_does_not_know_where_it_will_be(mamba: TrainJob) -> None:
+    check_models(mamba, dry_run=True)
+    with pytest.raises(InputError, match="selective scan"):
+        check_models(mamba.model_copy(update={"cluster": ClusterConfig(device="cpu")}), dry_run=True)
+
+
+def test_a_cluster_that_ray_start_left_may_have_gpus(mamba: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("rlaif_ray.runtime.cluster.read_ray_address", lambda _: address)
+        check_models(mamba)
+    with pytest.raises(InputError, match="selective scan"):
+        check_models(mamba)  # it has ended: the job will start its own
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", "environment"])
+def test_a_named_cluster_may_have_gpus(mamba: TrainJob, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if address == "environment":
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        check_models(mamba)
+    else:
+        check_models(mamba.model_copy(update={"cluster": ClusterConfig(device="auto", address=address)}))
+
+
+def test_gpus_by_another_name(mamba: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_checks, "GPU_FILES", ("null",))  # /dev/null stands for WSL's /dev/dxg
+    check_models(mamba)
+
+
+# ---- Weights that can't be trained, and configs that can't be read ---------------------------------------------------
+
+QUANTISED = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("place", ["as published", "of the text"])
+def test_quantised_weights_may_judge_and_sample_and_not_be_trained(method: str, place: str, tmp_path: Path) -> None:
+    if place == "of the text":
+        folder = Path(folder_of(tmp_path, "Mistral3Config", "Mistral3ForConditionalGeneration"))
+    else:
+        folder = Path(folder_of(tmp_path, "LlamaConfig", "LlamaForCausalLM"))
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    (values["text_config"] if place == "of the text" else values)["quantization_config"] = QUANTISED[method]
+    file.write_text(json.dumps(values))
+    model, gpu = str(folder), {"device": "gpu"}
+    told = rf"weights are quantised \({method}\).*full precision.*Use a copy in bf16 or fp32"
+    with pytest.raises(InputError, match=told):
+        check_models(train_job(model, cluster=gpu))
+    with pytest.raises(InputError, match=told):
+        check_models(SftJob.model_validate({"policy": {"model": model}, "data": {"path": "x"}}))
+    check_models(train_job(TINY, feedback={"type": "judge", "judge": {"model": model}}, cluster=gpu))
+    check_models(PairsJob.model_validate({"policy": {"model": model}, "cluster": gpu}))
+
+
+def test_a_reward_model_is_trained_too(tmp_path: Path) -> None:
+    model = folder_of(tmp_path, "LlamaConfig", "LlamaForCausalLM", quantization_config=QUANTISED["awq"])
+    with pytest.raises(InputError, match=r"weights are quantised \(awq\)"):
+        check_models(RewardModelJob.model_validate({"policy": {"model": model}, "data": {"path": "x"}}))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_attention_heads": None}, "num_attention_heads"),
+        ({"rope_parameters": 3}, "rope_parameters"),
+        ({"architectures": 3}, "architectures"),
+        ("[1]", ""),
+        ('{"model_type": ', "valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("as_judge", [False, True])
+def test_a_config_with_a_wrong_value_is_one_message(values: Any, said: str, as_judge: bool, tmp_path: Path) -> None:
+    file = Path(folder_of(tmp_path, "LlamaConfig", "LlamaForCausalLM")) / "config.json"
+    file.write_text(values if isinstance(values, str) else json.dumps(json.loads(file.read_text()) | values))
+    model = str(file.parent)
+    job = train_job(TINY, feedback={"type": "judge", "judge": {"model": model}}) if as_judge else train_job(model)
+    with pytest.raises(InputError) as caught:
+        check_models(job)
+    text = str(caught.value)
+    assert text.startswith(f"{'feedback.judge' if as_judge else 'policy'}.model={model} can't be used: ")
+    assert said in text and "config.json" in text and "\n" not in text

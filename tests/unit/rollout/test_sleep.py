@@ -47,9 +47,9 @@ class Sleeper:
 
     def reset_prefix_cache(self) -> None: ...
 
-    def collective_rpc(self, name: str) -> list[int]:
+    def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[Any]:
         assert "weights" not in self.asleep
-        return [1]
+        return [[]] if name == "not_loaded" else [1]
 
 
 def engine(sleep: bool) -> tuple[VllmEngine, Sleeper]:
@@ -60,6 +60,7 @@ def engine(sleep: bool) -> tuple[VllmEngine, Sleeper]:
     made._thought_tokens = {}
     made._tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: "seven")
     made._asleep, made.busy_since = set(), None
+    made._keeps_bits, made._sent = True, set()
     made._sleep()
     return made, llm
 

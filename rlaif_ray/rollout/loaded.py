@@ -1,0 +1,56 @@
+"""Which parameters an update under way has not reached, by the account that vLLM's layerwise reload keeps.
+
+vLLM itself puts the old weights back where none came, and only logs it ("Failed to load weights"). To be read before an
+update is finished: finishing it clears the account. Uses what vLLM 0.26 to 0.33 share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.model_loader.reload import layerwise, meta
+
+# Stay on their device during an update, so that a loader may write them past the account.
+_UNCOUNTED: Collection[str] = getattr(meta, "SKIP_TENSORS", {"bias", "e_score_correction_bias"})
+
+
+def not_loaded(model: nn.Module, besides: Collection[str] = ()) -> list[str]:
+    """Parameters that no weight of this update went into, but for those of the modules named in `besides`.
+
+    One that is the same tensor as one of a module that was loaded (an output head tied to the embedding) was loaded.
+    """
+    missing: dict[str, int] = {}  # name: identity of the tensor that the engine computes with
+    loaded: set[int] = set()  # such identities
+    for prefix, module in model.named_modules():
+        if prefix in besides:
+            continue
+        info = layerwise.get_layerwise_info(module)
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        if not info.can_load():  # it has all it needs, and is back in place
+            loaded |= {id(p) for p in own.values()}
+            continue
+        kept: dict[str, Any] = (info.kernel_tensors or ({}, {}))[0]
+        came = {name for name, _ in info.loaded_weights}
+        loaded |= {id(kept[name]) for name in came if name in kept}
+        if not _waits_for_the_end(module):
+            missing |= {
+                f"{prefix}.{name}".lstrip("."): id(kept.get(name))
+                for name in own
+                if name not in came and name not in _UNCOUNTED
+            }
+    return [name for name, tensor in missing.items() if tensor not in loaded]
+
+
+def _waits_for_the_end(module: nn.Module) -> bool:
+    """Whether vLLM completes it as an attention layer: its parameters are scales, which a learner has none of."""
+    known: Any = getattr(layerwise, "is_deferred_attention_layer", None)  # newer versions
+    if known is not None:
+        return bool(known(module))
+    older: Any = getattr(layerwise, "_DEFERRED_ATTENTION_TYPES", None)
+    if older is None:
+        from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+        older = (Attention, MLAAttention)
+    return isinstance(module, older)
