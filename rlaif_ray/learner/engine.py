@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -318,14 +318,19 @@ def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], fold
             file.chmod(0o644)  # safetensors writes for the owner alone; models are there to be shared
 
 
-def try_saving(model: Any, tokenizer: Any, name: str) -> None:
+def try_saving(model: Any, load_tokenizer: Callable[[], Any], name: str) -> None:
     """Saves everything but the weights to a folder that is deleted: what can fail at the end fails at the start.
+
+    A tokenizer that can't be loaded is no matter here: a job reads its own before a learner starts.
 
     Raises:
         InputError: transformers can't save the config or the tokenizer of model `name`.
     """
+    parts = {"config": model.config}
+    with suppress(InputError):
+        parts["tokenizer"] = load_tokenizer()
     with TemporaryDirectory(prefix="rlaif-model-") as folder:
-        for part, what in (("config", model.config), ("tokenizer", tokenizer)):
+        for part, what in parts.items():
             try:
                 what.save_pretrained(folder)
             except Exception as error:

@@ -99,7 +99,7 @@ class RlRank:
             frozen = CausalPolicy(load(load_causal_lm, attention))
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = ModelState(self._model)
-        try_saving(self._model, self._tokenizer(), policy.model)
+        try_saving(self._model, self._tokenizer, policy.model)
         self._steps, self._critic_steps = Tally(), Tally()
         self._trained = {"policy": self._model} | ({} if self._critic is None else {"critic": self._critic.module})
         require_finite_model(self._model, policy.model)

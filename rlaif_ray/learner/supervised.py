@@ -100,7 +100,7 @@ class SupervisedRank(ABC, Generic[Example]):
             batch = build_input([text[:8]], [text[8:]], packed=self._packed, device=self.device)
             try_merge(self._model, lambda: self._engine(batch), policy.model, seed=job.seed)
         ModelState(self._model, merged_entries(self._model))  # raises where not all of it could be saved
-        try_saving(self._model, load_tokenizer(policy.model, **self._code), policy.model)
+        try_saving(self._model, self._tokenizer, policy.model)
         self.checkpoint = RankCheckpoint({"model": self._engine}, spec.rank)
 
     @abstractmethod
@@ -167,9 +167,12 @@ class SupervisedRank(ABC, Generic[Example]):
         state = merged_state(self._model, keep=self._spec.rank == 0)
         if self._spec.rank != 0:
             return
-        tokenizer = load_tokenizer(self._job.policy.model, **self._code)
+        tokenizer = self._tokenizer()
         prepare(self._model.config, tokenizer)
         save_model_folder(self._model, tokenizer, state, Path(folder))
+
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self._job.policy.model, **self._code)
 
 
 # ---- Reward models ---------------------------------------------------------------------------------------------------

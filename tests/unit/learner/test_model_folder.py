@@ -63,7 +63,7 @@ def weights_are_whole(model: Any, folder: Path) -> bool:
 )
 def test_settings_for_generation_are_kept(given: dict[str, Any], kept: dict[str, Any], tmp_path: Path) -> None:
     model = model_with(tmp_path / "start", **given)
-    try_saving(model, make_tokenizer(None), "start")
+    try_saving(model, lambda: make_tokenizer(None), "start")
     target = tmp_path / "target"
     save_model_folder(model, make_tokenizer(None), ModelState(model).full_state(keep=True), target)
     found = json.loads((target / "generation_config.json").read_text())
@@ -77,7 +77,7 @@ def test_what_cannot_be_saved_costs_no_weights(tmp_path: Path) -> None:
     model = model_with(tmp_path / "start")
     target = tmp_path / "target"
     with pytest.raises(InputError, match=r"the tokenizer of model start can't be saved \(TypeError: Object of type"):
-        try_saving(model, Unsavable(), "start")
+        try_saving(model, Unsavable, "start")
     with pytest.raises(RunError, match=r"target has the trained weights.*TypeError: Object of type.*tokenizer"):
         save_model_folder(model, Unsavable(), ModelState(model).full_state(keep=True), target)
     assert weights_are_whole(model, target)
@@ -89,7 +89,7 @@ def test_a_config_that_cannot_be_saved_costs_no_weights(tmp_path: Path, monkeypa
     target = tmp_path / "target"
     monkeypatch.setattr(type(model.config), "save_pretrained", Unsavable.save_pretrained)
     with pytest.raises(InputError, match="the config of model start"):
-        try_saving(model, make_tokenizer(None), "start")
+        try_saving(model, lambda: make_tokenizer(None), "start")
     with pytest.raises(RunError, match=r"target has the trained weights"):
         save_model_folder(model, make_tokenizer(None), ModelState(model).full_state(keep=True), target)
     assert weights_are_whole(model, target)
