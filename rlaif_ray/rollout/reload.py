@@ -158,7 +158,8 @@ def _materialize(module: nn.Module) -> set[str]:
 def _marks(parameter: Any) -> Tensor:
     """Where the mark still is."""
     bits, mark = _MARK[parameter.element_size()]
-    return parameter.data.view(bits) == mark
+    found: Tensor = parameter.data.view(bits) == mark
+    return found
 
 
 def _fill(module: nn.Module, info: Any, marked: set[str]) -> None:

@@ -71,7 +71,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("Glm4MoeConfig", WIDTH | ROUTED | {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 32}),
     "minimax_m2": (
         "MiniMaxM2Config",
-        WIDTH | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 32, "scoring_func": "sigmoid"},
+        WIDTH
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 32, "scoring_func": "sigmoid"}
+        | {"use_routing_bias": True},
     ),
     "deepseek_v2": ("DeepseekV2Config", DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
     "deepseek_v3": (
@@ -96,7 +98,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", WIDTH | {"head_dim": 32}),
     "stablelm": ("StableLmConfig", WIDTH),
     "nemotron": ("NemotronConfig", WIDTH),
-    "lfm2": ("Lfm2Config", WIDTH | {"layer_types": ["conv", "full_attention"]}),
+    "lfm2": ("Lfm2Config", WIDTH | {"layer_types": ["conv", "full_attention"], "conv_dim": 128}),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
         WIDTH | MAMBA | EXPERTLESS | {"shared_intermediate_size": 128, "layer_types": ["mamba", "attention"]},
