@@ -44,6 +44,11 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "qwen3_next": _NO_LINEAR_ATTENTION,
     "qwen3_5_text": _NO_LINEAR_ATTENTION,
     "qwen3_5_moe_text": _NO_LINEAR_ATTENTION,
+    "minimax_m2": Unsupported(
+        ("cpu",),
+        "chooses experts by softmax alone there, and this model by sigmoid: it fails on the first prompt",
+        "Use cluster.device=gpu, or another mixture of experts, such as Qwen3-MoE.",
+    ),
     "gpt_oss": Unsupported(
         ("cuda",),
         "loses new experts and attention sinks of an update (its loader writes them past the weight loaders), and "

@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MiniCPM3Config,
+    MiniMaxM2Config,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
@@ -103,3 +104,10 @@ def test_why_apertus_is_off() -> None:
     with set_current_vllm_config(VllmConfig()):
         made = activation.XIELU()
     assert made.alpha_p.dtype == torch.bfloat16
+
+
+def test_experts_that_are_not_chosen_by_softmax_need_a_gpu() -> None:
+    """vLLM's CPU router asserts `scoring_func == "softmax"` (cpu_router.py)."""
+    refusal = engine_refusal(MiniMaxM2Config(), "cpu", takes_weights=False)
+    assert refusal is not None and "cluster.device=gpu" in refusal
+    assert engine_refusal(MiniMaxM2Config(), "cuda") is None
