@@ -21,6 +21,7 @@ class Unsupported:
     devices: tuple[Device, ...]  # where it doesn't
     reason: str  # completes "vLLM 0.32 ..."
     instead: str  # a whole sentence
+    only_fp32: bool = False  # in bf16 it runs
     only_updates: bool = False  # it runs with the weights of its folder (a judge), and doesn't take new ones
 
 
@@ -29,11 +30,25 @@ _NO_SELECTIVE_SCAN = Unsupported(
     "has Mamba's selective scan for GPUs alone, and fails on the first prompt",
     "Use GPUs, or another model; Granite 4's hybrids, of Mamba 2, work here.",
 )
+_NO_LINEAR_ATTENTION = Unsupported(
+    ("cpu",),
+    "takes the gated linear attention of this model in bf16 alone there, and fails on the first prompt",
+    "Use cluster.device=gpu or precision=bf16, or another model; Granite 4's hybrids, of Mamba 2, work in fp32.",
+    only_fp32=True,
+)
 # By the config's model_type.
 UNSUPPORTED: dict[str, Unsupported] = {
     "mamba": _NO_SELECTIVE_SCAN,
     "falcon_mamba": _NO_SELECTIVE_SCAN,
     "jamba": _NO_SELECTIVE_SCAN,
+    "qwen3_next": _NO_LINEAR_ATTENTION,
+    "qwen3_5_text": _NO_LINEAR_ATTENTION,
+    "qwen3_5_moe_text": _NO_LINEAR_ATTENTION,
+    "minimax_m2": Unsupported(
+        ("cpu",),
+        "chooses experts by softmax alone there, and this model by sigmoid: it fails on the first prompt",
+        "Use cluster.device=gpu, or another mixture of experts, such as Qwen3-MoE.",
+    ),
     "gpt_oss": Unsupported(
         ("cuda",),
         "loses new experts and attention sinks of an update (its loader writes them past the weight loaders), and "
@@ -53,7 +68,8 @@ UNSUPPORTED: dict[str, Unsupported] = {
         ("cpu",),
         "keeps the parameters of its activation (xIELU) in bf16, and in fp32, as CPUs compute, log-probabilities are "
         "off by 2.6e-3",
-        "Use cluster.device=gpu, or train another model; as a judge it works.",
+        "Use cluster.device=gpu or precision=bf16, or train another model; as a judge it works.",
+        only_fp32=True,
         only_updates=True,
     ),
 }
@@ -70,10 +86,11 @@ LATENT_ATTENTION = Unsupported(
 )
 
 
-def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True) -> str | None:
+def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True, precision: str = "auto") -> str | None:
     """Why vLLM must not be started with this model on this device, and the remedy; None where nothing is known.
 
-    `config` is the model's config as transformers gives it; `takes_weights` says whether new weights will be pushed.
+    `config` is the model's config as transformers gives it; `takes_weights` says whether new weights will be pushed;
+    `precision` is the section's ("auto" is fp32 on CPUs).
     Pure: nothing is imported or loaded.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -81,7 +98,9 @@ def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True) -
         known = UNSUPPORTED.get(model_type)
         if known is None and text.model_type in LATENT_TYPES and getattr(text, "kv_lora_rank", None):
             known = LATENT_ATTENTION
-        if known is not None and device in known.devices and (takes_weights or not known.only_updates):
+        if known is None or device not in known.devices or (known.only_fp32 and precision == "bf16"):
+            continue
+        if takes_weights or not known.only_updates:
             return (
                 f"model type {model_type} can't be used on cluster.device={_SETTING[device]}: vLLM 0.32 "
                 f"{known.reason}. {known.instead}"

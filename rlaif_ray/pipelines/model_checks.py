@@ -104,7 +104,8 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
         except InputError as error:
             return str(error)
     if use.sampled:
-        return _unsampled(config, device, takes_weights=use.trained)
+        precision = getattr(use.section, "precision", "auto")
+        return _unsampled(config, device, takes_weights=use.trained, precision=precision)
     return None
 
 
@@ -156,7 +157,9 @@ def _quantised(config: Any) -> str | None:
     return None
 
 
-def _unsampled(config: Any, device: Literal["cpu", "cuda"] | None, *, takes_weights: bool) -> str | None:
+def _unsampled(
+    config: Any, device: Literal["cpu", "cuda"] | None, *, takes_weights: bool, precision: str
+) -> str | None:
     """Models that vLLM can't run, or not with weights that are pushed."""
     if unknown_to_vllm(config):
         return (
@@ -169,7 +172,7 @@ def _unsampled(config: Any, device: Literal["cpu", "cuda"] | None, *, takes_weig
             "of the same family that reads text alone, such as Qwen/Qwen2.5-7B-Instruct or google/gemma-3-1b-it, or "
             "install the torchvision that belongs to this torch."
         )
-    return None if device is None else engine_refusal(config, device, takes_weights=takes_weights)
+    return None if device is None else engine_refusal(config, device, takes_weights=takes_weights, precision=precision)
 
 
 def _type(config: Any) -> str:

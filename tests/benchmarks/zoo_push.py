@@ -42,6 +42,9 @@ LATENT = {
 DEEPSEEK = WIDTH | ROUTED | LATENT | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+# Of LFM2, what vLLM reads and transformers' class does not have; checkpoints do.
+CONV = {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 128, "block_multiple_of": 32}
+CONV |= {"block_auto_adjust_ff_dim": False, "block_ffn_dim_multiplier": 1.0}
 EXPERTLESS = {"num_local_experts": 0, "num_experts_per_tok": 0}
 LINEAR = {
     "linear_key_head_dim": 32,
@@ -71,7 +74,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("Glm4MoeConfig", WIDTH | ROUTED | {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 32}),
     "minimax_m2": (
         "MiniMaxM2Config",
-        WIDTH | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 32, "scoring_func": "sigmoid"},
+        WIDTH
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 32, "scoring_func": "sigmoid"}
+        | {"use_routing_bias": True},
     ),
     "deepseek_v2": ("DeepseekV2Config", DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
     "deepseek_v3": (
@@ -96,7 +101,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", WIDTH | {"head_dim": 32}),
     "stablelm": ("StableLmConfig", WIDTH),
     "nemotron": ("NemotronConfig", WIDTH),
-    "lfm2": ("Lfm2Config", WIDTH | {"layer_types": ["conv", "full_attention"]}),
+    "lfm2": ("Lfm2Config", WIDTH | CONV | {"layer_types": ["conv", "full_attention"]}),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
         WIDTH | MAMBA | EXPERTLESS | {"shared_intermediate_size": 128, "layer_types": ["mamba", "attention"]},

@@ -6,7 +6,19 @@ import re
 
 import pytest
 import transformers
-from transformers import ApertusConfig, DeepseekV2Config, DeepseekV3Config, GptOssConfig, LlamaConfig, MiniCPM3Config
+from transformers import (
+    ApertusConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MiniCPM3Config,
+    MiniMaxM2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.model_support import LATENT_ATTENTION, LATENT_TYPES, UNSUPPORTED, engine_refusal
@@ -41,12 +53,12 @@ def test_every_entry_says_where_why_and_what_instead() -> None:
 def test_every_setting_that_a_message_names_is_one() -> None:
     """As a user would type it: the config takes it."""
     texts = [f"{entry.reason} {entry.instead}" for entry in (*UNSUPPORTED.values(), LATENT_ATTENTION)]
-    for config in (GptOssConfig(num_hidden_layers=1), DeepseekV3Config(), LlamaConfig(model_type="mamba")):
+    for config in (GptOssConfig(num_hidden_layers=1), DeepseekV3Config(), MambaConfig()):
         texts += [engine_refusal(config, device) or "" for device in ("cpu", "cuda")]  # type: ignore[arg-type]
-    named = {setting for text in texts for setting in re.findall(r"\b([a-z_]+)\.([a-z_]+)=(\w+)", text)}
+    named = {setting for text in texts for setting in re.findall(r"\b(?:([a-z_]+)\.)?([a-z_]+)=(\w+)", text)}
     assert ("cluster", "device", "gpu") in named
-    for section, key, value in named:
-        TrainJob.model_validate({section: {key: value}})
+    for section, key, value in named - {("", "VLLM_MLA_DISABLE", "1")}:
+        TrainJob.model_validate({section or "policy": {key: value}})  # what has no section is of the model's own
 
 
 def test_latent_attention_is_where_vllm_uses_it() -> None:
@@ -71,6 +83,16 @@ def test_apertus_is_off_in_fp32_where_it_would_be_trained() -> None:
     assert refusal is not None and "xIELU" in refusal and "cluster.device=gpu" in refusal
     assert engine_refusal(ApertusConfig(), "cpu", takes_weights=False) is None
     assert engine_refusal(ApertusConfig(), "cuda") is None
+    assert engine_refusal(ApertusConfig(), "cpu", precision="bf16") is None
+
+
+def test_gated_linear_attention_is_in_bf16_on_cpus() -> None:
+    """`CPU GDN attention requires BF16`, says vLLM at the first prompt; judges are no exception."""
+    for config in (Qwen3NextConfig(), Qwen3_5TextConfig(), Qwen3_5MoeTextConfig()):
+        refusal = engine_refusal(config, "cpu", takes_weights=False)
+        assert refusal is not None and config.model_type in refusal and "precision=bf16" in refusal
+        assert engine_refusal(config, "cpu", precision="fp32") and engine_refusal(config, "cuda") is None
+        assert engine_refusal(config, "cpu", precision="bf16") is None
 
 
 def test_why_apertus_is_off() -> None:
@@ -82,3 +104,10 @@ def test_why_apertus_is_off() -> None:
     with set_current_vllm_config(VllmConfig()):
         made = activation.XIELU()
     assert made.alpha_p.dtype == torch.bfloat16
+
+
+def test_experts_that_are_not_chosen_by_softmax_need_a_gpu() -> None:
+    """vLLM's CPU router asserts `scoring_func == "softmax"` (cpu_router.py)."""
+    refusal = engine_refusal(MiniMaxM2Config(), "cpu", takes_weights=False)
+    assert refusal is not None and "cluster.device=gpu" in refusal
+    assert engine_refusal(MiniMaxM2Config(), "cuda") is None
