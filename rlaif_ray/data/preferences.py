@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing_extensions import TypedDict
 
 from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.data.messages import Row, described, read_messages, response_of, shorten
-from rlaif_ray.data.prompts import hub_reference, id_of_row, nearest_hint, one_line
+from rlaif_ray.data.prompts import HUB_ID, hub_reference, id_of_row, nearest_hint, one_line
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.types import Message
@@ -179,7 +178,7 @@ def rows_of(path: str, split: str) -> _Rows:
                 "Leave split out, or name the file that holds those rows."
             )
         return lambda: _parquet_rows(local) if local.suffix == ".parquet" else _lines(local)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix in ENDINGS:
+    if not HUB_ID.fullmatch(path) or local.suffix in ENDINGS:
         near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
             f"the preferences {path!r} do not exist (looked at {local.absolute()}).{nearest_hint(local.name, near)} "

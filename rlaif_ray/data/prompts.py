@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PACKAGED = Path(__file__).parent / "prompts"  # package:train and package:heldout
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")  # see hub_reference
 _ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 _ROWS_AT_A_TIME = 1000  # of a parquet file; `datasets` takes a row group by default, and fails where that is empty
 _JSON_BYTES_AT_A_TIME = 2**30  # by default 10 MB, and every later part must have the columns of the first
@@ -141,7 +142,7 @@ def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
     local = Path(os.path.expanduser(path))
     if path and local.exists():
         return (_read_folder if local.is_dir() else _read_file)(local, split, column, limit)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix in _ENDINGS:
+    if not HUB_ID.fullmatch(path) or local.suffix in _ENDINGS:
         near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
             f"the prompts {path!r} do not exist (looked at {local.absolute()}).{nearest_hint(local.name, near)} "

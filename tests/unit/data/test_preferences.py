@@ -434,9 +434,9 @@ def test_a_hub_id_is_streamed_when_there_is_a_network(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
     hub["load"] = lambda: [PAIR, {**PAIR, "label": 0}]
-    records = read("me/pairs", split="test")
+    records = read("me/pairs@v2", split="test")
     assert [(r.id, r.p_a) for r in records] == [("pairs-1", 1.0), ("pairs-2", 0.0)]
-    assert hub["asked"] == ("me/pairs", {"split": "test", "streaming": not offline})
+    assert hub["asked"] == ("me/pairs", {"split": "test", "revision": "v2", "streaming": not offline})
 
 
 def test_a_hub_id_that_is_not_there(hub: dict[str, Any]) -> None:

@@ -178,15 +178,15 @@ def test_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load_dataset(name: str, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, split, revision))
         return datasets.Dataset.from_list([{"x": 1, "question": "a"}, {"x": 2, "question": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     loaded = load("owner/name", split="train[:9]", column="question")
     assert [(p.id, p.text) for p in loaded.prompts] == [("name-1", "a"), ("name-2", "b")]
-    assert [p.text for p in load("owner/name", column="question", limit=1).prompts] == ["a"]
-    assert asked == [("owner/name", "train[:9]"), ("owner/name", "train")]
+    assert [p.text for p in load("owner/name@v2", column="question", limit=1).prompts] == ["a"]
+    assert asked == [("owner/name", "train[:9]", None), ("owner/name", "train", "v2")]
     with pytest.raises(InputError, match=r"owner/name have no column 'questoin' .* Did you mean question\?"):
         load("owner/name", column="questoin")
 
