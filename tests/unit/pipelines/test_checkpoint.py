@@ -317,10 +317,6 @@ JUDGED = {"type": "judge", "template": "helpful", "judge": {"type": "vllm", "mod
 OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 7}, "seed was 0 and is 7"),
     ({"policy": {"model": "m"}}, f"policy.model was '{MODEL}' and is 'm'"),
-    (
-        {"policy": {"model": "m", "revision": "v2"}},
-        f"policy.model was '{MODEL}' and is 'm'; policy.revision was None and",
-    ),
     ({"policy": {"precision": "bf16"}}, "policy.precision was 'auto' and is 'bf16'"),
     ({"data": {"path": "x"}}, "data.path was 'package:train' and is 'x'"),
     ({"data": {"limit": 5}}, "data.limit was None and is 5"),
