@@ -104,6 +104,9 @@ def test_kuberay_pods_are_safe_and_have_shared_memory(name: str) -> None:
     for group in (head, *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        bare = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container(group)["securityContext"] == bare
         mounted = {mount["name"]: mount["mountPath"] for mount in container(group)["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert mounted == {"shared": "/shared", "shm": "/dev/shm"} and set(volumes) == set(mounted)
@@ -143,11 +146,15 @@ def test_slurm_asks_for_the_planned_nodes() -> None:
 
 
 def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
-    """In the image, and by launch/submit.py."""
+    """In the image, by launch/submit.py, and where Kubernetes or Docker ends a container."""
     grace_s = load_job("train", [ROOT / "configs/demo/train.yaml"]).config.checkpoint.grace_s
     (in_image,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", (CLUSTER / "Containerfile").read_text())
     (by_default,) = re.findall(r'"--stop-wait",\s+type=int,\s+default=(\d+)', (LAUNCH / "submit.py").read_text())
     assert int(in_image) == int(by_default) > grace_s
+    for name in KUBERAY:
+        assert all(group["template"]["spec"]["terminationGracePeriodSeconds"] > grace_s for group in groups(name))
+    (docker,) = re.findall(r"--stop-timeout=(\d+)", " ".join(read("ray-up.yaml")["docker"]["run_options"]))
+    assert int(docker) > grace_s
 
 
 def test_submit_knows_the_secret_variables() -> None:
