@@ -168,7 +168,11 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
             continue
         key: Key = tuple(name.split("."))
         reader = _Reader(text, lambda line, override=override: f"the override {override}")  # type: ignore[misc]
-        value = reader.read(key)
+        if _is_plain(text):
+            value: Any = text
+            reader.origins[key] = reader.place(1)
+        else:
+            value = reader.read(key)
         layer.problems.extend(reader.problems)
         if reader.problems:
             continue
@@ -179,6 +183,27 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
         layer.origins.update(reader.origins)
         layer.origins.update({key[:end]: f"the override {override}" for end in range(1, len(key) + 1)})
     return layer
+
+
+def _is_plain(text: str) -> bool:
+    """Whether an override's value is the text as it was typed, and no YAML: neither a number, switch or null, nor in
+    quotes, nor a list in [] or a mapping in {}.
+
+    A file's rules would cut `exp #3` at its comment, take `&a hello` for an anchor, `a: b` for a mapping and two lines
+    for one.
+    """
+    if text.lstrip()[:1] in ("[", "{", "'", '"') or any(
+        ord(character) < 32 and character not in "\t\n\r" for character in text
+    ):
+        return False  # YAML, whatever is wrong with it
+    try:
+        node = yaml.compose(text, Loader=ConfigLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return True
+    if node is None:
+        return bool(text.strip())  # nothing but a comment
+    whole = isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text.rstrip())
+    return not whole or node.tag == "tag:yaml.org,2002:str" or text.lstrip()[:1] in "&!*"
 
 
 def kind_of(value: Any) -> str:

@@ -223,7 +223,7 @@ def _wrong_value(detail: ErrorDetails, place: _Place, values: dict[str, Any], or
         return _problem(place, _choice(choices), detail["input"], origins, drop, _nearest(detail["input"], choices))
     remedy = ""
     if detail["type"] == "string_type" and not isinstance(detail["input"], dict | list | None):
-        remedy = f'Put it in quotes: "{detail["input"]}".'
+        remedy = "Put it in quotes, as you typed it."  # 4867e52 is 4.867e+55 by now
     elif detail["type"].startswith("model_") and place.owner:
         classes = variants(place.owner, place.key[-1])
         name = place.key[-1]

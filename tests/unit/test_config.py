@@ -81,6 +81,18 @@ def test_lists_replace_and_free_mappings_merge(write: Write) -> None:
         ("tracking.project=2024-01-01", lambda job: job.tracking.project, "2024-01-01"),  # YAML 1.1: a date
         ("data.path=a=b", lambda job: job.data.path, "a=b"),
         ('data.path="3"', lambda job: job.data.path, "3"),
+        # What is no number, switch, null, list or mapping is the text that was typed.
+        ("run_dir=runs/exp #3", lambda job: job.run_dir, "runs/exp #3"),
+        ("data.system=#1 rule: be brief", lambda job: job.data.system, "#1 rule: be brief"),
+        ("data.system=&a hello", lambda job: job.data.system, "&a hello"),
+        ("data.system=*be* brief", lambda job: job.data.system, "*be* brief"),
+        ("data.system=!important", lambda job: job.data.system, "!important"),
+        ("data.system=Note: be brief", lambda job: job.data.system, "Note: be brief"),
+        ("data.system=- be brief", lambda job: job.data.system, "- be brief"),
+        ("data.system=one\ntwo\n", lambda job: job.data.system, "one\ntwo\n"),
+        ("data.system=@you: 50% of `it`", lambda job: job.data.system, "@you: 50% of `it`"),
+        ("data.system='#1'", lambda job: job.data.system, "#1"),
+        ('data.system="one\\ntwo"', lambda job: job.data.system, "one\ntwo"),
         (
             "algorithm.importance.high=3",
             lambda job: (job.algorithm.importance.low, job.algorithm.importance.high),
