@@ -18,7 +18,14 @@ from rlaif_ray.config.roles import (
     PREFERENCE_TEMPLATE,
     REVISION_EXAMPLES,
 )
-from rlaif_ray.config.sections import Config, DataConfig, HarmlessSuite, Precision
+from rlaif_ray.config.sections import (
+    LEAST_TEMPERATURE,
+    Config,
+    DataConfig,
+    HarmlessSuite,
+    Precision,
+    greedy_or_warm,
+)
 
 
 class PairSamplingConfig(Config):
@@ -29,7 +36,8 @@ class PairSamplingConfig(Config):
     pairs_per_prompt: Annotated[int, Field(ge=1)] | None = 1
     """Drawn from all pairs of a prompt's distinct responses; null: all of them."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE)] = 1.0
+    """vLLM raises lower ones to that without a word."""
 
 
 class ResponseSamplingConfig(Config):
@@ -39,6 +47,9 @@ class ResponseSamplingConfig(Config):
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0: greedy."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from greedy_or_warm("sampling.temperature", self.temperature)
 
 
 class PreferenceDataConfig(Config):
@@ -68,6 +79,7 @@ class ReasoningConfig(Config):
     """0: greedy."""
 
     def _problems(self) -> Iterator[str]:
+        yield from greedy_or_warm("label.reasoning.temperature", self.temperature)
         if self.samples > 1 and self.temperature == 0:
             yield (
                 f"label.reasoning.samples > 1 needs label.reasoning.temperature > 0 (got {self.samples} samples at 0): "
@@ -131,6 +143,9 @@ class RevisionConfig(Config):
     """Which revisions become records to train on."""
     min_revised_fraction: Annotated[float, Field(ge=0, le=1), HANDLING] = 0.0
     """The command ends with an error when a smaller share of the prompts got a revision; what there is is kept."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from greedy_or_warm("revision.temperature", self.temperature)
 
 
 class HelpfulConfig(Config):

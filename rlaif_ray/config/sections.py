@@ -50,6 +50,17 @@ def not_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
 
 Precision = Literal["auto", "fp32", "bf16"]
 
+LEAST_TEMPERATURE = 0.01  # of sampling
+
+
+def greedy_or_warm(key: str, temperature: float) -> Iterator[str]:
+    """Of a temperature that may be 0: what is wrong where it is neither that nor one that vLLM samples at."""
+    if 0 < temperature < LEAST_TEMPERATURE:
+        yield (
+            f"{key} must be 0 or at least {LEAST_TEMPERATURE:g} (got {temperature:g}): vLLM raises what lies between "
+            f"to {LEAST_TEMPERATURE:g} without a word. Use 0 for greedy responses."
+        )
+
 
 class PolicyConfig(Config):
     """The model that is trained; also the frozen reference and the critic's body."""
@@ -95,7 +106,8 @@ class SamplingConfig(Config):
     prompts_per_step: Annotated[int, Field(ge=1)] = 16
     samples_per_prompt: Annotated[int, Field(ge=1)] = 2
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE)] = 1.0
+    """vLLM raises lower ones to that without a word."""
     top_p: float = 1.0
     top_k: int = 0
     ignore_eos: bool = False

@@ -46,6 +46,13 @@ CASES = [
         ("at least 2", "other_policies"),
         job="pairs",
     ),
+    Wrong(
+        "a temperature that vLLM raises",
+        "sampling: {temperature: 0.009}",
+        (),
+        ("sampling.temperature must be 0 or at least 0.01 (got 0.009)", "greedy"),
+        job="sample",
+    ),
     label("unknown judge type", "judge: {type: gpt}", ("judge.type must be one of vllm, openai, longer",)),
     label("key of another judge", "judge: {type: longer, model: x}", ("judge.model", "judge.type=vllm")),
     label(
