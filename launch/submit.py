@@ -14,11 +14,22 @@ import os
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 SECRETS = ("_KEY", "_KEY_ID", "_TOKEN", "_SECRET", "_PASSWORD")  # as rlaif_ray.secrecy has them
 # A head node that has just started takes a while until its agent accepts jobs, a busy one longer.
 AGENT_WAIT_S = float(os.environ.get("RLAIF_AGENT_WAIT_S", "120"))
+
+
+def take_the_token_that_is_there() -> None:
+    """A cluster may ask for the token of its machine: `ray start` makes one that does wherever a token is, and Ray's
+    first local start writes one. Its client sends a token only where RAY_AUTH_MODE says so."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if os.environ.get("RAY_AUTH_TOKEN") or token.is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def submit_when_ready(client: Any, command: str, runtime_env: dict[str, object]) -> str | None:
@@ -65,6 +76,7 @@ def main() -> int:
         print(f"submit: --env names variables that are not set here: {', '.join(missing)}", file=sys.stderr)
         return 2
 
+    take_the_token_that_is_there()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -80,7 +92,7 @@ def main() -> int:
     except AuthenticationError as error:
         print(
             f"submit: the cluster at {options.address} asks for a token ({str(error).strip().splitlines()[0]}). "
-            f"Set RAY_AUTH_MODE=token and, unless ~/.ray/auth_token has it, RAY_AUTH_TOKEN.",
+            f"Set RAY_AUTH_TOKEN to it, or put it into ~/.ray/auth_token. RAY_AUTH_MODE must be token, or not set.",
             file=sys.stderr,
         )
         return 2

@@ -117,7 +117,8 @@ def test_a_submitted_job_runs_and_is_followed(cluster: RayCluster, folder: Path,
 @pytest.mark.long
 def test_a_submitted_job_that_fails_says_why(cluster: RayCluster, folder: Path, config: Path) -> None:
     where = ("--address", cluster.dashboard, "--python", sys.executable)
-    program = submit(folder / "wrong.out", *where, "train", config, "stepz=2")
+    token = {"RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"]}  # a token is there, and nothing says to send it
+    program = submit(folder / "wrong.out", *where, "train", config, "stepz=2", environment=token)
     assert program.exit_code == 2  # the job's own
     assert "Did you mean steps?" in program.stdout and "FAILED" in program.stdout
 
@@ -188,7 +189,7 @@ def test_submitting_without_the_token(cluster: RayCluster, folder: Path, config:
     program = submit(folder / "no-token.out", *where, "train", config, environment={"RAY_AUTH_MODE": "disabled"})
     assert program.exit_code == 2
     assert program.stderr.startswith(f"submit: the cluster at {cluster.dashboard} asks for a token")
-    assert "RAY_AUTH_MODE=token" in program.stderr and len(program.stderr.splitlines()) == 1
+    assert "Set RAY_AUTH_TOKEN to it" in program.stderr and len(program.stderr.splitlines()) == 1
 
 
 @pytest.mark.long
