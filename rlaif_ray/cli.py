@@ -20,6 +20,7 @@ import typer
 
 from rlaif_ray import __version__
 from rlaif_ray.errors import InputError, RlaifError
+from rlaif_ray.output import survive_lost_output
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
@@ -254,8 +255,6 @@ def plan(
     except KeyboardInterrupt:
         _say("interrupted.")
         raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise
     except Exception as error:
         raise typer.Exit(_report("plan", error, None)) from None
     raise typer.Exit(0 if fits else 1)
@@ -281,8 +280,6 @@ def report(
     except KeyboardInterrupt:
         _say("interrupted.")
         raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise
     except Exception as error:
         raise typer.Exit(_report("report", error, None)) from None
 
@@ -310,8 +307,6 @@ def _run(
     except KeyboardInterrupt:
         _say("interrupted.", *([] if loaded is None or plan else [f"resume: {_resume_command(loaded)}"]))
         raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise  # the reader of our output left, as `head` does; click knows what to do
     except Exception as error:
         raise typer.Exit(_report(job, error, None if plan else loaded)) from None
 
@@ -402,6 +397,7 @@ def _say(message: str, *more: str) -> None:
 
 def main() -> None:
     """The `rlaif` program."""
+    survive_lost_output()
     app(prog_name="rlaif")
 
 

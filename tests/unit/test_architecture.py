@@ -22,6 +22,7 @@ LEVEL_OF_ROOM = {
     "reward_head": 0,
     "model_errors": 0,
     "dropout": 0,
+    "output": 0,
     "secrecy": 0,
     "storage": 0,
     "attention": 1,
