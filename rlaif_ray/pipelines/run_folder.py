@@ -194,7 +194,7 @@ def write_resolved(loaded: Loaded, changes: Sequence[str] = ()) -> None:
 
 
 class Stopping:
-    """Whether the run was asked to stop: by the first Ctrl-C, or by SIGTERM."""
+    """Whether the run was asked to stop: by the first Ctrl-C, or by SIGTERM or SIGHUP."""
 
     def __init__(self, grace_s: float | None) -> None:
         self._grace_s = grace_s
@@ -206,14 +206,14 @@ class Stopping:
         return self._asked
 
     def soon(self) -> bool:
-        """Asked by SIGTERM: a step that can be given up is not waited for."""
+        """Asked by SIGTERM or SIGHUP: a step that can be given up is not waited for."""
         return self._soon
 
     def handle(self, number: int, frame: Any) -> None:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
-        if number == signal.SIGTERM and not self._soon:
+        if number != signal.SIGINT and not self._soon:
             self._soon = True
             if self._grace_s is not None:  # then it is over in any case, as by a second Ctrl-C
                 timer = threading.Timer(self._grace_s, os.kill, (os.getpid(), signal.SIGINT))
@@ -223,10 +223,14 @@ class Stopping:
 
 @contextmanager
 def stop_when_asked(grace_s: float | None = None) -> Iterator[Stopping]:
-    """Within it the first Ctrl-C or SIGTERM asks to stop at a good moment, such as after a step; a second Ctrl-C, or
-    the end of `grace_s` seconds after SIGTERM, stops at once."""
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP (a terminal that is gone, unless nohup took it) asks to stop at a
+    good moment, such as after a step; a second Ctrl-C, or the end of `grace_s` seconds after another signal, stops at
+    once."""
     stopping = Stopping(grace_s)
-    before = {number: signal.signal(number, stopping.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stopping.handle) for number in numbers}
     try:
         yield stopping
     finally:

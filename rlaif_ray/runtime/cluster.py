@@ -102,7 +102,7 @@ def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
         return False
     device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
     cpus = max(totals(actor_slots(job, device))["CPU"] for job in jobs)
-    with on_loopback(), _sigterm_kept():
+    with on_loopback(), _sigterm_kept(), _hangups_ignored():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
@@ -142,6 +142,20 @@ def _join(given: str | None, address: str, quiet: dict[str, Any]) -> None:
             f"the Ray cluster at cluster.address={address} can't be joined: {str(error).strip().splitlines()[0]}. "
             f"If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; else {remedy}."
         ) from error
+
+
+@contextmanager
+def _hangups_ignored() -> Iterator[None]:
+    """For what is started within: when a terminal is gone, its whole job gets SIGHUP, and Ray's processes are needed
+    for a last checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -333,6 +334,23 @@ def test_sigterm_writes_a_checkpoint_that_resumes(folder: Path, config: Path) ->
     assert again.exit_code == 0, again.stderr
     assert f"step-{last}" in again.stdout
     assert_whole(run_dir, last + 1)
+
+
+def test_a_terminal_that_is_gone_ends_the_run_with_a_checkpoint(folder: Path, config: Path) -> None:
+    """The whole foreground job gets SIGHUP, Ray's processes too."""
+    run_dir = folder / "hung-up"
+    settings = (*SHORT, "steps=400", "checkpoint.every=0", "sampling.max_new_tokens=40")
+    program = start_train(config, *settings, run_dir=run_dir)
+    try:
+        program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2)
+        os.killpg(program.process.pid, signal.SIGHUP)
+        program.wait(60)
+    finally:
+        program.kill()
+    assert program.exit_code == 130, program.stderr
+    assert program.left_over == []
+    last = rows(run_dir / "metrics.jsonl")[-1]["step"]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{last}"]
 
 
 class PretendedMemory:

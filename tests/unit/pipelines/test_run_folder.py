@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from rlaif_ray.cli import _JOBS, app
 from rlaif_ray.errors import InputError
-from rlaif_ray.pipelines.run_folder import make_folder
+from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked
 from tests.tiny import cached_tiny_model
 
 HOLDER = """
@@ -145,3 +146,23 @@ def test_an_output_that_two_runs_share(tmp_path: Path, hold: Hold, monkeypatch: 
     settings = ["data.path=pairs.jsonl", "judge={type: longer}", "output=shared.jsonl", "run_dir=own"]
     with pytest.raises(InputError, match=r"shared\.jsonl\.state is in use by process"):
         import_module("rlaif_ray.pipelines.preferences").make_labels(load_job("label", [], settings))
+
+
+@pytest.mark.parametrize(("number", "soon"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
+def test_signals_that_ask_to_stop(number: int, soon: bool) -> None:
+    before = signal.getsignal(number)
+    with stop_when_asked() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), number)
+        assert stopping() and stopping.soon() == soon
+    assert signal.getsignal(number) == before
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_when_asked() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping()
+    finally:
+        signal.signal(signal.SIGHUP, before)
