@@ -155,7 +155,7 @@ def _hangups_ignored() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager
