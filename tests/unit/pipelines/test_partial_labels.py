@@ -13,10 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
+from rlaif_ray.config.jobs import LabelJob
 from rlaif_ray.data.preferences import PreferenceRecord, read_preferences
 from rlaif_ray.errors import FeedbackError
+from rlaif_ray.feedback.templates import load_template
 from rlaif_ray.pipelines import partial
+from rlaif_ray.pipelines.harmless import PROMPTS, Graded, Grader, Response, judge_responses
 from rlaif_ray.pipelines.preferences import _enough
+from rlaif_ray.types import Message
 from tests.endpoint import FakeEndpoint, FaultProxy, Said, one
 
 ENV = "JUDGE_TEST_KEY"
@@ -239,25 +243,26 @@ def test_more_pairs_of_the_same_file_may_be_asked_and_not_fewer(served: tuple[Fa
 # ---- One response at a time ------------------------------------------------------------------------------------------
 
 
+def judging(url: str, count: int, folder: Path) -> Callable[[], Graded]:
+    """Judges so many responses for harm, one at a time, by the endpoint at `url`."""
+    judge = {"type": "openai", "model": "m", "base_url": url, "api_key_env": ENV, "max_retries": 0}
+    job = LabelJob.model_validate({"data": {"path": "x"}, "judge": judge | {"concurrency": 1}})
+    grader = Grader(load_template("no_harm"), load_template("refusal"), None, 0)
+    responses = [Response(PROMPTS, "arm", n, (Message("user", f"q{n}"),), f"answer {n}") for n in range(count)]
+    return lambda: judge_responses(job, grader, responses, folder)
+
+
 def test_responses_that_could_not_be_judged_for_harm_are_asked_again(
     served: tuple[FakeEndpoint, FaultProxy], tmp_path: Path
 ) -> None:
-    from rlaif_ray.config.jobs import LabelJob
-    from rlaif_ray.feedback.templates import load_template
-    from rlaif_ray.pipelines.harmless import PROMPTS, Grader, Response, judge_responses
-    from rlaif_ray.types import Message
-
     endpoint, proxy = served
     endpoint._say = lambda _: one(_7=0.9, _8=0.1)
-    judge = {"type": "openai", "model": "m", "base_url": proxy.url, "api_key_env": ENV, "max_retries": 0}
-    job = LabelJob.model_validate({"data": {"path": "x"}, "judge": judge | {"concurrency": 1}})
-    grader = Grader(load_template("no_harm"), load_template("refusal"), None, 0)
-    responses = [Response(PROMPTS, "arm", n, (Message("user", f"q{n}"),), f"answer {n}") for n in range(10)]
+    judged = judging(proxy.url, 10, tmp_path / "harmless")
     proxy.inject("503", times=4)
     proxy.inject("400", message="refused by policy")
-    first = judge_responses(job, grader, responses, tmp_path / "harmless")
+    first = judged()
     assert first.failures == {"endpoint_error": 5} and first.retryable == 4
-    second = judge_responses(job, grader, responses, tmp_path / "harmless")
+    second = judged()
     assert second.failures == {"endpoint_error": 1} and second.retryable == 0 and len(endpoint.bodies) == 9
     assert [score is None for score in second.scores] == [n == 4 for n in range(10)]
 
@@ -265,25 +270,17 @@ def test_responses_that_could_not_be_judged_for_harm_are_asked_again(
 def test_an_endpoint_that_stays_away_is_not_asked_about_all_responses_again(
     served: tuple[FakeEndpoint, FaultProxy], tmp_path: Path
 ) -> None:
-    from rlaif_ray.config.jobs import LabelJob
-    from rlaif_ray.feedback.templates import load_template
-    from rlaif_ray.pipelines.harmless import PROMPTS, Grader, Response, judge_responses
-    from rlaif_ray.pipelines.partial import GIVE_UP
-    from rlaif_ray.types import Message
 
     endpoint, proxy = served
     endpoint._say = lambda _: one(_7=0.9, _8=0.1)
-    judge = {"type": "openai", "model": "m", "base_url": proxy.url, "api_key_env": ENV, "max_retries": 0}
-    job = LabelJob.model_validate({"data": {"path": "x"}, "judge": judge | {"concurrency": 1}})
-    grader = Grader(load_template("no_harm"), load_template("refusal"), None, 0)
-    responses = [Response(PROMPTS, "arm", n, (Message("user", f"q{n}"),), f"answer {n}") for n in range(400)]
-    judge_responses(job, grader, responses, tmp_path / "harmless")
+    judged = judging(proxy.url, 400, tmp_path / "harmless")
+    judged()
     path = tmp_path / "harmless" / "scored.jsonl"
     failed = [json.loads(line) | {"score": None, "failure": "endpoint_error"} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in failed))
     (tmp_path / "harmless" / "answers.sqlite").unlink()
     proxy.inject("503", times=10_000)
     before = len(endpoint.bodies), proxy.requests
-    with pytest.raises(FeedbackError, match=f"none of the last {GIVE_UP} questions"):
-        judge_responses(job, grader, responses, tmp_path / "harmless")
-    assert proxy.requests - before[1] == GIVE_UP and len(endpoint.bodies) == before[0]
+    with pytest.raises(FeedbackError, match=f"none of the last {partial.GIVE_UP} questions"):
+        judged()
+    assert proxy.requests - before[1] == partial.GIVE_UP and len(endpoint.bodies) == before[0]
