@@ -21,3 +21,17 @@ def two_ranks() -> Iterator[RankProcesses]:
     ranks = RankProcesses(2)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Packed attention in this process, on one thread: for models this small a second one only waits."""
+    import torch
+
+    from rlaif_ray.learner.packing import register_packed_attention
+
+    register_packed_attention()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

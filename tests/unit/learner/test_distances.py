@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +23,7 @@ TEXT = guard_text(make_tokenizer(None), 508)
 SHORT = Text(TEXT.prompts[:-1], TEXT.completions[:-1])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models this small a second thread only waits."""
-    register_packed_attention()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    register_packed_attention()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_of(attention: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from rlaif_ray.attention import PACKED, AttentionPlan, padded_kernel, plan_attention
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import CausalPolicy, Critic
-from rlaif_ray.learner.packing import build_input, packed_attention, register_packed_attention
+from rlaif_ray.learner.packing import build_input, packed_attention
 from rlaif_ray.learner.probe import (
     Gap,
     alone_outputs,
@@ -31,14 +30,7 @@ EAGER = {"gemma2", "gpt_oss", "falcon_alibi", "bloom", "mpt", "gptj", "mamba", "
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models this small a second thread only waits."""
-    register_packed_attention()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settle(name: str, plan: AttentionPlan, **fields: Any) -> tuple[Any, str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.reward_model import RewardModelScorer
 from rlaif_ray.learner.engine import CausalPolicy
 from rlaif_ray.learner.finetune import SftExample
-from rlaif_ray.learner.packing import build_input, register_packed_attention
+from rlaif_ray.learner.packing import build_input
 from rlaif_ray.learner.probe import logprobs_of
 from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.pipelines.contexts import policy_room
@@ -37,14 +36,7 @@ SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id":
 PROMPTS, COMPLETIONS = random_samples([6, 6], [[2, 18], [20, 34]], seed=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models this small a second thread only waits."""
-    register_packed_attention()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def longrope_config() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rlaif_ray.attention import PACKABLE, PACKED, plan_attention
 from rlaif_ray.learner.engine import CausalPolicy
-from rlaif_ray.learner.packing import build_input, register_packed_attention
+from rlaif_ray.learner.packing import build_input
 from rlaif_ray.learner.probe import logprobs_of, settle_attention
 from tests.learner_ranks import plain_logprobs, random_samples
 from tests.zoo import EXPERTS, LATENT, VOCABULARY, WIDTH, WINDOW
@@ -39,14 +38,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models this small a second thread only waits."""
-    register_packed_attention()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def windowed_config(kind: str) -> Any:
