@@ -21,6 +21,7 @@ import typer
 from rlaif_ray import __version__
 from rlaif_ray.errors import InputError, RlaifError
 from rlaif_ray.output import survive_lost_output
+from rlaif_ray.writing import open_to_append
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
@@ -373,8 +374,8 @@ def _write_log(run_dir: Path, trace: str) -> Path | None:
     log = run_dir / "error.log"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{trace}\n")
+        with open_to_append(log) as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{trace}\n".encode("utf-8", "backslashreplace"))
     except OSError:
         return None
     return log

@@ -7,8 +7,10 @@ says that it is there. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +24,12 @@ from xxhash import xxh3_128
 from rlaif_ray.errors import CheckpointError, InputError, RunError
 from rlaif_ray.folders import publish_folder
 from rlaif_ray.secrecy import masked, without_login
+from rlaif_ray.writing import open_anew
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+TOKEN = re.compile(r"[0-9a-f]{8}")  # by which one attempt to write a folder is told from another
+MANIFEST_BYTES = 256 << 20
 READ_BYTES = 8 << 20  # at a time
 READERS = 4  # files that are verified side by side
 
@@ -124,7 +129,7 @@ class Place:
                     yield HashedWriter(file)
                 return
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with self.folder.open("wb") as file:
+            with open_anew(self.folder) as file:
                 yield HashedWriter(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -182,7 +187,7 @@ class Place:
                 for each in (f"{path}/{MANIFEST}", path):
                     if filesystem.exists(each):
                         filesystem.rm(each, recursive=True)
-            elif self.folder.is_dir():
+            elif self.folder.is_dir() and not self.folder.is_symlink():  # of a link the link alone
                 aside = self.folder.with_name(f".partial-{self.folder.name}-removed")  # gone at once, or not at all
                 shutil.rmtree(aside, ignore_errors=True)
                 shutil.rmtree(self.folder.rename(aside))
@@ -210,7 +215,7 @@ class HashedWriter:
 
 
 def draft(final: Place, token: str) -> Place:
-    """Where the files of a folder are written before it is there; `token` is no other attempt's."""
+    """Where the files of a folder are written before it is there; `token`, a TOKEN, is no other attempt's."""
     root, _, name = final.address.rpartition("/")
     return Place(f"{root}/.partial-{name}-{token}" if final.folder is not None else f"{final.address}/{token}")
 
@@ -240,14 +245,37 @@ def publish(written: StoredFolder, final: Place, **facts: Any) -> None:
     data = json.dumps({**content, "xxh128": _digest(content)}, indent=1).encode()
     if final.folder is None:
         (final / MANIFEST).write(data)
-        for name in set(final.names()) - {MANIFEST, below}:  # another attempt's
-            (final / name).remove()
+        for name in set(final.names()) - {below}:  # another attempt's
+            if TOKEN.fullmatch(name):
+                (final / name).remove()
         return
     (written.place / MANIFEST).write(data)
     partial = written.place.folder
     assert partial is not None
     with _failing(f"{final} could not be written"):
+        _make_way(final, final.folder)
         publish_folder(partial, final.folder)
+
+
+def _make_way(final: Place, folder: Path) -> None:
+    """What has the name of a folder that is published, and is none itself, is somebody's: it is moved aside."""
+    if not os.path.lexists(folder):
+        return
+    if not is_stored_folder(final):
+        aside = (folder.with_name(f"{folder.name}.moved-aside-{k}") for k in itertools.count(1))
+        folder.rename(next(path for path in aside if not os.path.lexists(path)))
+    elif folder.is_symlink():
+        folder.unlink()
+
+
+def is_stored_folder(place: Place) -> bool:
+    """Whether `publish` made what is there, damaged or not; nothing else may be removed."""
+    try:
+        with (place / MANIFEST).opened() as file:
+            content = json.loads(file.read(MANIFEST_BYTES))
+    except Exception:  # of any file system: then nobody knows
+        return False
+    return isinstance(content, dict) and {"format", "files", "xxh128"} <= content.keys()
 
 
 def open_folder(place: Place, *, verify: bool = True) -> tuple[StoredFolder, dict[str, Any]]:

@@ -20,6 +20,7 @@ from rlaif_ray.data.identity import data_content
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines.settings import KEPT, changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import read_json, write_json
+from rlaif_ray.writing import open_lock, replace_text
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
@@ -39,7 +40,7 @@ def make_folder(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=run_dir):
             pass
-        _hold(run_dir)
+        hold_folder(run_dir)
     except OSError as error:
         raise InputError(
             f"run_dir must be a folder this process can write (got {run_dir}): {error.strerror or error}. "
@@ -47,7 +48,7 @@ def make_folder(run_dir: Path) -> None:
         ) from error
 
 
-def _hold(folder: Path) -> None:
+def hold_folder(folder: Path, named_by: str = "run_dir or output") -> None:
     """Keeps other processes out of the folder until this one ends, however it ends: the lock is the kernel's.
 
     This process may enter again, as jobs do that are made of others. Processes on other machines are kept out where
@@ -58,7 +59,7 @@ def _hold(folder: Path) -> None:
     if path in _HELD and _is_open(path, _HELD[path]):
         return
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,7 +67,7 @@ def _hold(folder: Path) -> None:
             os.close(descriptor)
             raise InputError(
                 f"{folder} is in use by {holder}: two runs in one folder would overwrite each other's results. Wait "
-                f"until it ends, end it, or choose another run_dir or output."
+                f"until it ends, end it, or choose another {named_by}."
             ) from None
         except OSError:  # no flock here
             pass
@@ -187,10 +188,10 @@ def write_resolved(loaded: Loaded, changes: Sequence[str] = ()) -> None:
     """
     path = loaded.run_dir / "resolved.yaml"
     text = resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent), changes)
-    if path.exists() and (before := path.read_text()) != text:
+    if path.is_file() and not path.is_symlink() and (before := path.read_text()) != text:
         aside = next(f for k in itertools.count(1) if not (f := path.with_name(f"resolved.{k}.yaml")).exists())
-        aside.write_text(before)
-    path.write_text(text)
+        replace_text(aside, before)
+    replace_text(path, text)
 
 
 class Stopping:

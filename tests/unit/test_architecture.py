@@ -19,6 +19,7 @@ LEVEL_OF_ROOM = {
     "interfaces": 0,
     "errors": 0,
     "folders": 0,
+    "writing": 0,
     "reward_head": 0,
     "model_errors": 0,
     "dropout": 0,
@@ -44,7 +45,13 @@ LEVEL_OF_ROOM = {
 }
 # Protocols speak of nouns; everybody raises; a stored folder is a folder.
 SAME_LEVEL = {("interfaces", "types"), ("interfaces", "storage"), ("folders", "errors"), ("storage", "errors")}
-SAME_LEVEL |= {("storage", "folders"), ("storage", "secrecy"), ("reward_head", "errors"), ("model_errors", "errors")}
+SAME_LEVEL |= {
+    ("storage", "folders"),
+    ("storage", "secrecy"),
+    ("storage", "writing"),
+    ("reward_head", "errors"),
+    ("model_errors", "errors"),
+}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function

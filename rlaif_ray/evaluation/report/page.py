@@ -21,6 +21,7 @@ from rlaif_ray.evaluation.report.charts import Chart, Measure
 from rlaif_ray.evaluation.report.runs import Json, Pipeline, Run, at, find_runs
 from rlaif_ray.evaluation.report.samples import Samples
 from rlaif_ray.evaluation.report.table_one import TASKS, harmless_arms, met, table_one
+from rlaif_ray.writing import replace_bytes
 
 # What would end the script element that holds JSON, or a line of it; all of them mean the same inside a JSON string.
 _UNSAFE = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&\u2028\u2029"}
@@ -47,7 +48,11 @@ def write_report(folders: Sequence[Path], out: Path) -> dict[str, int]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate, which models do emit, becomes its JSON escape.
-        out.write_bytes(text.encode("utf-8", "backslashreplace"))
+        data = text.encode("utf-8", "backslashreplace")
+        if out.exists() and not out.is_file():  # /dev/stdout and the like
+            out.write_bytes(data)
+        else:
+            replace_bytes(out, data)
     except OSError as error:
         raise InputError(
             f"--out must be a file that can be written (got {out}): {error.strerror or error}. The report goes there; "
