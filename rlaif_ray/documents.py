@@ -44,12 +44,18 @@ def read_bytes(path: Path, most_bytes: int = JSON_BYTES) -> bytes:
         OSError: it can't be read.
         DocumentError: it is larger, or no file.
     """
-    with path.open("rb") as file:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device may have no end
-            raise DocumentError("is no regular file")
+    with open_file(path) as file:
         data = file.read(most_bytes + 1)
     _check_size(data, most_bytes)
     return data
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file, to read; raises as `read_bytes` does."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe or device may have no end; a folder says what it is
+        raise DocumentError("is no regular file")
+    return path.open("rb")
 
 
 def bounded_lines(file: BinaryIO, most_bytes: int = JSON_BYTES) -> Iterator[bytes]:
