@@ -15,9 +15,10 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.documents import parse_json
+from rlaif_ray.errors import CheckpointError, DocumentError, InputError
 from rlaif_ray.pipelines.run_folder import hold_folder
-from rlaif_ray.storage import Place
+from rlaif_ray.storage import Place, told
 from rlaif_ray.writing import replace_text
 
 OWNER = "owner.json"
@@ -110,14 +111,13 @@ def _read(place: Place) -> Owner | None:
         return None
     where = place / OWNER
     try:
-        if where.size() > OWNER_BYTES:
-            raise ValueError("it is too large")
-        owner = Owner(**json.loads(where.read()))
+        with where.opened() as file:
+            owner = Owner(**parse_json(file.read(OWNER_BYTES + 1), dict, most_bytes=OWNER_BYTES))
         if not all(isinstance(value, str) for value in asdict(owner).values()):
             raise TypeError("a value is no text")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (OSError, DocumentError, TypeError) as error:
         raise CheckpointError(
-            f"{where} can't be read ({type(error).__name__}): it says which run the checkpoints there are of. Remove "
+            f"{where} can't be read ({told(error)}): it says which run the checkpoints there are of. Remove "
             f"it if they are this run's, or use another checkpoint.path."
         ) from error
     return owner
