@@ -269,6 +269,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; default report.html in the first.", show_default=False)
     ] = None,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--labels",
+            help="Records that a run wrote outside of its folder; else nothing there is read.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """One HTML page of what runs left behind: curves, measures, and their samples.
 
@@ -277,7 +285,7 @@ def report(
     try:
         from rlaif_ray.pipelines.report import make_report
 
-        typer.echo(make_report(runs, out))
+        typer.echo(make_report(runs, out, labels or ()))
     except KeyboardInterrupt:
         _say("interrupted.")
         raise typer.Exit(130) from None

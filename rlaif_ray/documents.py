@@ -37,25 +37,35 @@ KeyPath = tuple[str, ...]  # of keys, down to a value; items of lists by their n
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def read_bytes(path: Path, most_bytes: int = JSON_BYTES) -> bytes:
+def read_bytes(path: Path, most_bytes: int = JSON_BYTES, *, below: Path | None = None) -> bytes:
     """All of a file that is meant to be small.
+
+    Args:
+        below: the folder that it must be in, links followed.
 
     Raises:
         OSError: it can't be read.
-        DocumentError: it is larger, or no file.
+        DocumentError: it is larger, no file, or elsewhere.
     """
-    with open_file(path) as file:
+    with open_file(path, below=below) as file:
         data = file.read(most_bytes + 1)
     _check_size(data, most_bytes)
     return data
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path, *, below: Path | None = None) -> BinaryIO:
     """A file, to read; raises as `read_bytes` does."""
+    if below is not None and not is_below(path, below):
+        raise DocumentError(f"leads out of {below.name} by a link")
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe or device may have no end; a folder says what it is
         raise DocumentError("is no regular file")
     return path.open("rb")
+
+
+def is_below(path: Path, folder: Path) -> bool:
+    """Whether a path is in a folder, once links are followed."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def bounded_lines(file: BinaryIO, most_bytes: int = JSON_BYTES) -> Iterator[bytes]:
@@ -152,9 +162,16 @@ def parse_json(
     return value
 
 
-def read_json(path: Path, expected: type[T], *, most_bytes: int = JSON_BYTES, lenient: bool = False) -> T:
+def read_json(
+    path: Path,
+    expected: type[T],
+    *,
+    most_bytes: int = JSON_BYTES,
+    lenient: bool = False,
+    below: Path | None = None,
+) -> T:
     """The value in a JSON file; raises as `read_bytes` and `parse_json` do."""
-    return parse_json(read_bytes(path, most_bytes), expected, most_bytes=most_bytes, lenient=lenient)
+    return parse_json(read_bytes(path, most_bytes, below=below), expected, most_bytes=most_bytes, lenient=lenient)
 
 
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")

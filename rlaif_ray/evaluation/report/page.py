@@ -37,14 +37,16 @@ MEASURES = {
 }
 
 
-def write_report(folders: Sequence[Path], out: Path) -> dict[str, int]:
+def write_report(folders: Sequence[Path], out: Path, labels: Sequence[Path] = ()) -> dict[str, int]:
     """Reads the runs in `folders` and writes the page; returns how many runs and responses it shows.
+
+    Nothing is read outside of these folders but `labels`.
 
     Raises:
         InputError: a folder holds no run, or `out` can't be written.
     """
     runs, pipelines = find_runs(folders)
-    samples = Samples(runs)
+    samples = Samples(runs, labels)
     text = make_page(runs, pipelines, samples)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

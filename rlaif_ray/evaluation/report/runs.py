@@ -17,6 +17,7 @@ from rlaif_ray.documents import (
     YAML_BYTES,
     at,
     bounded_lines,
+    is_below,
     kind_of,
     open_file,
     parse_json,
@@ -100,7 +101,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Pipeline]]:
         _must_be_run(folder, given)
         if (given / "stages").is_dir():
             problems: list[str] = []
-            stages = _summary(given / "summary.json", problems).get("stages") or []
+            stages = _summary(given, problems).get("stages") or []
             pipelines.append(Pipeline(given.name, stages, problems))
             found += _stage_folders(given, stages)
         else:
@@ -129,7 +130,7 @@ def _must_be_run(asked: Path, folder: Path) -> None:
 
 def _stage_folders(folder: Path, stages: Sequence[Json]) -> list[tuple[str, Path]]:
     """Those of the summary, then what was begun since; of a pipeline without a summary all that `latest` holds."""
-    inside = {path.name: path for path in (folder / "stages").glob("*") if path.is_dir()}
+    inside = {path.name: path for path in (folder / "stages").glob("*") if path.is_dir() and is_below(path, folder)}
     told = [(str(s.get("name")), f"{s.get('name')}-{s.get('hash')}") for s in stages]
     known = [(name, inside[own]) for name, own in told if own in inside]  # a summary may say anything
     summed_up = (folder / "summary.json").stat().st_mtime if known else 0.0
@@ -145,12 +146,12 @@ def _stage_folders(folder: Path, stages: Sequence[Json]) -> list[tuple[str, Path
 def read_run(folder: Path, name: str) -> Run:
     """Everything but its samples, which `Samples` reads."""
     problems: list[str] = []
-    text, config = _config(folder / "resolved.yaml", problems)
-    summary = _summary(folder / "summary.json", problems)
+    text, config = _config(folder, problems)
+    summary = _summary(folder, problems)
     origin = dict(re.findall(r"^# (from|git|versions): (.*)$", text, re.MULTILINE))
     job = re.match(r"# rlaif ([\w-]+):", text)
-    metrics = _metrics(rows(folder / "metrics.jsonl", problems))
-    found = rows(folder / "evaluations.jsonl", problems)
+    metrics = _metrics(rows(folder, "metrics.jsonl", problems))
+    found = rows(folder, "evaluations.jsonl", problems)
     evaluations = [known_parts(plain(row), EVALUATION, "evaluations.jsonl", problems) for row in found]
     state, note = _state(folder, summary, metrics)
     return Run(
@@ -169,19 +170,21 @@ def read_run(folder: Path, name: str) -> Run:
     )
 
 
-def rows(path: Path, problems: list[str], limit: int | None = None) -> Iterator[Json]:
-    """Rows of a JSON-lines file, none if it is missing. Of more than `limit` rows every k-th block is given.
+def rows(folder: Path, name: str | Path, problems: list[str], limit: int | None = None) -> Iterator[Json]:
+    """Rows of a JSON-lines file in a run's folder, or of one elsewhere that is named whole; none if it is
+    missing. Of more than `limit` rows every k-th block is given.
 
     A last line that a kill or a writer at work cut short is left out in silence, any other that is no JSON object is
     counted in `problems`.
     """
+    path, below = folder / name, None if Path(name).is_absolute() else folder
     try:
         if limit is not None:
-            with open_file(path) as file:
+            with open_file(path, below=below) as file:
                 count = sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
         stride = 1 if limit is None else max(1, math.ceil(count / limit))
         unreadable = 0
-        with open_file(path) as file:
+        with open_file(path, below=below) as file:
             for number, line in enumerate(bounded_lines(file)):
                 if number // BLOCK % stride or not line.endswith(b"\n"):
                     continue
@@ -231,11 +234,11 @@ def _state(folder: Path, summary: Json, metrics: dict[str, Series]) -> tuple[str
     return "unfinished", f"no summary: it crashed or was stopped; last written {when}"
 
 
-def _config(path: Path, problems: list[str]) -> tuple[str, Json]:
+def _config(folder: Path, problems: list[str]) -> tuple[str, Json]:
     """Text and values of a run's resolved.yaml; empty where they can't be read."""
     text = ""
     try:
-        data = read_bytes(path, YAML_BYTES)
+        data = read_bytes(folder / "resolved.yaml", YAML_BYTES, below=folder)
         text = data.decode(errors="replace")
         value = parse_yaml(data).value
     except FileNotFoundError:
@@ -250,10 +253,11 @@ def _config(path: Path, problems: list[str]) -> tuple[str, Json]:
     return text, known_parts(plain(value), CONFIG, "resolved.yaml", problems)
 
 
-def _summary(path: Path, problems: list[str]) -> Json:
+def _summary(folder: Path, problems: list[str]) -> Json:
     """A run's summary.json; empty where it can't be read."""
     try:
-        return known_parts(plain(read_json(path, dict, lenient=True)), SUMMARY, "summary.json", problems)
+        found = read_json(folder / "summary.json", dict, lenient=True, below=folder)
+        return known_parts(plain(found), SUMMARY, "summary.json", problems)
     except FileNotFoundError:
         return {}
     except (OSError, DocumentError) as error:
@@ -270,7 +274,7 @@ def _reason(error: Exception) -> str:
 def _last_line(path: Path) -> str:
     """The last line of a log that says something."""
     try:
-        with open_file(path) as file:
+        with open_file(path, below=path.parent) as file:
             file.seek(max(0, path.stat().st_size - LOG_BYTES))
             lines = file.read(LOG_BYTES).decode(errors="replace").splitlines()
     except (OSError, DocumentError):
