@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from rlaif_ray.output import first_unsafe
+
 Key = tuple[str, ...]  # ("learner", "lr") is the dotted name learner.lr
 
 
@@ -105,6 +107,12 @@ class _Reader:
             line = name.start_mark.line + 1
             if not isinstance(name, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", name.start_mark)
+            if unsafe := first_unsafe(str(name.value)):
+                self.problems.append(
+                    f"{self.place(line)} has a key with the character {unsafe} in it: it would not be shown as it is "
+                    f"read. Write the key without it."
+                )
+                continue
             if name.value in seen and name.value != "<<":
                 self.problems.append(
                     f"{self.place(line)} sets {'.'.join((*key, name.value))} again (first on line "
@@ -114,6 +122,8 @@ class _Reader:
         self.loader.flatten_mapping(node)  # resolves <<: *anchor
         values = {}
         for name, child in node.value:
+            if first_unsafe(str(name.value)):
+                continue
             here = (*key, str(name.value))
             values[here[-1]] = self._value(child, here, parents)
             self.origins[here] = self.place(name.start_mark.line + 1)
@@ -122,6 +132,9 @@ class _Reader:
 
 def read_file(file: Path) -> Layer:
     """Reads one YAML file; an empty one says nothing."""
+    if unsafe := first_unsafe(str(file)):
+        problem = f"config file {str(file)!r} has the character {unsafe} in its name: it would not be shown as it is."
+        return Layer(problems=[f"{problem} Rename it."])
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

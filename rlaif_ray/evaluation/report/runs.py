@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from rlaif_ray.errors import InputError
+from rlaif_ray.output import shown
+from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking.files import plain, read_json
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "labels.jsonl", "pairs.jsonl", "sampled.jsonl")
@@ -149,7 +151,7 @@ def read_run(folder: Path, name: str) -> Run:
     summary = plain(read_json(folder / "summary.json"))
     if not summary and (folder / "summary.json").exists():
         problems.append("summary.json is no JSON object")
-    origin = dict(re.findall(r"^# (from|git|versions): (.*)$", text, re.MULTILINE))
+    origin = dict(re.findall(r"^# (from|git|versions): (.*)$", shown(text), re.MULTILINE))
     job = re.match(r"# rlaif ([\w-]+):", text)
     metrics = _metrics(rows(folder / "metrics.jsonl", problems))
     evaluations = [plain(row) for row in rows(folder / "evaluations.jsonl", problems)]
@@ -161,8 +163,8 @@ def read_run(folder: Path, name: str) -> Run:
         state=state,
         state_note=note,
         origin=origin,
-        config=loaded if isinstance(loaded, dict) else {},
-        config_text=text,
+        config=without_secrets(loaded) if isinstance(loaded, dict) else {},
+        config_text=shown(text),
         summary=summary,
         metrics=metrics,
         evaluations=evaluations,
@@ -225,7 +227,7 @@ def _state(folder: Path, summary: Json, metrics: dict[str, Series]) -> tuple[str
     log = folder / "error.log"
     if log.exists() and log.stat().st_mtime >= written - 5:
         lines = [line for line in _text(log).splitlines() if line.strip()]
-        return "failed", lines[-1].strip()[:300] if lines else ""
+        return "failed", shown(lines[-1].strip())[:300] if lines else ""
     ago = max(0.0, time.time() - written)
     if ago < GOING_S:
         return "running", f"no summary yet, last written {ago:.0f} s before this page was made"
