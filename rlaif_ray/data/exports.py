@@ -132,10 +132,10 @@ _SHEET = ("id", "prompt", "response_a", "response_b", "human", "note", "judge_pr
 _VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}  # what people answer, as p_a
 # What a spreadsheet would run, not show: at a cell's start, and where another cell begins if its language separates
 # them by ; or tabs. Behind a line break the "- " of a list is none, unless something is called or linked in that line.
-_FORMULA = "[ \t]*[=+@\\-＝＋－＠\t\r\n']"
+_FORMULA = "[ \t]*[=+@\\-＝＋－＠']"
 _IN_LINE = r"[ \t]*(?:[=@＝＠']|[+＋－-](?! [^|!(\n]*$))"
-_BEGINS = re.compile(rf"\A(?={_FORMULA})|(?<=[;\t])(?={_FORMULA})|(?<=[\r\n])(?={_IN_LINE})", re.MULTILINE)
-_BEGUN = re.compile(rf"(?:\A|(?<=[;\t\r\n]))'(?={_FORMULA})")
+_BEGINS = re.compile(rf"\A(?={_FORMULA}|[\t\r\n])|(?<=[;\t])(?={_FORMULA})|(?<=[\r\n])(?={_IN_LINE})", re.MULTILINE)
+_BEGUN = re.compile(rf"\A'(?={_FORMULA}|[\t\r\n])|(?<=[;\t\r\n])'(?={_FORMULA})")
 _CONFIDENCE_EDGES = (2 / 3, 5 / 6)  # unsure, leaning, sure: thirds of [0.5, 1]
 
 
