@@ -153,8 +153,9 @@ def _without_value(found: re.Match[str]) -> str:
     in_address = found.start() > 0 and found.string[found.start() - 1] in "?&#" and "=" in sign
     if not (is_secret_name(name) or (in_address and _SIGNED.match(_words(name))) or _is_shouted(name, sign)):
         return rest
-    # Before a colon one word is prose as a rule ("the password: it is ..."), unless quotes say that it is a key.
-    prose = ":" in sign and not re.search(r"[\"']", sign) and re.fullmatch(r"[A-Za-z]+", name) and value.isalpha()
+    # In a sentence one word before a colon is none ("say the password: it is ..."), unless quotes say that it is a key.
+    said = found.string[: found.start()].rstrip(" ")[-1:] not in ("", "\n", ",", "{") and sign.strip() == ":"
+    prose = said and name.isalpha() and value.split()[0].isalpha()
     mark = found["mark"] or ""
     return rest if prose else f"{found['name']}{sign}{mark}{MASK}{mark}"
 
