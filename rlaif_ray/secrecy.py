@@ -63,27 +63,27 @@ def _words(name: str) -> str:
 _CONTAINS = 8  # characters from which on a secret is also looked for inside longer values
 _SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|(?<![A-Za-z0-9_])(?:"
-    r"(?:(?:sk|pplx|xai|nvapi|tvly)-|(?:rk|sk)_(?:live|test)_|(?:tgp|wandb|dop)_v1_)(?=[\w-]*\d)[\w-]{16,}|"
-    r"(?:hf|r8|fw|npm|gsk|esecret|api_org)_[A-Za-z0-9]{20,}|gh[opusr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|"
-    r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|"
-    r"pypi-[\w-]{20,}|SG\.[\w-]{16,}\.[\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)",
+    r"(?:(?:sk|pplx|xai|nvapi|tvly)-|(?:rk|sk)_(?:live|test)_|(?:tgp|wandb|dop)_v1_)(?=[\w-]{0,200}\d)[\w-]{16,500}|"
+    r"(?:hf|r8|fw|npm|gsk|esecret|api_org)_[A-Za-z0-9]{20,}|gh[opusr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,100}|"
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|xox[a-z]-[\w-]{10,300}|AIza[\w-]{30,100}|ya29\.[\w-]{20,1000}|"
+    r"pypi-[\w-]{20,500}|SG\.[\w-]{16,100}\.[\w-]{16,100}|eyJ[\w-]{8,1000}\.[\w-]{8,4000}\.[\w-]{0,2000})",
     re.DOTALL,
 )
 # AWS keys may have a / in them; a port may stand there.
-_LOGIN = re.compile(r"://([^/@\s]+|[^/@\s:]*:(?!\d+/)[^@\s]+)@")
+_LOGIN = re.compile(r"://([^/@\s]{1,500}|[^/@\s:]{0,200}:(?!\d+/)[^@\s]{1,500})@")
 _SCHEME = re.compile(r"\b(bearer|basic)(\s+)(?=\S*\d)[\w.~+/=-]{8,}", re.IGNORECASE)
 _HEADER = re.compile(
     r"(?<![\w-])((?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?(?=(?:basic|bearer|digest|token|api-?key|aws4\S*) )"
     r"|(?:set-)?cookie[\"']?\s*[:=]\s*[\"']?(?=[\w.-]+=))[^\"'\n]+",
     re.IGNORECASE,
 )
-_ASSIGNED = re.compile(
-    r"(?<![\w.-])(?P<name>[A-Za-z_][\w.-]*)(?P<sign>\\?[\"']?\s?[=:]\s?)(?!=|//|[\[{(])(?P<value>(?P<mark>\\?\"|')"
-    r"[^\"'\n]*(?P=mark)|[^\s\"',;&)}\]]+(?:[\"'][^\"'\n]*[\"']|[^\"'=;\n]*(?=;))?)"
+_ASSIGNED = re.compile(r"(?<![\w.-])(?P<name>[A-Za-z_][\w.-]{0,200})(?P<sign>\\?[\"']?\s?[=:]\s?)(?!=|//|[\[{(])")
+_VALUE = re.compile(
+    r"(?P<mark>\\?\"|')[^\"'\n]*(?P=mark)|[^\s\"',;&)}\]]+(?:[\"'][^\"'\n]*[\"']|(?P<more>[^\"'=;\n]*(?=;)))?"
 )
-_PAIRS = re.compile(r"\s*[\w ]+=[^;=]*(;\s*[\w ]+=[^;]*)+;?\s*")  # Server=...;Password=...
 _NOTHING = re.compile(r"[\"']?(\*\*\*|\.{3}|\$\{?\w+\}?|<[^>]*>|none|null|true|false)?[\"']?", re.IGNORECASE)
 _RANDOM = re.compile(r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[\w+/=-]{20,}|[0-9a-f]{32,}")
+_OF_A_TOKEN = re.compile(r"[\"']?(?=.*\d)(?=.*[A-Za-z])[\w.+/=-]{10,}[\"']?")
 
 _remembered: set[str] = set()
 
@@ -97,7 +97,15 @@ def remember(secret: str) -> None:
 def masked(text: str) -> str:
     """`text` for people: without what looks like a secret, is assigned to the name of one, or is one's value."""
     text = _SCHEME.sub(rf"\1\2{MASK}", _HEADER.sub(rf"\1{MASK}", _recognised(text)))
-    return _ASSIGNED.sub(_without_value, text)
+    parts, told, place = [], 0, 0  # up to `told` the text is in `parts`, from `place` on it is searched
+    while found := _ASSIGNED.search(text, place):
+        place = found.end()  # the value is searched too: url=http://host?token=...
+        value = _VALUE.match(text, place) if _may_be_secret(found) else None
+        if value is not None and _is_secret(found, value):
+            mark = value["mark"] or ""
+            parts += [text[told:place], mark, MASK, mark]
+            told = place = value.end()
+    return "".join([*parts, text[told:]])
 
 
 def without_login(text: str) -> str:
@@ -144,25 +152,35 @@ def _is_path(value: str) -> bool:
     return value.startswith(("/", "~/", "./", "../")) and not re.fullmatch(r"/[A-Za-z0-9+/=]{39}", value)
 
 
-def _without_value(found: re.Match[str]) -> str:
-    """An assignment without its value, if its name is a secret's: token=..., "api_key": "...", Password=...;"""
-    name, sign, value = found["name"].rpartition(".")[2], found["sign"], found["value"]
-    if _NOTHING.fullmatch(value):
-        return found[0]
-    rest = f"{found['name']}{sign}{_ASSIGNED.sub(_without_value, value)}"  # url=http://host?token=...
-    in_address = found.start() > 0 and found.string[found.start() - 1] in "?&#" and "=" in sign
-    if not (is_secret_name(name) or (in_address and _SIGNED.match(_words(name))) or _is_shouted(name, sign)):
-        return rest
+def _may_be_secret(found: re.Match[str]) -> bool:
+    name = found["name"].rpartition(".")[2]
+    return is_secret_variable(name) or (_in_address(found) and _SIGNED.match(_words(name)) is not None)
+
+
+def _is_secret(found: re.Match[str], value: re.Match[str]) -> bool:
+    """Whether what is assigned is a secret: token=..., "api_key": "...", Password=...;"""
+    name, sign = found["name"].rpartition(".")[2], found["sign"].strip()
+    if _NOTHING.fullmatch(value[0]):
+        return False
+    shouted = name.isupper() and sign == "="  # the environment's own way to assign
+    if not (is_secret_name(name) or shouted or _in_address(found) or _is_random(name, value[0])):
+        return False
     # In a sentence one word before a colon is none ("say the password: it is ..."), unless quotes say that it is a key.
-    said = found.string[: found.start()].rstrip(" ")[-1:] not in ("", "\n", ",", "{") and sign.strip() == ":"
-    prose = said and name.isalpha() and value.split()[0].isalpha()
-    mark = found["mark"] or ""
-    return rest if prose else f"{found['name']}{sign}{mark}{MASK}{mark}"
+    said = (
+        found.string[max(0, found.start() - 9) : found.start()].rstrip(" ")[-1:] not in ("", "\n", ",", "{")
+        and sign == ":"
+    )
+    return not (said and name.isalpha() and value[0].removesuffix(value["more"] or "").isalpha())
 
 
-def _is_shouted(name: str, sign: str) -> bool:
-    """The environment's own way to assign: NAME=value."""
-    return name.isupper() and "=" in sign and is_secret_variable(name)
+def _in_address(found: re.Match[str]) -> bool:
+    return found["sign"] == "=" and found.string[max(0, found.start() - 1) : found.start()] in tuple("?&#")
+
+
+def _is_random(name: str, value: str) -> bool:
+    """Whether a `key` or `token`, which may be of a text or a table as well, has a value that only a secret has."""
+    expected = _OF_A_TOKEN if _words(name) == "token" else _RANDOM
+    return is_secret_variable(name) and expected.fullmatch(value) is not None
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------------
@@ -181,7 +199,7 @@ def _why(name: str, value: Any, inside: bool) -> str | None:
         return "a secret environment variable (such as *_KEY or *_TOKEN) has the same"
     if without_login(value) != value:
         return "it has a user or password before the @"
-    if _SHAPES.search(value) or (is_secret_variable(name) and _RANDOM.fullmatch(value)):
+    if _SHAPES.search(value) or _is_random(name, value):
         return "it looks like a key or token"
     if _recognised_whole(value) != value:
         return "it has a key, token or password in it"
@@ -190,7 +208,9 @@ def _why(name: str, value: Any, inside: bool) -> str | None:
 
 def _recognised_whole(value: str) -> str:
     """Addresses, single words and connection strings are masked; prose that speaks of a password is not."""
-    return masked(value) if not re.search(r"\s", value.strip()) or _PAIRS.fullmatch(value) else value
+    pairs = [part for part in value.split(";") if part.strip()]  # Server=...;Password=...
+    whole = len(value.split()) == 1 or (len(pairs) > 1 and all("=" in part for part in pairs))
+    return masked(value) if whole else value
 
 
 def _masked(name: str, value: Any, inside: bool) -> Any:

@@ -57,6 +57,7 @@ def refused(config: str, folder: Path, *settings: str, job: str = "label") -> st
         (f"base_url: 'https://me:{CANARY}@host/v1'", "judge.base_url"),
         (f"base_url: 's3://AKIAX:{CANARY}/4@bucket/x'", "judge.base_url"),
         (f"api_key: {CANARY}", "judge.api_key"),  # which is no setting at all
+        (f"extra_body: {{token: {CANARY}}}", "judge.extra_body.token"),
         (f"extra_body: {{MY_PAT: {CANARY}}}", "judge.extra_body.MY_PAT"),
         (f"extra_body: {{credentials: {{user: me, inner: [{CANARY}]}}}}", "judge.extra_body.credentials.user"),
         (f"extra_body: {{dbPass: {CANARY}, jwt: {CANARY}}}", "judge.extra_body.jwt"),
@@ -204,6 +205,7 @@ def test_known_shapes_are_masked_anywhere(name: str) -> None:
         ("Bearer S1234567", "Bearer ***"),
         ("PGPASSWORD=S psql", "PGPASSWORD=*** psql"),
         ("api_key: S", "api_key: ***"),
+        ("token=S12345-abcd", "token=***"),
         ("KeyError: MY_TOKEN=S", "KeyError: MY_TOKEN=***"),
     ],
 )
