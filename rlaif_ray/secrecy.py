@@ -79,7 +79,7 @@ _HEADER = re.compile(
 )
 _ASSIGNED = re.compile(r"(?<![\w.-])(?P<name>[A-Za-z_][\w.-]{0,200})(?P<sign>\\?[\"']?\s?[=:]\s?)(?!=|//|[\[{(])")
 _VALUE = re.compile(
-    r"(?P<mark>\\?\"|')[^\"'\n]*(?P=mark)|[^\s\"',;&)}\]]+(?:[\"'][^\"'\n]*[\"']|(?P<more>[^\"'=;\n]*(?=;)))?"
+    r"(?P<mark>\\?\"|')[^\"'\n]*(?P=mark)|[^\s\"',;&)}\]]+(?:[\"'][^\"'\n]*[\"']|(?P<more>[^\"'=;\n]{0,200}(?=;)))?"
 )
 _NOTHING = re.compile(r"[\"']?(\*\*\*|\.{3}|\$\{?\w+\}?|<[^>]*>|none|null|true|false)?[\"']?", re.IGNORECASE)
 _RANDOM = re.compile(r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[\w+/=-]{20,}|[0-9a-f]{32,}")
@@ -166,10 +166,8 @@ def _is_secret(found: re.Match[str], value: re.Match[str]) -> bool:
     if not (is_secret_name(name) or shouted or _in_address(found) or _is_random(name, value[0])):
         return False
     # In a sentence one word before a colon is none ("say the password: it is ..."), unless quotes say that it is a key.
-    said = (
-        found.string[max(0, found.start() - 9) : found.start()].rstrip(" ")[-1:] not in ("", "\n", ",", "{")
-        and sign == ":"
-    )
+    before = found.string[max(0, found.start() - 9) : found.start()].rstrip(" ")[-1:]
+    said = before not in ("", "\n", ",", "{") and sign == ":"
     return not (said and name.isalpha() and value[0].removesuffix(value["more"] or "").isalpha())
 
 
