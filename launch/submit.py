@@ -6,6 +6,9 @@
 Everything after the options is `rlaif`'s command line. The cluster's nodes need the package installed, or
 `--working-dir .` uploads this checkout. `ray job stop ID` ends the job: it writes a checkpoint, and the same command
 goes on from there.
+
+Whoever may look at the cluster sees a job's words, its variables and what is uploaded: a secret in the words or
+variables is refused, and files that hold secrets as a rule (.env, keys, .netrc) are not uploaded.
 """
 
 import argparse
@@ -17,7 +20,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-SECRETS = ("_KEY", "_KEY_ID", "_TOKEN", "_SECRET", "_PASSWORD")  # as rlaif_ray.secrecy has them
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's package; it need not be installed here
+
+from rlaif_ray.output import survive_lost_output
+from rlaif_ray.secrecy import is_secret_variable, masked, secrets_in_arguments
+
+# What git ignores is not uploaded, but .gitignore need not be there, and RAY_RUNTIME_ENV_IGNORE_GITIGNORE turns it off.
+NOT_UPLOADED = (
+    *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "id_rsa*", "id_dsa*"),
+    *(
+        "id_ecdsa*",
+        "id_ed25519*",
+        ".ssh",
+        ".gnupg",
+        ".aws",
+        ".azure",
+        ".kube",
+        ".docker/config.json",
+        ".config/gcloud",
+        ".netrc",
+    ),
+    *("_netrc", ".pgpass", ".git-credentials", ".git", ".hg", ".svn", ".npmrc", ".pypirc", ".htpasswd", "*kubeconfig*"),
+    *("auth_token", "credentials.json", "service-account*.json", "secrets.y*ml", "secrets.json", "secrets.toml"),
+    *(".venv", "venv", "__pycache__"),  # Ray's own, which a list of ours is added to in newer versions only
+)
 # A head node that has just started takes a while until its agent accepts jobs, a busy one longer.
 AGENT_WAIT_S = float(os.environ.get("RLAIF_AGENT_WAIT_S", "120"))
 
@@ -46,7 +72,30 @@ def submit_when_ready(client: Any, command: str, runtime_env: dict[str, object])
         time.sleep(1.0)
 
 
+def secrets_shown(options: argparse.Namespace) -> str:
+    """What is wrong with a job's words and variables, which everybody sees who sees the cluster; "" for nothing."""
+    where = "Set it in the environment in which the nodes start"
+    secret = [name for name in options.env if is_secret_variable(name) or _holds_secret(os.environ.get(name, ""))]
+    if secret:
+        return (
+            f"--env must not pass secrets (got {', '.join(secret)}): Ray writes what it passes into logs and its list "
+            f"of jobs. {where}."
+        )
+    words = [options.working_dir or "", options.python, options.job, *options.arguments]
+    if found := list(secrets_in_arguments(words)):
+        return (
+            f"a job's words must hold no secret (got {', '.join(found)}): everybody who sees the cluster's dashboard, "
+            f"its list of jobs or its logs reads them. {where}, and name its variable, as judge.api_key_env=NAME does."
+        )
+    return ""
+
+
+def _holds_secret(value: str) -> bool:
+    return masked(value) != value
+
+
 def main() -> int:
+    survive_lost_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
     parser.add_argument("--working-dir", help="folder to upload to the cluster (configs and data files in it)")
@@ -63,13 +112,8 @@ def main() -> int:
     parser.add_argument("job", help="train, ...")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="config files and key=value settings")
     options = parser.parse_args()
-    secret = [name for name in options.env if name.upper().endswith(SECRETS)]
-    if secret:
-        print(
-            f"submit: --env must not pass secrets (got {', '.join(secret)}): Ray writes what it passes into logs and "
-            f"its list of jobs. Set them in the environment in which the nodes start.",
-            file=sys.stderr,
-        )
+    if problem := secrets_shown(options):
+        print(f"submit: {problem}", file=sys.stderr)
         return 2
     missing = [name for name in options.env if name not in os.environ]
     if missing:
@@ -100,7 +144,7 @@ def main() -> int:
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(options.stop_wait)} | {name: os.environ[name] for name in options.env}
     runtime_env: dict[str, object] = {"env_vars": variables}
     if options.working_dir:
-        runtime_env["working_dir"] = options.working_dir
+        runtime_env |= {"working_dir": options.working_dir, "excludes": list(NOT_UPLOADED)}
     command = shlex.join([options.python, "-m", "rlaif_ray.cli", options.job, *options.arguments])
     job_id = submit_when_ready(client, command, runtime_env)
     if job_id is None:

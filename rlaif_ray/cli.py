@@ -20,7 +20,7 @@ import typer
 
 from rlaif_ray import __version__
 from rlaif_ray.errors import InputError, RlaifError
-from rlaif_ray.output import survive_lost_output
+from rlaif_ray.output import say, shown, survive_lost_output
 from rlaif_ray.writing import open_to_append
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved conf
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"rlaif {__version__}")
+        say(f"rlaif {__version__}")
         raise typer.Exit
 
 
@@ -285,7 +285,7 @@ def report(
     try:
         from rlaif_ray.pipelines.report import make_report
 
-        typer.echo(make_report(runs, out, labels or ()))
+        say(str(make_report(runs, out, labels or ())))
     except KeyboardInterrupt:
         _say("interrupted.")
         raise typer.Exit(130) from None
@@ -309,8 +309,8 @@ def _run(
         loaded = load(files, overrides) if load is not None else load_job(job, files, overrides)
         import_module("rlaif_ray.pipelines.model_checks").check_models(*_jobs(loaded), dry_run=plan is not None)
         if plan is not None:
-            typer.echo(_resolved(loaded))
-            typer.echo(plan(loaded))
+            say(_resolved(loaded))
+            say(plan(loaded))
         else:
             start(loaded)
     except KeyboardInterrupt:
@@ -349,7 +349,7 @@ def _report(job: str, error: Exception, loaded: Loaded | None) -> int:
     cause = _cause(error)
     trace = "".join(traceback.format_exception(error))
     if os.environ.get("RLAIF_DEBUG") == "1":
-        typer.echo(trace, err=True)
+        say(trace, error=True)
     if isinstance(cause, InputError):
         _say(str(cause))
         return 2
@@ -383,7 +383,8 @@ def _write_log(run_dir: Path, trace: str) -> Path | None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with open_to_append(log) as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{trace}\n".encode("utf-8", "backslashreplace"))
+            text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{shown(trace)}\n"
+            file.write(text.encode("utf-8", "backslashreplace"))
     except OSError:
         return None
     return log
@@ -401,7 +402,7 @@ def _resume_command(loaded: Loaded) -> str:
 
 
 def _say(message: str, *more: str) -> None:
-    typer.echo("\n".join([f"rlaif: {message}", *(f"  {line}" for line in more)]), err=True)
+    say("\n".join([f"rlaif: {message}", *(f"  {line}" for line in more)]), error=True)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from rlaif_ray.dropout import zero_dropout_in_config, zero_dropout_in_modules
 from rlaif_ray.errors import InputError
 from rlaif_ray.folders import build_folder_once
 from rlaif_ray.model_errors import WRONG_VALUES, one_line, remedy
+from rlaif_ray.output import say
 from rlaif_ray.reward_head import check_head, classifier_class
 
 if TYPE_CHECKING:
@@ -460,9 +461,9 @@ def main(arguments: list[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):  # libraries log to stdout when imported; there only the answer belongs
             source = resolve_model(options.name)
     except InputError as error:
-        print(error, file=sys.stderr)
+        say(str(error), error=True)
         return 2
-    print(source)
+    say(str(source))
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from rlaif_ray.documents import STR, YAML_BYTES, kind_of, parse_yaml, read_bytes, scalar_tag
 from rlaif_ray.errors import DocumentError
+from rlaif_ray.output import first_unsafe
 
 Key = tuple[str, ...]  # ("learner", "lr") is the dotted name learner.lr
 
@@ -51,11 +52,36 @@ def _read(text: bytes | str, key: Key, whole: str, place: Callable[[int], str]) 
         f"count. Remove one."
         for below, line, first in document.repeated
     ]
-    return _Read(document.value, origins, problems)
+    unsafe = {
+        below: (line, character)
+        for below, line in document.lines.items()
+        if below and (character := first_unsafe(below[-1]))
+    }
+    problems += [
+        f"{place(line)} has a key with the character {character} in it: it would not be shown as it is read. Write the "
+        f"key without it."
+        for line, character in unsafe.values()
+    ]
+    return _Read(_without_keys(document.value, unsafe) if unsafe else document.value, origins, problems)
+
+
+def _without_keys(value: Any, left_out: Container[Key], key: Key = ()) -> Any:
+    if isinstance(value, list):
+        return [_without_keys(each, left_out, (*key, str(i))) for i, each in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _without_keys(each, left_out, (*key, name))
+        for name, each in value.items()
+        if (*key, name) not in left_out
+    }
 
 
 def read_file(file: Path) -> Layer:
     """Reads one YAML file; an empty one says nothing."""
+    if unsafe := first_unsafe(str(file)):
+        problem = f"config file {str(file)!r} has the character {unsafe} in its name: it would not be shown as it is."
+        return Layer(problems=[f"{problem} Rename it."])
     try:
         text = read_bytes(file, YAML_BYTES)
     except FileNotFoundError:

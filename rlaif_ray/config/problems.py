@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from rlaif_ray.config.layers import Key, item_class, variants
 from rlaif_ray.documents import kind_of
-from rlaif_ray.secrecy import secrets_in
+from rlaif_ray.secrecy import masked, secrets_in
 
 _ROUNDS = 20  # each leaves out what the rounds before found wrong; far more than nested classes can need
 
@@ -76,8 +76,8 @@ def _secrets(values: dict[str, Any], origins: Mapping[Key, str]) -> Iterator[_Pr
     for key, why in secrets_in(values):
         origin = _origin(key, origins).partition("=")[0]  # an override is told with its value
         yield _Problem(
-            f"{'.'.join(key)} must not hold a secret ({origin}; {why}): settings are written into logs and records. "
-            f"Put it into an environment variable, as judge.api_key_env, HF_TOKEN or WANDB_API_KEY.",
+            f"{masked('.'.join(key))} must not hold a secret ({origin}; {why}): settings are written into logs and "
+            f"records. Put it into an environment variable, as judge.api_key_env, HF_TOKEN or WANDB_API_KEY.",
             key,
             (key[-1],),
         )

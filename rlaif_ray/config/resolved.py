@@ -13,6 +13,8 @@ import yaml
 import rlaif_ray
 from rlaif_ray.config.load import Loaded
 from rlaif_ray.documents import YamlDumper
+from rlaif_ray.output import shown
+from rlaif_ray.secrecy import without_secrets
 
 # Name shown, and the distributions that may carry it: vLLM's CPU build has a name of its own.
 _PACKAGES = {
@@ -73,13 +75,13 @@ def resolved_yaml(loaded: Loaded, versions: Mapping[str, str], git: str | None, 
     ]
     header += [f"changed {change}" for change in changes]
     body = yaml.dump(
-        _plain(loaded.config.model_dump()),
+        without_secrets(_plain(loaded.config.model_dump())),  # what the loader takes has none: it stays as it is
         Dumper=YamlDumper,
         sort_keys=False,
         allow_unicode=True,
         width=120,
     )
-    return "".join(f"# {' '.join(line.split())}\n" for line in header) + body
+    return "".join(f"# {shown(' '.join(line.split()))}\n" for line in header) + body
 
 
 def _plain(value: Any) -> Any:

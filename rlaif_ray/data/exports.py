@@ -127,7 +127,12 @@ def push_to_hub(path: Path, repo: str) -> None:
 # The judge's label stands last, behind the cell to fill in: who has seen it before is no independent check.
 _SHEET = ("id", "prompt", "response_a", "response_b", "human", "note", "judge_prefers")
 _VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}  # what people answer, as p_a
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # what a spreadsheet would run, not show
+# What a spreadsheet would run, not show: at a cell's start, and where another cell begins if its language separates
+# them by ; or tabs. Behind a line break the "- " of a list is none, unless something is called or linked in that line.
+_FORMULA = "[ \t]*[=+@\\-＝＋－＠']"
+_IN_LINE = r"[ \t]*(?:[=@＝＠']|[+＋－-](?! [^|!(\n]*$))"
+_BEGINS = re.compile(rf"\A(?={_FORMULA}|[\t\r\n])|(?<=[;\t])(?={_FORMULA})|(?<=[\r\n])(?={_IN_LINE})", re.MULTILINE)
+_BEGUN = re.compile(rf"\A'(?={_FORMULA}|[\t\r\n])|(?<=[;\t\r\n])'(?={_FORMULA})")
 _CONFIDENCE_EDGES = (2 / 3, 5 / 6)  # unsure, leaning, sure: thirds of [0.5, 1]
 
 
@@ -173,7 +178,7 @@ def sample_for_review(path: Path, n: int, seed: int, out: Path) -> int:
         with replacing(out) as file:
             # With a BOM: Excel takes it for UTF-8 only then.
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="", write_through=True)
-            sheet = csv.writer(text)
+            sheet = csv.writer(text, quoting=csv.QUOTE_ALL)  # a ; or tab in a cell separates none then
             sheet.writerow(_SHEET)
             for record in chosen:
                 label = f"{record.prefers} ({record.confidence:.2f})"
@@ -251,12 +256,13 @@ def _answered(record: PreferenceRecord, answer: float) -> PreferenceRecord:
 
 
 def _quoted(cell: str) -> str:
-    """The cell behind an apostrophe where a spreadsheet would take it for a formula; `_unquoted` takes it off."""
-    return f"'{cell}" if cell.startswith((*_FORMULA, "'")) else cell
+    """The cell with an apostrophe where a spreadsheet would take what follows for a formula; `_unquoted` takes them
+    off."""
+    return _BEGINS.sub("'", cell)
 
 
 def _unquoted(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith((*_FORMULA, "'")) else cell
+    return _BEGUN.sub("", cell)
 
 
 def _read_sheet(path: Path) -> dict[str, tuple[float | None, str]]:

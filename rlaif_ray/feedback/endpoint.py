@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 from rlaif_ray.errors import FeedbackError, InputError
 from rlaif_ray.feedback.replies import BadReplyError, Reply, read_reply
+from rlaif_ray.output import shown
+from rlaif_ray.secrecy import masked, remember
 
 if TYPE_CHECKING:
     from openai import APIError, APIStatusError
@@ -58,6 +60,8 @@ class Endpoint:
         base_url = cfg.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self.url = shown_url(base_url)
         self._key = read_key(cfg, self.url, needed="api.openai.com" in self.url)
+        if self._key != DUMMY_KEY:
+            remember(self._key)  # its variable may have any name
         self._cfg = cfg
         limits = httpx2.Limits(max_connections=cfg.concurrency, max_keepalive_connections=cfg.concurrency)
         self._client = openai.AsyncOpenAI(
@@ -66,7 +70,8 @@ class Endpoint:
             timeout=cfg.timeout_s,
             max_retries=cfg.max_retries,
             # With 256 in flight a request over aiohttp costs a quarter of what it does over httpx.
-            http_client=openai.DefaultAioHttpClient(timeout=cfg.timeout_s, limits=limits),
+            # A redirect would take the prompts, and perhaps the key, to whatever address a reply names.
+            http_client=openai.DefaultAioHttpClient(timeout=cfg.timeout_s, limits=limits, follow_redirects=False),
         )
 
     async def close(self) -> None:
@@ -128,6 +133,8 @@ class Endpoint:
         """What an error status means."""
         status, said = error.status_code, self._said(error)
         got = f"(got {status}: {said})"
+        if 300 <= status < 400:
+            return self._elsewhere(error)
         if status in (401, 403):
             without = "" if self._key != DUMMY_KEY else ", which is not set"
             return InputError(
@@ -160,6 +167,15 @@ class Endpoint:
             return NoReplyError(f"endpoint_error: {status}: {said}")
         return NoReplyError(f"endpoint_error: {status}")
 
+    def _elsewhere(self, error: APIStatusError) -> InputError:
+        """What is said of a redirect: it is not followed, not even on the same host, where most lose the request."""
+        target = self._masked(error.response.headers.get("location", "")).partition("?")[0]
+        return InputError(
+            f"the endpoint {self.url} sends its callers elsewhere (got {error.status_code}, to "
+            f"{target or 'no address'}): prompts and the key are sent to no address but judge.base_url. If you trust "
+            f"the other one, set judge.base_url to it."
+        )
+
     def _said(self, error: APIError) -> str:
         body = error.body
         text = str(body.get("message") or body) if isinstance(body, dict) else str(body or error.message)
@@ -167,8 +183,8 @@ class Endpoint:
 
     def _masked(self, text: str) -> str:
         """`text` on one line and not too long, without the key: some endpoints say it back."""
-        text = text if self._key == DUMMY_KEY else text.replace(self._key, "***")
-        return " ".join(text.split())[:300]
+        text = text if self._key == DUMMY_KEY else text.replace(self._key, "***")  # a short one too
+        return shown(" ".join(text.split()))[:300]
 
 
 def shown_url(url: str) -> str:
@@ -181,7 +197,7 @@ def shown_url(url: str) -> str:
     if parts is None or parts.scheme not in ("http", "https") or not host:
         raise InputError(
             "judge.base_url (or OPENAI_BASE_URL) must be an address such as http://localhost:8000/v1 "
-            f"(got {url.rpartition('@')[2]!r}): nothing can be reached there. Write it with http:// or https://."
+            f"(got {masked(url.rpartition('@')[2])!r}): nothing can be reached there. Write it with http:// or https://."
         )
     if parts.username is not None:
         raise InputError(

@@ -21,6 +21,7 @@ from rlaif_ray.config.pipeline import STAGE, Pipeline, Stage, put
 from rlaif_ray.config.roles import Setting
 from rlaif_ray.data.identity import Content, changes, file_content, model_content
 from rlaif_ray.errors import InputError, RlaifError, RunError
+from rlaif_ray.output import say
 from rlaif_ray.pipelines import constitution, evaluate
 from rlaif_ray.pipelines.chat_date import pipeline_date
 from rlaif_ray.pipelines.checkpoint import remove_checkpoints
@@ -109,7 +110,7 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
     write_resolved(pipeline)
     stale = moved(pipeline, placed)
     for name, why in _moved_inputs(placed).items():
-        print(f"the stage {name} is done again, with all that builds on it: {why}", flush=True)
+        say(f"the stage {name} is done again, with all that builds on it: {why}")
     for name in todo:
         if start is not None or name in stale:
             _put_aside(placed[name])
@@ -120,7 +121,7 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
             jobs = [job for name in todo for job in jobs_of(placed[name])]
             with open_ray(pipeline.config.cluster, jobs):
                 for number, name in enumerate(todo, start=1):
-                    print(f"\nstage {number} of {len(todo)}: {name} ({placed[name].stage.job})", flush=True)
+                    say(f"\nstage {number} of {len(todo)}: {name} ({placed[name].stage.job})")
                     ended = {"name": name, "state": "failed"}
                     ran[name] = run_stage(pipeline, placed, name)
                     ended = {}

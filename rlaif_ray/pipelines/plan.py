@@ -17,6 +17,7 @@ from rlaif_ray.config.sections import PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_config, shape_of_size
 from rlaif_ray.models import load_config, resolve_model
+from rlaif_ray.output import say
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT
 from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, written
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, precision_bytes
@@ -95,11 +96,11 @@ def make_plan(
             "jobs": [_as_values(one) for one in planned],
             "assumed": [_assumptions(machine)],
         }
-        print(json.dumps(told, indent=1))
+        say(json.dumps(told, indent=1))
     else:
         for one in planned:
             _show(one, machine)
-        print("It fits." if fits else "It does not fit.", _assumptions(machine))
+        say(f"{'It fits.' if fits else 'It does not fit.'} {_assumptions(machine)}")
     return fits
 
 
@@ -283,20 +284,20 @@ def _show(one: Planned, machine: Machine) -> None:
     for phase in one.plan.phases:
         title = ": ".join(filter(None, [one.name if one.name == one.job else f"{one.name} ({one.job})", phase.name]))
         if not phase.actors:
-            print(f"{title}: nothing on GPUs\n")
+            say(f"{title}: nothing on GPUs\n")
             continue
         print_columns(title, ("per GPU", *(actors.need.role for actors in phase.actors)), _rows(phase, one.device))
         for line in _lines(phase, machine, one.device):
-            print(line)
+            say(line)
     if one.sync is not None:
         sync = one.sync
         took = f"{sync.seconds:.2f} s by {sync.backend} at {sync.bandwidth:g} GB/s"
-        print(f"  weight sync    {_gb(sync.bytes)} a step, {took}")
+        say(f"  weight sync    {_gb(sync.bytes)} a step, {took}")
     for changes in one.proposals:
-        print(f"  would fit      {' '.join(f'{key}={written(value)}' for key, value in changes)}")
+        say(f"  would fit      {' '.join(f'{key}={written(value)}' for key, value in changes)}")
     if not one.plan.fits and not one.proposals:
-        print("  would fit      no one or two settings make it fit: use a smaller model, or GPUs with more memory")
-    print()
+        say("  would fit      no one or two settings make it fit: use a smaller model, or GPUs with more memory")
+    say()
 
 
 def _rows(phase: Phase, device: Device) -> list[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from rlaif_ray.data.exports import (
     write_trl,
 )
 from rlaif_ray.errors import InputError
+from rlaif_ray.output import say
 
 FORMATS = ("records", "trl")
 
@@ -44,19 +45,19 @@ class Review:
             merged = labels.with_name(f"{labels.stem}.reviewed{labels.suffix}")
             found = merge_review(labels, self.reviewed, merged)
             share = "" if found.agreement is None else f" ({found.agreement:.0%} of all labels, estimated)"
-            print(
+            say(
                 f"{found.checked} of {found.rows} rows are checked; the judge agrees with {found.agreed} of the "
                 f"{found.decided} decided ones{share}: {merged}"
             )
         if self.from_argilla is not None:
             merged = labels.with_name(f"{labels.stem}.argilla{labels.suffix}")
-            print(f"{pull_from_argilla(self.from_argilla, merged)} records from Argilla: {merged}")
+            say(f"{pull_from_argilla(self.from_argilla, merged)} records from Argilla: {merged}")
         if self.sample is not None:
             count = sample_for_review(labels, self.sample, seed, self.out)
-            print(f"{count} labels to check, in the column `human` with a, b or tie: {self.out}")
+            say(f"{count} labels to check, in the column `human` with a, b or tie: {self.out}")
         if self.to_argilla is not None:
-            print(f"{push_to_argilla(labels, self.to_argilla)} records are in Argilla as {self.to_argilla}")
+            say(f"{push_to_argilla(labels, self.to_argilla)} records are in Argilla as {self.to_argilla}")
         if self.format == "trl":
             path = labels.with_name(f"{labels.stem}.trl.jsonl")
             count, left_out = write_trl(labels, path)
-            print(f"{count} rows for TRL, {left_out} ties and failures left out: {path}")
+            say(f"{count} rows for TRL, {left_out} ties and failures left out: {path}")

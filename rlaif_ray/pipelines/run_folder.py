@@ -19,6 +19,7 @@ from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.data.identity import data_content
 from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
+from rlaif_ray.output import say
 from rlaif_ray.pipelines.settings import KEPT, changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import read_json, write_json
 from rlaif_ray.writing import open_lock, replace_text
@@ -168,7 +169,7 @@ def go_on(loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = Non
     write_json(path, {**now, "changes": changes})
     write_resolved(loaded, history(changes))
     for line in history(changes[before:]):
-        print(f"changed {line}", flush=True)
+        say(f"changed {line}")
 
 
 def _results(folder: Path, output: Path | None, made: Sequence[str]) -> list[Path]:

@@ -24,6 +24,7 @@ from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import EngineConfig
 from rlaif_ray.errors import InputError, LearnerLostError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
+from rlaif_ray.output import say
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
@@ -61,7 +62,7 @@ def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iter
             choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
         check_sleep(job, device)
         slots = actor_slots(job, device)
-        group = reserve(slots, job.cluster.start_timeout_s, note=_say, leave=leave) if slots else None
+        group = reserve(slots, job.cluster.start_timeout_s, note=say, leave=leave) if slots else None
         cluster = Cluster(job, device, slots, group)
         yield cluster
     finally:
@@ -212,11 +213,6 @@ def chosen_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> Li
     return precision
 
 
-def _say(text: str) -> None:
-    """Shows a line, before there is a display."""
-    print(text, flush=True)
-
-
 class Cluster:
     """Starts the job's actors in their places."""
 
@@ -231,7 +227,7 @@ class Cluster:
         self._starting: list[Any] = []  # of the ranks
         self._sleepers: list[Any] = []  # starts of engines that sleep once they are up: others of their GPUs wait
         self._sync: Sync | None = None
-        self._note: Callable[[str], None] = _say
+        self._note: Callable[[str], None] = say  # before there is a display
         self._leave: Callable[[], bool] = lambda: False
         self._looked = time.monotonic()  # at the places
         if group is not None:

@@ -3,6 +3,7 @@
 files.py      JSON lines and JSON in the run folder, cut back on resume
 tracker.py    open_tracker, Tracker, StepMetrics: the one object the loop talks to
 wandb_run.py  wandb, which may fail but never stops a run; secrets masked
+console.py    draws on the terminal, and shows of texts only their letters
 display.py    progress on a terminal, plain lines elsewhere, the closing table
 memory.py     peak memory of the run's processes
 """

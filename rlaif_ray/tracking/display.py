@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rlaif_ray.output import on_one_line, say, shown
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -71,12 +73,12 @@ class PlainDisplay:
 
     def start(self) -> None:
         after = f", resumed after step {self._first}" if self._first else ""
-        print(f"{self._name}: {self._pace.total_steps} steps{after}", flush=True)
+        say(f"{self._name}: {self._pace.total_steps} steps{after}")
 
     def stop(self) -> None: ...
 
     def note(self, text: str) -> None:
-        print(f"[{clock(time.perf_counter() - self._began)}] {text}", flush=True)
+        say(f"[{clock(time.perf_counter() - self._began)}] {text}")
 
     def phase(self, name: str | None) -> None: ...
 
@@ -86,18 +88,19 @@ class PlainDisplay:
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         self._pace.end()
         parts = (f"step {step}/{self._pace.total_steps}", key_metrics(row), f"eta {self._pace.eta(step)}")
-        print("  ".join(part for part in parts if part), flush=True)
+        say("  ".join(part for part in parts if part))
 
 
 class LiveDisplay:
     """Two lines that stay at the bottom of a terminal: a bar, then the newest metrics. Notes scroll above them."""
 
     def __init__(self, name: str, total_steps: int, resume_step: int) -> None:
-        from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        self._console = Console(file=sys.stdout, highlight=False)
+        from rlaif_ray.tracking.console import PlainTextConsole
+
+        self._console = PlainTextConsole()
         self._pace = _Pace(total_steps)
         self._began = self._phase_began = time.perf_counter()
         self._phase: str | None = "set-up"
@@ -111,7 +114,7 @@ class LiveDisplay:
             console=self._console,
             auto_refresh=False,
         )
-        self._task = self._progress.add_task(name, total=total_steps, completed=resume_step, state="")
+        self._task = self._progress.add_task(shown(name), total=total_steps, completed=resume_step, state="")
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
 
     def start(self) -> None:
@@ -122,7 +125,7 @@ class LiveDisplay:
         self._live.stop()
 
     def note(self, text: str) -> None:
-        self._console.print(f"[{clock(time.perf_counter() - self._began)}] {text}", markup=False)
+        self._console.print(shown(f"[{clock(time.perf_counter() - self._began)}] {text}"))
 
     def phase(self, name: str | None) -> None:
         self._phase, self._phase_began = name, time.perf_counter()
@@ -132,7 +135,7 @@ class LiveDisplay:
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         self._pace.end()
-        self._step, self._metrics = step, key_metrics(row)
+        self._step, self._metrics = step, on_one_line(key_metrics(row))
         self._progress.update(self._task, completed=step)
 
     def _render(self) -> RenderableType:
@@ -210,18 +213,18 @@ def print_summary(summary: Mapping[str, Any], run_dir: Path, console: Console | 
     `summary` is Tracker.summary's. Its `held_out`, if there is one, has `before`, `after` and the paired `gain`, each
     with `mean`, `ci95_low`, `ci95_high` and `n`; its `harmless` has `before` and `after`.
     """
-    from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
-    from rich.text import Text
 
-    console = console or Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    from rlaif_ray.tracking.console import PlainTextConsole, cell
+
+    console = console or PlainTextConsole()
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in _summary_lines(summary, run_dir):
-        table.add_row(label, Text(text))
-    console.print(Panel(table, title=Text(str(summary.get("name", run_dir.name))), expand=False))
+        table.add_row(label, cell(text))
+    console.print(Panel(table, title=cell(summary.get("name", run_dir.name)), expand=False))
 
 
 def _summary_lines(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:

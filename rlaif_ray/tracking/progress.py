@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from rlaif_ray.output import say, shown
 from rlaif_ray.tracking.display import clock, number
 
 LINE_EVERY_S = 10.0
@@ -28,13 +29,16 @@ class ItemProgress:
         if self._live:
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+            from rlaif_ray.tracking.console import PlainTextConsole
+
             self._bar = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 TextColumn("{task.fields[state]}", markup=False),
+                console=PlainTextConsole(),
             )
-            self._task = self._bar.add_task(self._title, total=self._total, state="")
+            self._task = self._bar.add_task(shown(self._title), total=self._total, state="")
             self._bar.start()
         return self
 
@@ -50,9 +54,9 @@ class ItemProgress:
         """Shows a line with the time since the start."""
         line = f"[{clock(time.perf_counter() - self._began)}] {text}"
         if self._live:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(shown(line))
         else:
-            print(line, flush=True)
+            say(line)
 
     def resume(self, done: int) -> None:
         """So many were there before this process; they don't count for the rate. The clock of the rate starts."""
@@ -73,7 +77,7 @@ class ItemProgress:
 
     def _line(self) -> None:
         self._told = time.perf_counter()
-        print(f"{self._title}: {self._state()}", flush=True)
+        say(f"{self._title}: {self._state()}")
 
     def _state(self) -> str:
         of = f"/{self._total}" if self._total is not None else ""
@@ -85,31 +89,31 @@ class ItemProgress:
 
 def print_columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table with a column per name."""
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    from rlaif_ray.tracking.console import PlainTextConsole, cell
+
+    table = Table(title=cell(title), title_justify="left")
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.add_column(cell(name), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(file=sys.stdout, highlight=False).print(table)
+        table.add_row(*map(cell, row))
+    PlainTextConsole().print(table)
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]], folder: Path | None = None) -> None:
     """Prints what a job came to: a label and a text per line, empty texts left out."""
-    from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
-    from rich.text import Text
+
+    from rlaif_ray.tracking.console import PlainTextConsole, cell
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in rows:
         if text:
-            table.add_row(label, Text(text))
+            table.add_row(cell(label), cell(text))
     if folder is not None:
-        table.add_row("files", Text(str(folder)))
-    Console(file=sys.stdout, highlight=False).print(Panel(table, title=Text(title), expand=False))
+        table.add_row("files", cell(folder))
+    PlainTextConsole().print(Panel(table, title=cell(title), expand=False))

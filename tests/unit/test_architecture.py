@@ -53,7 +53,7 @@ SAME_LEVEL |= {
     ("reward_head", "errors"),
     ("model_errors", "errors"),
 }
-SAME_LEVEL |= {("documents", "errors"), ("storage", "documents")}
+SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("output", "secrecy")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function
@@ -64,6 +64,8 @@ PARSERS |= {"pyarrow": {"json"}}
 PARSERS["yaml"] = {"load", "load_all", "safe_load", "safe_load_all", "full_load", "unsafe_load", "compose", "parse"}
 PARSERS["yaml"] |= {"scan", "SafeLoader", "CSafeLoader", "Loader", "FullLoader", "UnsafeLoader", "BaseLoader"}
 PURE = {"algorithm": {"torch"}}  # all that these may import beside the standard library, themselves and level 0
+
+UNSHOWN = ("print", "typer.echo", "typer.secho", "click.echo", "Console", "sys.stdout.write", "sys.stderr.write")
 
 FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 31_000
 
@@ -192,6 +194,18 @@ def test_the_loop_fits_on_a_page() -> None:
     assert lengths["train_rl"] <= 80
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_people_are_shown_texts_by_one_door(path: Path) -> None:
+    """`print`, `typer.echo` and rich's own console show what a terminal obeys, and secrets."""
+    assert path == Path("output.py") or unshown(SOURCES[path]) == []
+
+
+def unshown(source: str) -> list[int]:
+    """Lines that write to the terminal by another door than `output.say` and `tracking.console`."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [call.lineno for call in calls if ast.unparse(call.func) in UNSHOWN]
+
+
 # --- these checks themselves ----------------------------------------------------------------------------------------
 
 
@@ -258,3 +272,8 @@ def test_an_allowed_import_passes(path: str, source: str) -> None:
 
 def test_function_lengths_are_counted() -> None:
     assert dict(functions("def f():\n    x = 1\n\n    async def g():\n        pass\n")) == {"f": 5, "g": 2}
+
+
+@pytest.mark.parametrize("call", ["print(x)", "typer.echo(x)", "Console(file=f)", "sys.stderr.write(x)"])
+def test_other_doors_to_the_terminal_are_found(call: str) -> None:
+    assert unshown(f"def f():\n    {call}\n") == [2]

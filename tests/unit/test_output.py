@@ -1,16 +1,31 @@
-"""Output that can't be written: nobody is told, and nothing ends."""
+"""What people see: no secrets, and nothing that a terminal would obey. Output that can't be written ends nothing."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import pty
+import select
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from rlaif_ray.output import SurvivingStream
+from rlaif_ray.cli import app
+from rlaif_ray.output import ShownStream, SurvivingStream, on_one_line, shown
+from rlaif_ray.tracking.progress import ItemProgress, print_columns, print_table
+from tests.endpoint import FakeEndpoint, FaultProxy
+
+# Sets a title, clears the screen, hides, links, reverses the reading order, and is invisible.
+POISON = (
+    "\x1b]0;owned\x07\x1b[2J\x1b[8m\x1b]8;;http://evil\x1b\\\x9b31m\u202e\u2066\u200b\x08\r\x7f[bold][link=http://evil]"
+)
+FORBIDDEN = set("\x1b\x07\x9b\u202e\u2066\u200b\x08\r\x7f")
+HARMLESS = "two\nlines\tand a tab, naïve 😀 👩\u200d👧 کتاب\u200cها, [bold]no markup[/bold] \\x1b"
 
 ROOT = Path(__file__).parents[2]
 # Prints until long after its output is lost, then does its work.
@@ -66,3 +81,139 @@ def test_what_a_terminal_has_no_letters_for(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "caf? ? 1\na\nb\n"
     stream.write("closed")  # raises nothing
     stream.flush()
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def test_codes_are_shown_as_codes() -> None:
+    assert shown("a\x1b[31mb\u202ec\x9bd\r\ne\ud800") == "a\\x1b[31mb\\u202ec\\x9bd\ne\\ud800"
+    assert not FORBIDDEN & set(shown(POISON)) and shown(shown(POISON)) == shown(POISON)
+    assert shown(HARMLESS) == HARMLESS and on_one_line("a\nb") == "a\\nb"
+
+
+def test_what_libraries_write_has_colours_and_progress_bars_alone() -> None:
+    below = io.StringIO()
+    stream = ShownStream(SurvivingStream(below))
+    drawn = "\r 3%|#  |", "\x1b[36m(pid)\x1b[0m text", "\x1b[1;38;5;8mgrey\x1b[39m", "\n\n", "\x1b[A\x1b[A", "\r"
+    for text in drawn:
+        assert stream.write(text) == len(text)
+    assert below.getvalue() == "".join(drawn)
+    stream.writelines([POISON, "\x1b[2K\x1b[31;8mhidden", f"{'1;' * 40}\x1b[{'38;1;' * 5000}"])
+    rest = below.getvalue()[len("".join(drawn)) :]
+    assert not FORBIDDEN & set(rest.replace("\x1b[31m", "")) and "owned" in rest
+
+
+@pytest.mark.parametrize("text", [POISON, HARMLESS])
+def test_tables_and_notes_show_letters(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(text, [(text, text)], Path(text.replace("/", "")))
+    print_columns(text, [text, "b"], [(text, text)])
+    with ItemProgress(text, 3, "rows") as progress:
+        progress.note(text)
+        progress.advance(3)
+    out = capsys.readouterr().out
+    assert not FORBIDDEN & set(out)
+    assert out.count("[bold]") >= 5
+
+
+PROGRAM_ON_A_TERMINAL = """
+import sys
+from pathlib import Path
+from rlaif_ray.output import survive_lost_output
+survive_lost_output()
+from rlaif_ray.config.sections import TrackingConfig
+from rlaif_ray.tracking import open_tracker, print_summary
+from rlaif_ray.tracking.progress import ItemProgress, print_table
+poison, folder = sys.argv[1], Path(sys.argv[2])
+with open_tracker(folder, config={}, tracking=TrackingConfig(wandb="disabled"), total_steps=1, name=poison) as track:
+    track.note(poison)
+    print("of a library: " + poison)
+    with track.step(1) as metrics, metrics.phase("rollout"):
+        metrics.add({"scorer/" + poison: 0.25})
+    print_summary(track.summary({"evaluator": poison}), folder)
+with ItemProgress(poison, 2, "rows") as progress:
+    progress.note(poison)
+    progress.advance(2)
+print_table(poison, [(poison, poison)])
+"""
+
+
+def on_a_terminal(*command: str) -> bytes:
+    """What a program writes to a terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execve(command[0], command, {**os.environ, "TERM": "xterm-256color", "COLUMNS": "110"})
+    seen = b""
+    while select.select([terminal], [], [], 60)[0]:
+        try:
+            seen += os.read(terminal, 65536)
+        except OSError:  # closed by the program's end
+            break
+    os.close(terminal)
+    assert os.waitpid(pid, 0)[1] == 0, seen
+    return seen
+
+
+def test_a_terminal_draws_and_texts_do_not(tmp_path: Path) -> None:
+    poison = POISON.replace("\r", "")  # the terminal itself adds some
+    seen = on_a_terminal(sys.executable, "-c", PROGRAM_ON_A_TERMINAL, poison, str(tmp_path))
+    text = seen.decode()
+    assert "\x1b[2K" in text and "\x1b[?25h" in text  # drawn, and the cursor is back
+    assert text.count("owned") >= 8 and text.count("[bold]") >= 8
+    for planted in ("\x1b]", "\x1b[2J", "\x1b[8m", "\x07", "\x9b", "\u202e", "\u2066", "\u200b", "\x08", "\x7f"):
+        assert planted not in text
+
+
+def test_help_has_its_colours() -> None:
+    seen = on_a_terminal(str(Path(sys.executable).with_name("rlaif")), "report", "--help")
+    assert b"\x1b[1" in seen and b"\\x1b" not in seen
+
+
+def rlaif(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout + result.stderr
+
+
+def test_the_program_shows_no_codes_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row, a file's name and an endpoint's words, in every way out that the command has."""
+    monkeypatch.setenv("JUDGE_TEST_KEY", "canary-6d1f0a7c3e")
+    monkeypatch.setenv("RLAIF_DEBUG", "1")
+    pairs = tmp_path / f"p{POISON.replace('/', '')}.jsonl"
+    row = {"prompt": f"1? {POISON}", "response_a": f"Yes {POISON}", "response_b": "No"}
+    pairs.write_text(json.dumps(row) + "\n")
+    config = tmp_path / "label.yaml"
+    with FakeEndpoint() as endpoint, FaultProxy(endpoint.url) as proxy:
+        judge = {
+            "type": "openai",
+            "model": "m",
+            "base_url": proxy.url,
+            "api_key_env": "JUDGE_TEST_KEY",
+            "max_retries": 0,
+        }
+        config.write_text(json.dumps({"data": {"path": str(pairs)}, "judge": judge}))
+        code, planned = rlaif("label", config, f"run_dir={tmp_path / 'a'}", "--dry-run")
+        assert code == 0 and "p\\e]0;owned" in planned  # as YAML writes it
+        proxy.inject("401", message=f"said {POISON} to canary-6d1f0a7c3e", times=9)
+        code, refused = rlaif("label", config, f"run_dir={tmp_path / 'b'}")
+        assert code == 2 and r"said \x1b]0;owned\x07\x1b[2J" in refused and "to ***)" in refused
+        proxy.faults.clear()
+        proxy.inject("400", message=POISON, times=2)
+        code, failed = rlaif("label", config, f"run_dir={tmp_path / 'c'}")
+        assert code == 1 and "endpoint_error" in failed
+        config.write_text(config.read_text().replace('"judge"', json.dumps(f"judge{POISON}")))
+        code, wrong = rlaif("label", config, f"run_dir={tmp_path / 'd'}")
+        assert code == 2 and "line 1 has a key with the character #x001b in it" in wrong
+        config = config.rename(tmp_path / f"{pairs.stem}.yaml")
+        code, unreadable = rlaif("label", config, f"run_dir={tmp_path / 'd'}")
+        assert code == 2 and r"p\x1b]0;owned" in unreadable and "in its name" in unreadable
+    logs = [path.read_text() for path in tmp_path.glob("*/error.log")]
+    for text in (planned, refused, failed, wrong, unreadable, *logs):
+        assert not FORBIDDEN & set(text) and "canary" not in text
+
+
+def test_a_key_adds_no_line(tmp_path: Path) -> None:
+    config = tmp_path / "label.yaml"
+    config.write_text('{"judge\\nrlaif: all is well": 1, "st\\u202eeps": 2}')
+    code, told = rlaif("label", config)
+    assert code == 2 and "\nrlaif: all" not in told and "#x000a" in told and "#x202e" in told

@@ -475,7 +475,7 @@ class TestSecrets:
         masked = without_secrets(
             {"a": "planted-secret", "b": ["x", "--key=planted-secret"], "c": "", "d": "https://me:pw@host/v1", "e": 1}
         )
-        assert masked == {"a": "***", "b": ["x", "***"], "c": "", "d": "https://***@host/v1", "e": 1}
+        assert masked == {"a": "***", "b": ["x", "--key=***"], "c": "", "d": "https://***@host/v1", "e": 1}
 
 
 class TestWandb:

@@ -27,6 +27,8 @@ from rlaif_ray.documents import (
 )
 from rlaif_ray.errors import DocumentError, InputError
 from rlaif_ray.evaluation.report.shapes import CONFIG, EVALUATION, SUMMARY, known_parts
+from rlaif_ray.output import shown
+from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking.files import plain
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "labels.jsonl", "pairs.jsonl", "sampled.jsonl")
@@ -148,7 +150,7 @@ def read_run(folder: Path, name: str) -> Run:
     problems: list[str] = []
     text, config = _config(folder, problems)
     summary = _summary(folder, problems)
-    origin = dict(re.findall(r"^# (from|git|versions): (.*)$", text, re.MULTILINE))
+    origin = dict(re.findall(r"^# (from|git|versions): (.*)$", shown(text), re.MULTILINE))
     job = re.match(r"# rlaif ([\w-]+):", text)
     metrics = _metrics(rows(folder, "metrics.jsonl", problems))
     found = rows(folder, "evaluations.jsonl", problems)
@@ -161,8 +163,8 @@ def read_run(folder: Path, name: str) -> Run:
         state=state,
         state_note=note,
         origin=origin,
-        config=config,
-        config_text=text,
+        config=without_secrets(config),
+        config_text=shown(text),
         summary=summary,
         metrics=metrics,
         evaluations=evaluations,
@@ -226,7 +228,7 @@ def _state(folder: Path, summary: Json, metrics: dict[str, Series]) -> tuple[str
     written = max((path.stat().st_mtime for path in files), default=folder.stat().st_mtime)
     log = folder / "error.log"
     if log.exists() and log.stat().st_mtime >= written - 5:
-        return "failed", _last_line(log)
+        return "failed", shown(_last_line(log))
     ago = max(0.0, time.time() - written)
     if ago < GOING_S:
         return "running", f"no summary yet, last written {ago:.0f} s before this page was made"

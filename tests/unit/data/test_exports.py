@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -279,6 +280,40 @@ def test_nothing_in_a_sheet_is_a_formula_and_every_row_is_found_again(form: dict
     assert review == Review(rows=13, checked=13, decided=13, agreed=13, agreement=1.0)
     assert csv.field_size_limit() == limit
     assert [one.response_a for one in read(tmp_path / "out.jsonl")] == [formula] * 13
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "a;=1+1",
+        "a\t=1+1",
+        "a; \t@SUM(1)",
+        "a;+cmd|' /C calc'!A0",
+        'a;-HYPERLINK("http://x")',
+        "a\n=1+1",
+        "a\r\n- 2+cmd|'/C calc'!A0",
+        " =1+1",
+        "＝1;＋1",
+    ],
+)
+def test_no_separator_begins_a_formula(cell: str, tmp_path: Path) -> None:
+    """Not even where a spreadsheet takes ; or tabs for what separates, or knows nothing of quotes."""
+    write_records([record(cell, response_a=cell, response_b=f"{cell}!")], tmp_path / "f.jsonl")
+    sample_for_review(tmp_path / "f.jsonl", 9, 0, tmp_path / "r.csv")
+    text = (tmp_path / "r.csv").read_bytes().decode("utf-8-sig")
+    pieces = [piece.strip('" ') for separator in ";\t," for piece in re.split(rf"[{separator}\r\n]", text)]
+    assert [piece for piece in pieces if piece.startswith(tuple("=+-@＝＋"))] == []
+    fill_in(tmp_path / "r.csv", {sheet_rows(tmp_path / "r.csv")[0]["id"]: "a"}, delimiter=";")
+    assert merge_review(tmp_path / "f.jsonl", tmp_path / "r.csv", tmp_path / "out.jsonl").checked == 1
+    (merged,) = read(tmp_path / "out.jsonl")
+    assert (merged.id, merged.response_a) == (cell, cell)
+
+
+def test_lists_and_quotes_in_a_cell_stay_as_they_are(tmp_path: Path) -> None:
+    text = "First;\n- one\n- two, and 'three'\n* 2 = 2; it's 5 - 3"
+    write_records([record("r", response_a=text)], tmp_path / "f.jsonl")
+    sample_for_review(tmp_path / "f.jsonl", 9, 0, tmp_path / "r.csv")
+    assert sheet_rows(tmp_path / "r.csv")[0]["response_a"] == text
 
 
 def test_a_checked_row_becomes_peoples_label(tmp_path: Path) -> None:

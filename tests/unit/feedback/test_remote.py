@@ -476,6 +476,18 @@ def test_what_does_not_pass_ends_the_asking(ask: Ask, status: str) -> None:
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+@pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])
+@pytest.mark.parametrize("place", ["another", "same"])
+def test_a_redirect_takes_nothing_along(ask: Ask, status: str, place: str) -> None:
+    with FakeEndpoint() as endpoint, FakeEndpoint() as other, FaultProxy(endpoint.url) as proxy:
+        target = f"{other.url if place == 'another' else proxy.url}/chat/completions"
+        proxy.inject(status, times=9, headers={"Location": f"{target}?token=t0psecret"})
+        with pytest.raises(InputError, match=r"sends its callers elsewhere .* If you trust the other") as caught:
+            only(ask(proxy.url, max_retries=2))
+        assert proxy.requests == 1 and not other.headers and not other.bodies
+    assert target in str(caught.value) and status in str(caught.value) and "t0psecret" not in str(caught.value)
+
+
 def test_a_wrong_key_is_said_without_the_key(ask: Ask) -> None:
     with FakeEndpoint(key="another") as endpoint, pytest.raises(InputError) as caught:
         only(ask(endpoint.url))  # this endpoint says the key back
