@@ -29,6 +29,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.win_rate import PositionBias, length_controlled, outcome, position_bias, win_rate
 from rlaif_ray.feedback.reward_model import check_reward_model, reward_renderer
+from rlaif_ray.output import say
 from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_alignment, measured_reward_model
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import load_chat
@@ -92,7 +93,7 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     go_on(loaded, run_dir, looked, made=MADE)
     taught, unclear = taught_by({name: arm.model or arm.path or "" for name, arm in job.arms.items()})
     for arm, notes in unclear.items():
-        print(f"arm {arm}: {'; '.join(notes)}", flush=True)
+        say(f"arm {arm}: {'; '.join(notes)}")
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
     tags = _must_reach(job, asked)
