@@ -236,6 +236,8 @@ def test_what_is_none_is_left(text: str) -> None:
 def test_a_secret_variables_value_is_masked_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_PASS", "p/ss w0rd")
     monkeypatch.setenv("KEY_FILE_KEY", "/home/me/.ssh/id")
+    monkeypatch.setenv("WANDB_API_KEY", "disabled")
+    assert masked("tracking.wandb=disabled") == "tracking.wandb=disabled"
     assert masked("a p/ss w0rd, p%2Fss%20w0rd at /home/me/.ssh/id") == "a ***, *** at /home/me/.ssh/id"
     remember("from-any-name")
     assert masked("a from-any-name") == "a ***"
