@@ -60,7 +60,9 @@ def _words(name: str) -> str:
 
 # ---- Values ----------------------------------------------------------------------------------------------------------
 
-_CONTAINS = 8  # characters from which on a secret is also looked for inside longer values
+_CONTAINS = 8  # characters from which on a secret variable's value is looked for
+# What stands in such variables instead of a secret, and in configs and texts with another meaning.
+_INSTEAD = {"disabled", "required", "optional", "anonymous", "undefined", "password", "localhost", "not-needed"}
 _SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|(?<![A-Za-z0-9_])(?:"
     r"(?:(?:sk|pplx|xai|nvapi|tvly)-|(?:rk|sk)_(?:live|test)_|(?:tgp|wandb|dop)_v1_)(?=[\w-]{0,200}\d)[\w-]{16,500}|"
@@ -144,7 +146,12 @@ def _known() -> set[str]:
     """Values of secret variables, as they are and as addresses have them."""
     values = {value for name, value in os.environ.items() if is_secret_variable(name) and not _is_path(value)}
     values |= _remembered
-    return {form for value in values if len(value) >= _CONTAINS for form in (value, quote(value, safe=""))}
+    return {
+        form
+        for value in values
+        if len(value) >= _CONTAINS and value.lower() not in _INSTEAD
+        for form in (value, quote(value, safe=""))
+    }
 
 
 def _is_path(value: str) -> bool:

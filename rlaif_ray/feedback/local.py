@@ -12,6 +12,7 @@ from rlaif_ray.chat.template import WITHOUT_THOUGHTS, ChatTemplate
 from rlaif_ray.chat.thoughts import closed
 from rlaif_ray.errors import EngineError
 from rlaif_ray.feedback.answers import AnswerTrie, Tokens
+from rlaif_ray.output import shown
 from rlaif_ray.types import Answer, Explanation, Message, Prompt, Question, TokenQuery
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class LocalAsker:
         try:
             replies = self._generator.token_logprobs(queries) if queries else []
         except EngineError as error:
-            yield from ((i, Answer((), failure=f"engine_error: {error}")) for i in short)
+            yield from ((i, Answer((), failure=f"engine_error: {shown(str(error))}")) for i in short)
             return
         assert len(replies) == len(queries), "a Generator answers every query"
         taken = 0
@@ -176,7 +177,7 @@ class LocalAsker:
         try:
             completions = self._generator.generate(asked, settings) if asked else []
         except EngineError as error:
-            yield from ((i, Explanation((), failure=f"engine_error: {error}")) for i in short)
+            yield from ((i, Explanation((), failure=f"engine_error: {shown(str(error))}")) for i in short)
             return
         count = settings.samples_per_prompt
         for k, i in enumerate(short):

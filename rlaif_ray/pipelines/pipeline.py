@@ -21,7 +21,7 @@ from rlaif_ray.config.pipeline import STAGE, Pipeline, Stage, put
 from rlaif_ray.config.roles import Setting
 from rlaif_ray.data.identity import Content, changes, file_content, model_content
 from rlaif_ray.errors import InputError, RlaifError, RunError
-from rlaif_ray.output import say
+from rlaif_ray.output import say, shown
 from rlaif_ray.pipelines import constitution, evaluate
 from rlaif_ray.pipelines.chat_date import pipeline_date
 from rlaif_ray.pipelines.checkpoint import remove_checkpoints
@@ -127,7 +127,7 @@ def run_pipeline(pipeline: Pipeline, *, start: str | None = None, only: str | No
                     ended = {}
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        ended |= {"state": "interrupted"} if stopped and ended else {"error": str(error)}
+        ended |= {"state": "interrupted"} if stopped and ended else {"error": shown(str(error))}
         _tell(pipeline, placed, ran, ended, "interrupted" if stopped else "failed")
         raise
     return _tell(pipeline, placed, ran, {}, "done" if all(one.done for one in placed.values()) else "unfinished")

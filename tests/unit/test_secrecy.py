@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rlaif_ray.secrecy import (
     secrets_in_arguments,
     without_secrets,
 )
+from tests.pace import scaled
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-7f3a9c51"
@@ -234,9 +236,19 @@ def test_what_is_none_is_left(text: str) -> None:
 def test_a_secret_variables_value_is_masked_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_PASS", "p/ss w0rd")
     monkeypatch.setenv("KEY_FILE_KEY", "/home/me/.ssh/id")
+    monkeypatch.setenv("WANDB_API_KEY", "disabled")
+    assert masked("tracking.wandb=disabled") == "tracking.wandb=disabled"
     assert masked("a p/ss w0rd, p%2Fss%20w0rd at /home/me/.ssh/id") == "a ***, *** at /home/me/.ssh/id"
     remember("from-any-name")
     assert masked("a from-any-name") == "a ***"
+
+
+@pytest.mark.parametrize("piece", ["a=", "password: ", "://a:", "eyJ-", "sk-", "token=a;", "Cookie: a=", 'api_key=\\"'])
+def test_long_texts_take_no_time(piece: str) -> None:
+    text = piece * (40_000 // len(piece))
+    began = time.process_time()
+    masked(text)
+    assert time.process_time() - began < scaled(1.0)
 
 
 def test_prose_and_sections_of_a_users_name_are_no_secrets() -> None:

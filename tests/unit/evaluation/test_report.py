@@ -61,6 +61,20 @@ def page_of(*folders: Path) -> Page:
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
+def test_secrets_of_older_runs_are_not_on_the_page(tmp_path: Path) -> None:
+    """They were written before configs were refused for them, or by another program."""
+    run, canary = training_run(tmp_path / "demo"), "canary-91ac7e"
+    (run / "summary.json").unlink()
+    with (run / "resolved.yaml").open("a") as file:
+        file.write(
+            f"# from: train.yaml judge.api_key={canary}\nextra: {{api_key: {canary}, at: 'https://u:{canary}@h'}}\n"
+        )
+    (run / "error.log").write_text(f"openai.AuthenticationError: Authorization: Bearer {canary}\n")
+    page = page_of(run)
+    assert "AuthenticationError: Authorization: ***" in page.text and "api_key: ***" in page.text
+    assert canary not in (tmp_path / "page.html").read_text()
+
+
 def test_a_finished_run_shows_its_own_numbers(tmp_path: Path) -> None:
     run = training_run(tmp_path / "demo")
     page = page_of(run)
