@@ -106,6 +106,10 @@ class ChatTemplate:
                 "Give turns that it takes; if it takes no system message, leave system out."
             ) from error
 
+    def texts(self, conversations: Sequence[Sequence[Message]], places: Sequence[str]) -> list[str]:
+        """`text` of each, up to where the model begins to write."""
+        return [self.text(messages, place) for messages, place in zip(conversations, places, strict=True)]
+
     def must_reach(self, messages: Sequence[Message], place: str) -> None:
         """That every message is in what the model reads. What a template does to a text, such as to trim it, is fine.
 

@@ -8,7 +8,6 @@ until the bad one: the reader raises when it gets there, and what came before ha
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,16 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import TypedDict
 
 from rlaif_ray.chat.text import conversation_text
-from rlaif_ray.data.messages import Row, described, read_messages, response_of, shorten
+from rlaif_ray.data.messages import Row, described, read_messages, response_of
 from rlaif_ray.data.prompts import HUB_ID, hub_reference, id_of_row, nearest_hint, one_line
+from rlaif_ray.data.rows import json_lines, parquet_rows
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.types import Message
 
 ENDINGS = (".jsonl", ".parquet")
-
-_ROWS_AT_A_TIME = 256  # of a parquet file; responses can be long
-_BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 
 Text = Annotated[str, Field(strict=True)]
 Response = Annotated[str, Field(strict=True, pattern=r"\S")]
@@ -177,7 +174,7 @@ def rows_of(path: str, split: str) -> _Rows:
                 f"the preferences {local} have no split {split!r}: a file is all train. "
                 "Leave split out, or name the file that holds those rows."
             )
-        return lambda: _parquet_rows(local) if local.suffix == ".parquet" else _lines(local)
+        return lambda: parquet_rows(local) if local.suffix == ".parquet" else json_lines(local)
     if not HUB_ID.fullmatch(path) or local.suffix in ENDINGS:
         near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
@@ -185,58 +182,6 @@ def rows_of(path: str, split: str) -> _Rows:
             "Correct the path."
         )
     return lambda: _hub_rows(path, split)
-
-
-def _lines(file: Path) -> Iterator[Row]:
-    try:
-        stream = file.open("rb")
-    except OSError as error:
-        raise InputError(f"the preferences {file} cannot be read ({error.strerror}). Give a readable file.") from error
-    rows = 0
-    with stream:
-        for number, line in enumerate(stream, 1):
-            line = line.removeprefix(_BOM) if number == 1 else line
-            if line.strip():
-                rows += 1
-                place = f"{file}, line {number}"
-                yield Row(place, f"{file.stem}-{rows}", _object(line, place))
-
-
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode())
-        reason = "" if isinstance(value, dict) else "another JSON value"
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} is not UTF-8"
-    except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else "the line is cut off: the file ends within it; "
-        reason = cut + str(error).partition(": line")[0]
-    if reason:
-        shown = shorten(line.decode("utf-8", "replace").strip())
-        raise InputError(
-            f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as "
-            '{"prompt": "...", "response_a": "...", "response_b": "..."}. Mend or remove the line.'
-        )
-    return dict(value)
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = itertools.count(1)
-    try:
-        # By default every row group that will be read is fetched at once: all of the file.
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16) as source:
-            for batch in source.iter_batches(batch_size=_ROWS_AT_A_TIME):
-                for cells in batch.to_pylist():
-                    n = next(number)
-                    yield Row(f"{file}, row {n}", f"{file.stem}-{n}", cells)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"the preferences {file} cannot be read as .parquet from row {next(number)} on (got: {one_line(error)}). "
-            "Mend the file, or give it the ending of what it is."
-        ) from error
 
 
 def _hub_rows(path: str, split: str) -> Iterator[Row]:

@@ -51,7 +51,7 @@ LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not ev
 HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "wandb", "numpy", "accelerate"}
 PURE = {"algorithm": {"torch"}}  # all that these may import beside the standard library, themselves and level 0
 
-FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 29_000
+FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 29_500
 
 SOURCES = {path.relative_to(PACKAGE): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
