@@ -157,22 +157,29 @@ def _tokenised(
     with ItemProgress("tokenising prompts", len(found), "prompts", after_s=SILENT_S) as progress:
         for start in range(0, len(found), _TOKENISED_AT_A_TIME):
             rows = range(start, min(start + _TOKENISED_AT_A_TIME, len(found)))
-            part = [found.messages(row) for row in rows], [places[row] for row in rows]
-            wrong = WrongRows()
-            try:
-                tokens = renderer.tokens_of(*part)
-            except InputError:  # which of them, and what others
-                tokens = []
-                for messages, place in zip(*part, strict=True):
-                    with wrong.noted():
-                        tokens.append(renderer.tokens(messages, place))
-            wrong.check()
-            for place, own in zip(part[1], tokens, strict=True):
-                with wrong.noted():
-                    _must_fit(own, longest, place)
-            wrong.check()
-            yield from tokens
+            talks, own = [found.messages(row) for row in rows], [places[row] for row in rows]
+            yield from _together(talks, own, renderer, longest)
             progress.advance(len(rows))
+
+
+def _together(
+    talks: Sequence[Sequence[Message]], places: Sequence[str], renderer: ChatRenderer, longest: int | None
+) -> list[tuple[int, ...]]:
+    try:
+        tokens = renderer.tokens_of(talks, places)
+    except InputError:  # of the first; with it, of the others
+        wrong = WrongRows()
+        for messages, place in zip(talks, places, strict=True):
+            with wrong.noted():
+                renderer.tokens(messages, place)
+        wrong.check()
+        raise
+    wrong = WrongRows()
+    for place, one in zip(places, tokens, strict=True):
+        with wrong.noted():
+            _must_fit(one, longest, place)
+    wrong.check()
+    return tokens
 
 
 def _must_fit(tokens: Sequence[int], longest: int | None, place: str) -> None:

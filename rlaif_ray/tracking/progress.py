@@ -30,7 +30,7 @@ class ItemProgress:
             after_s: nothing is shown of work that takes less; after it at once.
         """
         self._title, self._total, self._unit = title, total, unit
-        self._done = self._first = 0
+        self._done = self._first = self._last_told = 0
         self._began = self._told = time.perf_counter()
         self._live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self._waits = after_s is not None
@@ -62,7 +62,7 @@ class ItemProgress:
             return
         if self._live:
             self._bar.stop()
-        elif self._done > self._first:
+        elif self._done > max(self._first, self._last_told):
             self._line()
 
     def note(self, text: str) -> None:
@@ -108,7 +108,7 @@ class ItemProgress:
         return (self._done - self._first) / max(time.perf_counter() - self._began, 1e-9)
 
     def _line(self) -> None:
-        self._told = time.perf_counter()
+        self._told, self._last_told = time.perf_counter(), self._done
         print(f"{self._title}: {self._state()}", flush=True)
 
     def _state(self) -> str:
