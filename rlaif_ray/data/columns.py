@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar, cast, overload
 
 TOKEN = "I"  # of `array`: 4 bytes
 END = "Q"  # 8 bytes: a buffer may be larger than 4 GB
@@ -117,10 +117,9 @@ class ExampleTable(Sequence[Example]):
 
     def __init__(self, kind: type[Example], numbers: Sequence[str] = ()) -> None:
         """`kind` is a dataclass; its fields are rows of tokens, but for those that `numbers` names: floats."""
-        self._kind: Any = kind
-        self._columns: dict[str, Any] = {
-            one.name: array("d") if one.name in numbers else TokenLists() for one in fields(self._kind)
-        }
+        self._kind = kind
+        names = [one.name for one in fields(cast(Any, kind))]
+        self._columns: dict[str, Any] = {name: array("d") if name in numbers else TokenLists() for name in names}
         self._count = 0
         self.longest = 0  # tokens of the longest sequence of all examples
 
@@ -140,5 +139,4 @@ class ExampleTable(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self._count))]
-        made: Example = self._kind(*(column[index] for column in self._columns.values()))
-        return made
+        return self._kind(*(column[index] for column in self._columns.values()))
