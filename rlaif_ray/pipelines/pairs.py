@@ -24,7 +24,7 @@ from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.files import append_rows, read_rows_streaming, write_json
-from rlaif_ray.tracking.progress import ItemProgress, print_table
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress, print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import PairsJob
@@ -181,9 +181,10 @@ def _write_pairs(job: PairsJob, sources: Sequence[Source], state: Path, output: 
     """Joins the policies' responses prompt by prompt, and writes the pairs."""
     made = Made()
     wanted = job.sampling.pairs_per_prompt
-    with RecordWriter(output) as writer:
+    prompts = len(sources[0].prompts)
+    with RecordWriter(output) as writer, ItemProgress("pairing", prompts, "prompts", after_s=SILENT_S) as progress:
         writer.keep(0)
-        for part in chunks(_joined(sources, state), 1000):
+        for part in chunks(progress.over(_joined(sources, state)), 1000):
             records = []
             for prompt, rows in part:
                 responses = _distinct(sources, rows, made)

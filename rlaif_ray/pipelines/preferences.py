@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,7 +45,7 @@ from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.display import digits, percent, share
 from rlaif_ray.tracking.files import write_json
-from rlaif_ray.tracking.progress import ItemProgress, print_table
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress, print_table
 from rlaif_ray.types import Comparison, Label
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class Tally:
     first_wins: int = 0  # of these, the first
     confidence: float = 0.0  # sum of max(p, 1 - p)
     hard: int = 0
-    masses: list[float] = field(default_factory=list)  # on the answers, of every pair where it was measured
+    masses: array[float] = field(
+        default_factory=lambda: array("d")
+    )  # on the answers, of every pair where it was measured
     low_mass: int = 0  # pairs whose judge had too little on them
     cut: int = 0
     tokens_in: int = 0
@@ -401,8 +404,9 @@ def labelled(record: PreferenceRecord, label: Label, job: LabelJob, guide: Guide
 def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker | None, spent: float) -> dict[str, Any]:
     """Over all of the output, whichever process labelled it."""
     tally = Tally()
-    for record in read_preferences(str(output)):
-        tally.add(record)
+    with ItemProgress("summing up", count_rows(output), "labels", after_s=SILENT_S) as progress:
+        for record in progress.over(read_preferences(str(output))):
+            tally.add(record)
     share = 1.0 / max(1, tally.both_orders)
     return {
         "job": "label",
