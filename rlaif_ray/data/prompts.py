@@ -11,7 +11,6 @@ import glob
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 import tempfile
@@ -26,6 +25,7 @@ from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.data.messages import Row, described, read_messages, shorten
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
 from rlaif_ray.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
                 f"Use {' or '.join(packaged)}."
             )
         return _read_file(packaged[path], split, column, limit)
-    local = Path(os.path.expanduser(path))
+    local = expand_home(path)
     if path and local.exists():
         return (_read_folder if local.is_dir() else _read_file)(local, split, column, limit)
     if not HUB_ID.fullmatch(path) or local.suffix in _ENDINGS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +10,7 @@ import yaml
 from rlaif_ray.config.layers import ConfigLoader
 from rlaif_ray.data.preferences import read_preferences
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
 
 
 def training_judges(model: str) -> set[str]:
@@ -21,7 +21,7 @@ def training_judges(model: str) -> set[str]:
     left, seen = [model], set()
     while left:
         name = left.pop()
-        resolved = Path(name).expanduser().resolve().parent / "resolved.yaml"
+        resolved = expand_home(name).resolve().parent / "resolved.yaml"
         if resolved in seen or not resolved.is_file():
             continue
         seen.add(resolved)

@@ -23,6 +23,7 @@ LEVEL_OF_ROOM = {
     "model_errors": 0,
     "dropout": 0,
     "output": 0,
+    "paths": 0,
     "secrecy": 0,
     "storage": 0,
     "attention": 1,
@@ -45,6 +46,7 @@ LEVEL_OF_ROOM = {
 # Protocols speak of nouns; everybody raises; a stored folder is a folder.
 SAME_LEVEL = {("interfaces", "types"), ("interfaces", "storage"), ("folders", "errors"), ("storage", "errors")}
 SAME_LEVEL |= {("storage", "folders"), ("storage", "secrecy"), ("reward_head", "errors"), ("model_errors", "errors")}
+SAME_LEVEL |= {("storage", "paths")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
 from rlaif_ray.tracking.files import plain, read_json
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "labels.jsonl", "pairs.jsonl", "sampled.jsonl")
@@ -92,7 +93,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Pipeline]]:
     found: list[tuple[str, Path]] = []
     pipelines = []
     for folder in folders:
-        given = folder.expanduser().resolve()
+        given = expand_home(folder).resolve()
         _must_be_run(folder, given)
         if (given / "stages").is_dir():
             stages = [s for s in read_json(given / "summary.json").get("stages", []) if isinstance(s, dict)]
