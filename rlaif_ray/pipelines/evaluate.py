@@ -18,10 +18,7 @@ from rlaif_ray.config.jobs import LabelJob, SampleJob
 from rlaif_ray.config.load import Loaded
 from rlaif_ray.config.sections import DataConfig, OrderedDataConfig, PolicyConfig
 from rlaif_ray.data.demonstrations import read_demonstrations
-from rlaif_ray.data.preferences import (
-    PreferenceRecord,
-    read_preferences,
-)
+from rlaif_ray.data.preferences import PreferenceRecord, read_preferences
 from rlaif_ray.data.prompts import read_conversations
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.errors import InputError
@@ -168,15 +165,11 @@ def jobs_of(job: EvaluateJob, run_dir: Path) -> list[Any]:
 
 def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[str, SampleJob]:
     """Of each arm that is a model: it answers all prompts, of whatever part, in one go."""
-    asked = job.prompts if job.prompts is not None or job.harmless is None else job.harmless.prompts
+    asked = job.prompts or (job.harmless.prompts if job.harmless else None)
     if asked is None:  # no arm is asked anything
         return {}
-    data = OrderedDataConfig(
-        path=str(run_dir / "prompts.jsonl"),
-        system=asked.system,
-        max_prompt_tokens=asked.max_prompt_tokens,
-        too_long=asked.too_long,
-    )
+    limits = asked.model_dump(include={"system", "max_prompt_tokens", "too_long"})
+    data = OrderedDataConfig(path=str(run_dir / "prompts.jsonl"), **limits)
     return {
         name: SampleJob(
             policy=PolicyConfig(

@@ -185,7 +185,6 @@ def test_the_remedy_has_what_was_typed(write: Write, written: str, read: str | N
     """In a file, YAML has made a number of it by now: what it has made is told, and what to write instead."""
     got = f"{written}, which is read as {read}" if read else written
     text = problems([write(f"policy:\n  revision: {written} # the one\ntracking: {{tags: [{written}]}}")])
-    assert f"policy.revision must be text (got {got}, set by {write('')}, line 2)" not in text
     assert f"policy.revision must be text (got {got}, set by " in text and f'in quotes: revision: "{written}".' in text
     assert f"tracking.tags[0] must be text (got {got}, " in text and f'Put it in quotes: "{written}".' in text
 
