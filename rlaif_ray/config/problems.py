@@ -21,11 +21,11 @@ from rlaif_ray.config.layers import (
     fields_of,
     is_choice_of_words,
     item_class,
-    kind_of,
     takes,
     variants,
 )
 from rlaif_ray.config.roles import MAY_BE_EMPTY
+from rlaif_ray.documents import kind_of
 from rlaif_ray.secrecy import secrets_in
 
 _NULLS = ("null", "Null", "NULL")
