@@ -83,8 +83,8 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | st
 
 
 def _is_path(name: str | Path) -> bool:
-    text = str(expand_home(name))
-    looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    text = str(name)
+    looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~", "$")) or text.count("/") > 1
     return looks_like_one or os.path.exists(text)
 
 

@@ -366,7 +366,7 @@ def _origin(key: Key, origins: Origins) -> str:
 def _written(place: _Place, origins: Origins) -> str | None:
     """The text that the value, or item of a list, was read from; None for what is in quotes, and no scalar."""
     origin = origins.get((*place.key, place.item[1:-1]) if place.item else place.key)
-    return None if origin is None else origin.written
+    return None if origin is None or not (origin.written or origin.typed) else origin.written
 
 
 def _shown(value: Any) -> str:

@@ -84,7 +84,7 @@ CONFIG_LEVEL = [
         says=("feedback.type must be one of judge, reward_model, mixture", '"oracle"', "Set it to"),
     ),
     Wrong("list for a template", "feedback: {template: [a]}", says=("feedback.template must be text", "Set it to")),
-    Wrong("number for a template", "", ("feedback.template=3",), ("feedback.template must be text", "quotes")),
+    Wrong("number for a template", "feedback: {template: 3}", says=("feedback.template must be text", "quotes")),
     Wrong("unknown judge", "feedback: {judge: {type: gpt}}", says=("feedback.judge.type must be vllm", "Set it to")),
     # files
     Wrong("missing file", None, says=("train.yaml does not exist", "Check the path")),
