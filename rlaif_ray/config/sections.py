@@ -202,12 +202,15 @@ class OpenAIJudge(Config):
     """A longer question is too long; null: the endpoint's own limit says so."""
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Variables of the model's chat template, where the endpoint takes them (vLLM and SGLang do)."""
+    token_limit: Annotated[Literal["max_completion_tokens", "max_tokens"], HANDLING] = "max_completion_tokens"
+    """What the endpoint calls the most tokens that it may write; many know max_tokens alone."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the endpoint as it is."""
+    """Parameters of the request: a value sets one, over ours of that name, and null leaves one of ours out, such as
+    {temperature: null} for a model that takes none."""
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent with every question beside our own parameters."""
+        """What is sent with every question over our own parameters; None: that one is not sent."""
         arguments = {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
         return {**self.extra_body, **arguments}
 
@@ -217,6 +220,7 @@ class OpenAIJudge(Config):
                 "judge.chat_template_kwargs and judge.extra_body.chat_template_kwargs are the same (got both): one "
                 "would overwrite the other. Keep the first."
             )
+        yield from self._body_problems()
         if self.max_cost is not None and self.price_in == self.price_out == 0:
             yield (
                 f"judge.max_cost needs judge.price_in or judge.price_out (got max_cost={self.max_cost:g} and no "
@@ -226,6 +230,32 @@ class OpenAIJudge(Config):
             yield (
                 "judge.api_key_env must name an environment variable, in capitals (got something else, not shown as it "
                 "may be the key itself): settings are written into logs. Run export OPENAI_API_KEY=..., and name that."
+            )
+
+    def _body_problems(self) -> Iterator[str]:
+        """Parameters without which an answer could not be read, or not be counted."""
+        body = self.extra_body
+        for name in ("model", "messages", "n", "stream"):
+            if name in body and not (name == "stream" and not body[name]):
+                instead = {"model": "Set judge.model.", "n": "Set label.reasoning.samples."}.get(name, "Remove it.")
+                yield (
+                    f"judge.extra_body can't set {name} (got {body[name]!r}): questions are put, and answers read, by "
+                    f"the run. {instead}"
+                )
+        for name in ("logprobs", "top_logprobs"):
+            if self.answers == "logprobs" and name in body and not body[name]:
+                yield (
+                    f"judge.extra_body can't leave out {name} with judge.answers=logprobs (got {body[name]!r}): the "
+                    f"probability of an answer is read there. Use judge.answers=text, whose labels are hard, or remove "
+                    f"it."
+                )
+        limited = (
+            body.get(self.token_limit, 1) is not None or body.get("max_tokens") or body.get("max_completion_tokens")
+        )
+        if self.max_cost is not None and not limited:
+            yield (
+                f"judge.max_cost needs a limit of tokens (got {self.token_limit}: null in judge.extra_body): an answer "
+                f"could cost any sum. Give judge.extra_body a number, or set judge.token_limit to the endpoint's name."
             )
 
 
