@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.data.prompt_table import PromptTable
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.failures import kind_of, may_pass
 from rlaif_ray.feedback.local import LocalAsker, role_heads
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 class Inputs:
     """What a run reads before anything starts."""
 
-    prompts: list[Prompt]
-    helpful: list[Prompt]
+    prompts: PromptTable
+    helpful: PromptTable
     constitution: Constitution
     examples: tuple[Example, ...]
     chat: ChatTemplate
@@ -76,7 +77,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
             (helpful_file, inputs.helpful, 0),
         ):
             reviser = make_reviser(job, inputs, asker, steps)
-            done = rows_kept(path, [prompt.id for prompt in prompts], lambda row: row["id"])
+            done = rows_kept(path, prompts.ids, lambda row: row["id"])
             progress.advance(done)
             rows_again(path, _failed, _rows_by(reviser, prompts), stopping)
             work = in_order(_revised_by(reviser), chunks(prompts[done:], CHUNK), at_once=at_once, stopping=stopping)
@@ -170,7 +171,7 @@ def read_inputs(job: ReviseJob) -> Inputs:
             f"revision.examples=null."
         )
     prompts = read_prompts(job.data, chat, left)
-    helpful = read_prompts(job.helpful.data, chat, left) if job.helpful.data is not None else []
+    helpful = read_prompts(job.helpful.data, chat, left) if job.helpful.data is not None else PromptTable.empty()
     wanted = round(len(prompts) * job.helpful.share / (1 - job.helpful.share))
     return Inputs(prompts, helpful[:wanted], constitution, examples, chat, context)
 

@@ -22,6 +22,7 @@ from rlaif_ray.data.preferences import (
     read_preferences,
 )
 from rlaif_ray.data.record_files import RecordWriter
+from rlaif_ray.data.rows import count_rows
 from rlaif_ray.errors import FeedbackError, InputError, RunError
 from rlaif_ray.feedback.answers import LOW_MASS
 from rlaif_ray.feedback.failures import may_pass
@@ -353,12 +354,7 @@ def _reader(job: LabelJob, labeler: Labeler) -> Labeler:
 
 def _total(job: LabelJob) -> int | None:
     """How many pairs there are, where that is quickly known."""
-    path = expand_home(job.data.path)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return job.data.limit
-    with path.open("rb") as file:
-        lines = sum(1 for line in file if line.strip())
-    return min(lines, job.data.limit or lines)
+    return count_rows(job.data.path, job.data.limit)
 
 
 def same_pair(both: tuple[PreferenceRecord, PreferenceRecord]) -> bool:
