@@ -643,14 +643,14 @@ def test_half_a_surrogate_pair_is_a_replacement_character(name: str, tmp_path: P
     file.write_text(json.dumps(preference) + "\n")
     (record,) = read_preferences(str(file))
     assert (record.prompt[0].content, record.response_a) == (text, "\ufffd")
-    file.write_text(json.dumps({"prompt": "p", "response": row["prompt"]}) + "\n")
+    file.write_text(json.dumps({"prompt": row["prompt"], "response": "\ud83d"}) + "\n")
     (demonstration,) = read_demonstrations(str(file))
-    assert demonstration.messages[-1].content == text
+    assert [turn.content for turn in demonstration.messages] == [text, "\ufffd"]
 
 
 def test_lines_are_counted_from_1_where_halves_stand_before(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
-    rows = [json.dumps({"prompt": "\ud83d"}), "", json.dumps({"prompt": "\udc00", "id": 3.5})]
+    rows = [json.dumps({"prompt": "\ud83d"}), "", json.dumps({"prompt": 3})]
     file.write_text("\n".join(rows))
-    with pytest.raises(InputError, match=r"p\.jsonl, line 3: id must be text"):
+    with pytest.raises(InputError, match=r"p\.jsonl, line 3: "):
         load(str(file))
