@@ -26,6 +26,7 @@ from rlaif_ray.dropout import zero_dropout_in_config, zero_dropout_in_modules
 from rlaif_ray.errors import InputError
 from rlaif_ray.folders import build_folder_once
 from rlaif_ray.model_errors import WRONG_VALUES, one_line, remedy
+from rlaif_ray.paths import expand_home
 from rlaif_ray.reward_head import check_head, classifier_class
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ PACKAGES = {
 
 def cache_folder() -> Path:
     """Where converted models live: `$RLAIF_CACHE`, else `~/.cache/rlaif_ray`. Not created here."""
-    return Path(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").expanduser().absolute()
+    return expand_home(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").absolute()
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | str:
@@ -83,12 +84,12 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | st
 
 def _is_path(name: str | Path) -> bool:
     text = str(name)
-    looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~", "$")) or text.count("/") > 1
     return looks_like_one or os.path.exists(text)
 
 
 def _model_folder(text: str) -> Path:
-    folder = Path(os.path.expanduser(text)).absolute()  # the os function keeps an unknown ~user as it is
+    folder = expand_home(text).absolute()
     if not os.path.exists(folder):
         raise InputError(
             f"model {text!r} is a path that does not exist (looked at {folder}). "
@@ -264,7 +265,36 @@ def load_tokenizer(
                 "end. Set eos_token in its tokenizer_config.json."
             )
         tokenizer.pad_token = tokenizer.eos_token
+    _must_fit_embeddings(tokenizer, str(name), revision=revision, trust_remote_code=trust_remote_code)
     return tokenizer
+
+
+# Tokens that stand for what is no text: some tokenizers of models without eyes have them too (Gemma 3 1B).
+_OF_OTHER_SENSES = re.compile(r"image|img|vision|video|audio|sound|speech", re.IGNORECASE)
+
+
+def _must_fit_embeddings(tokenizer: Any, name: str, **code: Any) -> None:
+    """Raises InputError where a text could get a token that the model has no embedding for."""
+    try:
+        rows = getattr(load_config(name, **code).get_text_config(), "vocab_size", None)
+    except InputError:  # told by whoever loads the model
+        return
+    last = max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)  # id, where the vocabulary has no gaps
+    if not isinstance(rows, int) or last < rows:
+        return
+    special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    reached = sorted(
+        (index, token) for token, index in beyond.items() if token not in special or not _OF_OTHER_SENSES.search(token)
+    )
+    if reached:
+        (index, token), more = reached[0], len(reached) - 1
+        raise InputError(
+            f"the tokenizer of model {name!r} has more tokens than the model has embeddings (got {token!r} with id "
+            f"{index}{f' and {more} more' if more else ''} for {rows} rows): such a token would end the run. Give the "
+            f"tokenizer that belongs to the model, or enlarge the model, by model.resize_token_embeddings("
+            f"{max(beyond.values()) + 1}), and save both."
+        )
 
 
 def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -19,8 +19,10 @@ from typing import Any, BinaryIO
 
 from xxhash import xxh3_128
 
-from rlaif_ray.errors import CheckpointError, InputError, RunError
+from rlaif_ray.documents import JSON_BYTES, parse_json
+from rlaif_ray.errors import CheckpointError, DocumentError, InputError, RunError
 from rlaif_ray.folders import publish_folder
+from rlaif_ray.paths import expand_home
 from rlaif_ray.secrecy import masked, without_login
 
 MANIFEST = "manifest.json"
@@ -82,7 +84,7 @@ class Place:
         """
         text = str(address).removeprefix("file://")
         if "://" not in text:
-            return cls(str(Path(text).expanduser().absolute()))
+            return cls(str(expand_home(text).absolute()))
         place = cls(text.rstrip("/"))
         try:
             place._remote()
@@ -136,8 +138,12 @@ class Place:
         return file.stored
 
     def read(self) -> bytes:
+        """A small file's content."""
         with _failing(f"{self} can't be read"), self.opened() as file:
-            return file.read()
+            data = file.read(JSON_BYTES + 1)
+            if len(data) > JSON_BYTES:
+                raise CheckpointError(f"{self} can't be read: it is longer than {JSON_BYTES:,} bytes.")
+            return data
 
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:
@@ -259,7 +265,7 @@ def open_folder(place: Place, *, verify: bool = True) -> tuple[StoredFolder, dic
     manifest = place / MANIFEST
     try:
         with manifest.opened() as file:
-            content = json.loads(file.read())
+            content = parse_json(file.read(JSON_BYTES + 1), dict)
         if content["format"] != FORMAT:
             raise CheckpointError(
                 f"{manifest} is of format {content['format']}, and this rlaif_ray reads {FORMAT}: go on with "
@@ -276,6 +282,8 @@ def open_folder(place: Place, *, verify: bool = True) -> tuple[StoredFolder, dic
         raise CheckpointError(
             f"{place} has no {MANIFEST}: it is not whole, or an older version of rlaif_ray wrote it."
         ) from error
+    except DocumentError as error:
+        raise CheckpointError(f"{manifest} can't be read: it {error}.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest} can't be read ({told(error)}).") from error
     folder = StoredFolder(place / below if below else place, files)

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 import rlaif_ray
-from rlaif_ray.config.layers import ConfigDumper
 from rlaif_ray.config.load import Loaded
+from rlaif_ray.documents import YamlDumper
 
 # Name shown, and the distributions that may carry it: vLLM's CPU build has a name of its own.
 _PACKAGES = {
@@ -74,7 +74,7 @@ def resolved_yaml(loaded: Loaded, versions: Mapping[str, str], git: str | None, 
     header += [f"changed {change}" for change in changes]
     body = yaml.dump(
         _plain(loaded.config.model_dump()),
-        Dumper=ConfigDumper,
+        Dumper=YamlDumper,
         sort_keys=False,
         allow_unicode=True,
         width=120,

@@ -8,10 +8,8 @@ until the bad one: the reader raises when it gets there, and what came before ha
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,9 +18,10 @@ from typing_extensions import TypedDict
 from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.data.messages import Row, described, read_messages, response_of
 from rlaif_ray.data.prompts import HUB_ID, hub_reference, id_of_row, nearest_hint, one_line
-from rlaif_ray.data.rows import json_lines, parquet_rows
+from rlaif_ray.data.rows import json_lines, mended, parquet_rows
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
+from rlaif_ray.paths import expand_home
 from rlaif_ray.types import Message
 
 ENDINGS = (".jsonl", ".parquet")
@@ -90,7 +89,7 @@ class PreferenceRecord(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _text_that_can_be_written(cls, values: Any) -> Any:
-        return _mended(values)
+        return mended(values)
 
     @model_validator(mode="after")
     def _labelled_or_failed(self) -> PreferenceRecord:
@@ -161,7 +160,7 @@ _Rows = Callable[[], Iterator[Row]]  # starts at the first row each time
 
 
 def rows_of(path: str, split: str) -> _Rows:
-    local = Path(os.path.expanduser(path))
+    local = expand_home(path)
     if path and local.exists():
         if local.is_dir() or local.suffix not in ENDINGS:
             kind = "a folder" if local.is_dir() else local.suffix or "no file ending"
@@ -358,20 +357,3 @@ def _problem(place: str, error: ValidationError, form: _Form) -> str:
     return (
         f"{place}: {column} must be {_MUST_BE[field]} (got {got}{inner and f' at {column}{inner}'}). Correct the row."
     )
-
-
-def _mended(value: Any) -> Any:
-    """`value` with halves of surrogate pairs, which models emit and no UTF-8 file can hold, as U+FFFD."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return value
-    if isinstance(value, Message):
-        return Message(_mended(value.role), _mended(value.content))
-    if isinstance(value, Mapping):
-        return {_mended(key): _mended(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mended(inner) for inner in value]
-    return value

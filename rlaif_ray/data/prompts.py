@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import glob
 import itertools
-import os
 import re
 import tempfile
 from array import array
@@ -25,6 +24,7 @@ from rlaif_ray.data.messages import Row, described, read_messages, shorten
 from rlaif_ray.data.prompt_table import Conversations, Places, PromptTable, repeated
 from rlaif_ray.data.rows import WrongRows, count_rows, json_lines, parquet_rows
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
 from rlaif_ray.tracking.progress import SILENT_S, ItemProgress
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _read(path: str, split: str, column: str, limit: int | None) -> Iterator[Row
                 f"Use {' or '.join(packaged)}."
             )
         return _read_file(packaged[path], split, column, limit)
-    local = Path(os.path.expanduser(path))
+    local = expand_home(path)
     if path and local.exists():
         return (_read_folder if local.is_dir() else _read_file)(local, split, column, limit)
     if not HUB_ID.fullmatch(path) or local.suffix in _ENDINGS:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlaif_ray.data.messages import Row, shorten
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
+from rlaif_ray.types import Message
 
 BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 
+_HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # of surrogates; two of them may be a character
 _ROWS_AT_A_TIME = 256  # of a parquet file; responses can be long
 
 _EXAMPLES = {  # of a row, by what the rows are
@@ -62,7 +65,24 @@ def _object(line: bytes, place: str, what: str) -> dict[str, Any]:
             f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as "
             f"{_EXAMPLES[what]}. Mend or remove the line."
         )
-    return dict(value)
+    return dict(mended(value) if _HALF_OF_A_PAIR.search(line) else value)
+
+
+def mended(value: Any) -> Any:
+    """`value` with halves of surrogate pairs, which models emit and no UTF-8 file can hold, as U+FFFD."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return value
+    if isinstance(value, Message):
+        return Message(mended(value.role), mended(value.content))
+    if isinstance(value, Mapping):
+        return {mended(key): mended(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [mended(inner) for inner in value]
+    return value
 
 
 def parquet_rows(file: Path, what: str = "preferences", stem: str | None = None) -> Iterator[Row]:
@@ -88,7 +108,7 @@ def parquet_rows(file: Path, what: str = "preferences", stem: str | None = None)
 
 def count_rows(path: str | Path, limit: int | None = None) -> int | None:
     """How many rows a file has, at most `limit`, where that is quickly known: for progress. None: it is not."""
-    file = Path(os.path.expanduser(path))
+    file = expand_home(path)
     count = None
     try:
         if file.suffix == ".jsonl" and file.is_file():

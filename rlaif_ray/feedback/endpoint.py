@@ -152,10 +152,12 @@ class Endpoint:
             ours = [key for key in body if key not in ("model", "messages", "n")]
             about = next((key for key in ours if key == error.param or re.search(rf"\b{key}\b", said)), None)
             if about is not None:
+                other = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}.get(about)
+                remedy = f"set judge.token_limit={other}" if other else f"leave it out ({about}: null)"
                 return InputError(
                     f"the endpoint {self.url} does not take {about}={body[about]!r} {got}. Set it to what "
-                    f"judge.model={self._cfg.model} takes through judge.extra_body; where it has no log-probabilities, "
-                    f"use judge.answers=text."
+                    f"judge.model={self._cfg.model} takes through judge.extra_body, or {remedy}; where it has no "
+                    f"log-probabilities, use judge.answers=text."
                 )
             return NoReplyError(f"endpoint_error: {status}: {said}")
         return NoReplyError(f"endpoint_error: {status}")

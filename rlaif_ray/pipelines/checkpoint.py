@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.config.resolved import versions
-from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.documents import parse_json
+from rlaif_ray.errors import CheckpointError, DocumentError, InputError
 from rlaif_ray.pipelines.inputs import contents
 from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
 from rlaif_ray.storage import MANIFEST, Place, StoredFolder, draft, open_folder, publish, told
@@ -354,9 +355,9 @@ def _open(root: Place, step: int) -> Saved:
     if facts.get("step") != step:
         raise CheckpointError(f"{root / f'step-{step}'} is of step {facts.get('step')}: it was renamed, or copied.")
     try:
-        document = dict(json.loads(folder.read(STATE)))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder.place / STATE} can't be read ({told(error)}).") from error
+        document = parse_json(folder.read(STATE), dict, lenient=True)
+    except DocumentError as error:
+        raise CheckpointError(f"{folder.place / STATE} can't be read: it {error}.") from error
     return Saved(step, folder, document)
 
 

@@ -35,6 +35,7 @@ from rlaif_ray.feedback.remembered import RememberingAsker
 from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
 from rlaif_ray.feedback.thoughts import AnswerLabeler, answers_alone
+from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.asking import open_asker
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import judge_context, load_chat
@@ -124,7 +125,7 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
     if job.push_to_hub is not None:
         check_hub(job.push_to_hub)
     output = output_of(loaded, "labels.jsonl")
-    if output.absolute() == Path(job.data.path).expanduser().absolute():
+    if output.absolute() == expand_home(job.data.path).absolute():
         raise InputError(
             f"output must be another file than data.path (got {output} for both): the pairs would be taken for "
             f"finished labels. Name another output."

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.data.identity import data_content
+from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.settings import KEPT, changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import read_json, write_json
 
@@ -94,7 +96,7 @@ def _leave() -> None:
 
 def output_of(loaded: Loaded, name: str) -> Path:
     """The file that a data-making job writes: the user's, or `name` in the run's own folder."""
-    return Path(loaded.config.output).expanduser() if loaded.config.output else loaded.run_dir / name
+    return expand_home(loaded.config.output) if loaded.config.output else loaded.run_dir / name
 
 
 def state_of(loaded: Loaded) -> Path:
@@ -103,7 +105,7 @@ def state_of(loaded: Loaded) -> Path:
     named = getattr(loaded.config, "output", None)
     if not named:
         return loaded.run_dir
-    output = Path(named).expanduser()
+    output = expand_home(named)
     return output.with_name(f"{output.name}.state")
 
 
@@ -137,12 +139,13 @@ def go_on(loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = Non
     inputs.note_commits()
     results = _results(state, output, made)
     kept = read_json(path) if results else {}
-    changes = kept.get("changes", [])
+    changes = at(kept, "changes", expected=list) or []
     if results and not kept:
         raise InputError(
             f"{results[0]} is there, but nothing that says what it was made from ({path} is missing, or can't be "
             f"read): what is made now might be mixed with other results. Use another run_dir or output, or remove it."
         )
+    before = len(changes)
     if kept:
         where = "that folder" if output is None or state in output.parents else f"that folder and {output}"
         try:
@@ -164,7 +167,7 @@ def go_on(loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = Non
     now = kept_settings(loaded.config, inputs.contents)
     write_json(path, {**now, "changes": changes})
     write_resolved(loaded, history(changes))
-    for line in history(changes[len(kept.get("changes", [])) :]):
+    for line in history(changes[before:]):
         print(f"changed {line}", flush=True)
 
 

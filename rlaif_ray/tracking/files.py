@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlaif_ray.errors import InputError, RunError
+from rlaif_ray import documents
+from rlaif_ray.documents import bounded_lines, parse_json
+from rlaif_ray.errors import DocumentError, InputError, RunError
 
 
 def plain(value: Any) -> Any:
@@ -51,13 +53,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            rows.append(parse_json(line, dict, lenient=True))
+        except DocumentError as error:
             if number == len(lines):
                 break
             raise InputError(
-                f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}): a resumed run goes "
-                f"on from these rows. Repair or delete the line, or start anew with checkpoint.resume=never."
+                f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}, which {error}): a "
+                f"resumed run goes on from these rows. Repair or delete the line, or start anew with "
+                f"checkpoint.resume=never."
             ) from error
     return rows
 
@@ -71,15 +74,15 @@ def read_rows_streaming(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(bounded_lines(file), start=1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError) as error:
+                yield parse_json(line, dict, lenient=True)
+            except DocumentError as error:
                 raise InputError(
-                    f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}): a run that is "
-                    f"started again goes on from these rows. Remove the file to make them anew."
+                    f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}, which {error}): a "
+                    f"run that is started again goes on from these rows. Remove the file to make them anew."
                 ) from error
 
 
@@ -138,10 +141,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, empty if the file is missing or no JSON."""
+    """The object in `path`, empty if the file is missing or no JSON. What stands in it may be of any type: see
+    `documents.at`."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return documents.read_json(path, dict, lenient=True)
+    except (OSError, DocumentError):
         return {}
 
 

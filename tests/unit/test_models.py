@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,6 +161,42 @@ def test_a_tokenizer_that_cannot_end_is_refused(broken: Path) -> None:
     edit_json(broken / "tokenizer_config.json", pad_token=None, eos_token=None)
     with pytest.raises(InputError, match="eos_token"):
         load_tokenizer(broken)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "special", "says"),
+    [
+        (["<new>"], False, r"got '<new>' with id 320 for 320 rows"),
+        (["<new>", "<more>"], False, r"got '<new>' with id 320 and 1 more for 320 rows"),
+        (["<|turn_end|>"], True, r"got '<\|turn_end\|>' with id 320 for 320 rows"),
+        (["<image_soft_token>", "<|eot|>"], True, r"got '<\|eot\|>' with id 321 for 320 rows"),
+        (["an image"], False, "got 'an image' with id 320"),  # which a text may hold
+    ],
+)
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
+    broken: Path, tokens: list[str], special: bool, says: str
+) -> None:
+    tokenizer: Any = load_tokenizer(broken)
+    tokenizer.add_tokens(tokens, special_tokens=special)
+    tokenizer.save_pretrained(broken)
+    with pytest.raises(InputError, match=says) as caught:
+        load_tokenizer(broken)
+    assert f"model.resize_token_embeddings({320 + len(tokens)})" in str(caught.value)
+    edit_json(broken / "config.json", vocab_size=320 + len(tokens))  # as a model has that was enlarged
+    load_tokenizer(broken)
+
+
+def test_a_token_for_what_is_no_text_needs_no_embedding(broken: Path) -> None:
+    """Gemma 3 1B has 262,144 embeddings and a token of that number for images, which it can't read."""
+    tokenizer: Any = load_tokenizer(broken)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(broken)
+    assert len(load_tokenizer(broken)) == 321
+
+
+def test_more_embeddings_than_tokens_are_fine(broken: Path) -> None:
+    edit_json(broken / "config.json", vocab_size=384)
+    load_tokenizer(broken)
 
 
 @pytest.mark.parametrize("ten_is_one_token", [False, True])

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from rlaif_ray.cli import app
 from rlaif_ray.config.load import load_job
 from rlaif_ray.errors import InputError
+from tests.jobs import TRAIN
 
 CANARY = "canary-7f3a9c51"
 
@@ -47,7 +48,7 @@ def test_a_secret_in_a_file_is_refused(written: str, key: str, tmp_path: Path) -
 
 
 def test_a_secret_on_the_command_line_is_refused(tmp_path: Path) -> None:
-    told = refused("steps: 2\n", tmp_path, f"rollout.engine_kwargs.hf_token={CANARY}", job="train")
+    told = refused(TRAIN, tmp_path, f"rollout.engine_kwargs.hf_token={CANARY}", job="train")
     assert "rollout.engine_kwargs.hf_token must not hold a secret" in told
 
 

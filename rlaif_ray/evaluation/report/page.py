@@ -15,10 +15,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from rlaif_ray import __version__
+from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.report import charts
 from rlaif_ray.evaluation.report.charts import Chart, Measure
-from rlaif_ray.evaluation.report.runs import Json, Pipeline, Run, at, find_runs
+from rlaif_ray.evaluation.report.runs import Json, Pipeline, Run, find_runs
 from rlaif_ray.evaluation.report.samples import Samples
 from rlaif_ray.evaluation.report.table_one import TASKS, harmless_arms, met, table_one
 

@@ -6,10 +6,13 @@ responses judged one at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlaif_ray.documents import at
 from rlaif_ray.evaluation.report.runs import Json, Run, rows
 from rlaif_ray.tracking.files import plain
 
@@ -58,7 +61,7 @@ class Samples:
             for row in rows(path, run.problems, limit):
                 try:
                     take(number, row, path)
-                except (AttributeError, KeyError, TypeError, ValueError):  # of a program that isn't ours
+                except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # of a program that isn't ours
                     odd += 1
             if odd:
                 run.problems.append(f"{path.name} has {odd} row(s) of a form that isn't known: left out")
@@ -113,8 +116,9 @@ class Samples:
         group = self._group(("prompt", run, _text(prompt)), prompt, "labelled by people" if people else "pairs", row)
         a, b = (self._response(group, run, row, side) for side in "ab")
         forward, reverse = row.get("p_a_forward"), row.get("p_a_reversed")
-        if isinstance(forward, int | float) and isinstance(reverse, int | float):
-            self.orders.setdefault(run, []).append((forward, reverse))
+        both = at(row, "p_a_forward", expected=float), at(row, "p_a_reversed", expected=float)
+        if both[0] is not None and both[1] is not None and math.isfinite(both[0] + both[1]):
+            self.orders.setdefault(run, []).append((both[0], both[1]))
         human = row.get("human")
         verdict = {
             "g": group,
@@ -161,8 +165,9 @@ def _pairs_of(run: Run) -> Path | None:
     if run.job in ("label", "pairs") and output.endswith(".jsonl"):
         # Relative to where the run was started, which is above the folder of most runs.
         for base in (Path(), *run.folder.parents):
-            if (base / output).is_file():
-                return base / output
+            with suppress(OSError, ValueError):  # of a path that is none
+                if (base / output).is_file():
+                    return base / output
     elif run.job == "label" and output:
         run.problems.append(f"the labels are in {Path(output).name}: only .jsonl can be browsed here")
     names = ("labels.jsonl", "judging/labels.jsonl", "pairs.jsonl")

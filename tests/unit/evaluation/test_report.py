@@ -207,7 +207,12 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         file.write('{"step": [1], "prompt": {"a": 1}, "completion": 5}\n')
     write_rows(run / "sampled.jsonl", [{"prompt": None, "responses": 5}])
     page = page_of(run)
-    for text in ("metrics.jsonl has 2 line(s)", "resolved.yaml is no YAML", "summary.json is no JSON", "isn't known"):
+    for text in (
+        "metrics.jsonl has 2 line(s)",
+        "resolved.yaml, line 1, is not valid YAML",
+        "summary.json is no JSON",
+        "isn't known",
+    ):
         assert text in page.text
     assert len(read_run(run, "demo").metrics["kl/mean"].steps) == 2
 
