@@ -52,7 +52,8 @@ anything = st.recursive(
     | st.integers(-(2**70), 2**70)
     | st.floats()
     | st.text(max_size=4)
-    | st.sampled_from(["1e400", 10**299, -(10**299), 10**400, 2**63, -1, "", "\ud800", "a\0b", deep(90), deep(150)]),
+    | st.sampled_from(["1e400", 10**299, -(10**299), 10**400, 2**63, -1, "", "\ud800", "a\0b"])
+    | st.builds(deep, st.sampled_from([90, 150])),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )

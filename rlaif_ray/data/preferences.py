@@ -8,7 +8,6 @@ until the bad one: the reader raises when it gets there, and what came before ha
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import TypedDict
 
 from rlaif_ray.chat.text import conversation_text
-from rlaif_ray.data.messages import Row, described, read_messages, response_of, shorten
+from rlaif_ray.data.json_rows import json_lines, mended
+from rlaif_ray.data.messages import Row, described, read_messages, response_of
 from rlaif_ray.data.prompts import HUB_ID, hub_reference, id_of_row, nearest_hint, one_line
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
@@ -28,12 +28,12 @@ from rlaif_ray.types import Message
 ENDINGS = (".jsonl", ".parquet")
 
 _ROWS_AT_A_TIME = 256  # of a parquet file; responses can be long
-_BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
+_EXAMPLE = '{"prompt": "...", "response_a": "...", "response_b": "..."}'
 
 Text = Annotated[str, Field(strict=True)]
 Response = Annotated[str, Field(strict=True, pattern=r"\S")]
 Probability = Annotated[float, Field(strict=True, ge=0, le=1)]  # strict: neither true nor "0.5" is a number
-Count = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]  # what parquet holds
 
 
 class Judge(TypedDict):
@@ -93,7 +93,7 @@ class PreferenceRecord(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _text_that_can_be_written(cls, values: Any) -> Any:
-        return _mended(values)
+        return mended(values)
 
     @model_validator(mode="after")
     def _labelled_or_failed(self) -> PreferenceRecord:
@@ -189,35 +189,10 @@ def rows_of(path: str, split: str) -> _Rows:
 
 def _lines(file: Path) -> Iterator[Row]:
     try:
-        stream = file.open("rb")
+        for number, (place, cells) in enumerate(json_lines(file, _EXAMPLE), 1):
+            yield Row(place, f"{file.stem}-{number}", cells)
     except OSError as error:
         raise InputError(f"the preferences {file} cannot be read ({error.strerror}). Give a readable file.") from error
-    rows = 0
-    with stream:
-        for number, line in enumerate(stream, 1):
-            line = line.removeprefix(_BOM) if number == 1 else line
-            if line.strip():
-                rows += 1
-                place = f"{file}, line {number}"
-                yield Row(place, f"{file.stem}-{rows}", _object(line, place))
-
-
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode())
-        reason = "" if isinstance(value, dict) else "another JSON value"
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} is not UTF-8"
-    except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else "the line is cut off: the file ends within it; "
-        reason = cut + str(error).partition(": line")[0]
-    if reason:
-        shown = shorten(line.decode("utf-8", "replace").strip())
-        raise InputError(
-            f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as "
-            '{"prompt": "...", "response_a": "...", "response_b": "..."}. Mend or remove the line.'
-        )
-    return dict(value)
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
@@ -413,20 +388,3 @@ def _problem(place: str, error: ValidationError, form: _Form) -> str:
     return (
         f"{place}: {column} must be {_MUST_BE[field]} (got {got}{inner and f' at {column}{inner}'}). Correct the row."
     )
-
-
-def _mended(value: Any) -> Any:
-    """`value` with halves of surrogate pairs, which models emit and no UTF-8 file can hold, as U+FFFD."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return value
-    if isinstance(value, Message):
-        return Message(_mended(value.role), _mended(value.content))
-    if isinstance(value, Mapping):
-        return {_mended(key): _mended(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mended(inner) for inner in value]
-    return value

@@ -15,7 +15,7 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.text import conversation_text
+from rlaif_ray.data.json_rows import json_document, json_lines
 from rlaif_ray.data.messages import Row, described, read_messages, shorten
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message, Prompt
@@ -38,7 +39,8 @@ PACKAGED = Path(__file__).parent / "prompts"  # package:train and package:heldou
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")  # see hub_reference
 _ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 _ROWS_AT_A_TIME = 1000  # of a parquet file; `datasets` takes a row group by default, and fails where that is empty
-_JSON_BYTES_AT_A_TIME = 2**30  # by default 10 MB, and every later part must have the columns of the first
+_JSON = {".jsonl": json_lines, ".json": json_document}
+_EXAMPLE = '{"prompt": "..."}'
 
 # Which split a file of a folder belongs to, by the words of its name; a file with none of them is for training.
 _SPLIT_WORDS = {
@@ -47,7 +49,6 @@ _SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
     "heldout": {"heldout"},
 }
-_BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,70 +198,57 @@ def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: 
             f"the prompts {file} have no split {split!r}: a single file is all train. "
             "Leave split out, or name the file that holds those prompts."
         )
-    records = _records(file, column, limit)
-    _need_column(column, list(dict.fromkeys(key for record in records for key in record)), str(file), records)
-    places = [f"{file}, row {number}" for number in range(1, len(records) + 1)]
-    if file.suffix == ".jsonl":  # an editor shows lines; blank ones are no rows
-        with file.open("rb") as lines:
-            numbers = [n for n, line in enumerate(lines, 1) if line.lstrip(_BOM + b" \t").startswith(b"{")]
-        places[: len(numbers)] = [f"{file}, line {number}" for number in numbers[: len(records)]]
+    found = _records(file, column, limit)
+    records = [record for _, record in found]
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    _need_column(column, columns, str(file), records)
+    if "id" in columns:
+        for record in records:
+            record.setdefault("id", None)  # every row has one, or none has
     names = (f"{stem or file.stem}-{number}" for number in itertools.count(1))
-    return [Row(*row) for row in zip(places, names, records, strict=False)]
+    return [Row(place, name, record) for (place, record), name in zip(found, names, strict=False)]
 
 
-def _records(file: Path, column: str, limit: int | None) -> list[dict[str, Any]]:
-    """The first `limit` records of a file, through `datasets` and past its cache: a changed file is read as it is."""
-    from datasets.utils import logging
-
+def _records(file: Path, column: str, limit: int | None) -> list[tuple[str, dict[str, Any]]]:
+    """The first `limit` records of a file, each with its place."""
     try:
         if not file.stat().st_size:
             return []
-        with ExitStack() as stack:
-            stack.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity(logging.CRITICAL)  # what it logs is raised anyway
-            locks = stack.enter_context(tempfile.TemporaryDirectory())
-            return [dict(record) for record in itertools.islice(_stream(file, column, locks), limit)]
+        if file.suffix in _JSON:
+            return list(itertools.islice(_JSON[file.suffix](file, _EXAMPLE), limit))
+        return [
+            (f"{file}, row {number}", dict(record))
+            for number, record in enumerate(itertools.islice(_table(file, column), limit), 1)
+        ]
+    except InputError:
+        raise
     except Exception as error:  # what pyarrow, pandas and datasets raise about a file has no common root
-        broken = _broken_line(file) if file.suffix == ".jsonl" and not isinstance(error, OSError) else None
-        if broken:
-            number, reason, line = broken
-            raise InputError(
-                f"{file}, line {number}: not a JSON object ({reason}; got {shorten(line)}). Every line must be one, "
-                'in UTF-8, such as {"prompt": "..."}. Mend the line.'
-            ) from error
         raise InputError(
             f"the prompts {file} cannot be read as {file.suffix} (got: {one_line(error)}). "
             "Mend the file, or give it the ending of what it is."
         ) from error
 
 
-def _stream(file: Path, column: str, cache_dir: str) -> Iterable[dict[str, Any]]:
-    """Reads the file itself, where `datasets.load_dataset` would ask the hub first and then copy it to a cache."""
+def _table(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    """The rows of a .csv or .parquet file, through `datasets` and past its cache: a changed file is read as it is.
+
+    Reads the file itself, where `datasets.load_dataset` would ask the hub first and then copy it to a cache.
+    """
     from datasets.io.csv import CsvDatasetReader
-    from datasets.io.json import JsonDatasetReader
     from datasets.io.parquet import ParquetDatasetReader
+    from datasets.utils import logging
 
-    common: dict[str, Any] = {"cache_dir": cache_dir, "streaming": True}
-    name = glob.escape(str(file.absolute()))
-    if file.suffix == ".csv":  # it holds text: without these, "NA" would be no prompt and "007" the id 7
-        reader = CsvDatasetReader(name, keep_default_na=False, converters={column: str, "id": str}, **common)
-    elif file.suffix == ".parquet":
-        reader = ParquetDatasetReader(name, batch_size=_ROWS_AT_A_TIME, **common)
-    else:
-        reader = JsonDatasetReader(name, chunksize=min(file.stat().st_size, _JSON_BYTES_AT_A_TIME), **common)
-    stream: Iterable[dict[str, Any]] = reader.read()
-    return stream
-
-
-def _broken_line(file: Path) -> tuple[int, str, str] | None:
-    """The first line of a .jsonl file that holds no JSON object: its number, what is wrong, and itself."""
-    for number, line in enumerate(file.read_bytes().removeprefix(_BOM).split(b"\n"), 1):
-        try:
-            if line.strip() and not isinstance(json.loads(line), dict):
-                return number, "another JSON value", line.decode()
-        except ValueError as error:  # broken JSON or UTF-8
-            return number, str(error).partition(": line")[0], line.decode("utf-8", "replace").strip()
-    return None
+    with ExitStack() as stack:
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity(logging.CRITICAL)  # what it logs is raised anyway
+        locks = stack.enter_context(tempfile.TemporaryDirectory())
+        common: dict[str, Any] = {"cache_dir": locks, "streaming": True}
+        name = glob.escape(str(file.absolute()))
+        if file.suffix == ".csv":  # it holds text: without these, "NA" would be no prompt and "007" the id 7
+            reader = CsvDatasetReader(name, keep_default_na=False, converters={column: str, "id": str}, **common)
+        else:
+            reader = ParquetDatasetReader(name, batch_size=_ROWS_AT_A_TIME, **common)
+        yield from reader.read()
 
 
 def hub_reference(path: str) -> tuple[str, str | None]:

@@ -58,7 +58,7 @@ PARSERS["yaml"] = {"load", "load_all", "safe_load", "safe_load_all", "full_load"
 PARSERS["yaml"] |= {"scan", "SafeLoader", "CSafeLoader", "Loader", "FullLoader", "UnsafeLoader", "BaseLoader"}
 PURE = {"algorithm": {"torch"}}  # all that these may import beside the standard library, themselves and level 0
 
-FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 29_000
+FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 29_600
 
 SOURCES = {path.relative_to(PACKAGE): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
