@@ -46,7 +46,7 @@ LEVEL_OF_ROOM = {
 # Protocols speak of nouns; everybody raises; a stored folder is a folder.
 SAME_LEVEL = {("interfaces", "types"), ("interfaces", "storage"), ("folders", "errors"), ("storage", "errors")}
 SAME_LEVEL |= {("storage", "folders"), ("storage", "secrecy"), ("reward_head", "errors"), ("model_errors", "errors")}
-SAME_LEVEL |= {("documents", "errors"), ("storage", "documents")}
+SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("model_errors", "documents")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function
