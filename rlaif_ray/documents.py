@@ -119,11 +119,18 @@ def at(value: Any, *keys: str, expected: type = object) -> Any:
 
 
 @overload
-def parse_json(data: bytes | str, expected: type[T], *, most_bytes: int = ..., lenient: bool = ...) -> T: ...
-@overload
-def parse_json(data: bytes | str, *, most_bytes: int = ..., lenient: bool = ...) -> Any: ...
 def parse_json(
-    data: bytes | str, expected: type = object, *, most_bytes: int = JSON_BYTES, lenient: bool = False
+    data: bytes | str, expected: type[T], *, most_bytes: int = ..., nan: bool = ..., lenient: bool = ...
+) -> T: ...
+@overload
+def parse_json(data: bytes | str, *, most_bytes: int = ..., nan: bool = ..., lenient: bool = ...) -> Any: ...
+def parse_json(
+    data: bytes | str,
+    expected: type = object,
+    *,
+    most_bytes: int = JSON_BYTES,
+    nan: bool = False,
+    lenient: bool = False,
 ) -> Any:
     """The value of a JSON text in UTF-8, with or without a byte-order mark.
 
@@ -131,8 +138,8 @@ def parse_json(
 
     Args:
         expected: of what type the value must be: dict, list or anything.
-        lenient: take what other programs write and JSON has not: NaN, infinities, and of a key that stands twice the
-            last.
+        nan: take NaN and infinities, which JSON has not and other programs write.
+        lenient: these, and of a key that stands twice the last.
 
     Raises:
         DocumentError: it is none, or beyond the bounds.
@@ -142,7 +149,7 @@ def parse_json(
     if _is_deep(data):
         raise DocumentError(f"is nested more than {DEPTH} deep")
     try:
-        value = (_LENIENT if lenient else _STRICT).decode(_decoded(data))
+        value = (_LENIENT if lenient else _WITH_NAN if nan else _STRICT).decode(_decoded(data))
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DocumentError(f"is no JSON: {error.msg} at {line}column {error.colno}") from None
@@ -204,6 +211,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _STRICT = json.JSONDecoder(parse_int=_whole, parse_float=_fraction, parse_constant=_no_number, object_pairs_hook=_once)
+_WITH_NAN = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_once)
 _LENIENT = json.JSONDecoder(parse_int=_whole)
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.dropout import zero_dropout_in_config, zero_dropout_in_modules
 from rlaif_ray.errors import InputError
 from rlaif_ray.folders import build_folder_once
-from rlaif_ray.model_errors import WRONG_VALUES, one_line, remedy
+from rlaif_ray.model_errors import WRONG_VALUES, check_json, one_line, remedy
 from rlaif_ray.paths import expand_home
 from rlaif_ray.reward_head import check_head, classifier_class
 
@@ -437,11 +437,6 @@ def empty_model(
     return model
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """The number of parameters: tied ones once, and those DeepSpeed ZeRO-3 has sharded (empty here) in full."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-
-
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +446,8 @@ def _loading(part: str, name: str | Path, source: Path | str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    if isinstance(source, Path):
+        check_json(source)
     try:
         with _quiet_transformers():
             yield
@@ -464,7 +461,9 @@ def _loading(part: str, name: str | Path, source: Path | str) -> Iterator[None]:
         ) from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         cause = one_line(error)
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RecursionError) and part in ("config", "tokenizer"):
+            cause = "a JSON file of it is nested too deep."
+        elif isinstance(error, RuntimeError):
             if "mismatch" not in cause:  # e.g. out of memory: no fault of the input
                 raise
             cause = "its weights have other shapes than its config.json says."

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import TypedDict
 
 from rlaif_ray.chat.text import conversation_text
+from rlaif_ray.data.json_rows import mended
 from rlaif_ray.data.messages import Row, described, read_messages, response_of
 from rlaif_ray.data.prompts import HUB_ID, hub_reference, id_of_row, nearest_hint, one_line
-from rlaif_ray.data.rows import json_lines, mended, parquet_rows
+from rlaif_ray.data.rows import json_rows, parquet_rows
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.paths import expand_home
@@ -29,7 +30,7 @@ ENDINGS = (".jsonl", ".parquet")
 Text = Annotated[str, Field(strict=True)]
 Response = Annotated[str, Field(strict=True, pattern=r"\S")]
 Probability = Annotated[float, Field(strict=True, ge=0, le=1)]  # strict: neither true nor "0.5" is a number
-Count = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]  # what parquet holds
 
 
 class Judge(TypedDict):
@@ -173,7 +174,7 @@ def rows_of(path: str, split: str) -> _Rows:
                 f"the preferences {local} have no split {split!r}: a file is all train. "
                 "Leave split out, or name the file that holds those rows."
             )
-        return lambda: parquet_rows(local) if local.suffix == ".parquet" else json_lines(local)
+        return lambda: parquet_rows(local) if local.suffix == ".parquet" else json_rows(local)
     if not HUB_ID.fullmatch(path) or local.suffix in ENDINGS:
         near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(

@@ -22,7 +22,7 @@ from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.data.columns import TokenLists
 from rlaif_ray.data.messages import Row, described, read_messages, shorten
 from rlaif_ray.data.prompt_table import Conversations, Places, PromptTable, repeated
-from rlaif_ray.data.rows import WrongRows, count_rows, json_lines, parquet_rows
+from rlaif_ray.data.rows import WrongRows, count_rows, json_rows, parquet_rows
 from rlaif_ray.errors import InputError
 from rlaif_ray.paths import expand_home
 from rlaif_ray.tracking.progress import SILENT_S, ItemProgress
@@ -39,7 +39,6 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")  # see hub_refe
 _ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 _TOKENISED_AT_A_TIME = 1024  # prompts
 _LOOKED_AT = 1000  # rows of a file, for the column of the prompts
-_JSON_BYTES_AT_A_TIME = 2**30  # by default 10 MB, and every later part must have the columns of the first
 
 # Which split a file of a folder belongs to, by the words of its name; a file with none of them is for training.
 _SPLIT_WORDS = {
@@ -262,13 +261,11 @@ def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: 
             "Leave split out, or name the file that holds those prompts."
         )
     stem = stem or file.stem
-    if file.suffix == ".jsonl":
-        rows = json_lines(file, "prompts", stem)
-    elif file.suffix == ".parquet":
-        rows = parquet_rows(file, "prompts", stem)
-    else:
-        records = enumerate(_records(file, column), 1)
+    if file.suffix == ".csv":
+        records = enumerate(_csv_records(file, column), 1)
         rows = (Row(f"{file}, row {number}", f"{stem}-{number}", record) for number, record in records)
+    else:
+        rows = (parquet_rows if file.suffix == ".parquet" else json_rows)(file, "prompts", stem)
     return _checked(itertools.islice(rows, limit), column, str(file))
 
 
@@ -298,8 +295,12 @@ def _checked(rows: Iterator[Row], column: str, where: str) -> Iterator[Row]:
         yield row
 
 
-def _records(file: Path, column: str) -> Iterator[dict[str, Any]]:
-    """The records of a file, through `datasets` and past its cache: a changed file is read as it is."""
+def _csv_records(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    """The records of a file, through `datasets` and past its cache: a changed file is read as it is.
+
+    Reads the file itself, where `datasets.load_dataset` would ask the hub first and then copy it to a cache.
+    """
+    from datasets.io.csv import CsvDatasetReader
     from datasets.utils import logging
 
     try:
@@ -308,28 +309,16 @@ def _records(file: Path, column: str) -> Iterator[dict[str, Any]]:
         with ExitStack() as stack:
             stack.callback(logging.set_verbosity, logging.get_verbosity())
             logging.set_verbosity(logging.CRITICAL)  # what it logs is raised anyway
-            locks = stack.enter_context(tempfile.TemporaryDirectory())
-            yield from map(dict, _stream(file, column, locks))
-    except Exception as error:  # what pyarrow, pandas and datasets raise about a file has no common root
+            cache_dir = stack.enter_context(tempfile.TemporaryDirectory())
+            name = glob.escape(str(file.absolute()))
+            # It holds text: without these, "NA" would be no prompt and "007" the id 7.
+            how: dict[str, Any] = {"keep_default_na": False, "converters": {column: str, "id": str}}
+            yield from map(dict, CsvDatasetReader(name, cache_dir=cache_dir, streaming=True, **how).read())
+    except Exception as error:  # what pandas and datasets raise about a file has no common root
         raise InputError(
-            f"the prompts {file} cannot be read as {file.suffix} (got: {one_line(error)}). "
+            f"the prompts {file} cannot be read as .csv (got: {one_line(error)}). "
             "Mend the file, or give it the ending of what it is."
         ) from error
-
-
-def _stream(file: Path, column: str, cache_dir: str) -> Iterable[dict[str, Any]]:
-    """Reads the file itself, where `datasets.load_dataset` would ask the hub first and then copy it to a cache."""
-    from datasets.io.csv import CsvDatasetReader
-    from datasets.io.json import JsonDatasetReader
-
-    common: dict[str, Any] = {"cache_dir": cache_dir, "streaming": True}
-    name = glob.escape(str(file.absolute()))
-    if file.suffix == ".csv":  # it holds text: without these, "NA" would be no prompt and "007" the id 7
-        reader = CsvDatasetReader(name, keep_default_na=False, converters={column: str, "id": str}, **common)
-    else:
-        reader = JsonDatasetReader(name, chunksize=min(file.stat().st_size, _JSON_BYTES_AT_A_TIME), **common)
-    stream: Iterable[dict[str, Any]] = reader.read()
-    return stream
 
 
 def hub_reference(path: str) -> tuple[str, str | None]:

@@ -1,23 +1,17 @@
-"""Rows of files, one by one: JSON lines and parquet, whatever is in them; and what is said of rows that are wrong."""
+"""Rows of files, one by one: JSON and parquet, whatever is in them; and what is said of rows that are wrong."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from rlaif_ray.data.json_rows import json_document, json_lines
 from rlaif_ray.data.messages import Row, shorten
 from rlaif_ray.errors import InputError
 from rlaif_ray.paths import expand_home
-from rlaif_ray.types import Message
 
-BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
-
-_HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # of surrogates; two of them may be a character
 _ROWS_AT_A_TIME = 256  # of a parquet file; responses can be long
 
 _EXAMPLES = {  # of a row, by what the rows are
@@ -26,67 +20,30 @@ _EXAMPLES = {  # of a row, by what the rows are
 }
 
 
-def json_lines(file: Path, what: str = "preferences", stem: str | None = None) -> Iterator[Row]:
-    """The objects of a file that has one on every line that is not blank.
+def json_rows(file: Path, what: str = "preferences", stem: str | None = None) -> Iterator[Row]:
+    """The objects of a .jsonl file, which has one on every line that is not blank, or of a .json file, which may have
+    them in a list.
 
     Args:
         what: that the rows are, for messages.
         stem: that their numbers begin with; None: the file's.
 
     Raises:
-        InputError: the file can't be read, or a line is no object.
+        InputError: the file can't be read, or a row is no object.
     """
+    stem = stem or file.stem
+    read = json_document if file.suffix == ".json" else json_lines
     try:
-        stream = file.open("rb")
+        if not file.stat().st_size:
+            return
+        for number, (place, cells) in enumerate(read(file, _EXAMPLES[what]), 1):
+            yield Row(place, f"{stem}-{number}", cells)
     except OSError as error:
         raise InputError(f"the {what} {file} cannot be read ({error.strerror}). Give a readable file.") from error
-    rows, stem = 0, stem or file.stem
-    with stream:
-        for number, line in enumerate(stream, 1):
-            line = line.removeprefix(BOM) if number == 1 else line
-            if line.strip():
-                rows += 1
-                place = f"{file}, line {number}"
-                yield Row(place, f"{stem}-{rows}", _object(line, place, what))
-
-
-def _object(line: bytes, place: str, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode())
-        reason = "" if isinstance(value, dict) else "another JSON value"
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} is not UTF-8"
-    except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else "the line is cut off: the file ends within it; "
-        reason = cut + str(error).partition(": line")[0]
-    if reason:
-        shown = shorten(line.decode("utf-8", "replace").strip())
-        raise InputError(
-            f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as "
-            f"{_EXAMPLES[what]}. Mend or remove the line."
-        )
-    return dict(mended(value) if _HALF_OF_A_PAIR.search(line) else value)
-
-
-def mended(value: Any) -> Any:
-    """`value` with halves of surrogate pairs, which models emit and no UTF-8 file can hold, as U+FFFD."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return value
-    if isinstance(value, Message):
-        return Message(mended(value.role), mended(value.content))
-    if isinstance(value, Mapping):
-        return {mended(key): mended(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [mended(inner) for inner in value]
-    return value
 
 
 def parquet_rows(file: Path, what: str = "preferences", stem: str | None = None) -> Iterator[Row]:
-    """The rows of a parquet file, some at a time; arguments and errors are those of `json_lines`."""
+    """The rows of a parquet file, some at a time; arguments and errors are those of `json_rows`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from array import array
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.data.prompt_table import PromptTable
+from rlaif_ray.documents import parse_json
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.failures import kind_of, may_pass
 from rlaif_ray.feedback.local import LocalAsker, role_heads
@@ -275,7 +275,7 @@ def _drawn_order(path: Path, seed: int, count: int) -> Iterator[dict[str, Any]]:
         random.Random(seed).shuffle(starts)
         for start in progress.over(starts):
             file.seek(start)
-            yield json.loads(file.readline())
+            yield parse_json(file.readline(), dict)
 
 
 def _record(name: str, prompt: list[dict[str, str]], response: str, source: str, principle: str | None) -> Any:

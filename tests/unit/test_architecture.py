@@ -47,7 +47,7 @@ LEVEL_OF_ROOM = {
 # Protocols speak of nouns; everybody raises; a stored folder is a folder.
 SAME_LEVEL = {("interfaces", "types"), ("interfaces", "storage"), ("folders", "errors"), ("storage", "errors")}
 SAME_LEVEL |= {("storage", "folders"), ("storage", "secrecy"), ("reward_head", "errors"), ("model_errors", "errors")}
-SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("storage", "paths")}
+SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("storage", "paths"), ("model_errors", "documents")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function
@@ -59,7 +59,7 @@ PARSERS["yaml"] = {"load", "load_all", "safe_load", "safe_load_all", "full_load"
 PARSERS["yaml"] |= {"scan", "SafeLoader", "CSafeLoader", "Loader", "FullLoader", "UnsafeLoader", "BaseLoader"}
 PURE = {"algorithm": {"torch"}}  # all that these may import beside the standard library, themselves and level 0
 
-FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 29_500
+FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 30_500
 
 SOURCES = {path.relative_to(PACKAGE): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 

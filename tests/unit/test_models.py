@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from typing import Any
 import pytest
 
 from rlaif_ray.errors import InputError
+from rlaif_ray.learner.lora import count_parameters
 from rlaif_ray.models import (
     build_folder_once,
     cache_folder,
     context_length,
-    count_parameters,
     load_backbone,
     load_causal_lm,
     load_config,
@@ -499,3 +500,24 @@ def check_smollm2(folder: Path, package: Path) -> None:
         torch.testing.assert_close(model(**prompt).logits, original(**prompt).logits, atol=1e-5, rtol=0)
     tokens = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(tokens) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("config.json", "[" * 20_000, "nested more than 100 deep"),
+        ("tokenizer_config.json", '{"a": ' + "[" * 500 + "]" * 500 + "}", "nested more than 100 deep"),
+        ("tokenizer_config.json", "[1]", "holds a list instead of a mapping"),
+        ("generation_config.json", '{"a": 1' + "0" * 5000 + "}", "a number of more than 300 digits"),
+        ("special_tokens_map.json", "\x00", "is no JSON"),
+        ("model.safetensors.index.json", '{"weight_map": {', "is no JSON"),
+    ],
+)
+def test_json_beyond_the_bounds(tmp_path: Path, name: str, text: str, told: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(cached_tiny_model(tied=True), folder)
+    (folder / name).write_text(text)
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(InputError) as caught:
+            load(folder)
+        assert f"{name} can't be read (it " in str(caught.value) and told in str(caught.value)

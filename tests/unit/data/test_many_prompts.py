@@ -200,6 +200,6 @@ def test_no_more_is_read_than_the_limit(name: str, tmp_path: Path, monkeypatch: 
         yield from (Row(f"{file}, row {n}", f"{stem}-{n}", {"prompt": "a"}) for n in (1, 2, 3))
         raise AssertionError("read on")
 
-    monkeypatch.setattr(prompts, {"p.jsonl": "json_lines", "p.parquet": "parquet_rows"}[name], rows)
+    monkeypatch.setattr(prompts, {"p.jsonl": "json_rows", "p.parquet": "parquet_rows"}[name], rows)
     (tmp_path / name).touch()
     assert len(load(tmp_path / name, limit=3)) == 3

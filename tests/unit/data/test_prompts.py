@@ -408,7 +408,7 @@ MISTAKES: list[tuple[str, str, str | bytes, tuple[str, ...]]] = [
     ("line that is a list", "p.jsonl", GOOD + "[1]\n", ("line 2", "not a JSON object", "got [1]", "Mend")),
     ("lines that are text", "p.jsonl", '"a"\n"b"\n', ("line 1", "not a JSON object", 'got "a"')),
     ("broken json", "p.json", '[{"prompt": "a"},', ("p.json cannot be read as .json", "Mend")),
-    ("Latin-1", "p.jsonl", GOOD.encode() + '{"prompt": "é"}\n'.encode("latin-1"), ("line 2", "not UTF-8", "Mend")),
+    ("Latin-1", "p.jsonl", GOOD.encode() + '{"prompt": "é"}\n'.encode("latin-1"), ("line 2", "UTF-8", "Mend")),
     ("Latin-1 csv", "p.csv", "prompt\né\n".encode("latin-1"), ("p.csv cannot be read as .csv", "utf-8", "Mend")),
     ("ragged csv", "p.csv", "prompt\na\nb,c,d\n", ("p.csv cannot be read", "line 3", "Mend")),
     ("no parquet", "p.parquet", "prompt\na\n", ("p.parquet cannot be read as .parquet", "Mend")),
@@ -472,7 +472,7 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monkey
         raise PermissionError(13, "Permission denied")
 
     file = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"})
-    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("rlaif_ray.data.json_rows.open_file", refuse)
     with pytest.raises(InputError, match=r"p.jsonl cannot be read .*Permission denied"):
         load(file)
 
