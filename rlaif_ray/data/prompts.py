@@ -261,6 +261,7 @@ def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: 
             "Leave split out, or name the file that holds those prompts."
         )
     stem = stem or file.stem
+    rows: Iterator[Row]
     if file.suffix == ".csv":
         records = enumerate(_csv_records(file, column), 1)
         rows = (Row(f"{file}, row {number}", f"{stem}-{number}", record) for number, record in records)
