@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from rlaif_ray.data.prompt_table import Conversations, PromptTable, prompts_dige
 from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.supervised import PairExample
+from rlaif_ray.tracking.progress import ItemProgress
 from rlaif_ray.types import Message, Prompt
 from tests.tiny import make_tokenizer
 
@@ -56,6 +58,22 @@ def test_progress_is_shown_while_prompts_are_read(
 def test_nothing_is_shown_of_what_takes_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(many(tmp_path, 10))
     assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("after_s", "shown"), [(0.0, True), (60.0, False)])
+def test_a_bar_on_a_terminal(after_s: float, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    with ItemProgress("reading prompts", 1000, "prompts", after_s=after_s) as progress:
+        assert len(list(progress.over(range(600)))) == 600
+    assert ("reading prompts" in terminal.getvalue()) == ("600/1,000 prompts" in terminal.getvalue()) == shown
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
