@@ -129,11 +129,18 @@ def at(value: Any, *keys: str, expected: type = object) -> Any:
 
 
 @overload
-def parse_json(data: bytes | str, expected: type[T], *, most_bytes: int = ..., lenient: bool = ...) -> T: ...
-@overload
-def parse_json(data: bytes | str, *, most_bytes: int = ..., lenient: bool = ...) -> Any: ...
 def parse_json(
-    data: bytes | str, expected: type = object, *, most_bytes: int = JSON_BYTES, lenient: bool = False
+    data: bytes | str, expected: type[T], *, most_bytes: int = ..., nan: bool = ..., lenient: bool = ...
+) -> T: ...
+@overload
+def parse_json(data: bytes | str, *, most_bytes: int = ..., nan: bool = ..., lenient: bool = ...) -> Any: ...
+def parse_json(
+    data: bytes | str,
+    expected: type = object,
+    *,
+    most_bytes: int = JSON_BYTES,
+    nan: bool = False,
+    lenient: bool = False,
 ) -> Any:
     """The value of a JSON text in UTF-8, with or without a byte-order mark.
 
@@ -141,8 +148,8 @@ def parse_json(
 
     Args:
         expected: of what type the value must be: dict, list or anything.
-        lenient: take what other programs write and JSON has not: NaN, infinities, and of a key that stands twice the
-            last.
+        nan: take NaN and infinities, which JSON has not and other programs write.
+        lenient: these, and of a key that stands twice the last.
 
     Raises:
         DocumentError: it is none, or beyond the bounds.
@@ -152,7 +159,7 @@ def parse_json(
     if _is_deep(data):
         raise DocumentError(f"is nested more than {DEPTH} deep")
     try:
-        value = (_LENIENT if lenient else _STRICT).decode(_decoded(data))
+        value = (_LENIENT if lenient else _WITH_NAN if nan else _STRICT).decode(_decoded(data))
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DocumentError(f"is no JSON: {error.msg} at {line}column {error.colno}") from None
@@ -221,6 +228,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _STRICT = json.JSONDecoder(parse_int=_whole, parse_float=_fraction, parse_constant=_no_number, object_pairs_hook=_once)
+_WITH_NAN = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_once)
 _LENIENT = json.JSONDecoder(parse_int=_whole)
 
 
@@ -268,6 +276,7 @@ class YamlDocument:
 
     value: Any = None  # None also where there is nothing
     lines: dict[KeyPath, int] = field(default_factory=dict)  # of every value, or of its key; from 1
+    written: dict[KeyPath, str] = field(default_factory=dict)  # as it stands there, of every value without quotes
     repeated: list[tuple[KeyPath, int, int]] = field(default_factory=list)  # keys again, their line and the first one's
 
 
@@ -286,7 +295,7 @@ def parse_yaml(text: bytes | str) -> YamlDocument:
             node = loader.get_single_node()
             builder = _Builder(loader)
             value = None if node is None else builder.value(node, (), ())
-            return YamlDocument(value, builder.lines, builder.repeated)
+            return YamlDocument(value, builder.lines, builder.written, builder.repeated)
         finally:
             loader.dispose()
 
@@ -346,6 +355,7 @@ class _Builder:
 
     def __init__(self, loader: _Loader) -> None:
         self.lines: dict[KeyPath, int] = {}
+        self.written: dict[KeyPath, str] = {}
         self.repeated: list[tuple[KeyPath, int, int]] = []
         self._loader = loader
         self._pairs: dict[int, dict[str, tuple[yaml.Node, yaml.Node]]] = {}  # of mappings that are under way, or done
@@ -365,6 +375,8 @@ class _Builder:
             return self._mapping(node, key, (*parents, node))
         if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
             return [self.value(child, (*key, str(i)), (*parents, node)) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and node.style is None:
+            self.written[key] = node.value
         return self._scalar(node, line)
 
     def _scalar(self, node: yaml.Node, line: int) -> Any:

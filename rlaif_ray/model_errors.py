@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rlaif_ray.errors import InputError
+from rlaif_ray.documents import read_json
+from rlaif_ray.errors import DocumentError, InputError
 
 # What transformers raises over a value in a config that it doesn't check.
 WRONG_VALUES = (TypeError, AttributeError, ZeroDivisionError)
+_SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_SMALL_FILES += ("added_tokens.json", "chat_template.json", "*.safetensors.index.json")
 # What it says of a config.json that is there and is none.
 _UNREADABLE = ("not a valid JSON", "Should have a `model_type` key")
 
@@ -18,7 +21,26 @@ def is_wrong_config(error: InputError) -> bool:
     from huggingface_hub.errors import StrictDataclassError
 
     cause = error.__cause__
-    return isinstance(cause, (StrictDataclassError, *WRONG_VALUES)) or any(told in str(cause) for told in _UNREADABLE)
+    wrong = isinstance(cause, (StrictDataclassError, DocumentError, RecursionError, *WRONG_VALUES))
+    return wrong or any(told in str(cause) for told in _UNREADABLE)
+
+
+def check_json(folder: Path) -> None:
+    """Reads the JSON files of a model's folder that transformers parses without bounds.
+
+    Raises:
+        InputError: one of them can't be read.
+    """
+    for name in _SMALL_FILES:
+        for file in folder.glob(name):
+            try:
+                read_json(file, dict, lenient=True)
+            except (DocumentError, OSError) as error:
+                told = f"it {error}" if isinstance(error, DocumentError) else error.strerror
+                raise InputError(
+                    f"the model {folder} cannot be loaded: {file.name} can't be read ({told}). Correct the file, or "
+                    f"give another model."
+                ) from error
 
 
 def remedy(source: Path | str, cause: str) -> str:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.dropout import zero_dropout_in_config, zero_dropout_in_modules
 from rlaif_ray.errors import InputError
 from rlaif_ray.folders import build_folder_once
-from rlaif_ray.model_errors import WRONG_VALUES, one_line, remedy
+from rlaif_ray.model_errors import WRONG_VALUES, check_json, one_line, remedy
 from rlaif_ray.output import say
+from rlaif_ray.paths import expand_home
 from rlaif_ray.reward_head import check_head, classifier_class
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ PACKAGES = {
 
 def cache_folder() -> Path:
     """Where converted models live: `$RLAIF_CACHE`, else `~/.cache/rlaif_ray`. Not created here."""
-    return Path(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").expanduser().absolute()
+    return expand_home(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").absolute()
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | str:
@@ -84,12 +85,12 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | st
 
 def _is_path(name: str | Path) -> bool:
     text = str(name)
-    looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    looks_like_one = isinstance(name, Path) or text.startswith(("/", ".", "~", "$")) or text.count("/") > 1
     return looks_like_one or os.path.exists(text)
 
 
 def _model_folder(text: str) -> Path:
-    folder = Path(os.path.expanduser(text)).absolute()  # the os function keeps an unknown ~user as it is
+    folder = expand_home(text).absolute()
     if not os.path.exists(folder):
         raise InputError(
             f"model {text!r} is a path that does not exist (looked at {folder}). "
@@ -265,7 +266,36 @@ def load_tokenizer(
                 "end. Set eos_token in its tokenizer_config.json."
             )
         tokenizer.pad_token = tokenizer.eos_token
+    _must_fit_embeddings(tokenizer, str(name), revision=revision, trust_remote_code=trust_remote_code)
     return tokenizer
+
+
+# Tokens that stand for what is no text: some tokenizers of models without eyes have them too (Gemma 3 1B).
+_OF_OTHER_SENSES = re.compile(r"image|img|vision|video|audio|sound|speech", re.IGNORECASE)
+
+
+def _must_fit_embeddings(tokenizer: Any, name: str, **code: Any) -> None:
+    """Raises InputError where a text could get a token that the model has no embedding for."""
+    try:
+        rows = getattr(load_config(name, **code).get_text_config(), "vocab_size", None)
+    except InputError:  # told by whoever loads the model
+        return
+    last = max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)  # id, where the vocabulary has no gaps
+    if not isinstance(rows, int) or last < rows:
+        return
+    special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    reached = sorted(
+        (index, token) for token, index in beyond.items() if token not in special or not _OF_OTHER_SENSES.search(token)
+    )
+    if reached:
+        (index, token), more = reached[0], len(reached) - 1
+        raise InputError(
+            f"the tokenizer of model {name!r} has more tokens than the model has embeddings (got {token!r} with id "
+            f"{index}{f' and {more} more' if more else ''} for {rows} rows): such a token would end the run. Give the "
+            f"tokenizer that belongs to the model, or enlarge the model, by model.resize_token_embeddings("
+            f"{max(beyond.values()) + 1}), and save both."
+        )
 
 
 def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -408,11 +438,6 @@ def empty_model(
     return model
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """The number of parameters: tied ones once, and those DeepSpeed ZeRO-3 has sharded (empty here) in full."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-
-
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +447,8 @@ def _loading(part: str, name: str | Path, source: Path | str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    if isinstance(source, Path):
+        check_json(source)
     try:
         with _quiet_transformers():
             yield
@@ -435,7 +462,9 @@ def _loading(part: str, name: str | Path, source: Path | str) -> Iterator[None]:
         ) from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         cause = one_line(error)
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RecursionError) and part in ("config", "tokenizer"):
+            cause = "a JSON file of it is nested too deep."
+        elif isinstance(error, RuntimeError):
             if "mismatch" not in cause:  # e.g. out of memory: no fault of the input
                 raise
             cause = "its weights have other shapes than its config.json says."

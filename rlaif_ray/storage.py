@@ -24,6 +24,7 @@ from xxhash import xxh3_128
 from rlaif_ray.documents import JSON_BYTES, parse_json
 from rlaif_ray.errors import CheckpointError, DocumentError, InputError, RunError
 from rlaif_ray.folders import publish_folder
+from rlaif_ray.paths import expand_home
 from rlaif_ray.secrecy import masked, without_login
 from rlaif_ray.writing import open_anew
 
@@ -87,7 +88,7 @@ class Place:
         """
         text = str(address).removeprefix("file://")
         if "://" not in text:
-            return cls(str(Path(text).expanduser().absolute()))
+            return cls(str(expand_home(text).absolute()))
         place = cls(text.rstrip("/"))
         try:
             place._remote()

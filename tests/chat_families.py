@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import CHAT_TEMPLATE, cached_tiny_model, make_tokenizer
+from tests.tiny import CHAT_TEMPLATE, VOCABULARY, cached_tiny_model, make_tokenizer
 
 CHATML = CHAT_TEMPLATE
 
@@ -174,5 +174,17 @@ def model_of(family: str, folder: Path, **kwargs: Any) -> str:
     """A tiny model with the family's template, in `folder`."""
     made = folder / family
     shutil.copytree(cached_tiny_model(**{"tied": True, **kwargs}), made)
-    tokenizer_of(family).save_pretrained(made)
+    tokenizer = tokenizer_of(family)
+    tokenizer.save_pretrained(made)
+    if len(tokenizer) > VOCABULARY:
+        enlarge(made, len(tokenizer))
     return str(made)
+
+
+def enlarge(model: Path, rows: int) -> None:
+    """Gives the model in a folder so many embeddings."""
+    from transformers import AutoModelForCausalLM
+
+    grown = AutoModelForCausalLM.from_pretrained(model)
+    grown.resize_token_embeddings(rows, mean_resizing=False)
+    grown.save_pretrained(model)

@@ -6,6 +6,7 @@ Both serve on loopback in this process, each in a thread of its own.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import math
 import threading
@@ -147,7 +148,7 @@ def _error(status: int, message: str, headers: Mapping[str, str] | None = None, 
 class Fault:
     """What the proxy does to one request instead of passing it on."""
 
-    kind: str  # "status", "hang" (no reply), "cut" (half a reply), "body" (200 with `text`), "garbage" (no HTTP)
+    kind: str  # "status", "hang" (no reply), "cut" (half a reply), "body" (`text`), "bomb" (gzip), "garbage" (no HTTP)
     status: int = 0
     message: str = "injected"
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -184,7 +185,13 @@ class FaultProxy(_Server):
         if fault.kind == "hang":
             await asyncio.sleep(60)
         if fault.kind == "body":
-            return web.Response(text=fault.text, content_type="application/json")
+            body = fault.text.encode("utf-8", "surrogatepass")
+            return web.Response(
+                body=body, status=fault.status or 200, headers=fault.headers, content_type="application/json"
+            )
+        if fault.kind == "bomb":  # 4 MiB in 4 kB
+            body = gzip.compress(b" " * (4 << 20))
+            return web.Response(body=body, status=fault.status or 200, headers={"Content-Encoding": "gzip"})
         assert request.transport is not None
         response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
         if fault.kind == "garbage":

@@ -34,8 +34,8 @@ rollout: {kv_cache_gb: 0.1}
 feedback: {judge: {kv_cache_gb: 0.3, min_answer_mass: 0}}  # a random judge has no mind to answer
 algorithm: {type: ppo, minibatches: 2, kl: {coef: 0.05, target: 0.5, horizon: 100}}
 learner: {lr: 1.0e-3}
-data: {limit: 12}
-evaluation: {held_out: {limit: 6}}
+data: {path: 'package:train', limit: 12}
+evaluation: {held_out: {path: 'package:heldout', limit: 6}}
 checkpoint: {every: 3}
 cluster: {address: local}
 steps: 6

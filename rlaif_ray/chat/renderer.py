@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,8 @@ from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.chat.thoughts import CHANNEL, closing_of, in_channels, marks_and_texts, opening_tag
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
+
+_CHARACTERS = 1 << 20  # that a tokenizer gets at a time
 
 
 class ChatRenderer:
@@ -37,13 +40,26 @@ class ChatRenderer:
 
     def tokens(self, messages: Sequence[Message], place: str) -> tuple[int, ...]:
         """The conversation up to where the policy begins to write. `place` is for the error message."""
+        return self.tokens_of([messages], [place])[0]
+
+    def tokens_of(self, conversations: Sequence[Sequence[Message]], places: Sequence[str]) -> list[tuple[int, ...]]:
+        """The same of many, which is faster: their texts go to the tokenizer together.
+
+        Raises:
+            InputError: of the first that is wrong.
+        """
         if not self.chat.source:
-            return tuple(self.bos + self._text_tokens(self._plain(messages), place))
-        self.chat.must_reach(messages, place)
-        # Stand-ins go through the template for the users' control strings, so that those in its output are its own.
-        contents, back = self._hidden([message.content for message in messages])
-        hidden = [Message(message.role, content) for message, content in zip(messages, contents, strict=True)]
-        return tuple(self._ids(self.chat.text(hidden, place), back, place))
+            texts = [self._plain(messages) for messages in conversations]
+            return [(*self.bos, *tokens) for tokens in self._text_tokens(texts, places)]
+        hidden, backs = [], []
+        for messages, place in zip(conversations, places, strict=True):
+            self.chat.must_reach(messages, place)
+            # Stand-ins go through the template for users' control strings, so that those in its output are its own.
+            contents, back = self._hidden([message.content for message in messages])
+            backs.append(back)
+            pairs = zip(messages, contents, strict=True)
+            hidden.append([Message(message.role, content) for message, content in pairs] if back else messages)
+        return list(map(tuple, self._ids(self.chat.texts(hidden, places), backs, places)))
 
     def response(self, text: str) -> tuple[int, ...]:
         """A whole response in the tokens that the model has to write after `tokens`, without what ends its turn.
@@ -55,17 +71,30 @@ class ChatRenderer:
         (SentencePiece puts a blank there, byte-level ones join a blank with the word behind it), so the response is
         tokenised together with the end of the prompt and what stands before the answer.
         """
-        before, rest = self._as_written(text)
-        pieces = self._pieces(text, rest)
-        texts, back = self._hidden(pieces[::2])
-        pieces[::2] = texts
-        written = before + "".join(pieces)
+        return self.responses([text])[0]
+
+    def responses(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The same of many, which is faster."""
+        written: list[str] = []
+        backs: list[dict[int, str]] = []
+        for text in texts:
+            before, rest = self._as_written(text)
+            pieces = self._pieces(text, rest)
+            pieces[::2], back = self._hidden(pieces[::2])
+            written.append(before + "".join(pieces))
+            backs.append(back)
+        found: dict[int, tuple[int, ...]] = {}
         for start in self._starts:
-            lead, whole = self._ids(start, {}), self._ids(start + written, back)
-            if whole[: len(lead)] == lead:
-                return tuple(whole[len(lead) :])
-        # The prompt ends in a token of its own all the same: nothing joins it.
-        return tuple(self._ids(written, back))
+            left = [k for k in range(len(texts)) if k not in found]
+            lead, *wholes = self._ids([start, *(start + written[k] for k in left)], [{}, *(backs[k] for k in left)])
+            for k, whole in zip(left, wholes, strict=True):
+                if whole[: len(lead)] == lead:
+                    found[k] = tuple(whole[len(lead) :])
+        # The prompt ends in a token of its own all the same: nothing joins these.
+        left = [k for k in range(len(texts)) if k not in found]
+        alone = self._ids([written[k] for k in left], [backs[k] for k in left])
+        found |= {k: tuple(tokens) for k, tokens in zip(left, alone, strict=True)}
+        return [found[k] for k in range(len(texts))]
 
     @cached_property
     def _starts(self) -> list[str]:
@@ -76,7 +105,8 @@ class ChatRenderer:
         prompt = self.chat.answer.prompt
         last = next(reversed([*self.pattern.finditer(prompt)]), None)
         start = prompt[last.start() :] if last else f"x{prompt}" * bool(prompt)
-        alone = self._ids("\na", {})[len(self._ids("\n", {})) :] == self._ids("a", {})
+        both, first, second = self._ids(["\na", "\n", "a"], [{}] * 3)
+        alone = both[len(first) :] == second
         return [start] * bool(start) + ["\n"] * (not alone)
 
     def _hidden(self, texts: Sequence[str]) -> tuple[list[str], dict[int, str]]:
@@ -90,14 +120,41 @@ class ChatRenderer:
         back = {ord(mark): text for text, mark in stand_in.items()}
         return [self.pattern.sub(lambda match: stand_in[match[0]], text) for text in texts], back
 
-    def _ids(self, text: str, back: dict[int, str], place: str | None = None) -> list[int]:
-        """Tokens of `text`, whose control strings steer the model, while the stand-ins in `back` are only text."""
-        if not back:
-            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _ids(
+        self, texts: Sequence[str], backs: Sequence[dict[int, str]], places: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Tokens of texts, whose control strings steer the model, while the stand-ins in `backs` are only text."""
+        plain = [k for k, back in enumerate(backs) if not back]
+        found = dict(zip(plain, self._encoded([texts[k] for k in plain]), strict=True))
+        return [
+            found[k] if k in found else self._ids_around(text, back, places[k] if places is not None else None)
+            for k, (text, back) in enumerate(zip(texts, backs, strict=True))
+        ]
+
+    def _ids_around(self, text: str, back: dict[int, str], place: str | None) -> list[int]:
+        pieces = self.pattern.split(text)  # text, control string, text, ..., text
+        own = [piece.translate(back) for piece in pieces[::2]]
         tokens: list[int] = []
-        for index, piece in enumerate(self.pattern.split(text)):  # text, control string, text, ..., text
-            tokens += [self.control[piece]] if index % 2 else self._text_tokens(piece.translate(back), place)
+        for index, encoded in enumerate(self._text_tokens(own, None if place is None else [place] * len(own))):
+            tokens += encoded
+            tokens += [self.control[control] for control in pieces[2 * index + 1 : 2 * index + 2]]
         return tokens
+
+    def _encoded(self, texts: Sequence[str], **how: Any) -> list[list[int]]:
+        """The tokenizer's ids of each text.
+
+        Fast tokenizers take many texts at a time and use all cores; what they make of a text does not depend on the
+        others. They make a hundred bytes a token on the way, hence some texts at a time.
+        """
+        how = {"add_special_tokens": False, "verbose": False, **how}
+        if len(texts) == 1 or not getattr(self.tokenizer, "is_fast", False):
+            return [list(self.tokenizer(text, **how)["input_ids"]) for text in texts]
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, every child that forks later prints a warning
+        how |= {"return_attention_mask": False, "return_token_type_ids": False}
+        found: list[list[int]] = []
+        for part in _portions(texts):
+            found += self.tokenizer(part, **how)["input_ids"]
+        return found
 
     def turn_end(self, stops: Collection[int]) -> tuple[int, ...]:
         """What ends a response in tokens: how the template ends a turn, where sampling stops at it, else EOS.
@@ -152,14 +209,30 @@ class ChatRenderer:
         several = sum(message.role != "system" for message in messages) > 1
         return system + text + ("\n\nAssistant:" if several else "\n")
 
-    def _text_tokens(self, text: str, place: str | None) -> list[int]:
-        """Tokens of `text`, where nothing is a control token. `place` is of a prompt, which is refused where its
+    def _text_tokens(self, texts: Sequence[str], places: Sequence[str] | None) -> list[list[int]]:
+        """Tokens of texts in which nothing is a control token. `places` are of prompts, which are refused where their
         control strings can't be read as text."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        for control in self.pattern.findall(text) if place is not None else ():
-            if self.control[control] in encoded and self.control[control] != self.tokenizer.unk_token_id:
-                raise InputError(
-                    f"{place}: the prompt contains {control!r}, which the policy's tokenizer reads as its control "
-                    f"token and cannot read as text (got {type(self.tokenizer).__name__}). Remove it from the prompt."
-                )
-        return list(encoded)
+        found = self._encoded(texts, split_special_tokens=True)
+        for text, encoded, place in zip(texts, found, places or (), strict=False):
+            for control in self.pattern.findall(text):
+                if self.control[control] in encoded and self.control[control] != self.tokenizer.unk_token_id:
+                    raise InputError(
+                        f"{place}: the prompt contains {control!r}, which the policy's tokenizer reads as its control "
+                        f"token and cannot read as text (got {type(self.tokenizer).__name__}). Remove it from the "
+                        f"prompt."
+                    )
+        return found
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Neighbours, together at most `_CHARACTERS` long where they are several."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        if part and size + len(text) > _CHARACTERS:
+            yield part
+            part, size = [], 0
+        part.append(text)
+        size += len(text)
+    if part:
+        yield part

@@ -91,20 +91,36 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        clock = {_CLOCK: self._date.strftime} if self._date else {}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns, add_generation_prompt=to_answer, tokenize=False, **self._arguments, **clock
-                )
-            )
+            return str(self._applied(_turns(messages), to_answer))
         except (TemplateError, TypeError) as error:
             roles = ", ".join(message.role for message in messages)
             raise InputError(
                 f"{place}: the chat template of {self.key} refuses the conversation (got {roles}: {error}). "
                 "Give turns that it takes; if it takes no system message, leave system out."
             ) from error
+
+    def texts(self, conversations: Sequence[Sequence[Message]], places: Sequence[str]) -> list[str]:
+        """`text` of each, up to where the model begins to write.
+
+        Raises:
+            InputError: the template refuses one.
+        """
+        from jinja2 import TemplateError
+
+        if len(conversations) > 1:
+            try:
+                return list(map(str, self._applied(list(map(_turns, conversations)), True)))
+            except (TemplateError, TypeError):
+                pass  # of one of them, which is found below
+        return [self.text(messages, place) for messages, place in zip(conversations, places, strict=True)]
+
+    def _applied(self, turns: Any, to_answer: bool) -> Any:
+        """The text of the turns of a conversation, or of each of several: the template is looked up once for these."""
+        clock = {_CLOCK: self._date.strftime} if self._date else {}
+        return self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=to_answer, tokenize=False, **self._arguments, **clock
+        )
 
     def must_reach(self, messages: Sequence[Message], place: str) -> None:
         """That every message is in what the model reads. What a template does to a text, such as to trim it, is fine.
@@ -165,6 +181,10 @@ class ChatTemplate:
 
     def _knows(self, name: str) -> bool:
         return bool(re.search(rf"\b{re.escape(name)}\b", self.source))
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _source(tokenizer: Any) -> str:

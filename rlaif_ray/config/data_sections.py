@@ -55,7 +55,7 @@ class ResponseSamplingConfig(Config):
 class PreferenceDataConfig(Config):
     """Preference records: ours, prompt/response_a/response_b/label rows, or TRL's prompt/chosen/rejected."""
 
-    path: Annotated[str, DATA]
+    path: Annotated[str, Field(examples=["labels.jsonl"]), DATA]
     """A .jsonl or .parquet file, or a hub id, owner/name or owner/name@revision."""
     split: str = "train"
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -65,6 +65,8 @@ class PreferenceDataConfig(Config):
 class PairsToLabelConfig(PreferenceDataConfig):
     """As PreferenceDataConfig, for pairs that are labelled one by one: more of them may be asked for later."""
 
+    path: Annotated[str, Field(examples=["pairs.jsonl"]), DATA]
+    """A .jsonl or .parquet file, or a hub id, owner/name or owner/name@revision."""
     limit: Annotated[Annotated[int, Field(ge=1)] | None, ADJUSTABLE] = None
     """Use only the first this many rows."""
 

@@ -34,9 +34,8 @@ from rlaif_ray.config.sections import (
     EvaluationConfig,
     FeedbackConfig,
     GuardConfig,
-    JudgeConfig,
-    JudgeFeedback,
     LearnerConfig,
+    OrderedDataConfig,
     PolicyConfig,
     PreferenceJudge,
     RewardModelFeedback,
@@ -50,11 +49,11 @@ from rlaif_ray.config.sections import (
 class TrainJob(Config):
     """`rlaif train`: RL from AI feedback."""
 
-    policy: PolicyConfig = PolicyConfig()
-    data: DataConfig = DataConfig()
+    policy: PolicyConfig
+    data: DataConfig
     sampling: SamplingConfig = SamplingConfig()
     rollout: EngineConfig = EngineConfig()
-    feedback: FeedbackConfig = JudgeFeedback()
+    feedback: FeedbackConfig
     algorithm: AlgorithmConfig = PpoConfig()
     learner: LearnerConfig = LearnerConfig()
     weight_sync: Annotated[WeightSyncConfig, HANDLING] = WeightSyncConfig()
@@ -124,10 +123,10 @@ class TrainJob(Config):
 class PairsJob(Config):
     """`rlaif pairs`: responses to compare, from one or more policies."""
 
-    policy: PolicyConfig = PolicyConfig()
+    policy: PolicyConfig
     other_policies: dict[str, PolicyConfig] = Field(default_factory=dict)
     """More policies by name; a response's source is `policy` or one of these names."""
-    data: DataConfig = DataConfig(shuffle=False)
+    data: OrderedDataConfig
     sampling: PairSamplingConfig = PairSamplingConfig()
     rollout: EngineConfig = EngineConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
@@ -153,8 +152,8 @@ class PairsJob(Config):
 class SampleJob(Config):
     """`rlaif sample`: a policy's responses, or the best of several by a judge, as records to fine-tune on."""
 
-    policy: PolicyConfig = PolicyConfig()
-    data: DataConfig = DataConfig(shuffle=False)
+    policy: PolicyConfig
+    data: OrderedDataConfig
     sampling: ResponseSamplingConfig = ResponseSamplingConfig()
     feedback: FeedbackConfig | None = None
     """Scores every response, and the best to each prompt is kept (best-of-n); null: all are kept, without scores."""
@@ -182,8 +181,8 @@ class SampleJob(Config):
 class ReviseJob(Config):
     """`rlaif revise`: responses, critiques and revisions by a constitution, as records to fine-tune on."""
 
-    policy: PolicyConfig = PolicyConfig()
-    data: DataConfig = DataConfig(shuffle=False)
+    policy: PolicyConfig
+    data: OrderedDataConfig
     revision: RevisionConfig = RevisionConfig()
     helpful: HelpfulConfig = HelpfulConfig()
     rollout: EngineConfig = EngineConfig()
@@ -204,7 +203,7 @@ class LabelJob(Config):
     """`rlaif label`: AI preference labels for pairs of responses."""
 
     data: PairsToLabelConfig
-    judge: PreferenceJudge = JudgeConfig()
+    judge: PreferenceJudge
     label: LabelConfig = LabelConfig()
     cluster: Annotated[ClusterConfig, HANDLING] = ClusterConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -227,13 +226,13 @@ class EvaluateJob(Config):
     """A column of `data` that names subsets, each measured apart; a trailing /number is left out of it."""
     reward_models: dict[str, RewardModelFeedback] = Field(default_factory=dict)
     """By name: each measured against people's labels too."""
-    judge: PreferenceJudge = JudgeConfig()
+    judge: PreferenceJudge
     """The evaluator: best another model than the one that gave feedback in training."""
     label: LabelConfig = LabelConfig()
     """How two responses are compared, always in both orders."""
     arms: dict[str, ArmConfig] = Field(default_factory=dict)
     """By name: what is compared."""
-    prompts: DataConfig = DataConfig(path="package:heldout", shuffle=False)
+    prompts: OrderedDataConfig | None = None
     """What the arms answer: nothing that one of them was trained on."""
     sampling: ResponseSamplingConfig = ResponseSamplingConfig()
     win_rate: WinRateConfig = WinRateConfig()
@@ -258,6 +257,11 @@ class EvaluateJob(Config):
                 f"arms must be at least two (got {', '.join(self.arms)} alone): a win rate is of one against another. "
                 f"Add one, such as the model that training started from."
             )
+        if self.prompts is None and len(self.arms) > 1 and any(arm.model is not None for arm in self.arms.values()):
+            yield (
+                f"prompts must be set where arms are models (got none for {len(self.arms)} arms): they are what the "
+                f"arms answer, and nothing that one of them was trained on. Add `prompts: {{path: held_out.jsonl}}`."
+            )
         if self.win_rate.reference is not None and self.win_rate.reference not in self.arms:
             yield (
                 f"win_rate.reference must be one of the arms (got {self.win_rate.reference!r}): choose among "
@@ -280,7 +284,7 @@ class SupervisedJob(Config):
 
     section: ClassVar[str]
     """Name of the section that says how it learns."""
-    policy: PolicyConfig = PolicyConfig()
+    policy: PolicyConfig
     """The language model it starts from."""
     data: PreferenceDataConfig
     learner: LearnerConfig = LearnerConfig(lr=1e-5)

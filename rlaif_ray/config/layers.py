@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -14,8 +14,21 @@ from pydantic import BaseModel
 from rlaif_ray.documents import STR, YAML_BYTES, kind_of, parse_yaml, read_bytes, scalar_tag
 from rlaif_ray.errors import DocumentError
 from rlaif_ray.output import first_unsafe
+from rlaif_ray.paths import expand_home
 
 Key = tuple[str, ...]  # ("learner", "lr") is the dotted name learner.lr
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value is set, and how it is written there."""
+
+    place: str  # "train.yaml, line 3", "the override steps=3"
+    written: str | None = None  # the text that a number, switch or null was read from; None for what is in quotes
+    typed: bool = False  # on the command line, as a whole value
+
+
+Origins = Mapping[Key, Origin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +36,7 @@ class Layer:
     """What one source says. With problems, `values` is what could be read all the same."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[Key, str] = field(default_factory=dict)  # "train.yaml, line 3", "the override steps=3"
+    origins: dict[Key, Origin] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -35,7 +48,7 @@ class _Read:
     """What a YAML text says: plain values, and where each key came from."""
 
     values: Any = None  # None when there is none, or it can't be read
-    origins: dict[Key, str] = field(default_factory=dict)
+    origins: dict[Key, Origin] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -46,7 +59,9 @@ def _read(text: bytes | str, key: Key, whole: str, place: Callable[[int], str]) 
     except DocumentError as error:
         remedy = "Mend the indentation, quotes or brackets" if "valid YAML" in str(error) else "Correct or remove it"
         return _Read(problems=[f"{place(error.line) if error.line else whole} {error}. {remedy} there."])
-    origins = {(*key, *below): place(line) for below, line in document.lines.items()}
+    origins = {
+        (*key, *below): Origin(place(line), document.written.get(below)) for below, line in document.lines.items()
+    }
     problems = [
         f"{place(line)} sets {'.'.join((*key, *below))} again (first on line {first}): only one of the two could "
         f"count. Remove one."
@@ -83,7 +98,7 @@ def read_file(file: Path) -> Layer:
         problem = f"config file {str(file)!r} has the character {unsafe} in its name: it would not be shown as it is."
         return Layer(problems=[f"{problem} Rename it."])
     try:
-        text = read_bytes(file, YAML_BYTES)
+        text = read_bytes(expand_home(file), YAML_BYTES)
     except FileNotFoundError:
         return Layer(problems=[_missing(file)])
     except (OSError, DocumentError) as error:
@@ -115,7 +130,10 @@ DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_][\w-]*)*")  # a stage of a pipelin
 
 
 def read_overrides(overrides: Sequence[str]) -> Layer:
-    """Reads `a.b=value` settings; a later one wins over an earlier one."""
+    """Reads `a.b=value` settings; a later one wins over an earlier one.
+
+    What a number, switch or null is to a field of text is for `validate` to say: this knows no fields.
+    """
     layer = Layer()
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -127,7 +145,7 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
             continue
         key: Key = tuple(name.split("."))
         whole = f"the override {override}"
-        read = _Read(text, {key: whole}) if _is_plain(text) else _read(text, key, whole, lambda _, whole=whole: whole)  # type: ignore[misc]
+        read = _Read(text) if _is_plain(text) else _read(text, key, whole, lambda _, whole=whole: whole)  # type: ignore[misc]
         layer.problems.extend(read.problems)
         if read.problems:
             continue
@@ -136,8 +154,11 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
             value = {part: value}
         merged = merge(None, layer.values, value)
         layer.values.update(merged)
+        own = read.origins.pop(key, None)  # None: nothing but white space, or text
         layer.origins.update(read.origins)
-        layer.origins.update({key[:end]: whole for end in range(1, len(key) + 1)})
+        layer.origins.update({key[:end]: Origin(whole) for end in range(1, len(key))})
+        quoted = own is not None and own.written is None
+        layer.origins[key] = Origin(whole, None if quoted else text, typed=not quoted)
     return layer
 
 
@@ -186,6 +207,39 @@ def item_class(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     return member if isinstance(member, type) and issubclass(member, BaseModel) else None
 
 
+def fields_of(
+    model: type[BaseModel], values: Mapping[str, Any], key: Key = ()
+) -> Iterator[tuple[Key, type[BaseModel], dict[str, Any]]]:
+    """(key, class, values) of every value that has a field in the class, at any depth; sections' own values come with
+    the section. `values` is the mapping that the value is in, to be changed."""
+    for name, value in list(values.items()):
+        if name not in model.model_fields:
+            continue
+        yield (*key, name), model, values  # type: ignore[misc]
+        item = item_class(model, name)
+        if not isinstance(value, dict):
+            continue
+        if item is not None:
+            for own, inner in value.items():
+                if isinstance(inner, dict):
+                    yield from fields_of(item, inner, (*key, name, own))
+            continue
+        chosen = _pick(variants(model, name), value.get("type"))
+        if chosen is not None:
+            yield from fields_of(chosen, value, (*key, name))
+
+
+def takes(annotation: Any, kind: type[Any]) -> bool:
+    """Whether a field of that annotation takes any value of the kind."""
+    return kind in _members(annotation)
+
+
+def is_choice_of_words(annotation: Any) -> bool:
+    """Whether a field takes one of several words."""
+    choices = [get_args(member) for member in _members(annotation) if get_origin(member) is Literal]
+    return bool(choices) and all(isinstance(one, str) for words in choices for one in words)
+
+
 def _members(annotation: Any) -> list[Any]:
     """The members of a (nested, annotated) union; the annotation itself when it is none."""
     arguments = [] if get_origin(annotation) in (Literal, list, tuple, dict) else get_args(annotation)
@@ -198,13 +252,13 @@ def _members(annotation: Any) -> list[Any]:
 
 def default_values(model: type[BaseModel], kind: str | None = None) -> dict[str, Any]:
     """What `model` holds when nothing is set; fields without a default are left out, a section that is needed holds
-    what it can: so it is the missing key that is asked for, not its section."""
+    what it can, as the first of its types: so it is the missing key that is asked for, not its section."""
     given: dict[str, Any] = {} if kind is None else {"type": kind}
     values = model.model_construct(**given).model_dump()
     for name, info in model.model_fields.items():
         section = variants(model, name) if info.is_required() else {}
-        if set(section) == {None}:
-            values[name] = default_values(section[None])
+        for first, chosen in list(section.items())[:1]:
+            values[name] = default_values(chosen, first)
     return values
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlaif_ray.config.jobs import JOBS
-from rlaif_ray.config.layers import default_values, merge, read_file, read_overrides
-from rlaif_ray.config.problems import validate
+from rlaif_ray.config.layers import Key, Origin, default_values, merge, read_file, read_overrides
+from rlaif_ray.config.problems import Source, validate
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +31,15 @@ def load_job(job: str, files: Sequence[Path], overrides: Sequence[str] = ()) -> 
     """Loads and checks a job's config. All problems are told at once, in one InputError."""
     model = JOBS[job]
     values: dict[str, Any] = default_values(model)
-    origins: dict[tuple[str, ...], str] = {}
+    origins: dict[Key, Origin] = {}
     problems: list[str] = []
     for layer in [*(read_file(Path(file)) for file in files), read_overrides(overrides)]:
         values = merge(model, values, layer.values)
         origins |= layer.origins
         problems += layer.problems
     # A source that couldn't be read might have set what a cross-check would complain of.
-    config, wrong = validate(model, values, origins, cross_checks=not problems)
+    source = Source(" and ".join(map(str, files)) or "the settings")
+    config, wrong = validate(model, values, origins, cross_checks=not problems, source=source)
     problems += wrong
     if problems or config is None:
         complain(problems)
@@ -50,7 +52,7 @@ def load_job(job: str, files: Sequence[Path], overrides: Sequence[str] = ()) -> 
             f"run_dir=PATH."
         )
     stem = Path(files[0]).stem if files else job
-    run_dir = Path(given or f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    run_dir = expand_home(given or f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     return Loaded(
         job=job,
         config=config.model_copy(update={"run_dir": str(run_dir)}),

@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import Field
 
 from rlaif_ray.config.jobs import JOBS
-from rlaif_ray.config.layers import Key, Layer, default_values, merge, read_file, read_overrides
+from rlaif_ray.config.layers import Key, Layer, Origin, Origins, default_values, merge, read_file, read_overrides
 from rlaif_ray.config.load import Loaded, complain
-from rlaif_ray.config.problems import validate
+from rlaif_ray.config.problems import Source, validate
 from rlaif_ray.config.sections import ClusterConfig, Config
+from rlaif_ray.paths import expand_home
 
 STAGE = "stage:"  # a value that begins so is what another stage made
 OF_THE_PIPELINE = ("run_dir", "output")  # where a stage's results are is not for it to say
@@ -95,13 +96,14 @@ def load_pipeline(files: Sequence[Path], overrides: Sequence[str] = ()) -> Pipel
     """Loads and checks a pipeline and all its stages. All problems are told at once, in one InputError."""
     layers = [*(read_file(Path(file)) for file in files), read_overrides(overrides)]
     values: dict[str, Any] = default_values(PipelineJob)
-    origins: dict[Key, str] = {}
+    origins: dict[Key, Origin] = {}
     problems: list[str] = []
     for layer in layers:
         values = merge(PipelineJob, values, layer.values)
         origins |= layer.origins
         problems += layer.problems
-    config, wrong = validate(PipelineJob, values, origins, cross_checks=not problems)
+    source = Source(" and ".join(map(str, files)) or "the settings")
+    config, wrong = validate(PipelineJob, values, origins, cross_checks=not problems, source=source)
     problems += wrong
     if config is None:
         complain(problems)
@@ -114,7 +116,7 @@ def load_pipeline(files: Sequence[Path], overrides: Sequence[str] = ()) -> Pipel
     if problems:
         complain(problems)
     stem = Path(files[0]).stem if files else "pipeline"
-    run_dir = Path(config.run_dir or f"runs/{stem}").expanduser()
+    run_dir = expand_home(config.run_dir or f"runs/{stem}")
     return Pipeline(
         job="pipeline",
         config=config.model_copy(update={"run_dir": str(run_dir)}),
@@ -171,7 +173,7 @@ def _stage(name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: 
         problems.append(f"stages.{name}.config must be YAML files (got {files!r}). Name one, or a list of them.")
         return None
     values, found = default_values(model), list[str]()
-    origins: dict[Key, str] = {}
+    origins: dict[Key, Origin] = {}
     sources = [read_file(Path(file)) for file in files]
     sources.append(Layer({"cluster": pipeline.cluster.model_dump(exclude_unset=True)}))
     sources += [_part(layer, ("shared",), set(model.model_fields)) for layer in layers]
@@ -185,7 +187,8 @@ def _stage(name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: 
         if values.get(key) is not None and key in {first for first, *_ in origins}:
             found.append(f"{key} is not for a stage to say: the pipeline gives each a folder of its own. Remove it.")
             values[key] = None
-    config, wrong = validate(model, values, origins)
+    source = Source(f"stages.{name}, shared" + "".join(f" and {file}" for file in files), f"stages.{name}.")
+    config, wrong = validate(model, values, origins, source=source)
     found += wrong
     problems += [f"stage {name}: {problem}" for problem in found]
     if config is None or found:
@@ -208,14 +211,14 @@ def _part(layer: Layer, prefix: Key, names: set[str] | None) -> Layer:
     return Layer(values, origins)
 
 
-def _unused(pipeline: PipelineJob, origins: Mapping[Key, str]) -> Iterator[str]:
+def _unused(pipeline: PipelineJob, origins: Origins) -> Iterator[str]:
     """Sections that are shared and that no stage has."""
     jobs = [JOBS[own["job"]] for own in pipeline.stages.values() if own.get("job") in JOBS]
     known = {name for job in jobs for name in job.model_fields}
     for name in pipeline.shared:
         if name not in known:
             place = origins.get(("shared", name))
-            told = f" ({place})" if place else ""
+            told = f" ({place.place})" if place else ""
             yield f"shared.{name} is a section of no stage's job{told}: {_choose(name, sorted(known))}"
 
 

@@ -6,18 +6,29 @@ import copy
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from rlaif_ray.config.layers import Key, item_class, variants
+from rlaif_ray.config.layers import (
+    Key,
+    Origins,
+    default_values,
+    fields_of,
+    is_choice_of_words,
+    item_class,
+    takes,
+    variants,
+)
+from rlaif_ray.config.roles import MAY_BE_EMPTY
 from rlaif_ray.documents import kind_of
 from rlaif_ray.secrecy import masked, secrets_in
 
+_NULLS = ("null", "Null", "NULL")
 _ROUNDS = 20  # each leaves out what the rounds before found wrong; far more than nested classes can need
 
 
@@ -36,42 +47,61 @@ class _Problem:
     text: str
     drop: Key | None = None  # what to leave out to see the problems behind this one
     unsure: tuple[str, ...] = ()  # keys whose values are unknown as long as this isn't mended
+    fill: tuple[Key, Any] | None = None  # what to put in for the same end
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a config is written, for what is missing in it."""
+
+    name: str = "the settings"  # "train.yaml", "stages.sft of pipeline.yaml"
+    prefix: str = ""  # of its keys on the command line: "stages.sft."
 
 
 def validate(
-    model: type[BaseModel], values: dict[str, Any], origins: Mapping[Key, str], *, cross_checks: bool = True
+    model: type[BaseModel],
+    values: dict[str, Any],
+    origins: Origins,
+    *,
+    cross_checks: bool = True,
+    source: Source | None = None,
 ) -> tuple[Any, list[str]]:
     """The config, or None, and every problem.
 
     Pydantic runs a class's cross-checks only once its fields are right. To tell all at once, the values found wrong
-    are left out and the rest is checked again; a cross-check that names one of them is then held back, since it
-    would judge a default in its stead.
+    are left out, examples stand in for those that are missing, and the rest is checked again; a cross-check that names
+    one of them is then held back, since it would judge a default in its stead.
     """
     values = copy.deepcopy(values)
+    _as_typed(model, values, origins)
     texts: dict[str, None] = {}
     unsure: set[str] = set()
+    gone: set[Key] = set()  # left out; that they are missing then is no news
     for secret in list(_secrets(values, origins)):  # left out first: what is said of the rest may quote it
         texts[secret.text] = None
         unsure.update(secret.unsure)
         _drop(values, secret.drop or ())
     for _ in range(_ROUNDS):
         try:
-            problems = list(_switches_for_numbers(model, values, origins))
+            problems = [*_switches_for_numbers(model, values, origins), *_empty_texts(model, values, origins)]
             config = model.model_validate(values)
         except ValidationError as error:
-            problems += _problems(model, error, values, origins, unsure if cross_checks else None)
+            problems += _problems(model, error, values, origins, source or Source(), unsure if cross_checks else None)
         else:
             if not problems:
                 return (None if texts else config), list(texts)
+        problems = [replace(p, text="") if p.fill and _begins(p.fill[0], gone) else p for p in problems]
         texts.update(dict.fromkeys(problem.text for problem in problems if problem.text))
         unsure.update(name for problem in problems for name in problem.unsure)
-        dropped = [problem.drop for problem in problems if problem.drop and _drop(values, problem.drop)]
-        if not dropped:
+        gone.update(problem.drop for problem in problems if problem.drop)
+        changed = [_drop(values, problem.drop) for problem in problems if problem.drop]
+        changed += [_fill(values, *problem.fill) for problem in problems if problem.fill]
+        if not any(changed):
             break
     return None, list(texts)
 
 
-def _secrets(values: dict[str, Any], origins: Mapping[Key, str]) -> Iterator[_Problem]:
+def _secrets(values: dict[str, Any], origins: Origins) -> Iterator[_Problem]:
     """What would be written into resolved.yaml and logs, and must not."""
     for key, why in secrets_in(values):
         origin = _origin(key, origins).partition("=")[0]  # an override is told with its value
@@ -92,11 +122,29 @@ def _drop(values: dict[str, Any], key: Key) -> bool:
     return values.pop(key[-1], PydanticUndefined) is not PydanticUndefined
 
 
+def _begins(key: Key, others: set[Key]) -> bool:
+    """Whether the key, or a section that it is in, is among them."""
+    return any(key[:end] in others for end in range(1, len(key) + 1))
+
+
+def _fill(values: dict[str, Any], key: Key, value: Any) -> bool:
+    for part in key[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            return False
+        values = inner
+    if key[-1] in values:
+        return False
+    values[key[-1]] = value
+    return True
+
+
 def _problems(
     model: type[BaseModel],
     error: ValidationError,
     values: dict[str, Any],
-    origins: Mapping[Key, str],
+    origins: Origins,
+    source: Source,
     unsure: set[str] | None,
 ) -> Iterator[_Problem]:
     """One per error; `unsure` holds back the cross-checks that name one of its keys, None all of them."""
@@ -110,6 +158,8 @@ def _problems(
             continue
         elif detail["type"] == "extra_forbidden":
             yield _unknown_key(model, place, values, origins)
+        elif detail["type"] == "missing" and not place.item:
+            yield _missing(place, source)
         else:
             yield _wrong_value(detail, place, values, origins)
 
@@ -156,7 +206,7 @@ def _cross_checks(detail: ErrorDetails, key: Key, unsure: set[str] | None) -> It
 # --- phrasing -------------------------------------------------------------------------------------------------------
 
 
-def _unknown_key(model: type[BaseModel], place: _Place, values: dict[str, Any], origins: Mapping[Key, str]) -> _Problem:
+def _unknown_key(model: type[BaseModel], place: _Place, values: dict[str, Any], origins: Origins) -> _Problem:
     key, dotted = place.key, ".".join(place.key)
     parent, leaf = key[:-1], key[-1]
     names = _dotted_names(model, values)
@@ -202,16 +252,31 @@ def _dotted_names(model: type[BaseModel], values: Any, parent: Key = ()) -> list
     return names
 
 
-def _wrong_value(detail: ErrorDetails, place: _Place, values: dict[str, Any], origins: Mapping[Key, str]) -> _Problem:
+def _missing(place: _Place, source: Source) -> _Problem:
+    key, dotted = place.key, ".".join(place.key)
+    classes = variants(place.owner, key[-1])
+    for kind, chosen in classes.items():  # a section: what is missing in it is asked for next
+        return _Problem("", fill=(key, default_values(chosen, kind)))
+    example = (place.field.examples or [None])[0] if place.field else None
+    what = " ".join(((place.field.description if place.field else None) or "").split())
+    text = f"{dotted} must be set (got nothing from {source.name}): it has no default, since no run can guess it. "
+    text += f"{what.rstrip('.')}. " if what else ""
+    if example is None:
+        return _Problem(f"{text}Add it there, or {source.prefix}{dotted}=VALUE to the command.", None, unsure=(dotted,))
+    nested = f"{key[-1]}: {_shown(example).strip(chr(34))}"
+    for part in reversed(key[:-1]):
+        nested = f"{part}: {{{nested}}}"
+    text += f"Add `{nested}` there, or {source.prefix}{dotted}={example} to the command."
+    return _Problem(text, fill=(key, example), unsure=(dotted,))
+
+
+def _wrong_value(detail: ErrorDetails, place: _Place, values: dict[str, Any], origins: Origins) -> _Problem:
     of_type = _is_type(place) and detail["type"] in ("literal_error", "union_tag_invalid", "union_tag_not_found")
     drop = place.key[:-1] if of_type else place.key
     if detail["type"].startswith("union_tag"):
         classes = variants(place.owner, place.key[-2])
         got = detail["input"].get("type") if isinstance(detail["input"], dict) else None
         return _problem(place, _choice(list(classes)), got, origins, drop, _nearest(got, classes))
-    if detail["type"] == "missing" and not place.item:
-        text = f"{'.'.join(place.key)} must be set: it has no default.{_why(place.field)} Add it to the config."
-        return _Problem(text, None, place.key[-1:])
     if detail["type"] in ("missing", "too_long", "too_short"):
         place = _Place(place.key, place.owner, place.field)
         whole: Any = values
@@ -224,21 +289,27 @@ def _wrong_value(detail: ErrorDetails, place: _Place, values: dict[str, Any], or
         return _problem(place, _choice(choices), detail["input"], origins, drop, _nearest(detail["input"], choices))
     remedy = ""
     if detail["type"] == "string_type" and not isinstance(detail["input"], dict | list | None):
-        remedy = "Put it in quotes, as you typed it."  # 4867e52 is 4.867e+55 by now
+        written = _written(place, origins)
+        quoted = json.dumps(_shown(detail["input"]) if written is None else written, ensure_ascii=False)
+        remedy = f"Put it in quotes: {'' if place.item else place.key[-1] + ': '}{quoted}."
     elif detail["type"].startswith("model_") and place.owner:
         classes = variants(place.owner, place.key[-1])
         name = place.key[-1]
         known = isinstance(detail["input"], str) and detail["input"] in classes
-        remedy = f"Write {name}: {{type: {detail['input']}}}." if known else f"Put its keys under it, or remove {name}."
+        rest = "." if place.field and place.field.is_required() else f", or remove {name}."
+        remedy = f"Write {name}: {{type: {detail['input']}}}." if known else f"Put its keys under it{rest}"
     return _problem(place, _expected(detail), detail["input"], origins, drop, remedy)
 
 
-def _problem(
-    place: _Place, expected: str, got: Any, origins: Mapping[Key, str], drop: Key, remedy: str = ""
-) -> _Problem:
+def _problem(place: _Place, expected: str, got: Any, origins: Origins, drop: Key, remedy: str = "") -> _Problem:
     dotted = ".".join(place.key) + place.item
     where = _origin(place.key, origins)
-    shown = f"{_shown(got)}, {where}"
+    shown, written = _shown(got), _written(place, origins)
+    if written == "":
+        shown = "nothing" if got is None else shown
+    elif written is not None and got is not None and not isinstance(got, str) and written != shown:
+        shown = f"{written}, which is read as {shown}"
+    shown = f"{shown}, {where}"
     why = _why(place.field) if drop == place.key else ""
     text = f"{dotted} must be {expected} (got {shown}){':' + why if why else '.'} {remedy or _remedy(place, expected)}"
     return _Problem(text, drop, drop[-1:])
@@ -285,11 +356,17 @@ def _why(field: FieldInfo | None) -> str:
     return f" {words[0].lower() + words[1:]}" if words else ""
 
 
-def _origin(key: Key, origins: Mapping[Key, str]) -> str:
+def _origin(key: Key, origins: Origins) -> str:
     for end in range(len(key), 0, -1):
         if key[:end] in origins:
-            return f"set by {origins[key[:end]]}"
+            return f"set by {origins[key[:end]].place}"
     return "the default"
+
+
+def _written(place: _Place, origins: Origins) -> str | None:
+    """The text that the value, or item of a list, was read from; None for what is in quotes, and no scalar."""
+    origin = origins.get((*place.key, place.item[1:-1]) if place.item else place.key)
+    return None if origin is None or not (origin.written or origin.typed) else origin.written
 
 
 def _shown(value: Any) -> str:
@@ -317,25 +394,40 @@ def _length(field: FieldInfo | None) -> str:
     return f"a list of {count} values"
 
 
-# --- what pydantic lets pass ----------------------------------------------------------------------------------------
+# --- what is typed, and what pydantic lets pass ---------------------------------------------------------------------
 
 
-def _switches_for_numbers(
-    model: type[BaseModel], values: Any, origins: Mapping[Key, str], parent: Key = ()
-) -> Iterator[_Problem]:
+def _as_typed(model: type[BaseModel], values: dict[str, Any], origins: Origins) -> None:
+    """Gives fields of text what was typed on the command line: `policy.revision=4867e52` is no number.
+
+    `null` is null where that may be. So is an empty value, but for fields that say something by an empty text.
+    """
+    for key, owner, inside in fields_of(model, values):
+        origin, field = origins.get(key), owner.model_fields[key[-1]]
+        if origin is None or not origin.typed or origin.written is None or isinstance(inside[key[-1]], dict | list):
+            continue
+        kinds = field.annotation
+        if not (takes(kinds, str) or is_choice_of_words(kinds)) or any(takes(kinds, kind) for kind in (int, bool)):
+            continue
+        empty = not origin.written and takes(kinds, type(None)) and MAY_BE_EMPTY not in field.metadata
+        inside[key[-1]] = None if empty or origin.written in _NULLS else origin.written
+
+
+def _empty_texts(model: type[BaseModel], values: dict[str, Any], origins: Origins) -> Iterator[_Problem]:
+    """An empty path, name or address is none."""
+    for key, owner, inside in fields_of(model, values):
+        field = owner.model_fields[key[-1]]
+        if inside[key[-1]] == "" and takes(field.annotation, str) and MAY_BE_EMPTY not in field.metadata:
+            remedy = "Leave it out, or set it to null." if takes(field.annotation, type(None)) else ""
+            yield _problem(_Place(key, owner, field), "text that is not empty", "", origins, key, remedy)
+
+
+def _switches_for_numbers(model: type[BaseModel], values: dict[str, Any], origins: Origins) -> Iterator[_Problem]:
     """`steps: true` is 1 to pydantic, as to Python; to a user it is a slip."""
-    for name, value in values.items():
-        field = model.model_fields.get(name)
-        if isinstance(value, dict):
-            classes = variants(model, name)
-            kind = value.get("type")
-            inner = classes.get(kind) if kind is None or isinstance(kind, str) else None
-            if inner is not None:
-                yield from _switches_for_numbers(inner, value, origins, (*parent, name))
-        elif isinstance(value, bool) and field is not None and not _takes_switch(field.annotation):
-            place = _Place((*parent, name), model, field)
-            if _numeric(field.annotation):
-                yield _problem(place, "a number", value, origins, place.key)
+    for key, owner, inside in fields_of(model, values):
+        field = owner.model_fields[key[-1]]
+        if isinstance(inside[key[-1]], bool) and not _takes_switch(field.annotation) and _numeric(field.annotation):
+            yield _problem(_Place(key, owner, field), "a number", inside[key[-1]], origins, key)
 
 
 def _takes_switch(annotation: Any) -> bool:

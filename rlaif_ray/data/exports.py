@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.data.preferences import PreferenceRecord, comparison_text, read_preferences, records_of_rows
 from rlaif_ray.data.prompts import nearest_hint, one_line
 from rlaif_ray.data.record_files import arrow_schema, record_batches, write_records
+from rlaif_ray.documents import parse_json
 from rlaif_ray.errors import InputError
 from rlaif_ray.writing import replacing
 
@@ -351,7 +352,7 @@ def from_argilla(rows: Iterable[Mapping[str, Any]]) -> Iterator[PreferenceRecord
     for row in rows:
         try:
             texts = {name: row["fields"][name] for name in _TEXTS}
-            record = PreferenceRecord(id=row["id"], **texts, **json.loads(row["metadata"]["record"]))
+            record = PreferenceRecord(id=row["id"], **texts, **parse_json(row["metadata"]["record"], dict))
             said = [response["value"] for response in row["responses"].get(_QUESTION, ())]
             answers = [_VERDICTS[value] for value in said]
         except (KeyError, TypeError, ValueError) as error:

@@ -10,7 +10,6 @@ size, time of change and inode, and is taken from there as long as these are the
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_128
 from rlaif_ray.data.prompts import PACKAGED, files_of_split, hub_reference
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.models import cache_folder
+from rlaif_ray.paths import expand_home
 from rlaif_ray.tracking.files import read_json, write_json
 
 LARGE = 64 << 20  # bytes; from here on a digest is noted
@@ -113,7 +113,7 @@ def data_content(path: str, split: str = "train") -> Content:
         InputError: a file of it can't be read, or is being written.
     """
     packaged = PACKAGED / f"{path.removeprefix('package:')}.jsonl"
-    local = packaged if path.startswith("package:") else Path(os.path.expanduser(path))
+    local = packaged if path.startswith("package:") else expand_home(path)
     if path and local.is_file():
         return _of_files(path, {"": local})
     if path and local.is_dir():
@@ -134,7 +134,7 @@ def model_content(name: str, revision: str | None = None) -> Content:
         with suppress(importlib.metadata.PackageNotFoundError):
             return Content(name, f"{name} {importlib.metadata.version(distribution)}")
         return Content(name, name)
-    folder = Path(os.path.expanduser(name))
+    folder = expand_home(name)
     if folder.is_dir():
         return _of_files(name, {str(file.relative_to(folder)): file for file in _model_files(folder)})
     return Content(name, f"model {name}", ref=revision or "main", commit=_commit("models", name, revision))
@@ -142,7 +142,7 @@ def model_content(name: str, revision: str | None = None) -> Content:
 
 def file_content(name: str) -> Content:
     """Of a local file; of anything else its name is all that is known."""
-    path = Path(os.path.expanduser(name))
+    path = expand_home(name)
     return _of_files(name, {"": path}) if path.is_file() else Content(name, name)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from rlaif_ray.documents import parse_json
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message
 
@@ -113,10 +113,10 @@ def decoded(value: Any, place: str, column: str) -> Any:
         return value
     if "role" not in value or "content" not in value:
         return value
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (_as_json, ast.literal_eval):
         try:
             found = parse(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # DocumentError is a ValueError
             continue
         messages = [found] if isinstance(found, dict) else found
         if isinstance(messages, list) and all(isinstance(one, dict) for one in messages):
@@ -125,6 +125,10 @@ def decoded(value: Any, place: str, column: str) -> Any:
         f"{place}: {column} is a text that begins like messages and can't be read as them, neither as JSON nor as "
         f"Python (got {shorten(repr(value))}). Write them as a list of {{role, content}}, or as JSON."
     )
+
+
+def _as_json(text: str) -> Any:
+    return parse_json(text, lenient=True)
 
 
 def is_plain(prompt: Any, place: str) -> bool:

@@ -8,32 +8,29 @@ until the bad one: the reader raises when it gets there, and what came before ha
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict
 
 from rlaif_ray.chat.text import conversation_text
-from rlaif_ray.data.messages import Row, described, read_messages, response_of, shorten
+from rlaif_ray.data.json_rows import mended
+from rlaif_ray.data.messages import Row, described, read_messages, response_of
 from rlaif_ray.data.prompts import HUB_ID, hub_reference, id_of_row, nearest_hint, one_line
+from rlaif_ray.data.rows import json_rows, parquet_rows
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
+from rlaif_ray.paths import expand_home
 from rlaif_ray.types import Message
 
 ENDINGS = (".jsonl", ".parquet")
 
-_ROWS_AT_A_TIME = 256  # of a parquet file; responses can be long
-_BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
-
 Text = Annotated[str, Field(strict=True)]
 Response = Annotated[str, Field(strict=True, pattern=r"\S")]
 Probability = Annotated[float, Field(strict=True, ge=0, le=1)]  # strict: neither true nor "0.5" is a number
-Count = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]  # what parquet holds
 
 
 class Judge(TypedDict):
@@ -93,7 +90,7 @@ class PreferenceRecord(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _text_that_can_be_written(cls, values: Any) -> Any:
-        return _mended(values)
+        return mended(values)
 
     @model_validator(mode="after")
     def _labelled_or_failed(self) -> PreferenceRecord:
@@ -164,7 +161,7 @@ _Rows = Callable[[], Iterator[Row]]  # starts at the first row each time
 
 
 def rows_of(path: str, split: str) -> _Rows:
-    local = Path(os.path.expanduser(path))
+    local = expand_home(path)
     if path and local.exists():
         if local.is_dir() or local.suffix not in ENDINGS:
             kind = "a folder" if local.is_dir() else local.suffix or "no file ending"
@@ -177,7 +174,7 @@ def rows_of(path: str, split: str) -> _Rows:
                 f"the preferences {local} have no split {split!r}: a file is all train. "
                 "Leave split out, or name the file that holds those rows."
             )
-        return lambda: _parquet_rows(local) if local.suffix == ".parquet" else _lines(local)
+        return lambda: parquet_rows(local) if local.suffix == ".parquet" else json_rows(local)
     if not HUB_ID.fullmatch(path) or local.suffix in ENDINGS:
         near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
@@ -185,58 +182,6 @@ def rows_of(path: str, split: str) -> _Rows:
             "Correct the path."
         )
     return lambda: _hub_rows(path, split)
-
-
-def _lines(file: Path) -> Iterator[Row]:
-    try:
-        stream = file.open("rb")
-    except OSError as error:
-        raise InputError(f"the preferences {file} cannot be read ({error.strerror}). Give a readable file.") from error
-    rows = 0
-    with stream:
-        for number, line in enumerate(stream, 1):
-            line = line.removeprefix(_BOM) if number == 1 else line
-            if line.strip():
-                rows += 1
-                place = f"{file}, line {number}"
-                yield Row(place, f"{file.stem}-{rows}", _object(line, place))
-
-
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode())
-        reason = "" if isinstance(value, dict) else "another JSON value"
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} is not UTF-8"
-    except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else "the line is cut off: the file ends within it; "
-        reason = cut + str(error).partition(": line")[0]
-    if reason:
-        shown = shorten(line.decode("utf-8", "replace").strip())
-        raise InputError(
-            f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as "
-            '{"prompt": "...", "response_a": "...", "response_b": "..."}. Mend or remove the line.'
-        )
-    return dict(value)
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = itertools.count(1)
-    try:
-        # By default every row group that will be read is fetched at once: all of the file.
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16) as source:
-            for batch in source.iter_batches(batch_size=_ROWS_AT_A_TIME):
-                for cells in batch.to_pylist():
-                    n = next(number)
-                    yield Row(f"{file}, row {n}", f"{file.stem}-{n}", cells)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"the preferences {file} cannot be read as .parquet from row {next(number)} on (got: {one_line(error)}). "
-            "Mend the file, or give it the ending of what it is."
-        ) from error
 
 
 def _hub_rows(path: str, split: str) -> Iterator[Row]:
@@ -413,20 +358,3 @@ def _problem(place: str, error: ValidationError, form: _Form) -> str:
     return (
         f"{place}: {column} must be {_MUST_BE[field]} (got {got}{inner and f' at {column}{inner}'}). Correct the row."
     )
-
-
-def _mended(value: Any) -> Any:
-    """`value` with halves of surrogate pairs, which models emit and no UTF-8 file can hold, as U+FFFD."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return value
-    if isinstance(value, Message):
-        return Message(_mended(value.role), _mended(value.content))
-    if isinstance(value, Mapping):
-        return {_mended(key): _mended(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mended(inner) for inner in value]
-    return value

@@ -1,44 +1,44 @@
-"""Prompts: read from files or the hub, rendered to the policy's tokens, and dealt out step by step.
+"""Prompts: read from files or the hub as a stream, and rendered to the policy's tokens.
 
-`load_prompts` names file and row (for .jsonl the line) of whatever is wrong; `PromptSource` walks the prompts in
-seeded epochs and can be put back to where a checkpoint left it.
+`load_prompts` names file and row (for .jsonl the line) of whatever is wrong.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
-import hashlib
 import itertools
-import json
-import os
-import random
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from rlaif_ray.chat.renderer import ChatRenderer
-from rlaif_ray.chat.text import conversation_text
+from rlaif_ray.data.columns import TokenLists
 from rlaif_ray.data.messages import Row, described, read_messages, shorten
+from rlaif_ray.data.prompt_table import Conversations, Places, PromptTable, repeated
+from rlaif_ray.data.rows import WrongRows, count_rows, json_rows, parquet_rows
 from rlaif_ray.errors import InputError
-from rlaif_ray.types import Message, Prompt
+from rlaif_ray.paths import expand_home
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlaif_ray.chat.template import ChatTemplate
+    from rlaif_ray.types import Message
 
 PACKAGED = Path(__file__).parent / "prompts"  # package:train and package:heldout
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")  # see hub_reference
 _ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
-_ROWS_AT_A_TIME = 1000  # of a parquet file; `datasets` takes a row group by default, and fails where that is empty
-_JSON_BYTES_AT_A_TIME = 2**30  # by default 10 MB, and every later part must have the columns of the first
+_TOKENISED_AT_A_TIME = 1024  # prompts
+_LOOKED_AT = 1000  # rows of a file, for the column of the prompts
 
 # Which split a file of a folder belongs to, by the words of its name; a file with none of them is for training.
 _SPLIT_WORDS = {
@@ -47,14 +47,13 @@ _SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
     "heldout": {"heldout"},
 }
-_BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedPrompts:
     """The prompts of one data set, in its order."""
 
-    prompts: list[Prompt]  # never empty
+    prompts: PromptTable  # never empty
     skipped: int  # left out for being longer than max_prompt_tokens
 
 
@@ -63,9 +62,11 @@ def read_conversations(
 ) -> list[tuple[Message, ...]]:
     """The prompts of `path` as `load_prompts` reads them, before a model's tokens come into it.
 
-    Raises InputError for the first wrong row.
+    Raises InputError for wrong rows.
     """
-    return [read_messages(row, column, system) for row in _read(path, split, column, limit)]
+    found: list[tuple[Message, ...]] = []
+    _read_all(path, split, column, limit, lambda row: found.append(read_messages(row, column, system)))
+    return found
 
 
 def load_prompts(
@@ -80,57 +81,120 @@ def load_prompts(
     too_long: Literal["error", "skip"] = "error",
 ) -> LoadedPrompts:
     """Every prompt of `path`, at most its first `limit` rows, as text and as tokens of `tokenizer`, or of the one that
-    a ChatTemplate brings.
+    a ChatTemplate brings. Progress is shown where it takes longer than a second.
 
     `path` is `package:train`, `package:heldout`, a file (.jsonl, .json, .parquet, .csv), a folder of such files, or a
     hub id. `column` holds a string, or a list of {role, content} messages that ends with the user's. `system` is put
     before every prompt that has no system message; some chat templates put one of their own where there is none
     (SmolLM2's does), and `system=""` keeps them from it. Local files are read anew each time, past every cache.
 
-    A prompt's id is its row's `id`, else "<file stem>-<row number>". Raises InputError for the first wrong row.
+    A prompt's id is its row's `id`, else "<file stem>-<row number>". Raises InputError for wrong rows, several at once.
     """
-    rows = _read(path, split, column, limit)
-    if not rows:
-        raise InputError(f"the prompts {path!r} have no rows (got an empty data set). Give a data set with prompts.")
-    renderer = ChatRenderer(tokenizer)
-    prompts: list[Prompt] = []
-    place_of: dict[str, str] = {}
-    skipped: list[int] = []  # their lengths
-    for row in rows:
+    found, places, ids = Conversations(system), Places(), array("q")
+
+    def keep(row: Row) -> None:
         name = id_of_row(row)
-        if name in place_of:
-            raise InputError(
-                f"{row.place}: id must be unique (got {name!r}, which {place_of[name]} has too). "
-                "Give every row an id of its own, or remove the id column to have them numbered."
-            )
-        place_of[name] = row.place
-        messages = read_messages(row, column, system)
-        tokens = renderer.tokens(messages, row.place)
-        if len(tokens) <= max_prompt_tokens:
-            text = conversation_text(messages)
-            tags = renderer.chat.tags
-            prompts.append(Prompt(name, messages, tokens, text, opened=renderer.opened, tags=tags))
-        elif too_long == "skip":
-            skipped.append(len(tokens))
+        found.append(name, read_messages(row, column, system))
+        places.append(row.place)
+        ids.append(hash(name))
+
+    _read_all(path, split, column, limit, keep)
+    if not len(found):
+        raise InputError(f"the prompts {path!r} have no rows (got an empty data set). Give a data set with prompts.")
+    _must_be_unique(found.ids, ids, places)
+    renderer = ChatRenderer(tokenizer)
+    tokens, kept, skipped = TokenLists(), array("I"), array("I")
+    for row, own in enumerate(_tokenised(found, places, renderer, None if too_long == "skip" else max_prompt_tokens)):
+        short = len(own) <= max_prompt_tokens
+        tokens.append(own if short else ())
+        if short:
+            kept.append(row)
         else:
-            raise InputError(
-                f"{row.place}: the prompt has {len(tokens)} tokens with its chat template, and {max_prompt_tokens} "
-                f"are allowed (max_prompt_tokens, or what the context leaves after the answer). Shorten it, raise "
-                f"max_prompt_tokens or the context, or set too_long=skip to leave such prompts out."
-            )
-    if not prompts:
+            skipped.append(len(own))
+    if not kept:
         raise InputError(
             f"no prompt of {path!r} is left: all {len(skipped)} are longer than {max_prompt_tokens} tokens and were "
             f"skipped (too_long=skip; the shortest has {min(skipped)}). Raise max_prompt_tokens or the context."
         )
-    return LoadedPrompts(prompts, len(skipped))
+    rows: Sequence[int] = kept if skipped else range(len(found))
+    table = PromptTable(found, tokens, rows, opened=renderer.opened, tags=renderer.chat.tags)
+    return LoadedPrompts(table, len(skipped))
+
+
+def _read_all(path: str, split: str, column: str, limit: int | None, keep: Callable[[Row], None]) -> None:
+    """Gives every row to `keep`; raises what is wrong with rows together."""
+    wrong, total = WrongRows(), count_rows(path, limit)
+    with ItemProgress("reading prompts", total, "prompts", after_s=SILENT_S) as progress, wrong.noted():
+        for row in progress.over(_read(path, split, column, limit)):
+            with wrong.noted():
+                keep(row)
+            if wrong.full:
+                break
+    wrong.check()
+
+
+def _must_be_unique(ids: Sequence[str], hashes: array[int], places: Places) -> None:
+    wrong = WrongRows()
+    for before, again in repeated(hashes):
+        if ids[before] == ids[again] and not wrong.full:
+            with wrong.noted():
+                raise InputError(
+                    f"{places[again]}: id must be unique (got {ids[again]!r}, which {places[before]} has too). "
+                    "Give every row an id of its own, or remove the id column to have them numbered."
+                )
+    wrong.check()
+
+
+def _tokenised(
+    found: Conversations, places: Places, renderer: ChatRenderer, longest: int | None
+) -> Iterator[tuple[int, ...]]:
+    """The tokens of each, none longer than `longest`.
+
+    Raises:
+        InputError: conversations can't be rendered, or are too long: those of the rows that were under way.
+    """
+    with ItemProgress("tokenising prompts", len(found), "prompts", after_s=SILENT_S) as progress:
+        for start in range(0, len(found), _TOKENISED_AT_A_TIME):
+            rows = range(start, min(start + _TOKENISED_AT_A_TIME, len(found)))
+            talks, own = [found.messages(row) for row in rows], [places[row] for row in rows]
+            yield from _together(talks, own, renderer, longest)
+            progress.advance(len(rows))
+
+
+def _together(
+    talks: Sequence[Sequence[Message]], places: Sequence[str], renderer: ChatRenderer, longest: int | None
+) -> list[tuple[int, ...]]:
+    try:
+        tokens = renderer.tokens_of(talks, places)
+    except InputError:  # of the first; with it, of the others
+        wrong = WrongRows()
+        for messages, place in zip(talks, places, strict=True):
+            with wrong.noted():
+                renderer.tokens(messages, place)
+        wrong.check()
+        raise
+    wrong = WrongRows()
+    for place, one in zip(places, tokens, strict=True):
+        with wrong.noted():
+            _must_fit(one, longest, place)
+    wrong.check()
+    return tokens
+
+
+def _must_fit(tokens: Sequence[int], longest: int | None, place: str) -> None:
+    if longest is not None and len(tokens) > longest:
+        raise InputError(
+            f"{place}: the prompt has {len(tokens)} tokens with its chat template, and {longest} "
+            f"are allowed (max_prompt_tokens, or what the context leaves after the answer). Shorten it, raise "
+            f"max_prompt_tokens or the context, or set too_long=skip to leave such prompts out."
+        )
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
-    """The rows of whatever `path` names, each with a cell for `column`."""
+def _read(path: str, split: str, column: str, limit: int | None) -> Iterator[Row]:
+    """The rows of whatever `path` names; one of the first has a cell for `column`."""
     if path.startswith("package:"):
         packaged = {f"package:{file.stem}": file for file in sorted(PACKAGED.glob("*.jsonl"))}
         if path not in packaged:
@@ -139,7 +203,7 @@ def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
                 f"Use {' or '.join(packaged)}."
             )
         return _read_file(packaged[path], split, column, limit)
-    local = Path(os.path.expanduser(path))
+    local = expand_home(path)
     if path and local.exists():
         return (_read_folder if local.is_dir() else _read_file)(local, split, column, limit)
     if not HUB_ID.fullmatch(path) or local.suffix in _ENDINGS:
@@ -151,7 +215,7 @@ def _read(path: str, split: str, column: str, limit: int | None) -> list[Row]:
     return _read_hub(path, split, column, limit)
 
 
-def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> list[Row]:
+def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> Iterator[Row]:
     files = _files_of(folder)
     if not files:
         raise InputError(
@@ -164,10 +228,9 @@ def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> li
             f"the folder {folder} has no split {split!r} (got {names}): a file belongs to the split that its name "
             "says, and to train when it says none. Set split to what is there, or name one file."
         )
-    rows: list[Row] = []
-    for file in chosen:
-        rows += _read_file(file, "train", column, limit, stem=str(file.relative_to(folder).with_suffix("")))
-    return rows[:limit]
+    stems = {file: str(file.relative_to(folder).with_suffix("")) for file in chosen}
+    rows = (row for file, stem in stems.items() for row in _read_file(file, "train", column, limit, stem=stem))
+    return itertools.islice(rows, limit)
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
@@ -186,7 +249,7 @@ def _is_of_split(name: Path, split: str) -> bool:
     return split == "train" and not words & set().union(*_SPLIT_WORDS.values())
 
 
-def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: str | None = None) -> list[Row]:
+def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: str | None = None) -> Iterator[Row]:
     if file.suffix not in _ENDINGS:
         raise InputError(
             f"the prompts {file} are in a format that is not read (got {file.suffix or 'no file ending'}). "
@@ -197,70 +260,66 @@ def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: 
             f"the prompts {file} have no split {split!r}: a single file is all train. "
             "Leave split out, or name the file that holds those prompts."
         )
-    records = _records(file, column, limit)
-    _need_column(column, list(dict.fromkeys(key for record in records for key in record)), str(file), records)
-    places = [f"{file}, row {number}" for number in range(1, len(records) + 1)]
-    if file.suffix == ".jsonl":  # an editor shows lines; blank ones are no rows
-        with file.open("rb") as lines:
-            numbers = [n for n, line in enumerate(lines, 1) if line.lstrip(_BOM + b" \t").startswith(b"{")]
-        places[: len(numbers)] = [f"{file}, line {number}" for number in numbers[: len(records)]]
-    names = (f"{stem or file.stem}-{number}" for number in itertools.count(1))
-    return [Row(*row) for row in zip(places, names, records, strict=False)]
+    stem = stem or file.stem
+    rows: Iterator[Row]
+    if file.suffix == ".csv":
+        records = enumerate(_csv_records(file, column), 1)
+        rows = (Row(f"{file}, row {number}", f"{stem}-{number}", record) for number, record in records)
+    else:
+        rows = (parquet_rows if file.suffix == ".parquet" else json_rows)(file, "prompts", stem)
+    return _checked(itertools.islice(rows, limit), column, str(file))
 
 
-def _records(file: Path, column: str, limit: int | None) -> list[dict[str, Any]]:
-    """The first `limit` records of a file, through `datasets` and past its cache: a changed file is read as it is."""
+def _checked(rows: Iterator[Row], column: str, where: str) -> Iterator[Row]:
+    """The rows of a file, each with a cell for its id where the first has one.
+
+    Raises:
+        InputError: none of the first rows has the column, so no row will have it; or a row has an id and the first has
+            none.
+    """
+    first: list[Row] = []
+    for row in rows:
+        first.append(row)
+        if column in row.cells or len(first) == _LOOKED_AT:
+            break
+    if first and column not in first[-1].cells:
+        _no_column(column, list(dict.fromkeys(key for row in first for key in row.cells)), where)
+    with_ids = bool(first) and "id" in first[0].cells
+    for row in itertools.chain(first, rows):
+        if with_ids:
+            row.cells.setdefault("id", None)
+        elif "id" in row.cells:
+            raise InputError(
+                f"{row.place}: this row has an id and the first has none (got {described(row.cells['id'])}). "
+                "Give every row an id, or none."
+            )
+        yield row
+
+
+def _csv_records(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    """The records of a file, through `datasets` and past its cache: a changed file is read as it is.
+
+    Reads the file itself, where `datasets.load_dataset` would ask the hub first and then copy it to a cache.
+    """
+    from datasets.io.csv import CsvDatasetReader
     from datasets.utils import logging
 
     try:
         if not file.stat().st_size:
-            return []
+            return
         with ExitStack() as stack:
             stack.callback(logging.set_verbosity, logging.get_verbosity())
             logging.set_verbosity(logging.CRITICAL)  # what it logs is raised anyway
-            locks = stack.enter_context(tempfile.TemporaryDirectory())
-            return [dict(record) for record in itertools.islice(_stream(file, column, locks), limit)]
-    except Exception as error:  # what pyarrow, pandas and datasets raise about a file has no common root
-        broken = _broken_line(file) if file.suffix == ".jsonl" and not isinstance(error, OSError) else None
-        if broken:
-            number, reason, line = broken
-            raise InputError(
-                f"{file}, line {number}: not a JSON object ({reason}; got {shorten(line)}). Every line must be one, "
-                'in UTF-8, such as {"prompt": "..."}. Mend the line.'
-            ) from error
+            cache_dir = stack.enter_context(tempfile.TemporaryDirectory())
+            name = glob.escape(str(file.absolute()))
+            # It holds text: without these, "NA" would be no prompt and "007" the id 7.
+            how: dict[str, Any] = {"keep_default_na": False, "converters": {column: str, "id": str}}
+            yield from map(dict, CsvDatasetReader(name, cache_dir=cache_dir, streaming=True, **how).read())
+    except Exception as error:  # what pandas and datasets raise about a file has no common root
         raise InputError(
-            f"the prompts {file} cannot be read as {file.suffix} (got: {one_line(error)}). "
+            f"the prompts {file} cannot be read as .csv (got: {one_line(error)}). "
             "Mend the file, or give it the ending of what it is."
         ) from error
-
-
-def _stream(file: Path, column: str, cache_dir: str) -> Iterable[dict[str, Any]]:
-    """Reads the file itself, where `datasets.load_dataset` would ask the hub first and then copy it to a cache."""
-    from datasets.io.csv import CsvDatasetReader
-    from datasets.io.json import JsonDatasetReader
-    from datasets.io.parquet import ParquetDatasetReader
-
-    common: dict[str, Any] = {"cache_dir": cache_dir, "streaming": True}
-    name = glob.escape(str(file.absolute()))
-    if file.suffix == ".csv":  # it holds text: without these, "NA" would be no prompt and "007" the id 7
-        reader = CsvDatasetReader(name, keep_default_na=False, converters={column: str, "id": str}, **common)
-    elif file.suffix == ".parquet":
-        reader = ParquetDatasetReader(name, batch_size=_ROWS_AT_A_TIME, **common)
-    else:
-        reader = JsonDatasetReader(name, chunksize=min(file.stat().st_size, _JSON_BYTES_AT_A_TIME), **common)
-    stream: Iterable[dict[str, Any]] = reader.read()
-    return stream
-
-
-def _broken_line(file: Path) -> tuple[int, str, str] | None:
-    """The first line of a .jsonl file that holds no JSON object: its number, what is wrong, and itself."""
-    for number, line in enumerate(file.read_bytes().removeprefix(_BOM).split(b"\n"), 1):
-        try:
-            if line.strip() and not isinstance(json.loads(line), dict):
-                return number, "another JSON value", line.decode()
-        except ValueError as error:  # broken JSON or UTF-8
-            return number, str(error).partition(": line")[0], line.decode("utf-8", "replace").strip()
-    return None
 
 
 def hub_reference(path: str) -> tuple[str, str | None]:
@@ -269,7 +328,7 @@ def hub_reference(path: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def _read_hub(path: str, split: str, column: str, limit: int | None) -> list[Row]:
+def _read_hub(path: str, split: str, column: str, limit: int | None) -> Iterator[Row]:
     import datasets
 
     name, revision = hub_reference(path)
@@ -281,18 +340,18 @@ def _read_hub(path: str, split: str, column: str, limit: int | None) -> list[Row
             f"be loaded (got: {one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
             "the network, and a private one HF_TOKEN. Or give a local file."
         ) from error
-    _need_column(column, data.column_names, name, data)
+    if len(data) and column not in data.column_names:
+        _no_column(column, data.column_names, name)
     kept = data.select_columns([key for key in (column, "id") if key in data.column_names])
     records = enumerate(itertools.islice(kept, limit), 1)
-    return [Row(f"{name} ({split}), row {n}", f"{name.rpartition('/')[2]}-{n}", record) for n, record in records]
+    return (Row(f"{name} ({split}), row {n}", f"{name.rpartition('/')[2]}-{n}", record) for n, record in records)
 
 
-def _need_column(column: str, columns: list[str], where: str, records: Any) -> None:
-    if len(records) and column not in columns:
-        raise InputError(
-            f"the prompts {where} have no column {column!r} (its columns: {', '.join(columns) or 'none'})."
-            f"{nearest_hint(column, columns)} Set column to the one that holds the prompts."
-        )
+def _no_column(column: str, columns: list[str], where: str) -> NoReturn:
+    raise InputError(
+        f"the prompts {where} have no column {column!r} (its columns: {', '.join(columns) or 'none'})."
+        f"{nearest_hint(column, columns)} Set column to the one that holds the prompts."
+    )
 
 
 # ---- One row ---------------------------------------------------------------------------------------------------------
@@ -309,80 +368,6 @@ def id_of_row(row: Row) -> str:
             "Give every row an id, or remove the id column to have them numbered."
         )
     return str(value)
-
-
-# ---- Steps -----------------------------------------------------------------------------------------------------------
-
-
-class PromptSource:
-    """Deals prompts out, `prompts_per_step` at a time, every prompt once an epoch, without end.
-
-    A step may take the last prompts of one epoch and the first of the next, and never holds a prompt twice unless
-    there are fewer prompts than a step takes. The order follows from the seed alone.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], *, prompts_per_step: int, seed: int, shuffle: bool) -> None:
-        assert prompts and prompts_per_step >= 1
-        self.prompts = tuple(prompts)
-        self.prompts_per_step, self.seed, self.shuffle = prompts_per_step, seed, shuffle
-        self.step = 0  # steps dealt out
-        self.epoch, self.position = 0, 0  # the epoch under way, and how many of its prompts were dealt out
-        self.order = self._epoch_order(0, begun=[])
-        self.identity = self._identity()
-
-    def next(self) -> list[Prompt]:
-        """The prompts of the next step."""
-        chosen: list[int] = []
-        while len(chosen) < self.prompts_per_step:
-            if self.position == len(self.prompts):
-                self.epoch, self.position = self.epoch + 1, 0
-                self.order = self._epoch_order(self.epoch, begun=chosen)
-            part = self.order[self.position : self.position + self.prompts_per_step - len(chosen)]
-            chosen += part
-            self.position += len(part)
-        self.step += 1
-        return [self.prompts[index] for index in chosen]
-
-    def state(self) -> dict[str, Any]:
-        """Where the source stands, for `restore`; goes into JSON."""
-        return {"step": self.step, "epoch": self.epoch, "position": self.position, **self.identity}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken, also in another process. InputError where it does not fit."""
-        for key, here in self.identity.items():
-            if state.get(key) != here:
-                raise InputError(
-                    f"the checkpoint's place in the prompts does not fit this run: {key} was {state.get(key)!r} and is "
-                    f"{here!r}, so the order of the prompts is another. Restore that setting or those prompts, or "
-                    "start a new run (checkpoint.resume=never, or another run_dir)."
-                )
-        self.step, self.epoch, self.position, self.order = 0, 0, 0, self._epoch_order(0, begun=[])
-        for _ in range(state["step"]):  # an epoch's order depends on how the one before it ended, so walk there
-            self.next()
-        assert (self.epoch, self.position) == (state["epoch"], state["position"])
-
-    def _epoch_order(self, epoch: int, begun: Sequence[int]) -> list[int]:
-        """The order of one epoch. `begun` is what the step at its start already holds: that comes later."""
-        order = list(range(len(self.prompts)))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        if not begun or len(order) < self.prompts_per_step:
-            return order
-        taken, missing = set(begun), self.prompts_per_step - len(begun)
-        head = dict.fromkeys(itertools.islice((index for index in order if index not in taken), missing))
-        return [*head, *(index for index in order if index not in head)]
-
-    def _identity(self) -> dict[str, Any]:
-        """What the order of the prompts follows from."""
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            digest.update(json.dumps([prompt.id, prompt.tokens]).encode())
-        return {
-            "prompts": f"{len(self.prompts)}-{digest.hexdigest()[:16]}",
-            "prompts_per_step": self.prompts_per_step,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-        }
 
 
 def nearest_hint(name: str, names: Iterable[str]) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlaif_ray.data.preferences import ENDINGS, PreferenceRecord
-from rlaif_ray.errors import InputError, RunError
+from rlaif_ray.documents import bounded_lines, parse_json
+from rlaif_ray.errors import DocumentError, InputError, RunError
 from rlaif_ray.tracking.files import cut_rows
 from rlaif_ray.writing import open_in_place, open_to_append, replacing
 
@@ -232,8 +232,8 @@ def _whole_lines(path: Path) -> int:
 
 def _is_ours(line: bytes) -> bool:
     try:
-        return list(json.loads(line)) == _COLUMNS
-    except (ValueError, TypeError):
+        return list(parse_json(line, dict)) == _COLUMNS
+    except DocumentError:
         return False
 
 
@@ -246,5 +246,12 @@ def _not_ours(path: Path) -> str:
 
 def _our_lines(path: Path) -> Iterator[PreferenceRecord]:
     with path.open("rb") as file:
-        for line in file:
-            yield PreferenceRecord.model_validate_json(line)
+        for number, line in enumerate(bounded_lines(file), 1):
+            try:
+                yield PreferenceRecord.model_validate(parse_json(line, dict))
+            except ValueError as error:  # DocumentError, ValidationError
+                told = f"it {error}" if isinstance(error, DocumentError) else "other values than were written"
+                raise InputError(
+                    f"{path}, line {number}, is damaged ({told}): this command goes on from these records. Mend the "
+                    f"line, or move the file away to make them anew."
+                ) from error

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rlaif_ray.errors import FeedbackError, InputError
-from rlaif_ray.feedback.replies import BadReplyError, Reply, read_reply
+from rlaif_ray.feedback.replies import REPLY_BYTES, BadReplyError, Reply, read_reply
 from rlaif_ray.output import shown
 from rlaif_ray.secrecy import masked, remember
 
 if TYPE_CHECKING:
+    import httpx2
     from openai import APIError, APIStatusError
 
     from rlaif_ray.config.sections import OpenAIJudge
@@ -70,8 +71,13 @@ class Endpoint:
             timeout=cfg.timeout_s,
             max_retries=cfg.max_retries,
             # With 256 in flight a request over aiohttp costs a quarter of what it does over httpx.
-            # A redirect would take the prompts, and perhaps the key, to whatever address a reply names.
-            http_client=openai.DefaultAioHttpClient(timeout=cfg.timeout_s, limits=limits, follow_redirects=False),
+            http_client=openai.DefaultAioHttpClient(
+                timeout=cfg.timeout_s,
+                limits=limits,
+                # A redirect would take the prompts, and perhaps the key, to whatever address a reply names.
+                follow_redirects=False,
+                event_hooks={"response": [_read_bounded]},
+            ),
         )
 
     async def close(self) -> None:
@@ -108,7 +114,6 @@ class Endpoint:
 
         Errors of ours are raised outside the handlers: what the client raises holds the request, and so the key.
         """
-        import aiohttp
         import httpx2
         import openai
 
@@ -125,7 +130,9 @@ class Endpoint:
             problem = NoReplyError(f"endpoint_error: {_innermost(error)}")
         except TimeoutError:
             problem = NoReplyError("endpoint_error: timeout")
-        except aiohttp.ClientError as error:  # what is no HTTP gets through the client as it is
+        except BadReplyError as error:
+            problem = error
+        except Exception as error:  # what is no HTTP, or no header, gets through the client as it is
             problem = BadReplyError(type(error).__name__)
         raise problem
 
@@ -151,7 +158,7 @@ class Endpoint:
                 f"the account at {self.url} is empty {got}: asking stopped. What was answered is kept; fill it up and "
                 f"start the same command again."
             )
-        if status == 413 or (status in (400, 422) and _TOO_LONG.search(f"{error.code} {said}")):
+        if status == 413 or (status in (400, 422) and _TOO_LONG.search(f"{str(error.code)[:300]} {said}")):
             return NoReplyError("too_long")
         if status in (400, 422):
             if body.get("n", 1) > 1 and (error.param == "n" or re.search(r"\bn\b", said)):
@@ -159,10 +166,12 @@ class Endpoint:
             ours = [key for key in body if key not in ("model", "messages", "n")]
             about = next((key for key in ours if key == error.param or re.search(rf"\b{key}\b", said)), None)
             if about is not None:
+                other = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}.get(about)
+                remedy = f"set judge.token_limit={other}" if other else f"leave it out ({about}: null)"
                 return InputError(
                     f"the endpoint {self.url} does not take {about}={body[about]!r} {got}. Set it to what "
-                    f"judge.model={self._cfg.model} takes through judge.extra_body; where it has no log-probabilities, "
-                    f"use judge.answers=text."
+                    f"judge.model={self._cfg.model} takes through judge.extra_body, or {remedy}; where it has no "
+                    f"log-probabilities, use judge.answers=text."
                 )
             return NoReplyError(f"endpoint_error: {status}: {said}")
         return NoReplyError(f"endpoint_error: {status}")
@@ -178,13 +187,27 @@ class Endpoint:
 
     def _said(self, error: APIError) -> str:
         body = error.body
-        text = str(body.get("message") or body) if isinstance(body, dict) else str(body or error.message)
+        try:
+            text = str(body.get("message") or body) if isinstance(body, dict) else str(body or error.message)
+        except RecursionError:  # the client reads JSON without our bounds
+            text = f"error code {getattr(error, 'status_code', 'unknown')}"
         return self._masked(text)
 
     def _masked(self, text: str) -> str:
         """`text` on one line and not too long, without the key: some endpoints say it back."""
         text = text if self._key == DUMMY_KEY else text.replace(self._key, "***")  # a short one too
         return shown(" ".join(text.split()))[:300]
+
+
+async def _read_bounded(response: httpx2.Response) -> None:
+    """Reads a reply, of any status, as the client would do next, but no more than REPLY_BYTES of what it unpacks to."""
+    parts, size = [], 0
+    async for part in response.aiter_bytes():
+        parts.append(part)
+        size += len(part)
+        if size > REPLY_BYTES:
+            raise BadReplyError(f"longer than {REPLY_BYTES:,} bytes")
+    response._content = b"".join(parts)  # where the client looks first; there is no other way to give it back
 
 
 def shown_url(url: str) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif_ray.config.layers import Key, read_file
+from rlaif_ray.config.layers import Key, Origins, read_file
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
 
 TEXT, WHOLE, NUMBER, LIST, TEXTS = "a text", "a whole number", "a number", "a list", "a list of texts"
 _CLASSES: dict[str, tuple[type, ...]] = {
@@ -27,14 +28,15 @@ class Source:
 
     path: Path
     values: dict[str, Any]
-    origins: Mapping[Key, str]  # "mine.yaml, line 3", by key; items of lists have their index in it
+    origins: Origins  # "mine.yaml, line 3", by key; items of lists have their index in it
     problems: tuple[str, ...]  # that reading met; `values` is what could be read all the same
 
     def line(self, *key: str) -> str:
         """ "line 3", of a key or, where the file doesn't have it, of what would have to hold it."""
         while key and key not in self.origins:
             key = key[:-1]
-        return self.origins.get(key, "line 1").removeprefix(f"{self.path}, ")
+        origin = self.origins.get(key)
+        return (origin.place if origin else "line 1").removeprefix(f"{self.path}, ")
 
 
 def find(name_or_path: str, shipped: Path, setting: str) -> Path:
@@ -44,7 +46,7 @@ def find(name_or_path: str, shipped: Path, setting: str) -> Path:
         InputError: no shipped file has that name; speaks of `setting`.
     """
     if Path(name_or_path).suffix in (".yaml", ".yml") or "/" in name_or_path:
-        return Path(name_or_path).expanduser()
+        return expand_home(name_or_path)
     names = sorted(path.stem for path in shipped.glob("*.yaml"))
     if name_or_path in names:
         return shipped / f"{name_or_path}.yaml"

@@ -12,10 +12,14 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlaif_ray.errors import InputError, RunError
+from pydantic import TypeAdapter, ValidationError
+
+from rlaif_ray.documents import parse_json
+from rlaif_ray.errors import DocumentError, InputError, RunError
 from rlaif_ray.types import Answer, Explanation, Question
 
 if TYPE_CHECKING:
@@ -24,6 +28,11 @@ if TYPE_CHECKING:
 WAIT_S = 3600.0  # longest wait for another thread that is asking the same question
 
 Reply = TypeVar("Reply", Answer, Explanation)
+
+
+@cache
+def _kind(kind: type[Reply]) -> TypeAdapter[Reply]:
+    return TypeAdapter(kind)
 
 
 class Memory:
@@ -53,10 +62,17 @@ class Memory:
             ) from error
         self._path = path
 
-    def get(self, key: bytes) -> dict[str, Any] | None:
-        with self._lock:
-            row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else dict(json.loads(row[0]))
+    def get(self, key: bytes, kind: type[Reply]) -> Reply | None:
+        """None for what is not there, or is no such reply: it is asked again.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        row = self._first("SELECT reply FROM replies WHERE key = ?", key)
+        try:
+            return None if row is None else _kind(kind).validate_python(parse_json(row[0], dict, lenient=True))
+        except (DocumentError, ValidationError, TypeError, AttributeError):
+            return None
 
     def put(self, key: bytes, reply: Answer | Explanation) -> None:
         """Raises RunError when the disk does not take it."""
@@ -72,12 +88,21 @@ class Memory:
 
     def spent(self) -> float:
         """Cost of all that is remembered."""
-        with self._lock:
-            return float(self._database.execute("SELECT COALESCE(SUM(cost), 0) FROM replies").fetchone()[0])
+        return float(self._first("SELECT COALESCE(SUM(cost), 0) FROM replies")[0])
 
     def __len__(self) -> int:
-        with self._lock:
-            return int(self._database.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
+        return int(self._first("SELECT COUNT(*) FROM replies")[0])
+
+    def _first(self, query: str, *values: bytes) -> Any:
+        """The first row of what a query finds, or None."""
+        try:
+            with self._lock:
+                return self._database.execute(query, values).fetchone()
+        except sqlite3.Error as error:
+            raise InputError(
+                f"the remembered answers {self._path} can't be read ({error}): the file is damaged. Remove it to ask "
+                f"anew, or restore it."
+            ) from error
 
     def close(self) -> None:
         with self._lock:
@@ -100,18 +125,12 @@ class RememberingAsker:
         return self._asker.fits(question)
 
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        def read(stored: dict[str, Any]) -> Answer:
-            return Answer(**{**stored, "probabilities": tuple(stored["probabilities"])})
-
         keys = [self._key(question, None) for question in questions]
-        yield from self._replies(questions, keys, self._asker.answer, read)
+        yield from self._replies(questions, keys, self._asker.answer, Answer)
 
     def explain(self, questions: Sequence[Question], settings: GenerationSettings) -> Iterator[tuple[int, Explanation]]:
-        def read(stored: dict[str, Any]) -> Explanation:
-            return Explanation(**{**stored, "texts": tuple(stored["texts"])})
-
         keys = [self._key(question, settings) for question in questions]
-        yield from self._replies(questions, keys, lambda asked: self._asker.explain(asked, settings), read)
+        yield from self._replies(questions, keys, lambda asked: self._asker.explain(asked, settings), Explanation)
 
     def _key(self, question: Question, settings: GenerationSettings | None) -> bytes:
         parts = [self.identity, asdict(question), None if settings is None else asdict(settings)]
@@ -122,7 +141,7 @@ class RememberingAsker:
         questions: Sequence[Question],
         keys: Sequence[bytes],
         ask: Callable[[Sequence[Question]], Iterator[tuple[int, Reply]]],
-        read: Callable[[dict[str, Any]], Reply],
+        kind: type[Reply],
     ) -> Iterator[tuple[int, Reply]]:
         places: dict[bytes, list[int]] = {}
         for i, key in enumerate(keys):
@@ -131,12 +150,12 @@ class RememberingAsker:
         others: list[bytes] = []  # another thread is asking these
         for key in places:
             with self._lock:
-                stored = self.memory.get(key)
+                stored = self.memory.get(key, kind)
                 if stored is None:
                     (others if key in self._pending else own).append(key)
                     self._pending.setdefault(key, threading.Event())
             if stored is not None:
-                yield from self._same(places[key], read(stored))
+                yield from self._same(places[key], stored)
         try:
             for k, reply in ask([questions[places[key][0]] for key in own]) if own else ():
                 if reply.failure is None:
@@ -147,7 +166,7 @@ class RememberingAsker:
             for key in own:
                 self._done(key)
         if others:
-            yield from self._after_others(questions, keys, others, places, ask, read)
+            yield from self._after_others(questions, keys, others, places, ask, kind)
 
     def _after_others(
         self,
@@ -156,7 +175,7 @@ class RememberingAsker:
         others: Sequence[bytes],
         places: dict[bytes, list[int]],
         ask: Callable[[Sequence[Question]], Iterator[tuple[int, Reply]]],
-        read: Callable[[dict[str, Any]], Reply],
+        kind: type[Reply],
     ) -> Iterator[tuple[int, Reply]]:
         """What other threads were asking; asked here when it failed there."""
         for key in others:
@@ -166,7 +185,7 @@ class RememberingAsker:
                 event.wait(WAIT_S)
         again = [i for key in others for i in places[key]]
         # The same way once more: now they are remembered, or nobody is asking them.
-        for k, reply in self._replies([questions[i] for i in again], [keys[i] for i in again], ask, read):
+        for k, reply in self._replies([questions[i] for i in again], [keys[i] for i in again], ask, kind):
             yield again[k], reply
 
     def _done(self, key: bytes) -> None:

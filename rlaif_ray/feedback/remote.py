@@ -206,20 +206,20 @@ class OpenAIAsker:
 
     def _body(self, question: Question, **parameters: Any) -> dict[str, Any]:
         messages = [{"role": turn.role, "content": turn.content} for turn in question.turns]
-        return {"model": self._cfg.model, "messages": messages, **parameters, **self._cfg.body}
+        parameters[self._cfg.token_limit] = parameters.pop("most_tokens")
+        body = {"model": self._cfg.model, "messages": messages, **parameters, **self._cfg.body}
+        return {name: value for name, value in body.items() if value is not None}
 
     def _answer_body(self, question: Question) -> dict[str, Any]:
         if self._cfg.answers == "text":
-            return self._body(question, max_completion_tokens=TEXT_TOKENS, temperature=0.0)
+            return self._body(question, most_tokens=TEXT_TOKENS, temperature=0.0)
         # Greedy: a sampled token would take a likelier one's place in the list, and lead behind a space by chance.
         # The log-probabilities are the model's own all the same (vLLM, SGLang, OpenAI); `sharpened` finds others.
-        return self._body(
-            question, max_completion_tokens=ANSWER_TOKENS, temperature=0.0, logprobs=True, top_logprobs=20
-        )
+        return self._body(question, most_tokens=ANSWER_TOKENS, temperature=0.0, logprobs=True, top_logprobs=20)
 
     def _explain_body(self, question: Question, settings: GenerationSettings, have: int, wanted: int) -> dict[str, Any]:
         parameters: dict[str, Any] = {
-            "max_completion_tokens": settings.max_new_tokens,
+            "most_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
         }
         if settings.temperature > 0:
@@ -277,7 +277,7 @@ class OpenAIAsker:
         if not self._understood and reply.cut and not reply.texts[0].strip():
             raise InputError(
                 f"judge.model={self._cfg.model} wrote {reply.tokens_out} tokens and said nothing: it thinks before it "
-                f"answers, and ran out of tokens. Give it room, such as judge.extra_body.max_completion_tokens=2048, "
+                f"answers, and ran out of tokens. Give it room, such as judge.extra_body.{self._cfg.token_limit}=2048, "
                 f"or turn its thinking off through judge.extra_body."
             )
         return replace(told, failure="unparsed")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import string
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlaif_ray.documents import at, parse_json
+from rlaif_ray.errors import DocumentError
 from rlaif_ray.feedback.verdicts import parse_verdict
 
 # What may stand around an answer without being one. Some servers show a token's space as its vocabulary writes it.
 _AROUND = string.whitespace + "\u2581\u0120\u010a" + "\"'`“”‘’«»()[]{}*"
+REPLY_BYTES = 32 << 20  # of one reply, several texts with all their thoughts; nobody is paid for reading more
+MOST_TOKENS = 10**9  # of a request; a count above it is none
 _NO_TEXT = "\ufffd"
 _BLANKS = str.maketrans("\u2581\u0120\u010a", "  \n")
 
@@ -37,21 +40,21 @@ class Reply:
 def read_reply(content: bytes) -> Reply:
     """Raises BadReplyError when `content` is no chat completion with a choice."""
     try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        raise BadReplyError("no JSON") from None
-    choices = body.get("choices") if isinstance(body, dict) else None
+        body = parse_json(content, most_bytes=REPLY_BYTES, lenient=True)
+    except DocumentError as error:
+        told = str(error)
+        raise BadReplyError("no JSON" if told.startswith("is no JSON") else f"what it says {told}") from None
+    choices = at(body, "choices")
     if not isinstance(choices, list) or not choices:
-        problem = body.get("error") if isinstance(body, dict) else None
+        problem = at(body, "error")
         raise BadReplyError(f"no choices ({problem})" if problem else "no choices")
-    if not all(isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices):
+    if not all(isinstance(at(choice, "message"), dict) for choice in choices):
         raise BadReplyError("a choice without a message")
-    said = [choice["message"].get("content") for choice in choices]
-    usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
-    counts = [n for key in ("prompt_tokens", "completion_tokens") if type(n := usage.get(key)) is int and n >= 0]
+    counts = [at(body, "usage", key, expected=int) for key in ("prompt_tokens", "completion_tokens")]
+    counts = [n for n in counts if n is not None and 0 <= n <= MOST_TOKENS]
     counted = len(counts) == 2
     return Reply(
-        texts=tuple(text if isinstance(text, str) else "" for text in said),
+        texts=tuple(at(choice, "message", "content", expected=str) or "" for choice in choices),
         positions=_positions(choices[0]),
         cut=choices[0].get("finish_reason") == "length",
         tokens_in=counts[0] if counted else 0,

@@ -17,7 +17,6 @@ import torch
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import full_weights
 from rlaif_ray.learner.model_state import ModelState, StateEntry, model_entries
-from rlaif_ray.models import count_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -372,3 +371,8 @@ def _merge_differs(layers: Sequence[Any], run: Callable[[], Tensor], seed: int) 
     # Rounding of bf16 weights grows over the layers; what is merged wrongly is off by as much as adapters change.
     bound = 0.02 if _weight(layers[0]).dtype == torch.float32 else 0.5
     return not gap <= bound * effect + 1e-6
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """The number of parameters: tied ones once, and those DeepSpeed ZeRO-3 has sharded (empty here) in full."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.data.prompt_table import PromptTable
+from rlaif_ray.documents import parse_json
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.failures import kind_of, may_pass
 from rlaif_ray.feedback.local import LocalAsker, role_heads
@@ -25,8 +29,8 @@ from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_ask
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
-from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, write_json
-from rlaif_ray.tracking.progress import ItemProgress, print_table
+from rlaif_ray.tracking.files import append_rows, cut_rows, read_rows_streaming, replace_rows, write_json
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress, print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.chat.template import ChatTemplate
@@ -40,8 +44,8 @@ if TYPE_CHECKING:
 class Inputs:
     """What a run reads before anything starts."""
 
-    prompts: list[Prompt]
-    helpful: list[Prompt]
+    prompts: PromptTable
+    helpful: PromptTable
     constitution: Constitution
     examples: tuple[Example, ...]
     chat: ChatTemplate
@@ -76,7 +80,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
             (helpful_file, inputs.helpful, 0),
         ):
             reviser = make_reviser(job, inputs, asker, steps)
-            done = rows_kept(path, [prompt.id for prompt in prompts], lambda row: row["id"])
+            done = rows_kept(path, prompts.ids, lambda row: row["id"])
             progress.advance(done)
             rows_again(path, _failed, _rows_by(reviser, prompts), stopping)
             work = in_order(_revised_by(reviser), chunks(prompts[done:], CHUNK), at_once=at_once, stopping=stopping)
@@ -170,7 +174,7 @@ def read_inputs(job: ReviseJob) -> Inputs:
             f"revision.examples=null."
         )
     prompts = read_prompts(job.data, chat, left)
-    helpful = read_prompts(job.helpful.data, chat, left) if job.helpful.data is not None else []
+    helpful = read_prompts(job.helpful.data, chat, left) if job.helpful.data is not None else PromptTable.empty()
     wanted = round(len(prompts) * job.helpful.share / (1 - job.helpful.share))
     return Inputs(prompts, helpful[:wanted], constitution, examples, chat, context)
 
@@ -205,7 +209,35 @@ def write_records(job: ReviseJob, steps_file: Path, helpful_file: Path, output: 
     tally: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     principles: Counter[str] = Counter()
-    rows = []
+    helpful_failures: Counter[str] = Counter()
+    cut_rows(output, 0)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for rows in chunks(_revisions(job, steps_file, tally, failures, principles), 1000):
+        append_rows(output, rows)
+        tally["records"] += len(rows)
+    share = job.helpful.share
+    room = round(tally["records"] * share / (1 - share))
+    for rows in chunks(_helpful(helpful_file, room, tally, helpful_failures), 1000):
+        append_rows(output, rows)
+        tally["records"] += len(rows)
+    if tally["records"]:
+        replace_rows(output, _drawn_order(output, job.seed, tally["records"]))
+    return {
+        "job": "revise",
+        "output": str(output),
+        "records": tally["records"],
+        **{name: tally[name] for name in ("prompts", "revised", "steps", "helpful", "unanswered")},
+        **{name: tally[name] for name in ("helpful_prompts", "helpful_unanswered", "helpful_retryable")},
+        "retryable": tally["retryable"] + tally["helpful_retryable"],
+        "failures": dict(failures),
+        "helpful_failures": dict(helpful_failures),
+        "principles": dict(principles),
+    }
+
+
+def _revisions(
+    job: ReviseJob, steps_file: Path, tally: Counter[str], failures: Counter[str], principles: Counter[str]
+) -> Iterator[dict[str, Any]]:
     for row in read_rows_streaming(steps_file):
         steps = [Step(**step) for step in row["steps"]]
         tally["prompts"] += 1
@@ -219,34 +251,31 @@ def write_records(job: ReviseJob, steps_file: Path, helpful_file: Path, output: 
         chosen = list(enumerate(steps, start=1))[-1 if job.revision.keep == "last" else 0 :]
         for number, step in chosen:
             source = f"revision-{number}"
-            rows.append(_record(f"{row['id']}/{number}", row["prompt"], step.revision, source, step.principle))
-    share = job.helpful.share
-    room = round(len(rows) * share / (1 - share))
-    helpful_failures: Counter[str] = Counter()
-    for row in read_rows_streaming(helpful_file):
+            yield _record(f"{row['id']}/{number}", row["prompt"], step.revision, source, step.principle)
+
+
+def _helpful(path: Path, room: int, tally: Counter[str], failures: Counter[str]) -> Iterator[dict[str, Any]]:
+    """At most `room` helpful answers."""
+    for row in read_rows_streaming(path):
         tally["helpful_prompts"] += 1
         if row["failure"]:
-            helpful_failures[kind_of(row["failure"])] += 1
+            failures[kind_of(row["failure"])] += 1
         tally["helpful_retryable"] += may_pass(row["failure"])
         tally["helpful_unanswered"] += unanswered(row["failure"])
         if row["response"] and not row["failure"] and tally["helpful"] < room:
             tally["helpful"] += 1
-            rows.append(_record(row["id"], row["prompt"], row["response"], "helpful", None))
-    random.Random(job.seed).shuffle(rows)
-    cut_rows(output, 0)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    append_rows(output, rows)
-    return {
-        "job": "revise",
-        "output": str(output),
-        "records": len(rows),
-        **{name: tally[name] for name in ("prompts", "revised", "steps", "helpful", "unanswered")},
-        **{name: tally[name] for name in ("helpful_prompts", "helpful_unanswered", "helpful_retryable")},
-        "retryable": tally["retryable"] + tally["helpful_retryable"],
-        "failures": dict(failures),
-        "helpful_failures": dict(helpful_failures),
-        "principles": dict(principles),
-    }
+            yield _record(row["id"], row["prompt"], row["response"], "helpful", None)
+
+
+def _drawn_order(path: Path, seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """The rows of a file in a drawn order. Of the rows only where each begins is held in memory."""
+    with path.open("rb") as file, ItemProgress("shuffling", count, "records", after_s=SILENT_S) as progress:
+        ends = array("Q", itertools.accumulate(map(len, file)))
+        starts = array("Q", [0]) + ends[:-1]
+        random.Random(seed).shuffle(starts)
+        for start in progress.over(starts):
+            file.seek(start)
+            yield parse_json(file.readline(), dict)
 
 
 def _record(name: str, prompt: list[dict[str, str]], response: str, source: str, principle: str | None) -> Any:

@@ -12,7 +12,7 @@ from rlaif_ray.models import context_length, load_config, load_tokenizer, resolv
 
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import DataConfig, PolicyConfig
-    from rlaif_ray.types import Prompt
+    from rlaif_ray.data.prompt_table import PromptTable
 
 JUDGE_CONTEXT = 4096  # tokens; more only on request: the key-value cache must hold one such prompt
 
@@ -89,7 +89,7 @@ def policy_prompts(
     max_new_tokens: int,
     date: str | None,
     key: str = "policy",
-) -> tuple[list[Prompt], int]:
+) -> tuple[PromptTable, int]:
     """A policy's prompts, and the context its engines need for them and an answer each. `key` is its section.
 
     Raises:
@@ -97,8 +97,7 @@ def policy_prompts(
     """
     chat, room = policy_room(policy, max_context, max_new_tokens, date, key)
     prompts = read_prompts(data, chat, room - max_new_tokens)
-    needed = max(len(p.tokens) for p in prompts) + max_new_tokens
-    return prompts, max_context or engine_context(needed, room)
+    return prompts, max_context or engine_context(prompts.longest + max_new_tokens, room)
 
 
 def policy_room(
@@ -147,7 +146,7 @@ def _alike_context(policy: PolicyConfig, max_context: int | None, room: int) -> 
     return min(room, switch)
 
 
-def read_prompts(data: DataConfig, chat: ChatTemplate, longest: int) -> list[Prompt]:
+def read_prompts(data: DataConfig, chat: ChatTemplate, longest: int) -> PromptTable:
     """The prompts of a config's section, none with more tokens than `longest`.
 
     Raises:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.pipelines.chat_date import with_chat_date
@@ -48,22 +49,44 @@ def train_dpo(loaded: Loaded) -> dict[str, Any]:
     return summary
 
 
-def _refer(learner: DpoGroup, pairs: Sequence[PairExample]) -> list[DpoExample]:
+class Referred(Sequence[DpoExample]):
+    """Pairs with what the policy said of them before the first step. One is made when it is asked for."""
+
+    def __init__(self, pairs: Sequence[PairExample], logprobs: Sequence[tuple[float, float]]) -> None:
+        """`logprobs` are of a and b of each."""
+        assert len(pairs) == len(logprobs)
+        self.pairs = pairs
+        self._said = array("d", (value for pair in logprobs for value in pair))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> DpoExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[DpoExample]: ...
+    def __getitem__(self, index: int | slice) -> DpoExample | list[DpoExample]:
+        numbers = range(len(self))[index]
+        if not isinstance(numbers, int):
+            return [self[k] for k in numbers]
+        return DpoExample(self.pairs[numbers], self._said[2 * numbers], self._said[2 * numbers + 1])
+
+
+def _refer(learner: DpoGroup, pairs: Sequence[PairExample]) -> Referred:
     logprobs = learner.logprobs(pairs) if pairs else []
     require_numbers((value for pair in logprobs for value in pair), "log-probabilities before training")
-    return [DpoExample(pair, *said) for pair, said in zip(pairs, logprobs, strict=True)]
+    return Referred(pairs, logprobs)
 
 
-def _measured(learner: DpoGroup, examples: Sequence[DpoExample], beta: float) -> dict[str, Any] | None:
+def _measured(learner: DpoGroup, examples: Referred, beta: float) -> dict[str, Any] | None:
     """How well the preferences fit that the policy implies: rewards are beta log(policy / reference)."""
     if not examples:
         return None
-    pairs = [example.pair for example in examples]
     rewards = [
         (beta * (a - example.reference_a), beta * (b - example.reference_b))
-        for example, (a, b) in zip(examples, learner.logprobs(pairs), strict=True)
+        for example, (a, b) in zip(examples, learner.logprobs(examples.pairs), strict=True)
     ]
-    return measured(rewards, pairs)
+    return measured(rewards, examples.pairs)
 
 
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:

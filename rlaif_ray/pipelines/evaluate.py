@@ -16,12 +16,9 @@ from rlaif_ray.chat.thoughts import answer_of
 from rlaif_ray.config.data_sections import PairsToLabelConfig
 from rlaif_ray.config.jobs import LabelJob, SampleJob
 from rlaif_ray.config.load import Loaded
-from rlaif_ray.config.sections import PolicyConfig
+from rlaif_ray.config.sections import DataConfig, OrderedDataConfig, PolicyConfig
 from rlaif_ray.data.demonstrations import read_demonstrations
-from rlaif_ray.data.preferences import (
-    PreferenceRecord,
-    read_preferences,
-)
+from rlaif_ray.data.preferences import PreferenceRecord, read_preferences
 from rlaif_ray.data.prompts import read_conversations
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.documents import at
@@ -172,9 +169,11 @@ def jobs_of(job: EvaluateJob, run_dir: Path) -> list[Any]:
 
 def _sample_jobs(job: EvaluateJob, run_dir: Path) -> dict[str, SampleJob]:
     """Of each arm that is a model: it answers all prompts, of whatever part, in one go."""
-    data = job.prompts.model_copy(
-        update={"path": str(run_dir / "prompts.jsonl"), "split": "train", "column": "prompt", "limit": None}
-    )
+    asked = job.prompts or (job.harmless.prompts if job.harmless else None)
+    if asked is None:  # no arm is asked anything
+        return {}
+    limits = asked.model_dump(include={"system", "max_prompt_tokens", "too_long"})
+    data = OrderedDataConfig(path=str(run_dir / "prompts.jsonl"), **limits)
     return {
         name: SampleJob(
             policy=PolicyConfig(
@@ -204,7 +203,9 @@ def write_prompts(job: EvaluateJob, path: Path) -> dict[str, list[tuple[Message,
     Raises:
         InputError: the data is wrong.
     """
-    wanted = {ARMS: job.prompts} if len(job.arms) > 1 and any(arm.model for arm in job.arms.values()) else {}
+    wanted: dict[str, DataConfig] = {}
+    if job.prompts is not None and len(job.arms) > 1 and any(arm.model for arm in job.arms.values()):
+        wanted[ARMS] = job.prompts
     if job.harmless is not None:
         wanted[PROMPTS] = job.harmless.prompts
         if job.harmless.safe is not None:

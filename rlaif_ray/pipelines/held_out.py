@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.sections import DataConfig, JudgeFeedback
+from rlaif_ray.data.prompt_table import PromptTable, prompts_digest
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.suites import HeldOutScores, held_out_samples, held_out_summary
 from rlaif_ray.interfaces import GenerationSettings
@@ -33,9 +33,9 @@ HELD_OUT_SEED = 2**31 - 1  # not a step's number, so that no held-out sample rep
 class HeldOutInputs:
     """Read and checked before any process starts."""
 
-    scored: list[Prompt]  # by the feedback, as in training
-    harmful: list[Prompt]  # requests, some of which could do harm
-    safe: list[Prompt]
+    scored: Sequence[Prompt]  # by the feedback, as in training
+    harmful: Sequence[Prompt]  # requests, some of which could do harm
+    safe: Sequence[Prompt]
     grader: Grader | None  # None without evaluation.harmless
 
     @property
@@ -46,8 +46,7 @@ class HeldOutInputs:
     @property
     def hash(self) -> str:
         """Of the prompts and what each is asked for: figures are compared where it is the same."""
-        parts = [[[prompt.id, prompt.tokens] for prompt in part] for part in (self.scored, self.harmful, self.safe)]
-        return f"{len(self.prompts)}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+        return prompts_digest(self.scored, self.harmful, self.safe)
 
 
 def read_held_out(job: TrainJob, feedback: FeedbackInputs, chat: ChatTemplate, longest: int) -> HeldOutInputs:
@@ -57,12 +56,12 @@ def read_held_out(job: TrainJob, feedback: FeedbackInputs, chat: ChatTemplate, l
         InputError: any of them is wrong, or does not fit the judge.
     """
 
-    def read(data: DataConfig) -> list[Prompt]:
+    def read(data: DataConfig) -> PromptTable:
         system = job.data.system if data.system is None else data.system
         return read_prompts(data.model_copy(update={"system": system}), chat, longest)
 
     own, cfg = job.evaluation.held_out, job.evaluation.harmless
-    scored: list[Prompt] = []
+    scored = PromptTable.empty()
     if own.path is not None:
         scored = read(DataConfig(path=own.path, split=own.split, column=own.column, limit=own.limit, too_long="skip"))
     if cfg is None:

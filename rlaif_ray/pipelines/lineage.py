@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rlaif_ray.data.preferences import read_preferences
 from rlaif_ray.documents import at, read_yaml
 from rlaif_ray.errors import DocumentError, InputError, RunError
+from rlaif_ray.paths import expand_home
 
 
 def taught_by(arms: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -33,7 +33,7 @@ def training_judges(model: str, notes: list[str]) -> set[str]:
     while left:
         name = left.pop()
         try:
-            resolved = Path(name).expanduser().resolve().parent / "resolved.yaml"
+            resolved = expand_home(name).resolve().parent / "resolved.yaml"
             if resolved in seen or not resolved.is_file():
                 continue
             seen.add(resolved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,9 @@ from rlaif_ray.attention import switch_length
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.thoughts import answer_of
 from rlaif_ray.config.jobs import RewardModelJob
+from rlaif_ray.data.columns import ExampleTable
 from rlaif_ray.data.preferences import PreferenceRecord, human_label, read_preferences
+from rlaif_ray.data.rows import count_rows
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats, brier, expected_calibration_error, pairwise_accuracy, preference
 from rlaif_ray.learner.supervised import PairExample
@@ -18,8 +20,10 @@ from rlaif_ray.models import load_config
 from rlaif_ray.pipelines.contexts import check_attention, load_chat, readable_context
 from rlaif_ray.pipelines.finite import require_numbers
 from rlaif_ray.pipelines.run_folder import fingerprint
-from rlaif_ray.pipelines.supervised import drawn_by_text
+from rlaif_ray.pipelines.streaming import chunks
+from rlaif_ray.pipelines.supervised import READ_AT_A_TIME, drawn_by_text
 from rlaif_ray.tracking.display import share
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
 class PairInputs:
     """Examples, read and checked before anything starts."""
 
-    train: list[PairExample]
-    held_out: list[PairExample]
+    train: ExampleTable[PairExample]
+    held_out: ExampleTable[PairExample]
     left_out: dict[str, int]  # records by why they can't be trained on
     data: str  # fingerprint of the records
 
@@ -42,7 +46,7 @@ def read_pairs(
     job: RewardModelJob | DpoJob,
     ending: Callable[[ChatRenderer, PolicyConfig], tuple[int, ...]],
     human_path: str | None = None,
-) -> tuple[PairInputs, list[PairExample]]:
+) -> tuple[PairInputs, ExampleTable[PairExample]]:
     """Records as token examples, split by prompt; and those of `human_path` with people's labels.
 
     `ending` says what ends a response.
@@ -55,41 +59,54 @@ def read_pairs(
     cut = isinstance(job, RewardModelJob) and job.reward.thoughts == "cut"
     room = readable_context(policy, cfg.max_tokens, f"{job.section}.max_tokens")
     left_out: dict[str, int] = {}
-    train: list[PairExample] = []
-    held_out: list[PairExample] = []
+    train, held_out, human = _table(), _table(), _table()
     end = ending(render, policy)
     write = _ExampleWriter(render, room, cfg.labels, end, left_out, name=job.data.path, cut=cut)
-    for record in read_preferences(job.data.path, split=job.data.split, limit=job.data.limit):
-        example = write(record)
-        if example is not None:
-            part = held_out if is_held_out(record, cfg.held_out_fraction, job.seed) else train
-            part.append(example)
+    for record, example in _written(write, job.data.path, job.data.split, job.data.limit):
+        (held_out if is_held_out(record, cfg.held_out_fraction, job.seed) else train).append(example)
     if len(train) < 1:
         raise InputError(
             f"{job.data.path} has no pair to train on (got {len(held_out)} held out; left out: {left_out}). "
             f"Label the pairs first (rlaif label), or lower {job.section}.held_out_fraction."
         )
-    human = []
     if human_path is not None:
         by_people = _ExampleWriter(render, room, cfg.labels, end, {}, name=human_path, cut=cut, human=True)
-        human = [e for r in read_preferences(human_path) if (e := by_people(r)) is not None]
-    used = [*train, *held_out, *human]
-    check_attention(policy, max(max(e.lengths) for e in used))
+        for _, example in _written(by_people, human_path):
+            human.append(example)
+    used = (train, held_out, human)
+    check_attention(policy, max(part.longest for part in used))
     _check_switch(policy, used, f"{job.section}.max_tokens")
     return PairInputs(train, held_out, left_out, fingerprint(job.data.path)), human
 
 
-def _check_switch(policy: PolicyConfig, examples: Sequence[PairExample], key: str) -> None:
+def _table() -> ExampleTable[PairExample]:
+    return ExampleTable(PairExample, numbers=("p_a",))
+
+
+def _written(
+    write: _ExampleWriter, path: str, split: str = "train", limit: int | None = None
+) -> Iterator[tuple[PreferenceRecord, PairExample]]:
+    """The records that can be trained on, with their examples."""
+    with ItemProgress("reading pairs", count_rows(path, limit), "pairs", after_s=SILENT_S) as progress:
+        for part in chunks(progress.over(read_preferences(path, split=split, limit=limit)), READ_AT_A_TIME):
+            for record, example in zip(part, write(part), strict=True):
+                if example is not None:
+                    yield record, example
+
+
+def _check_switch(policy: PolicyConfig, parts: Sequence[Sequence[PairExample]], key: str) -> None:
     """Raises InputError when the two responses of a pair, which are computed together, need other RoPE factors."""
     code: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
     switch = switch_length(load_config(policy.model, **code))
-    mixed = 0 if switch is None else sum(min(e.lengths) <= switch < max(e.lengths) for e in examples)
+    if switch is None:
+        return
+    mixed = sum(min(e.lengths) <= switch < max(e.lengths) for examples in parts for e in examples)
     if mixed:
         raise InputError(
-            f"{mixed} of {len(examples)} pairs have one response of at most {switch} tokens (with the prompt) and one "
-            f"of more. {policy.model} reads texts beyond {switch} tokens with other RoPE factors, which transformers "
-            f"chooses for both of a pair at once: the shorter would get wrong numbers. Set {key}={switch} to leave "
-            f"longer pairs out, or use another model."
+            f"{mixed} of {sum(map(len, parts))} pairs have one response of at most {switch} tokens (with the prompt) "
+            f"and one of more. {policy.model} reads texts beyond {switch} tokens with other RoPE factors, which "
+            f"transformers chooses for both of a pair at once: the shorter would get wrong numbers. Set {key}={switch} "
+            f"to leave longer pairs out, or use another model."
         )
 
 
@@ -113,25 +130,39 @@ class _ExampleWriter:
         self._name = name
         self._end, self._left_out, self._human = end, left_out, human
 
-    def __call__(self, record: PreferenceRecord) -> PairExample | None:
-        label = record.p_a
-        if self._human:
-            label = human_label(record)
+    def __call__(self, records: Sequence[PreferenceRecord]) -> list[PairExample | None]:
+        """Of each record its example; None where it can't be one."""
+        labels = [self._label(record) for record in records]
+        places = [f"{self._name}, record {record.id}" for record in records]
+        labelled = [k for k, label in enumerate(labels) if label is not None]
+        prompts = self._render.tokens_of([records[k].prompt for k in labelled], [places[k] for k in labelled])
+        texts = {k: self._answers(records[k]) for k in labelled}
+        pairs = {k: (a, b) for k, (a, b) in texts.items() if a is not None and b is not None}
+        responses = iter(self._render.responses([text for pair in pairs.values() for text in pair]))
+        found: list[PairExample | None] = [None] * len(records)
+        for k, prompt in zip(labelled, prompts, strict=True):
+            if k not in pairs:
+                self._count("open_thought")
+                continue
+            a, b = ((*next(responses), *self._end) for _ in range(2))
+            if len(prompt) + max(len(a), len(b)) > self._room:
+                self._count("too_long")
+            else:
+                found[k] = PairExample(prompt, a, b, labels[k] or 0.0)
+        return found
+
+    def _label(self, record: PreferenceRecord) -> float | None:
+        label = human_label(record) if self._human else record.p_a
         if label is None:
             self._count("failed" if record.failed else "unlabelled")
-            return None
-        if self._labels == "hard":
+        elif self._labels == "hard":
             label = 0.5 if label == 0.5 else float(label > 0.5)
-        prompt = self._render.tokens(record.prompt, f"{self._name}, record {record.id}")
-        texts = [answer_of(text) if self._cut else text for text in (record.response_a, record.response_b)]
-        if None in texts:
-            self._count("open_thought")
-            return None
-        a, b = ((*self._render.response(text or ""), *self._end) for text in texts)
-        if len(prompt) + max(len(a), len(b)) > self._room:
-            self._count("too_long")
-            return None
-        return PairExample(prompt, a, b, label)
+        return label
+
+    def _answers(self, record: PreferenceRecord) -> tuple[str | None, str | None]:
+        """Both responses as they are read; None for one that is an open thought."""
+        both = record.response_a, record.response_b
+        return (answer_of(both[0]), answer_of(both[1])) if self._cut else both
 
     def _count(self, reason: str) -> None:
         self._left_out[reason] = self._left_out.get(reason, 0) + 1

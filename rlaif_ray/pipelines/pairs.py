@@ -24,12 +24,13 @@ from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.files import append_rows, read_rows_streaming, write_json
-from rlaif_ray.tracking.progress import ItemProgress, print_table
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress, print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import PairsJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.config.sections import PolicyConfig
+    from rlaif_ray.data.prompt_table import PromptTable
     from rlaif_ray.runtime.cluster import Cluster
     from rlaif_ray.types import Completion, Prompt
 
@@ -40,7 +41,7 @@ class Source:
 
     name: str
     policy: PolicyConfig
-    prompts: list[Prompt]
+    prompts: PromptTable
     context: int
 
 
@@ -126,8 +127,7 @@ def _responses_file(state: Path, source: Source) -> Path:
 
 def _kept(state: Path, source: Source) -> int:
     """How many of a policy's prompts are answered."""
-    ids = [prompt.id for prompt in source.prompts]
-    return rows_kept(_responses_file(state, source), ids, lambda row: row["prompt_id"])
+    return rows_kept(_responses_file(state, source), source.prompts.ids, lambda row: row["prompt_id"])
 
 
 def _to_repeat(state: Path, source: Source) -> bool:
@@ -181,20 +181,19 @@ def _write_pairs(job: PairsJob, sources: Sequence[Source], state: Path, output: 
     """Joins the policies' responses prompt by prompt, and writes the pairs."""
     made = Made()
     wanted = job.sampling.pairs_per_prompt
-    by_id = [{p.id: p for p in source.prompts} for source in sources]
-    rows = [{r["prompt_id"]: r for r in read_rows_streaming(_responses_file(state, s))} for s in sources]
-    with RecordWriter(output) as writer:
+    prompts = len(sources[0].prompts)
+    with RecordWriter(output) as writer, ItemProgress("pairing", prompts, "prompts", after_s=SILENT_S) as progress:
         writer.keep(0)
-        for ids in chunks(by_id[0], 1000):
+        for part in chunks(progress.over(_joined(sources, state)), 1000):
             records = []
-            for prompt_id in ids:
-                responses = _distinct(prompt_id, sources, rows, made)
+            for prompt, rows in part:
+                responses = _distinct(sources, rows, made)
                 pairs = list(itertools.combinations(responses, 2))
                 made.without_pair += not pairs
-                draw = random.Random(f"{job.seed}/{prompt_id}")
+                draw = random.Random(f"{job.seed}/{prompt.id}")
                 draw.shuffle(pairs)
                 for number, pair in enumerate(pairs[:wanted]):
-                    records.append(_record(by_id[0][prompt_id], number, pair, draw))
+                    records.append(_record(prompt, number, pair, draw))
                     made.by_source.update(source for _, source in pair)
             made.pairs += len(records)
             writer.write(records)
@@ -202,13 +201,24 @@ def _write_pairs(job: PairsJob, sources: Sequence[Source], state: Path, output: 
     return made
 
 
-def _distinct(
-    prompt_id: str, sources: Sequence[Source], rows: Sequence[dict[str, dict[str, Any]]], made: Made
-) -> list[tuple[str, str]]:
+def _joined(sources: Sequence[Source], state: Path) -> Iterator[tuple[Prompt, list[dict[str, Any] | None]]]:
+    """Every prompt of the first policy with each policy's row about it; None where it was too long and left out.
+
+    All policies have the prompts in the order of the data, so their files are read side by side.
+    """
+    streams = [zip(s.prompts.rows, read_rows_streaming(_responses_file(state, s)), strict=True) for s in sources]
+    heads = [next(stream, None) for stream in streams]
+    for number, prompt in zip(sources[0].prompts.rows, sources[0].prompts, strict=True):
+        for k, stream in enumerate(streams):
+            while (head := heads[k]) is not None and head[0] < number:
+                heads[k] = next(stream, None)
+        yield prompt, [head[1] if head is not None and head[0] == number else None for head in heads]
+
+
+def _distinct(sources: Sequence[Source], rows: Sequence[dict[str, Any] | None], made: Made) -> list[tuple[str, str]]:
     """(text, source) of every response to a prompt that no earlier one equals; empty ones can't be compared."""
     found: dict[str, str] = {}
-    for source, of_source in zip(sources, rows, strict=True):
-        row = of_source.get(prompt_id)  # a prompt may be too long for one policy and be left out there
+    for source, row in zip(sources, rows, strict=True):
         for text in row["texts"] if row else ():
             made.responses += 1
             if not text:

@@ -18,6 +18,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_config, shape_of_size
 from rlaif_ray.models import load_config, resolve_model
 from rlaif_ray.output import say
+from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT
 from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, written
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, precision_bytes
@@ -201,7 +202,7 @@ class ShapeFinder:
         name = section.model
         if name in self._sizes:
             return shape_of_size(self._sizes[name])
-        folder = name if Path(name).expanduser().is_dir() else _in_hub_cache(name, section.revision)
+        folder = name if expand_home(name).is_dir() else _in_hub_cache(name, section.revision)
         if folder is not None:
             config = load_config(folder, trust_remote_code=section.trust_remote_code)
             return shape_of_config(config.to_dict(), name)

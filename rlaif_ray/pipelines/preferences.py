@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from rlaif_ray.data.preferences import (
     read_preferences,
 )
 from rlaif_ray.data.record_files import RecordWriter
+from rlaif_ray.data.rows import count_rows
 from rlaif_ray.errors import FeedbackError, InputError, RunError
 from rlaif_ray.feedback.answers import LOW_MASS
 from rlaif_ray.feedback.failures import may_pass
@@ -33,6 +35,7 @@ from rlaif_ray.feedback.remembered import RememberingAsker
 from rlaif_ray.feedback.remote import SPECIAL, OpenAIAsker
 from rlaif_ray.feedback.templates import Exemplar, Template, load_exemplars, load_template, template_hash
 from rlaif_ray.feedback.thoughts import AnswerLabeler, answers_alone
+from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.asking import open_asker
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import judge_context, load_chat
@@ -43,7 +46,7 @@ from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking.display import digits, percent, share
 from rlaif_ray.tracking.files import write_json
-from rlaif_ray.tracking.progress import ItemProgress, print_table
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress, print_table
 from rlaif_ray.types import Comparison, Label
 
 if TYPE_CHECKING:
@@ -80,7 +83,9 @@ class Tally:
     first_wins: int = 0  # of these, the first
     confidence: float = 0.0  # sum of max(p, 1 - p)
     hard: int = 0
-    masses: list[float] = field(default_factory=list)  # on the answers, of every pair where it was measured
+    masses: array[float] = field(
+        default_factory=lambda: array("d")
+    )  # on the answers, of every pair where it was measured
     low_mass: int = 0  # pairs whose judge had too little on them
     cut: int = 0
     tokens_in: int = 0
@@ -120,7 +125,7 @@ def make_labels(loaded: Loaded) -> dict[str, Any]:
     if job.push_to_hub is not None:
         check_hub(job.push_to_hub)
     output = output_of(loaded, "labels.jsonl")
-    if output.absolute() == Path(job.data.path).expanduser().absolute():
+    if output.absolute() == expand_home(job.data.path).absolute():
         raise InputError(
             f"output must be another file than data.path (got {output} for both): the pairs would be taken for "
             f"finished labels. Name another output."
@@ -352,12 +357,7 @@ def _reader(job: LabelJob, labeler: Labeler) -> Labeler:
 
 def _total(job: LabelJob) -> int | None:
     """How many pairs there are, where that is quickly known."""
-    path = Path(job.data.path).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file():
-        return job.data.limit
-    with path.open("rb") as file:
-        lines = sum(1 for line in file if line.strip())
-    return min(lines, job.data.limit or lines)
+    return count_rows(job.data.path, job.data.limit)
 
 
 def same_pair(both: tuple[PreferenceRecord, PreferenceRecord]) -> bool:
@@ -405,8 +405,9 @@ def labelled(record: PreferenceRecord, label: Label, job: LabelJob, guide: Guide
 def _summary(job: LabelJob, output: Path, rate: float, asker: RememberingAsker | None, spent: float) -> dict[str, Any]:
     """Over all of the output, whichever process labelled it."""
     tally = Tally()
-    for record in read_preferences(str(output)):
-        tally.add(record)
+    with ItemProgress("summing up", count_rows(output), "labels", after_s=SILENT_S) as progress:
+        for record in progress.over(read_preferences(str(output))):
+            tally.add(record)
     share = 1.0 / max(1, tally.both_orders)
     return {
         "job": "label",

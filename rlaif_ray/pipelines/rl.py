@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.data.prompts import PromptSource
+from rlaif_ray.data.prompt_source import PromptSource
 from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
 from rlaif_ray.pipelines.chat_date import with_chat_date
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
     from rlaif_ray.config.load import Loaded
     from rlaif_ray.data.identity import Content
+    from rlaif_ray.data.prompt_table import PromptTable
     from rlaif_ray.interfaces import Scorer
     from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.pipelines.run_folder import Stopping
     from rlaif_ray.runtime.cluster import Cluster
     from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
     from rlaif_ray.tracking import Tracker
-    from rlaif_ray.types import Prompt
 
 
 def train_rl(loaded: Loaded) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def find_start(job: TrainJob, inputs: Inputs, found: Saved | None, holds: Mappin
 class Inputs:
     """Everything read and checked before any process starts."""
 
-    prompts: list[Prompt]
+    prompts: PromptTable
     held_out: HeldOutInputs
     context: int  # tokens of a rollout engine, prompt and answer together
     feedback: FeedbackInputs
@@ -253,8 +253,8 @@ def read_inputs(job: TrainJob) -> Inputs:
     prompts = read_prompts(job.data, chat, longest)
     feedback = read_feedback(job.feedback, job.seed, job.chat_date)
     held_out = read_held_out(job, feedback, chat, longest)
-    check_reward_templates(job.feedback, [*prompts, *held_out.prompts], job.chat_date)
-    needed = max(len(p.tokens) for p in [*prompts, *held_out.prompts]) + job.sampling.max_new_tokens
+    check_reward_templates(job.feedback, [*prompts.one_of_each_shape(), *held_out.prompts], job.chat_date)
+    needed = max([prompts.longest, *(len(p.tokens) for p in held_out.prompts)]) + job.sampling.max_new_tokens
     check_attention(job.policy, needed)
     return Inputs(prompts, held_out, job.rollout.max_context or engine_context(needed, room), feedback)
 

@@ -20,6 +20,7 @@ from rlaif_ray.data.identity import data_content
 from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
 from rlaif_ray.output import say
+from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.settings import KEPT, changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import read_json, write_json
 from rlaif_ray.writing import open_lock, replace_text
@@ -97,7 +98,7 @@ def _leave() -> None:
 
 def output_of(loaded: Loaded, name: str) -> Path:
     """The file that a data-making job writes: the user's, or `name` in the run's own folder."""
-    return Path(loaded.config.output).expanduser() if loaded.config.output else loaded.run_dir / name
+    return expand_home(loaded.config.output) if loaded.config.output else loaded.run_dir / name
 
 
 def state_of(loaded: Loaded) -> Path:
@@ -106,7 +107,7 @@ def state_of(loaded: Loaded) -> Path:
     named = getattr(loaded.config, "output", None)
     if not named:
         return loaded.run_dir
-    output = Path(named).expanduser()
+    output = expand_home(named)
     return output.with_name(f"{output.name}.state")
 
 

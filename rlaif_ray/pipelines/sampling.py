@@ -37,6 +37,7 @@ from rlaif_ray.tracking.progress import ItemProgress, print_table
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import SampleJob
     from rlaif_ray.config.load import Loaded
+    from rlaif_ray.data.prompt_table import PromptTable
     from rlaif_ray.types import Completion, Prompt, Score
 
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 class Inputs:
     """What a run reads before anything starts."""
 
-    prompts: list[Prompt]
+    prompts: PromptTable
     context: int  # tokens of a rollout engine
     feedback: FeedbackInputs | None
 
@@ -58,7 +59,7 @@ def sample_responses(loaded: Loaded) -> dict[str, Any]:
     output = output_of(loaded, "responses.jsonl")
     rows_file = open_output(loaded, output, looked, made=["sampled.jsonl"]) / "sampled.jsonl"
     with stop_when_asked() as stopping:
-        done = rows_kept(rows_file, [prompt.id for prompt in inputs.prompts], lambda row: row["prompt_id"])
+        done = rows_kept(rows_file, inputs.prompts.ids, lambda row: row["prompt_id"])
         if done < len(inputs.prompts) or any(map(_failed, read_rows_streaming(rows_file))):
             _sample(job, inputs, done, rows_file, stopping)
     if stopping():
@@ -95,7 +96,7 @@ def read_inputs(job: SampleJob) -> Inputs:
     if job.feedback is None:
         return Inputs(prompts, context, None)
     feedback = read_feedback(job.feedback, job.seed, job.chat_date)
-    check_reward_templates(job.feedback, prompts, job.chat_date)
+    check_reward_templates(job.feedback, prompts.one_of_each_shape(), job.chat_date)
     return Inputs(prompts, context, feedback)
 
 

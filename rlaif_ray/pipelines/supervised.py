@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlaif_ray.chat.renderer import ChatRenderer
+from rlaif_ray.data.columns import ExampleTable
 from rlaif_ray.data.demonstrations import Demonstration, read_demonstrations
+from rlaif_ray.data.rows import count_rows
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.lora import plan_adapters
@@ -24,11 +28,12 @@ from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
 from rlaif_ray.pipelines.settings import history
+from rlaif_ray.pipelines.streaming import chunks
 from rlaif_ray.runtime.cluster import Cluster, chosen_precision, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
 from rlaif_ray.tracking.display import fixed
-from rlaif_ray.tracking.progress import print_table
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress, print_table
 
 if TYPE_CHECKING:
     from rlaif_ray.config.data_sections import SupervisedConfig
@@ -42,6 +47,8 @@ if TYPE_CHECKING:
 
 Example = TypeVar("Example")
 
+READ_AT_A_TIME = 512  # records that are tokenised together
+
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
@@ -54,9 +61,15 @@ def batch_of(cfg: SupervisedConfig, examples: Sequence[Example], step: int, seed
     """The examples of a step (from 1): every one once an epoch, in a seeded order, another each epoch."""
     per_epoch = math.ceil(len(examples) / cfg.batch_size)
     epoch, place = divmod(step - 1, per_epoch)
-    order = list(range(len(examples)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+    order = _epoch_order(len(examples), seed, epoch)
     return [examples[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
+
+
+@lru_cache(maxsize=1)  # every step of an epoch asks for it
+def _epoch_order(examples: int, seed: int, epoch: int) -> array[int]:
+    order = array("I", range(examples))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def start_state(
@@ -238,8 +251,8 @@ def trained_part(job: SupervisedJob) -> str | None:
 class SftInputs:
     """Examples, read and checked before anything starts."""
 
-    train: list[SftExample]
-    held_out: list[SftExample]
+    train: ExampleTable[SftExample]
+    held_out: ExampleTable[SftExample]
     too_long: int  # turns left out
     data: str  # fingerprint
 
@@ -276,29 +289,35 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
     render = ChatRenderer(load_chat(policy, job.chat_date, "policy"))
     end = turn_end(render, policy)
     room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
-    train: list[SftExample] = []
-    held_out: list[SftExample] = []
+    train, held_out = ExampleTable(SftExample), ExampleTable(SftExample)
     too_long = 0
-    for row in read_demonstrations(job.data.path, split=job.data.split, limit=job.data.limit):
-        turns = list(_examples(row, render, end))
-        short = [turn for turn in turns if len(turn) <= room]
-        too_long += len(turns) - len(short)
-        (held_out if is_held_out(row, cfg.held_out_fraction, job.seed) else train).extend(short)
+    total = count_rows(job.data.path, job.data.limit)
+    with ItemProgress("reading conversations", total, "conversations", after_s=SILENT_S) as progress:
+        rows = progress.over(read_demonstrations(job.data.path, split=job.data.split, limit=job.data.limit))
+        for part in chunks(rows, READ_AT_A_TIME):
+            for row, turn in _examples(part, render, end):
+                if len(turn) > room:
+                    too_long += 1
+                else:
+                    (held_out if is_held_out(row, cfg.held_out_fraction, job.seed) else train).append(turn)
     if not train:
         raise InputError(
             f"{job.data.path} has no turn to learn (got {len(held_out)} held out, {too_long} too long for {room} "
             f"tokens). Raise sft.max_tokens, or lower sft.held_out_fraction."
         )
-    check_attention(policy, max(map(len, [*train, *held_out])))
+    check_attention(policy, max(train.longest, held_out.longest))
     return SftInputs(train, held_out, too_long, fingerprint(job.data.path))
 
 
-def _examples(row: Demonstration, render: ChatRenderer, end: tuple[int, ...]) -> Iterator[SftExample]:
+def _examples(
+    rows: Sequence[Demonstration], render: ChatRenderer, end: tuple[int, ...]
+) -> Iterator[tuple[Demonstration, SftExample]]:
     """What stands before a turn is rendered as it is when the model is asked, so that it learns what it will see."""
-    for i, turn in enumerate(row.messages):
-        if turn.role == "assistant":
-            prompt = render.tokens(row.messages[:i], row.place)
-            yield SftExample(prompt, (*render.response(turn.content), *end))
+    turns = [(row, i) for row in rows for i, turn in enumerate(row.messages) if turn.role == "assistant"]
+    prompts = render.tokens_of([row.messages[:i] for row, i in turns], [row.place for row, _ in turns])
+    responses = render.responses([row.messages[i].content for row, i in turns])
+    for (row, _), prompt, response in zip(turns, prompts, responses, strict=True):
+        yield row, SftExample(prompt, (*response, *end))
 
 
 def turn_end(render: ChatRenderer, policy: PolicyConfig) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlaif_ray.types import Prompt, Sample, TokenQuery
 
 WRITING = "writing"  # Ray's concurrency group of `write_checkpoint`
+_ASKED_AT_A_TIME = 8192  # examples, which go to the ranks together
 QUARANTINED = "quarantined"  # the reason why a request that ends engines has no answer
 
 
@@ -282,10 +283,14 @@ class SupervisedGroup(Generic[Example]):
 
     def _of_each(self, verb: str, examples: Sequence[Computed]) -> list[Any]:
         """What the ranks say of each example, in order."""
-        found: dict[int, Any] = {}
-        for part in self._planned(verb, examples):
-            found |= part
-        return [found[i] for i in range(len(examples))]
+        found: list[Any] = []
+        for start in range(0, len(examples), _ASKED_AT_A_TIME):
+            part = examples[start : start + _ASKED_AT_A_TIME]
+            own: dict[int, Any] = {}
+            for said in self._planned(verb, part):
+                own |= said
+            found += [own[i] for i in range(len(part))]
+        return found
 
     def save_checkpoint(self, place: Place) -> WrittenFiles:
         return self._ranks.save_checkpoint(place, {})

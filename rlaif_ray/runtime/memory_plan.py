@@ -157,8 +157,9 @@ def engine_tokens(job: Any, cfg: EngineConfig, machine: Machine) -> int:
         return cfg.max_context
     if isinstance(cfg, JudgeConfig) or isinstance(job, ReviseJob):
         return machine.judge_context
-    prompt = (job.prompts if isinstance(job, EvaluateJob) else job.data).max_prompt_tokens
-    return int((prompt or machine.prompt_tokens) + job.sampling.max_new_tokens)
+    prompts = job.prompts if isinstance(job, EvaluateJob) else job.data
+    longest = None if prompts is None else prompts.max_prompt_tokens
+    return int((longest or machine.prompt_tokens) + job.sampling.max_new_tokens)
 
 
 def engine_memory(

@@ -5,27 +5,45 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from rlaif_ray.output import say, shown
 from rlaif_ray.tracking.display import clock, number
 
 LINE_EVERY_S = 10.0
+SILENT_S = 1.0  # for work that is over at once with little data: `after_s`
+_COUNTED = 256  # items between two looks at the clock
+
+Item = TypeVar("Item")
 
 
 class ItemProgress:
     """Counts items with rate and time left. Use it in a `with`."""
 
-    def __init__(self, title: str, total: int | None, unit: str) -> None:
-        """`total` is None where it is not known, as for a file that is read as a stream; `unit` is plural."""
+    def __init__(self, title: str, total: int | None, unit: str, *, after_s: float | None = None) -> None:
+        """
+        Args:
+            total: None where it is not known, as for a file that is read as a stream.
+            unit: plural.
+            after_s: nothing is shown of work that takes less; after it at once.
+        """
         self._title, self._total, self._unit = title, total, unit
-        self._done = self._first = 0
+        self._done = self._first = self._last_told = 0
         self._began = self._told = time.perf_counter()
         self._live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._waits = after_s is not None
+        if after_s is not None:
+            self._told += after_s - LINE_EVERY_S  # the first line comes then
 
     def __enter__(self) -> ItemProgress:
+        if not self._waits:
+            self._show()
+        return self
+
+    def _show(self) -> None:
         if self._live:
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
@@ -40,14 +58,15 @@ class ItemProgress:
             )
             self._task = self._bar.add_task(shown(self._title), total=self._total, state="")
             self._bar.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._waits:
+            return
         if self._live:
             self._bar.stop()
-        elif self._done > self._first:
+        elif self._done > max(self._first, self._last_told):
             self._line()
 
     def note(self, text: str) -> None:
@@ -65,10 +84,27 @@ class ItemProgress:
 
     def advance(self, count: int) -> None:
         self._done += count
+        due = time.perf_counter() - self._told >= LINE_EVERY_S
+        if self._waits and due:
+            self._waits = False
+            self._show()
+        if self._waits:
+            return
         if self._live:
             self._bar.update(self._task, completed=self._done, state=self._state())
-        elif time.perf_counter() - self._told >= LINE_EVERY_S:
+        elif due:
             self._line()
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each of which is counted when the next is asked for."""
+        count = 0
+        for item in items:
+            yield item
+            count += 1
+            if count == _COUNTED:
+                self.advance(count)
+                count = 0
+        self.advance(count)
 
     @property
     def per_s(self) -> float:
@@ -76,12 +112,12 @@ class ItemProgress:
         return (self._done - self._first) / max(time.perf_counter() - self._began, 1e-9)
 
     def _line(self) -> None:
-        self._told = time.perf_counter()
+        self._told, self._last_told = time.perf_counter(), self._done
         say(f"{self._title}: {self._state()}")
 
     def _state(self) -> str:
-        of = f"/{self._total}" if self._total is not None else ""
-        parts = [f"{self._done}{of} {self._unit}", f"{number(self.per_s)}/s"]
+        of = f"/{self._total:,}" if self._total is not None else ""
+        parts = [f"{self._done:,}{of} {self._unit}", f"{number(self.per_s)}/s"]
         if self._total is not None and self.per_s > 0:
             parts.append(f"{clock((self._total - self._done) / self.per_s)} left")
         return "  ".join(parts)

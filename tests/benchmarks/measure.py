@@ -115,6 +115,7 @@ def make_job(args: argparse.Namespace, **values: Any) -> TrainJob:
     cluster: dict[str, Any] = {"address": "local", "device": args.device, "threads_per_actor": args.threads}
     base: dict[str, Any] = {
         "policy": {"model": args.model},
+        "data": {"path": "package:train"},
         "rollout": engine,
         "feedback": {"type": "judge", "judge": {"model": args.model, "min_answer_mass": 0.0, **engine}},
         "cluster": {**cluster, "gpus_per_actor": 0.3} if gpu else cluster,

@@ -139,7 +139,7 @@ def template_of(text: str) -> dict[str, Any]:
 
 def run(job: TrainJob, emit: Callable[[dict[str, Any]], None]) -> None:
     """The loop of pipelines/rl.py without its checkpoints, files and held-out evaluation."""
-    from rlaif_ray.data.prompts import PromptSource
+    from rlaif_ray.data.prompt_source import PromptSource
     from rlaif_ray.pipelines.experience import add_advantages, check_fresh, keep_scored
     from rlaif_ray.pipelines.feedback import start_feedback
     from rlaif_ray.pipelines.rl import read_inputs, sampling_settings

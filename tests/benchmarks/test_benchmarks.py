@@ -31,6 +31,7 @@ SMALL = {
     "bench_sync zero-3": "--rounds 1 --zero-stage 3 --ranks 2 --threads 1",
     "bench_supervision": "--prompts 3 --max-new-tokens 8 --max-prompt-tokens 1000 --kv-cache-gb 0.1 --rounds 1",
     "bench_checkpoint": "--examples 4 --tokens 32 --rounds 1",
+    "bench_prompts": "--prompts 4000 --tokenised 200 --rounds 1",
     "bench_learner": "--prompts 2 --completion-tokens 8 --matmul 256 --rounds 1",
 }
 

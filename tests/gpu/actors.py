@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tests.gpu.device import CONTEXT, DEVICE, PRECISION, REHEARSAL, SHARE, free_port, gpu_model
+from tests.jobs import embedded
 
 if TYPE_CHECKING:
     from rlaif_ray.config.jobs import TrainJob
@@ -27,14 +28,15 @@ def make_job(model: str, **learner: Any) -> TrainJob:
     """Policy-gradient training of a policy alone, at a learning rate that moves every weight in one step."""
     from rlaif_ray.config.jobs import TrainJob
 
-    return TrainJob.model_validate(
+    return embedded(
+        TrainJob,
         {
             "policy": {"model": model, "precision": PRECISION},
             "algorithm": {"type": "rloo", "kl": {"coef": 0.0}, "old_logprobs": "learner"},
             "learner": {"lr": 0.01, **learner},
             "weight_sync": {"backend": BACKEND, "bucket_mb": 1},  # several buckets even for a tiny model
             "cluster": {"gpus_per_actor": GPUS_PER_ACTOR, "call_timeout_s": TIMEOUT_S},
-        }
+        },
     )
 
 

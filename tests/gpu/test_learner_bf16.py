@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.device import DEVICE, PRECISION, free_port, gpu_model
+from tests.jobs import embedded
 from tests.learner_ranks import random_samples
 
 pytestmark = pytest.mark.gpu
@@ -30,12 +31,13 @@ def train(stage: int, budget: int, checkpointing: bool = False) -> dict[str, Any
     from rlaif_ray.learner.ppo import RlRank
     from tests.learner_ranks import make_experience
 
-    job = TrainJob.model_validate(
+    job = embedded(
+        TrainJob,
         {
             "policy": {"model": gpu_model(), "precision": PRECISION},
             "algorithm": {"type": "ppo", "clip": 10.0, "value_clip": None},
             "learner": {"zero_stage": stage, "lr": 1e-4, "gradient_checkpointing": checkpointing},
-        }
+        },
     )
     rank = RlRank(job, RankSpec(0, 1, 0, "127.0.0.1", free_port(), DEVICE, threads=2), PRECISION)
     lengths = [len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]

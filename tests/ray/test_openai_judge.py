@@ -328,5 +328,8 @@ def test_the_servers_own_refusals(ask: Any, proxy: FaultProxy, monkeypatch: pyte
 
 
 def test_an_endpoint_without_log_probabilities(ask: Any) -> None:
+    asker = ask()
+    without = {"extra_body": {"logprobs": False, "top_logprobs": None}}  # which a config can't say
+    asker._cfg = asker._cfg.model_copy(update=without)
     with pytest.raises(InputError, match=r"judge\.answers=text"):
-        list(ask(extra_body={"logprobs": False, "top_logprobs": None}).answer([Question(turns("Hi"), "", ("1", "2"))]))
+        list(asker.answer([Question(turns("Hi"), "", ("1", "2"))]))

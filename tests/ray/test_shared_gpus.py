@@ -13,6 +13,7 @@ from rlaif_ray.runtime.actors import Actor
 from rlaif_ray.runtime.fit import place
 from rlaif_ray.runtime.placement import actor_slots, reserve
 from rlaif_ray.runtime.weight_sync import must_share_gpus
+from tests.jobs import embedded
 from tests.pace import scaled
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
@@ -58,7 +59,7 @@ def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     feedback = {"type": "judge", "judge": {"replicas": sections.pop("judges")}}
-    job = TrainJob.model_validate({"feedback": feedback, **sections})
+    job = embedded(TrainJob, {"feedback": feedback, **sections})
     slots = actor_slots(job, "cuda")
     _, planned = place(slots, GPUS)
     group = reserve(slots, timeout_s=scaled(60))
@@ -87,7 +88,7 @@ def test_an_engine_gets_weights_from_the_rank_of_its_gpu(ray: Any, ranks: int, l
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     sections = {"rollout": {"replicas": 4}, "learner": {"ranks": ranks}, "cluster": {"gpus_per_actor": 0.33}}
-    job = TrainJob.model_validate({"feedback": {"type": "judge", "judge": {"replicas": 4}}, **sections})
+    job = embedded(TrainJob, {"feedback": {"type": "judge", "judge": {"replicas": 4}}, **sections})
     slots = actor_slots(job, "cuda")
     group = reserve(slots, timeout_s=scaled(60))
     actors = [

@@ -44,6 +44,7 @@ from rlaif_ray.runtime.weight_sync import Sync
 from rlaif_ray.storage import Place, StoredFolder
 from rlaif_ray.types import Completion, Experience, Prompt, Sample, Score
 from tests import learner_ranks
+from tests.jobs import embedded
 from tests.pace import scaled
 from tests.tiny import cached_tiny_model
 
@@ -62,7 +63,8 @@ PROMPTS = [Prompt(str(i), (), tuple(range(10 + i, 20 + 2 * i))) for i in range(6
 def tiny_job(kind: str, stage: int) -> TrainJob:
     # Without the threshold DeepSpeed keeps all of so small a model whole, and a sync would have nothing to gather.
     overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
-    return TrainJob.model_validate(
+    return embedded(
+        TrainJob,
         {
             "policy": {"model": str(cached_tiny_model(tied=kind == "tied"))},
             "sampling": {"prompts_per_step": len(PROMPTS), "samples_per_prompt": 2},
@@ -75,7 +77,7 @@ def tiny_job(kind: str, stage: int) -> TrainJob:
                 "start_timeout_s": scaled(300),
                 "call_timeout_s": scaled(120),
             },
-        }
+        },
     )
 
 

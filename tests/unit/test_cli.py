@@ -20,6 +20,7 @@ from rlaif_ray.cli import app
 from rlaif_ray.config.jobs import JOBS
 from rlaif_ray.config.load import Loaded, load_job
 from rlaif_ray.errors import InputError, StaleWeightsError
+from tests.jobs import TRAIN
 from tests.pace import scaled
 
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "wandb")
@@ -30,7 +31,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config file in the working folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RLAIF_DEBUG", raising=False)
-    Path("my train.yaml").write_text("steps: 3\n")
+    Path("my train.yaml").write_text(f"{TRAIN}steps: 3\n")
     return Path("my train.yaml")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ import yaml
 from rlaif_ray.config.algorithms import GrpoConfig, PpoConfig
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.config.jobs import JOBS, TrainJob
+from rlaif_ray.config.layers import item_class, variants
 from rlaif_ray.config.load import Loaded, load_job
+from rlaif_ray.config.pipeline import PipelineJob, load_pipeline
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
-from rlaif_ray.config.sections import LearnerConfig
+from rlaif_ray.config.roles import names_of
+from rlaif_ray.config.sections import Config, LearnerConfig
 from rlaif_ray.errors import InputError
+from rlaif_ray.paths import expand_home
+from tests.jobs import REQUIRED, TRAIN, embedded
 
 Write = Callable[..., Path]
 
@@ -31,9 +36,16 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
+def load(files: Sequence[Path], overrides: Sequence[str] = ()) -> Loaded:
+    """A `train` config over a file of what has no default."""
+    base = files[0].with_name("base.yaml")
+    base.write_text(TRAIN)
+    return load_job("train", [base, *files], overrides)
+
+
 def problems(files: list[Path], *overrides: str) -> str:
     with pytest.raises(InputError) as caught:
-        load_job("train", files, overrides)
+        load(files, overrides)
     return str(caught.value)
 
 
@@ -42,27 +54,27 @@ def problems(files: list[Path], *overrides: str) -> str:
 
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n", "{}"])
 def test_an_empty_file_gives_the_defaults(write: Write, text: str) -> None:
-    loaded = load_job("train", [write(text)])
-    assert loaded.config.model_copy(update={"run_dir": None}) == TrainJob()
+    loaded = load([write(text)])
+    assert loaded.config.model_copy(update={"run_dir": None}) == embedded(TrainJob, {})
 
 
 def test_files_win_left_to_right_and_overrides_win_over_files(write: Write) -> None:
     first = write("steps: 1\nseed: 1\nlearner: {lr: 1.0, eps: 1.0}", "a.yaml")
     second = write("steps: 2\nseed: 2\nlearner: {lr: 2.0}", "b.yaml")
-    config = load_job("train", [first, second], ["steps=3"]).config
+    config = load([first, second], ["steps=3"]).config
     assert (config.steps, config.seed, config.learner.lr, config.learner.eps) == (3, 2, 2.0, 1.0)
     assert config.learner.ranks == LearnerConfig().ranks
-    assert load_job("train", [second, first]).config.steps == 1
+    assert load([second, first]).config.steps == 1
 
 
 def test_a_later_override_wins(write: Write) -> None:
-    assert load_job("train", [write("")], ["steps=1", "steps=2"]).config.steps == 2
+    assert load([write("")], ["steps=1", "steps=2"]).config.steps == 2
 
 
 def test_lists_replace_and_free_mappings_merge(write: Write) -> None:
     first = write("tracking: {tags: [a, b]}\nrollout: {engine_kwargs: {x: 1, deep: {y: 2}}}", "a.yaml")
     second = write("tracking: {tags: [c]}\nrollout: {engine_kwargs: {deep: {z: 3}}}", "b.yaml")
-    config = load_job("train", [first, second]).config
+    config = load([first, second]).config
     assert config.tracking.tags == ("c",)
     assert config.rollout.engine_kwargs == {"x": 1, "deep": {"y": 2, "z": 3}}
 
@@ -93,6 +105,33 @@ def test_lists_replace_and_free_mappings_merge(write: Write) -> None:
         ("data.system=@you: 50% of `it`", lambda job: job.data.system, "@you: 50% of `it`"),
         ("data.system='#1'", lambda job: job.data.system, "#1"),
         ('data.system="one\\ntwo"', lambda job: job.data.system, "one\ntwo"),
+        # To a field of text, what looks like something else to YAML too.
+        ("run_dir=2026", lambda job: job.run_dir, "2026"),
+        ("policy.revision=4867e52", lambda job: job.policy.revision, "4867e52"),
+        ("policy.revision=0012", lambda job: job.policy.revision, "0012"),
+        ("policy.revision=12345678", lambda job: job.policy.revision, "12345678"),
+        ("tracking.project=1e5", lambda job: job.tracking.project, "1e5"),
+        ("tracking.project=0x1F", lambda job: job.tracking.project, "0x1F"),
+        ("tracking.project=1_000", lambda job: job.tracking.project, "1_000"),
+        ("tracking.project=0o17", lambda job: job.tracking.project, "0o17"),
+        ("tracking.project=017", lambda job: job.tracking.project, "017"),
+        ("tracking.project=12:30", lambda job: job.tracking.project, "12:30"),
+        ("tracking.project=.5", lambda job: job.tracking.project, ".5"),
+        ("tracking.project=.nan", lambda job: job.tracking.project, ".nan"),
+        ("data.column=yes", lambda job: job.data.column, "yes"),
+        ("data.split=on", lambda job: job.data.split, "on"),
+        ("data.split=No", lambda job: job.data.split, "No"),
+        ("data.system=true", lambda job: job.data.system, "true"),
+        ("data.system= 5 ", lambda job: job.data.system, " 5 "),
+        ("data.system=~", lambda job: job.data.system, "~"),  # the word null is null, a path may begin with ~
+        ("data.system=null", lambda job: job.data.system, None),
+        ("cluster.address=null", lambda job: job.cluster.address, None),
+        ("chat_date=2026-11-30", lambda job: job.chat_date, "2026-11-30"),
+        # An empty value: of a text that may be empty, of one that may be null, of what else may be null.
+        ("data.system=", lambda job: job.data.system, ""),
+        ("policy.revision=", lambda job: job.policy.revision, None),
+        ("evaluation.held_out.path=", lambda job: job.evaluation.held_out.path, None),
+        ("learner.critic_lr=", lambda job: job.learner.critic_lr, None),
         (
             "algorithm.importance.high=3",
             lambda job: (job.algorithm.importance.low, job.algorithm.importance.high),
@@ -102,13 +141,84 @@ def test_lists_replace_and_free_mappings_merge(write: Write) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_override_values_are_yaml(write: Write, override: str, read: Callable[[Any], Any], expected: Any) -> None:
-    value = read(load_job("train", [write("data: {limit: 5}")], [override]).config)
+    value = read(load([write("data: {limit: 5}")], [override]).config)
     assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("tracking.project=", 'tracking.project must be text that is not empty (got "", set by the override'),
+        ('run_dir=""', 'run_dir must be text that is not empty (got "", set by the override'),
+        ("policy.model=", 'policy.model must be text that is not empty (got "", set by the override'),
+        ("policy.model=null", "policy.model must be text (got null, set by the override"),
+        ("steps=", "steps must be a whole number (got nothing, set by the override steps=)"),
+        ("data.shuffle=", "data.shuffle must be true or false (got nothing, set by the override"),
+        ("checkpoint.resume=", 'checkpoint.resume must be one of auto, never (got "", set by'),
+        ("checkpoint.resume=off", 'checkpoint.resume must be one of auto, never (got "off", set by'),
+        ("policy=", "policy must be a mapping of keys (got nothing, set by"),
+        ("steps=0o17", 'steps must be a whole number (got "0o17", set by'),
+        ("steps=-0x1F", "steps must be a number at least 1 (got -0x1F, which is read as -31, set by"),
+        (
+            "tracking.tags=[a, 1e5]",
+            "tracking.tags[1] must be text (got 1e5, which is read as 100000.0, set by the over",
+        ),
+    ],
+)
+def test_an_override_that_a_field_cannot_take(write: Write, override: str, told: str) -> None:
+    assert told in problems([write("")], override)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("4867e52", "4.867e+55"),
+        ("0x1F", "31"),
+        ("1_000", "1000"),
+        ("1.50", "1.5"),
+        ("yes", "true"),
+        ("Off", "false"),
+        ("2026", None),
+    ],
+)
+def test_the_remedy_has_what_was_typed(write: Write, written: str, read: str | None) -> None:
+    """In a file, YAML has made a number of it by now: what it has made is told, and what to write instead."""
+    got = f"{written}, which is read as {read}" if read else written
+    text = problems([write(f"policy:\n  revision: {written} # the one\ntracking: {{tags: [{written}]}}")])
+    assert f"policy.revision must be text (got {got}, set by " in text and f'in quotes: revision: "{written}".' in text
+    assert f"tracking.tags[0] must be text (got {got}, " in text and f'Put it in quotes: "{written}".' in text
+
+
+@pytest.mark.parametrize("written", ["0012", "0o17", "017", "12:30", "2026-11-30", "1e5x"])
+def test_what_is_no_number_in_yaml_is_text(write: Write, written: str) -> None:
+    assert load([write(f"policy: {{revision: {written}}}")]).config.policy.revision == written
+
+
+def test_a_later_quoted_text_is_no_number(write: Write) -> None:
+    first, second = write("policy: {revision: 1e5}", "a.yaml"), write('policy: {revision: "1e5"}', "b.yaml")
+    assert load([first, second]).config.policy.revision == "1e5"
+    assert load([first], ["policy.revision=1e5"]).config.policy.revision == "1e5"
+
+
+def test_what_is_typed_reaches_a_name_of_the_users(write: Write) -> None:
+    """Sections under names, and settings without a class of their own, where a number is a number."""
+    settings = ["arms.a.model=2026", "arms.b.path=1e5", "arms.a.revision=0012", "prompts.path=7", "judge.model=no"]
+    config = load_job("evaluate", [write("")], [*settings, "rollout.engine_kwargs.x=1e5"]).config
+    assert (config.arms["a"].model, config.arms["a"].revision, config.arms["b"].path) == ("2026", "0012", "1e5")
+    assert (config.prompts.path, config.judge.model, config.rollout.engine_kwargs) == ("7", "no", {"x": 1e5})
+
+
+def test_what_is_typed_reaches_a_stage(write: Write) -> None:
+    text = "stages: {a: {job: sft, policy: {model: m}, data: {path: x}}}"
+    settings = ["stages.a.policy.revision=4867e52", "stages.a.seed=7", "run_dir=2026", "shared.policy.model=1e5"]
+    pipeline = load_pipeline([write(text)], settings)
+    assert pipeline.run_dir == Path("2026")
+    assert (pipeline.stages[0].config.policy.revision, pipeline.stages[0].config.seed) == ("4867e52", 7)
 
 
 def test_anchors_and_merge_keys_work(write: Write) -> None:
     text = "rollout: {engine_kwargs: &same {x: 1, y: 1}}\nfeedback: {judge: {engine_kwargs: {<<: *same, y: 2}}}"
-    config = load_job("train", [write(text)]).config
+    config = load([write(text)]).config
     assert config.feedback.judge.engine_kwargs == {"x": 1, "y": 2}
     assert config.rollout.engine_kwargs == {"x": 1, "y": 1}
 
@@ -117,33 +227,33 @@ def test_anchors_and_merge_keys_work(write: Write) -> None:
 
 
 def test_a_union_keeps_its_type_when_only_its_keys_are_set(write: Write) -> None:
-    config = load_job("train", [write("algorithm: {clip: 0.3}")]).config
+    config = load([write("algorithm: {clip: 0.3}")]).config
     assert isinstance(config.algorithm, PpoConfig) and config.algorithm.clip == 0.3
 
 
 def test_changing_the_type_drops_the_other_types_keys(write: Write) -> None:
     ppo = write("algorithm: {type: ppo, lam: 0.5, clip: 0.4, epochs: 4}", "ppo.yaml")
     grpo = write("algorithm: {type: grpo}", "grpo.yaml")
-    assert load_job("train", [ppo, grpo]).config.algorithm == GrpoConfig(type="grpo")
-    assert load_job("train", [ppo], ["algorithm.type=grpo"]).config.algorithm == GrpoConfig(type="grpo")
-    assert load_job("train", [grpo, ppo]).config.algorithm.lam == 0.5
+    assert load([ppo, grpo]).config.algorithm == GrpoConfig(type="grpo")
+    assert load([ppo], ["algorithm.type=grpo"]).config.algorithm == GrpoConfig(type="grpo")
+    assert load([grpo, ppo]).config.algorithm.lam == 0.5
 
 
 def test_naming_the_same_type_again_drops_nothing(write: Write) -> None:
-    config = load_job("train", [write("algorithm: {type: ppo, lam: 0.5}")], ["algorithm.type=ppo"]).config
+    config = load([write("algorithm: {type: ppo, lam: 0.5}")], ["algorithm.type=ppo"]).config
     assert config.algorithm.lam == 0.5
 
 
 def test_overrides_are_one_layer_whatever_their_order(write: Write) -> None:
     settings = ["algorithm.clip=0.3", "algorithm.type=grpo"]
     for overrides in (settings, settings[::-1]):
-        algorithm = load_job("train", [write("algorithm: {lam: 0.5}")], overrides).config.algorithm
+        algorithm = load([write("algorithm: {lam: 0.5}")], overrides).config.algorithm
         assert (algorithm.type, algorithm.clip) == ("grpo", 0.3)
 
 
 def test_a_types_own_nested_defaults_hold_when_one_of_them_is_set(write: Write) -> None:
     """GRPO's estimator is k3 by default: setting its coefficient alone must not bring back KlConfig's k1."""
-    config = load_job("train", [write("algorithm: {type: grpo, kl: {coef: 0.1}}")]).config
+    config = load([write("algorithm: {type: grpo, kl: {coef: 0.1}}")]).config
     assert (config.algorithm.kl.coef, config.algorithm.kl.estimator) == (0.1, "k3")
 
 
@@ -151,15 +261,28 @@ def test_a_types_own_nested_defaults_hold_when_one_of_them_is_set(write: Write) 
 
 
 def test_run_dir_comes_from_the_first_file_and_the_time(write: Write) -> None:
-    loaded = load_job("train", [write("", "mine.yaml"), write("", "other.yaml")])
+    loaded = load_job("train", [write(TRAIN, "mine.yaml"), write("", "other.yaml")])
     assert loaded.run_dir.parent == Path("runs") and not loaded.run_dir_given
     assert loaded.run_dir.name.startswith("mine-20") and len(loaded.run_dir.name) == len("mine-20240131-235959")
     assert loaded.config.run_dir == str(loaded.run_dir)
     assert not loaded.run_dir.exists()
 
 
+@pytest.mark.parametrize("home", ["~", "$HOME", "${HOME}"])
+def test_home_is_where_it_is_in_a_shell(write: Write, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOMES", "/no")
+    for given, path in ((f"{home}/runs/a", "/home/me/runs/a"), (home, "/home/me"), (f"x/{home}", f"x/{home}")):
+        assert load([write("")], [f"run_dir={given}"]).run_dir == Path(path)
+        assert load([write(f"run_dir: '{given}'")]).run_dir == Path(path)
+    stages = write(f"run_dir: '{home}/p'\nstages: {{a: {{job: sft, policy: {{model: m}}, data: {{path: x}}}}}}")
+    assert load_pipeline([stages]).run_dir == Path("/home/me/p")
+    assert expand_home("$HOMES/a") == Path("$HOMES/a") and expand_home("$HF_TOKEN/a") == Path("$HF_TOKEN/a")
+    assert expand_home("~nobody-has-this-name/a") == Path("~nobody-has-this-name/a")
+
+
 def test_run_dir_can_be_given(write: Write) -> None:
-    loaded = load_job("train", [write("")], ["run_dir=/tmp/here"])
+    loaded = load([write("")], ["run_dir=/tmp/here"])
     assert loaded.run_dir == Path("/tmp/here") and loaded.run_dir_given
 
 
@@ -224,25 +347,112 @@ def test_a_key_at_the_wrong_level_says_where_it_lives(write: Write) -> None:
     assert "Did you mean algorithm.importance?" in problems([write("importance: {high: 2}")])
 
 
-# What has no default: the user's own data.
-REQUIRED = {
-    "sft": ["data.path=revisions.jsonl"],
-    "label": ["data.path=pairs.jsonl"],
-    "reward-model": ["data.path=labels.jsonl"],
-    "dpo": ["data.path=labels.jsonl"],
-    "evaluate": ["data.path=labelled.jsonl"],
-}
+# --- what has no default ----------------------------------------------------------------------------------------------
 
 
-def test_every_default_config_is_valid() -> None:
-    for job in JOBS:
-        assert load_job(job, [], REQUIRED.get(job, [])).config
+def missing(job: str, file: Path, *settings: str) -> list[str]:
+    """The keys that must be set, one a line."""
+    with pytest.raises(InputError) as caught:
+        load_job(job, [file], settings)
+    lines = str(caught.value).split("\n  - ")
+    return [line.partition(" must be set (got nothing from ")[0] for line in lines if "must be set" in line]
 
 
-def test_what_has_no_default_is_asked_for() -> None:
+def test_what_has_a_default_is_enough_beside_what_has_none(write: Write) -> None:
+    assert set(REQUIRED) == set(JOBS)
     for job, settings in REQUIRED.items():
-        with pytest.raises(InputError, match=settings[0].partition("=")[0]):
-            load_job(job, [])
+        assert load_job(job, [write("")], settings).config
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_models_and_data_have_no_default(job: str, write: Write) -> None:
+    """No job takes a model or data that its config does not name; all that is missing is told at once."""
+    wanted = {setting.partition("=")[0] for setting in REQUIRED[job]}
+    optional = {"data.path"} if job == "evaluate" else set()  # there may be arms instead
+    assert set(missing(job, write(""))) == wanted - optional
+    for setting in set(REQUIRED[job]):
+        if setting.partition("=")[0] not in optional:
+            others = [other for other in REQUIRED[job] if other != setting]
+            assert missing(job, write(""), *others) == [setting.partition("=")[0]]
+
+
+def test_no_model_or_data_is_named_in_the_schema() -> None:
+    """Nothing that a run reads or trains comes from nowhere, in any section of any job."""
+    for model in set(every_class()):
+        for name, field in model.model_fields.items():
+            if (found := names_of(field)) is not None and found.kind in ("data", "model"):
+                assert field.is_required() or field.default is None, f"{model.__name__}.{name}"
+
+
+def test_every_key_without_a_default_has_an_example() -> None:
+    for model in set(every_class()):
+        for name, field in model.model_fields.items():
+            if field.is_required() and not variants(model, name) and name not in ("type", "stages"):
+                assert field.examples and field.description, f"{model.__name__}.{name}"
+
+
+def test_a_missing_key_says_file_meaning_and_remedy(write: Write) -> None:
+    file = write("data: {path: prompts.jsonl}\nfeedback: {type: reward_model}\npolicy: {model: m}")
+    with pytest.raises(InputError) as caught:
+        load_job("train", [file])
+    assert str(caught.value) == (
+        f"feedback.model must be set (got nothing from {file}): it has no default, since no run can guess it. A folder "
+        f"that `rlaif reward-model` wrote, or any sequence classifier with one label. Add `feedback: {{model: "
+        f"runs/reward/reward_model}}` there, or feedback.model=runs/reward/reward_model to the command."
+    )
+
+
+def test_missing_keys_do_not_hide_other_problems(write: Write) -> None:
+    file = write("steps: 10\nlearner: {warmup_steps: 10}\nzzz: {}")
+    with pytest.raises(InputError) as caught:
+        load_job("train", [file])
+    told = str(caught.value)
+    assert told.startswith("the config has 5 problems:") and "learner.warmup_steps must be below" in told
+    assert "zzz is not a known key" in told
+
+
+def test_missing_keys_inside_named_parts(write: Write) -> None:
+    parts = "{a: {weight: 1}, b: {scorer: {type: length}}, c: {scorer: {type: judge}}}"
+    file = write(f"policy: {{model: m}}\ndata: {{path: x}}\nfeedback: {{type: mixture, scorers: {parts}}}")
+    assert sorted(missing("train", file)) == [
+        "feedback.scorers.a.scorer.judge.model",
+        "feedback.scorers.b.scorer.target_tokens",
+        "feedback.scorers.c.scorer.judge.model",
+    ]
+    file = write("policy: {model: m}\ndata: {path: x}\nother_policies: {b: {precision: fp32}}")
+    assert missing("pairs", file) == ["other_policies.b.model"]
+
+
+def test_an_empty_name_is_none(write: Write) -> None:
+    text = problems([write('policy: {model: ""}\ndata: {path: ""}')], "feedback.judge.model=")
+    for key in ("policy.model", "data.path", "feedback.judge.model"):
+        assert f"{key} must be text that is not empty" in text
+
+
+def test_arms_that_are_models_need_prompts(write: Write) -> None:
+    file = write("judge: {model: m}\narms: {a: {model: x}, b: {path: b.jsonl}}")
+    with pytest.raises(
+        InputError, match=r"prompts must be set where arms are models .* Add `prompts: \{path: held_out"
+    ):
+        load_job("evaluate", [file])
+    assert load_job("evaluate", [file], ["arms.a={path: a.jsonl, model: null}"]).config.prompts is None
+    assert missing("evaluate", file, "prompts.limit=3") == ["prompts.path"]
+
+
+def test_evaluations_on_the_way_need_something_to_measure(write: Write) -> None:
+    assert "evaluation.every needs evaluation.held_out.path" in problems([write("evaluation: {every: 5}")])
+    assert load([write("evaluation: {every: 5, held_out: {path: held_out.jsonl}}")]).config.evaluation.every == 5
+
+
+def every_class() -> Iterator[type[Config]]:
+    """The classes of all jobs and their sections."""
+    left: list[type[Any]] = [*JOBS.values(), PipelineJob]
+    while left:
+        model = left.pop()
+        yield model
+        for name in model.model_fields:
+            item = item_class(model, name)
+            left += [*variants(model, name).values(), *([item] if item else [])]
 
 
 # --- resolved.yaml --------------------------------------------------------------------------------------------------
@@ -263,12 +473,12 @@ def resolved(loaded: Loaded, write: Write) -> Path:
     ],
 )
 def test_resolved_yaml_loads_as_the_same_config(write: Write, text: str) -> None:
-    loaded = load_job("train", [write(text)], ["steps=7", "data.limit=3"])
-    assert load_job("train", [resolved(loaded, write)]).config == loaded.config
+    loaded = load([write(text)], ["steps=7", "data.limit=3"])
+    assert load([resolved(loaded, write)]).config == loaded.config
 
 
 def test_resolved_yaml_says_every_value_and_its_origin(write: Write) -> None:
-    loaded = load_job("train", [write("")], ["data.system=a\nb"])
+    loaded = load([write("")], ["data.system=a\nb"])
     text = resolved(loaded, write).read_text()
     comments = [line for line in text.splitlines() if line.startswith("#")]
     assert any("abc+dirty" in line for line in comments) and any("torch 2.0" in line for line in comments)

@@ -22,6 +22,7 @@ from transformers import (
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.model_support import LATENT_ATTENTION, LATENT_TYPES, UNSUPPORTED, engine_refusal
+from tests.jobs import embedded
 
 
 def test_a_model_whose_updates_get_lost_may_judge_and_not_be_trained() -> None:
@@ -58,7 +59,7 @@ def test_every_setting_that_a_message_names_is_one() -> None:
     named = {setting for text in texts for setting in re.findall(r"\b(?:([a-z_]+)\.)?([a-z_]+)=(\w+)", text)}
     assert ("cluster", "device", "gpu") in named
     for section, key, value in named - {("", "VLLM_MLA_DISABLE", "1")}:
-        TrainJob.model_validate({section or "policy": {key: value}})  # what has no section is of the model's own
+        embedded(TrainJob, {section or "policy": {key: value}})  # what has no section is of the model's own
 
 
 def test_latent_attention_is_where_vllm_uses_it() -> None:

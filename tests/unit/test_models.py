@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlaif_ray.errors import InputError
+from rlaif_ray.learner.lora import count_parameters
 from rlaif_ray.models import (
     build_folder_once,
     cache_folder,
     context_length,
-    count_parameters,
     load_backbone,
     load_causal_lm,
     load_config,
@@ -160,6 +162,42 @@ def test_a_tokenizer_that_cannot_end_is_refused(broken: Path) -> None:
     edit_json(broken / "tokenizer_config.json", pad_token=None, eos_token=None)
     with pytest.raises(InputError, match="eos_token"):
         load_tokenizer(broken)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "special", "says"),
+    [
+        (["<new>"], False, r"got '<new>' with id 320 for 320 rows"),
+        (["<new>", "<more>"], False, r"got '<new>' with id 320 and 1 more for 320 rows"),
+        (["<|turn_end|>"], True, r"got '<\|turn_end\|>' with id 320 for 320 rows"),
+        (["<image_soft_token>", "<|eot|>"], True, r"got '<\|eot\|>' with id 321 for 320 rows"),
+        (["an image"], False, "got 'an image' with id 320"),  # which a text may hold
+    ],
+)
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
+    broken: Path, tokens: list[str], special: bool, says: str
+) -> None:
+    tokenizer: Any = load_tokenizer(broken)
+    tokenizer.add_tokens(tokens, special_tokens=special)
+    tokenizer.save_pretrained(broken)
+    with pytest.raises(InputError, match=says) as caught:
+        load_tokenizer(broken)
+    assert f"model.resize_token_embeddings({320 + len(tokens)})" in str(caught.value)
+    edit_json(broken / "config.json", vocab_size=320 + len(tokens))  # as a model has that was enlarged
+    load_tokenizer(broken)
+
+
+def test_a_token_for_what_is_no_text_needs_no_embedding(broken: Path) -> None:
+    """Gemma 3 1B has 262,144 embeddings and a token of that number for images, which it can't read."""
+    tokenizer: Any = load_tokenizer(broken)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(broken)
+    assert len(load_tokenizer(broken)) == 321
+
+
+def test_more_embeddings_than_tokens_are_fine(broken: Path) -> None:
+    edit_json(broken / "config.json", vocab_size=384)
+    load_tokenizer(broken)
 
 
 @pytest.mark.parametrize("ten_is_one_token", [False, True])
@@ -462,3 +500,24 @@ def check_smollm2(folder: Path, package: Path) -> None:
         torch.testing.assert_close(model(**prompt).logits, original(**prompt).logits, atol=1e-5, rtol=0)
     tokens = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(tokens) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("config.json", "[" * 20_000, "nested more than 100 deep"),
+        ("tokenizer_config.json", '{"a": ' + "[" * 500 + "]" * 500 + "}", "nested more than 100 deep"),
+        ("tokenizer_config.json", "[1]", "holds a list instead of a mapping"),
+        ("generation_config.json", '{"a": 1' + "0" * 5000 + "}", "a number of more than 300 digits"),
+        ("special_tokens_map.json", "\x00", "is no JSON"),
+        ("model.safetensors.index.json", '{"weight_map": {', "is no JSON"),
+    ],
+)
+def test_json_beyond_the_bounds(tmp_path: Path, name: str, text: str, told: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(cached_tiny_model(tied=True), folder)
+    (folder / name).write_text(text)
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(InputError) as caught:
+            load(folder)
+        assert f"{name} can't be read (it " in str(caught.value) and told in str(caught.value)

@@ -16,6 +16,7 @@ from rlaif_ray.evaluation.report.runs import _stage_folders
 from rlaif_ray.pipelines.checkpoint import Checkpoints
 from rlaif_ray.storage import Place, StoredFolder
 from rlaif_ray.tracking.wandb_run import keep_run_id
+from tests.jobs import embedded
 from tests.unit.pipelines.test_checkpoint import job
 
 NAMES = [
@@ -45,12 +46,12 @@ def test_arms_and_policies_have_names_that_can_be_files(name: str) -> None:
         (PairsJob, {"other_policies": {name: {"model": "m"}}}),
     ):
         with pytest.raises(ValueError, match="must have names that can be a file's"):
-            make.model_validate(values)  # type: ignore[attr-defined]
+            embedded(make, values)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("good", ["base", "rlaif-2", "d_RLAIF", "Claude 3.5", "straße"])
 def test_usual_names_are_fine(good: str) -> None:
-    PairsJob.model_validate({"other_policies": {good: {"model": "m"}}})
+    embedded(PairsJob, {"other_policies": {good: {"model": "m"}}})
 
 
 def test_stages(name: str, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from rlaif_ray.pipelines.pipeline import (
     run_stage,
 )
 from rlaif_ray.storage import Place, StoredFolder, publish
+from tests.jobs import MODEL
 
 CONSTITUTION = """\
 id: mine
@@ -51,7 +52,7 @@ def values(folder: Path) -> dict[str, Any]:
     prompts = {"path": str(folder / "prompts.jsonl")}
     return {
         "run_dir": str(folder / "run"),
-        "shared": {"rollout": {"kv_cache_gb": 0.5}},
+        "shared": {"rollout": {"kv_cache_gb": 0.5}, "policy": {"model": MODEL}, "judge": {"model": MODEL}},
         "stages": {
             "rm": {"job": "reward-model", "data": {"path": "stage:label"}},
             "revise": {"job": "revise", "data": prompts, "revision": {"constitution": str(folder / "mine.yaml")}},
@@ -214,11 +215,11 @@ def test_what_a_change_redoes(folder: Path, override: str, stages: set[str]) -> 
 def test_names_that_users_choose_are_no_settings(folder: Path, name: str) -> None:
     """Of stages, policies, arms and scorers: what stands under them counts, whatever they are called."""
     length = {"scorer": {"type": "length", "target_tokens": 9}}
-    what = values(folder)
+    what, prompts = values(folder), {"path": str(folder / "prompts.jsonl")}
     what["stages"] = {
         name: what["stages"]["pairs"] | {"policy": {"model": "a"}, "other_policies": {name: {"model": "b"}}},
-        "best": {"job": "sample", "feedback": {"type": "mixture", "scorers": {name: length}}},
-        "measure": {"job": "evaluate", "arms": {name: {"model": "a"}, "base": {"model": "b"}}},
+        "best": {"job": "sample", "data": prompts, "feedback": {"type": "mixture", "scorers": {name: length}}},
+        "measure": {"job": "evaluate", "prompts": prompts, "arms": {name: {"model": "a"}, "base": {"model": "b"}}},
     }
     before = hashes(folder, what)
 
@@ -266,7 +267,10 @@ def test_templates_of_a_run_that_measures_harmlessness_count(folder: Path) -> No
     (folder / "own.yaml").write_text(template.read_text())
     what = values(folder)
     suite = {"prompts": {"path": "package:heldout"}, "refusal_template": str(folder / "own.yaml")}
-    what["stages"]["rlaif"] |= {"feedback": {"type": "judge"}, "evaluation": {"harmless": suite}}
+    what["stages"]["rlaif"] |= {
+        "feedback": {"type": "judge", "judge": {"model": MODEL}},
+        "evaluation": {"harmless": suite},
+    }
     before = hashes(folder, what)
     (folder / "own.yaml").write_text(template.read_text().replace("turned a request away", "refused"))
     assert {name for name, hashed in hashes(folder, what).items() if hashed != before[name]} == {"rlaif"}

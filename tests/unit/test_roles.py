@@ -15,6 +15,7 @@ from rlaif_ray.config.roles import ADJUSTABLE, HANDLING, LAYOUT, RESULT, changes
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.run_folder import go_on
+from tests.jobs import MODEL, embedded
 
 # By class and field: whatever is not here is RESULT. A new setting that may change in a resume is added on purpose.
 DECLARED = {
@@ -94,9 +95,7 @@ def test_every_field_of_every_job_is_declared_as_the_table_has_it() -> None:
 
 
 def test_every_setting_of_a_job_has_a_role() -> None:
-    job = TrainJob.model_validate(
-        {"feedback": {"type": "mixture", "scorers": {"replicas": {"scorer": {"type": "judge"}}}}}
-    )
+    job = embedded(TrainJob, {"feedback": {"type": "mixture", "scorers": {"replicas": {"scorer": {"type": "judge"}}}}})
     roles = {".".join(setting.key): setting.role for setting in settings(job)}
     assert roles["tracking.project"] == HANDLING == roles["cluster.device"]  # as their sections
     assert roles["feedback.scorers.replicas.weight"] == RESULT  # a user's name, not a setting's
@@ -122,7 +121,7 @@ def told(then: BaseModel, now: BaseModel) -> list[str]:
 
 
 def mixture(**scorers: Any) -> TrainJob:
-    return TrainJob.model_validate({"feedback": {"type": "mixture", "scorers": scorers}})
+    return embedded(TrainJob, {"feedback": {"type": "mixture", "scorers": scorers}})
 
 
 LENGTH = {"scorer": {"type": "length", "target_tokens": 9}}
@@ -146,15 +145,19 @@ class TestChanges:
 
     def test_an_arm_more(self) -> None:
         arms = {"a": {"path": "x"}, "b": {"path": "y"}}
-        one = EvaluateJob.model_validate({"arms": arms})
-        two = EvaluateJob.model_validate({"arms": arms | {"c": {"model": "m"}}, "rollout": {"replicas": 2}})
+        prompts = {"path": "p"}
+        one = embedded(EvaluateJob, {"arms": arms, "prompts": prompts})
+        arms["c"] = {"model": "m"}
+        two = embedded(EvaluateJob, {"arms": arms, "prompts": prompts, "rollout": {"replicas": 2}})
         found = changes(one, two, {}, {})
         assert [(change.key, change.role) for change in found] == [("arms.c", RESULT), ("rollout.replicas", HANDLING)]
 
 
 class TestDataJobs:
     def loaded(self, tmp_path: Path, *settings: str) -> Any:
-        return load_job("label", [], ["data.path=pairs.jsonl", f"run_dir={tmp_path}", *settings])
+        file = tmp_path / "label.yml"
+        file.write_text(f"data: {{path: pairs.jsonl}}\njudge: {{model: {MODEL}}}\n")
+        return load_job("label", [file], [f"run_dir={tmp_path}", *settings])
 
     def go_on(self, tmp_path: Path, *settings: str) -> None:
         """As a job that has made something."""

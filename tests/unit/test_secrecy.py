@@ -28,6 +28,7 @@ from rlaif_ray.secrecy import (
     secrets_in_arguments,
     without_secrets,
 )
+from tests.jobs import TRAIN
 from tests.pace import scaled
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_a_secret_in_a_file_is_refused(written: str, key: str, tmp_path: Path) -
 
 
 def test_a_secret_on_the_command_line_is_refused(tmp_path: Path) -> None:
-    told = refused("steps: 2\n", tmp_path, f"rollout.engine_kwargs.hf_token={CANARY}", job="train")
+    told = refused(TRAIN, tmp_path, f"rollout.engine_kwargs.hf_token={CANARY}", job="train")
     assert "rollout.engine_kwargs.hf_token must not hold a secret" in told
 
 

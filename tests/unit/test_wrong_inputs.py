@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
 from rlaif_ray.config.jobs import TrainJob
+from tests.jobs import TRAIN, embedded
 from tests.tiny import cached_tiny_model
 
-CONFIG = "train.yaml"
+BASE, CONFIG = "what-has-no-default.yml", "train.yaml"  # what has no default, and the mistake
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ CONFIG_LEVEL = [
         says=("feedback.type must be one of judge, reward_model, mixture", '"oracle"', "Set it to"),
     ),
     Wrong("list for a template", "feedback: {template: [a]}", says=("feedback.template must be text", "Set it to")),
-    Wrong("number for a template", "", ("feedback.template=3",), ("feedback.template must be text", "quotes")),
+    Wrong("number for a template", "feedback: {template: 3}", says=("feedback.template must be text", "quotes")),
     Wrong("unknown judge", "feedback: {judge: {type: gpt}}", says=("feedback.judge.type must be vllm", "Set it to")),
     # files
     Wrong("missing file", None, says=("train.yaml does not exist", "Check the path")),
@@ -172,7 +173,11 @@ CONFIG_LEVEL = [
     Wrong(
         "harmless suite without prompts",
         "evaluation: {harmless: {prompts: {limit: 3}}}",
-        says=("evaluation.harmless.prompts.path must be set", "no default", "Add it"),
+        says=(
+            "evaluation.harmless.prompts.path must be set",
+            "no default",
+            "Add `evaluation: {harmless: ",
+        ),
     ),
     Wrong(
         "importance bounds swapped",
@@ -204,7 +209,7 @@ def checkpoint_of(folder: Path, **changed: object) -> None:
     values = {"chat_date": "2026-11-30", **values}
     final = Place.of(folder / "run" / "checkpoints" / "step-5")
     place = draft(final, "0")
-    settings = kept_settings(TrainJob.model_validate(values | changed))
+    settings = kept_settings(embedded(TrainJob, values | changed))
     document = {"state": {"step": 5, "kl_coef": 0.05}, "settings": settings, "versions": {}}
     publish(StoredFolder(place, {STATE: (place / STATE).write(json.dumps(document).encode())}), final, step=5)
 
@@ -245,7 +250,7 @@ INPUT_LEVEL = [
         "broken JSON line",
         "data: {path: ./p.jsonl}",
         prepare=lambda folder: (folder / "p.jsonl").write_text(GOOD_ROW + '{"prompt": "a\n'),
-        says=("p.jsonl, line 2", "not a JSON object", "Mend the line"),
+        says=("p.jsonl, line 2", "not a JSON object", "Mend or remove the line"),
     ),
     Wrong(
         "duplicate ids",
@@ -385,10 +390,10 @@ INPUT_LEVEL = [
 def wrong_arguments(case: Wrong, folder: Path) -> list[str]:
     """Lays the case out in `folder`; the command line."""
     case.prepare(folder)
-    files = {} if case.config is None else {CONFIG: case.config}
+    files = {BASE: TRAIN} | ({} if case.config is None else {CONFIG: case.config})
     for name, text in (files | case.files).items():
         (folder / name).write_text(text)
-    return [case.job, CONFIG, *case.files, *case.settings]
+    return [case.job, BASE, CONFIG, *case.files, *case.settings]
 
 
 def assert_told_well(case: Wrong, folder: Path) -> None:

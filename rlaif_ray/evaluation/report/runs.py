@@ -28,6 +28,7 @@ from rlaif_ray.documents import (
 from rlaif_ray.errors import DocumentError, InputError
 from rlaif_ray.evaluation.report.shapes import CONFIG, EVALUATION, SUMMARY, known_parts
 from rlaif_ray.output import shown
+from rlaif_ray.paths import expand_home
 from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking.files import plain
 
@@ -99,7 +100,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Pipeline]]:
     found: list[tuple[str, Path]] = []
     pipelines = []
     for folder in folders:
-        given = folder.expanduser().resolve()
+        given = expand_home(folder).resolve()
         _must_be_run(folder, given)
         if (given / "stages").is_dir():
             problems: list[str] = []

@@ -16,7 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif_ray.data.prompts import PACKAGED, LoadedPrompts, PromptSource, load_prompts
+from rlaif_ray.data.demonstrations import read_demonstrations
+from rlaif_ray.data.preferences import read_preferences
+from rlaif_ray.data.prompt_source import PromptSource
+from rlaif_ray.data.prompts import PACKAGED, LoadedPrompts, load_prompts, read_conversations
 from rlaif_ray.errors import InputError
 from rlaif_ray.types import Message, Prompt
 from tests.tiny import CHAT_TEMPLATE, IM_END, IM_START, PAD, make_tokenizer
@@ -405,7 +408,7 @@ MISTAKES: list[tuple[str, str, str | bytes, tuple[str, ...]]] = [
     ("line that is a list", "p.jsonl", GOOD + "[1]\n", ("line 2", "not a JSON object", "got [1]", "Mend")),
     ("lines that are text", "p.jsonl", '"a"\n"b"\n', ("line 1", "not a JSON object", 'got "a"')),
     ("broken json", "p.json", '[{"prompt": "a"},', ("p.json cannot be read as .json", "Mend")),
-    ("Latin-1", "p.jsonl", GOOD.encode() + '{"prompt": "é"}\n'.encode("latin-1"), ("line 2", "utf-8", "Mend")),
+    ("Latin-1", "p.jsonl", GOOD.encode() + '{"prompt": "é"}\n'.encode("latin-1"), ("line 2", "UTF-8", "Mend")),
     ("Latin-1 csv", "p.csv", "prompt\né\n".encode("latin-1"), ("p.csv cannot be read as .csv", "utf-8", "Mend")),
     ("ragged csv", "p.csv", "prompt\na\nb,c,d\n", ("p.csv cannot be read", "line 3", "Mend")),
     ("no parquet", "p.parquet", "prompt\na\n", ("p.parquet cannot be read as .parquet", "Mend")),
@@ -469,7 +472,7 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monkey
         raise PermissionError(13, "Permission denied")
 
     file = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"})
-    monkeypatch.setattr("rlaif_ray.data.prompts._stream", refuse)
+    monkeypatch.setattr("rlaif_ray.data.json_rows.open_file", refuse)
     with pytest.raises(InputError, match=r"p.jsonl cannot be read .*Permission denied"):
         load(file)
 
@@ -613,3 +616,41 @@ def test_a_state_of_another_run_is_refused(other: PromptSource, named: str) -> N
 def test_epochs_are_shuffled_evenly() -> None:
     first = Counter(numbers(source(5, 2, seed=seed).next())[0] for seed in range(1000))
     assert all(abs(first[number] - 200) < 5 * 12.65 for number in range(5))  # sqrt(1000 * 0.2 * 0.8) = 12.65
+
+
+# ---- Halves of surrogate pairs, which models emit --------------------------------------------------------------------
+
+HALVES = {
+    "text": ({"prompt": "a \ud83d b"}, "a \ufffd b"),
+    "the other half": ({"prompt": "a \udc00 b"}, "a \ufffd b"),
+    "messages": ({"prompt": [{"role": "user", "content": "a \ud83d b"}]}, "a \ufffd b"),
+    "a whole pair": ({"prompt": "a \ud83d\ude00 b"}, "a \U0001f600 b"),
+    "in the name of another column": ({"prompt": "a", "\ud83d": 1}, "a"),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_half_a_surrogate_pair_is_a_replacement_character(name: str, tmp_path: Path) -> None:
+    """As in preferences, and wherever the row is: rows before it may be of another kind."""
+    row, text = HALVES[name]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in ({"prompt": "ok"}, row, {"prompt": "ok"})))
+    prompts = load(str(file)).prompts
+    assert [prompt.text for prompt in prompts] == ["ok", text, "ok"]
+    assert read_conversations(str(file))[1][0].content == text
+    preference = {**row, "response_a": "\ud83d", "response_b": "b"}
+    preference.pop("\ud83d", None)
+    file.write_text(json.dumps(preference) + "\n")
+    (record,) = read_preferences(str(file))
+    assert (record.prompt[0].content, record.response_a) == (text, "\ufffd")
+    file.write_text(json.dumps({"prompt": row["prompt"], "response": "\ud83d"}) + "\n")
+    (demonstration,) = read_demonstrations(str(file))
+    assert [turn.content for turn in demonstration.messages] == [text, "\ufffd"]
+
+
+def test_lines_are_counted_from_1_where_halves_stand_before(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    rows = [json.dumps({"prompt": "\ud83d"}), "", json.dumps({"prompt": 3})]
+    file.write_text("\n".join(rows))
+    with pytest.raises(InputError, match=r"p\.jsonl, line 3: "):
+        load(str(file))

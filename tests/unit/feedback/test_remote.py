@@ -450,6 +450,75 @@ def test_one_fault_leaves_the_other_questions_alone(ask: Ask) -> None:
     assert sum(answer.failure is None for answer in answers.values()) == 19
 
 
+LIMITS = {
+    "renamed": ({"token_limit": "max_tokens"}, {"max_tokens": 8}, {"max_tokens": 20}),
+    "removed": ({"extra_body": {"max_completion_tokens": None}}, {}, {}),
+    "replaced": (
+        {"extra_body": {"max_completion_tokens": None, "max_tokens": 99}},
+        {"max_tokens": 99},
+        {"max_tokens": 99},
+    ),
+    "raised": ({"token_limit": "max_tokens", "extra_body": {"max_tokens": 99}}, {"max_tokens": 99}, {"max_tokens": 99}),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_of_tokens_under_the_endpoints_own_name(ask: Ask, name: str) -> None:
+    values, answering, explaining = LIMITS[name]
+    with FakeEndpoint(lambda _: Said([("1", {"1": 0.6, "2": 0.4})], texts=["Because."] * 3)) as endpoint:
+        asker = ask(endpoint.url, **values)
+        only(asker)
+        list(asker.explain([question()], SAMPLED))
+        sent = [{key: value for key, value in body.items() if key.startswith("max_")} for body in endpoint.bodies]
+    assert sent == [answering, explaining]
+
+
+def test_null_leaves_a_parameter_out(ask: Ask) -> None:
+    with FakeEndpoint(lambda _: Said([("1", {"1": 0.6, "2": 0.4})], texts=["Because."] * 3)) as endpoint:
+        asker = ask(endpoint.url, extra_body={"temperature": None, "seed": None, "stop": None, "x": {"y": None}})
+        only(asker)
+        list(asker.explain([question()], SAMPLED))
+    for body in endpoint.bodies:
+        assert not {"temperature", "seed", "stop"} & body.keys() and body["x"] == {"y": None}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"extra_body": {"model": None}}, r"judge.extra_body can't set model \(got None\)"),
+        ({"extra_body": {"model": "other"}}, "can't set model .* Set judge.model"),
+        ({"extra_body": {"messages": []}}, "can't set messages"),
+        ({"extra_body": {"n": None}}, "can't set n .* Set label.reasoning.samples"),
+        ({"extra_body": {"n": 4}}, "can't set n"),
+        ({"extra_body": {"stream": True}}, "can't set stream"),
+        ({"extra_body": {"logprobs": None}}, "leave out logprobs with .* Use judge.answers=text"),
+        ({"extra_body": {"logprobs": False}}, "can't leave out logprobs"),
+        ({"extra_body": {"top_logprobs": None}}, "can't leave out top_logprobs"),
+        ({"extra_body": {"top_logprobs": 0}}, "can't leave out top_logprobs"),
+        (
+            {"extra_body": {"max_completion_tokens": None}, "max_cost": 1.0, "price_out": 1.0},
+            "judge.max_cost needs a limit of tokens",
+        ),
+    ],
+)
+def test_parameters_that_an_answer_depends_on_stay(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        judge("http://localhost/v1", **values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"extra_body": {"top_logprobs": 5, "logprobs": True, "stream": False}},
+        {"extra_body": {"logprobs": None, "top_logprobs": None}, "answers": "text"},
+        {"extra_body": {"max_completion_tokens": None, "max_tokens": 9}, "max_cost": 1.0, "price_out": 1.0},
+        {"token_limit": "max_tokens", "extra_body": {"max_completion_tokens": None}, "max_cost": 1.0, "price_in": 1.0},
+    ],
+)
+def test_other_parameters_are_the_users(values: dict[str, Any]) -> None:
+    assert judge("http://localhost/v1", **values).extra_body == values["extra_body"]
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "401": ({"message": "who are you"}, InputError, (ENV, "401", "who are you", "judge.model=judge-1")),
     "403": ({}, InputError, (ENV, "403")),
@@ -457,6 +526,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "402": ({}, FeedbackError, ("empty", "What was answered is kept")),
     "429": ({"more": {"code": "insufficient_quota"}}, FeedbackError, ("empty", "What was answered is kept")),
     "400": ({"more": {"param": "top_logprobs"}}, InputError, ("top_logprobs=20", "judge.extra_body", "answers=text")),
+    # The name of another limit of tokens, or none of that parameter at all.
+    "400 ": (
+        {"message": "Unsupported parameter: max_completion_tokens"},
+        InputError,
+        ("max_completion_tokens=8", "judge.token_limit=max_tokens"),
+    ),
+    "422 ": ({"more": {"param": "temperature"}}, InputError, ("temperature=0.0", "leave it out (temperature: null)")),
     "422": ({"message": "logprobs is unknown to this model"}, InputError, ("logprobs=True", "judge.answers=text")),
 }
 
@@ -467,7 +543,7 @@ def test_what_does_not_pass_ends_the_asking(ask: Ask, status: str) -> None:
     with FakeEndpoint() as endpoint, FaultProxy(endpoint.url) as proxy:
         asker = ask(proxy.url, max_retries=1, concurrency=1)
         assert only(asker).failure is None
-        proxy.inject(status, times=2 if status == "429" else 1, **values)
+        proxy.inject(status.strip(), times=2 if status == "429" else 1, **values)
         with pytest.raises(kind) as caught:
             list(asker.answer([question(str(k)) for k in range(50)]))
         assert proxy.requests == (3 if status == "429" else 2)

@@ -16,6 +16,7 @@ from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.agreement import bound_for, compare
 from rlaif_ray.pipelines.guard import guard_text
+from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses, plain_logprobs
 from tests.tiny import cached_tiny_model
 
@@ -38,7 +39,7 @@ def job_of(kind: str, *, attention: str = "auto", stage: int = 0, ranks: int = 1
         values["data"] = {"path": "x"}
     if dropout:
         values[kind] = {"lora": {"rank": 4, "dropout": dropout}}
-    return JOBS[kind].model_validate(values)
+    return embedded(JOBS[kind], values)
 
 
 def rank_of(kind: str, spec: RankSpec, job: Any) -> Any:

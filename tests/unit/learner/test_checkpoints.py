@@ -24,6 +24,7 @@ from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.model_state import model_entries
 from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.storage import Place, StoredFolder, open_folder, publish
+from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses, full_weights, make_experience, random_samples
 from tests.tiny import VOCABULARY, cached_tiny_model, make_tokenizer
 
@@ -166,13 +167,14 @@ def loaded(spec: RankSpec, job: Any, folder: StoredFolder) -> str:
 
 
 def train_job(stage: int, count: int) -> TrainJob:
-    return TrainJob.model_validate(
+    return embedded(
+        TrainJob,
         {
             "policy": {"model": str(cached_tiny_model(tied=True))},
             "sampling": {"prompts_per_step": 2, "samples_per_prompt": 2},
             "learner": ADAM | {"ranks": count, "zero_stage": stage},
             "steps": 8,
-        }
+        },
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.pipelines.experience import add_advantages
+from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses, make_experience
 
 pytestmark = pytest.mark.slow
@@ -124,13 +125,14 @@ def test_the_fixed_points_solve_their_equations() -> None:
 def test_training_meets_the_closed_form(algorithm: dict[str, Any], toy: Path, one_rank: RankProcesses) -> None:
     kind = algorithm["type"]
     estimator = "k3" if kind == "grpo" else "k1"
-    job = TrainJob.model_validate(
+    job = embedded(
+        TrainJob,
         {
             "policy": {"model": str(toy)},
             "algorithm": {"kl": {"coef": BETA[kind], "estimator": estimator}, "missing_eos_penalty": None} | algorithm,
             "learner": {"lr": 5e-3, "critic_lr": 2e-2, "schedule": "linear"},
             "steps": STEPS,
-        }
+        },
     )
     first, last = one_rank.run(train_toy, job)[0]
     target = fixed_point(kind, first)

@@ -18,6 +18,7 @@ from rlaif_ray.errors import NotFiniteError
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.finite import Stepped, Tally, finite_weights, require_finite_state, spread
+from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses, full_weights, make_experience, random_samples
 from tests.tiny import cached_tiny_model
 
@@ -115,7 +116,7 @@ def rl_update(spec: RankSpec, spoil: str) -> Any:
 
     lr = 1e38 if spoil == "lr" else 1e-2
     policy = {"model": str(cached_tiny_model(tied=True))}
-    job = TrainJob.model_validate({"policy": policy, "learner": {"lr": lr, "ranks": spec.world_size}})
+    job = embedded(TrainJob, {"policy": policy, "learner": {"lr": lr, "ranks": spec.world_size}})
     rank = RlRank(job, spec, "fp32")
     prompts, completions = random_samples([4, 13], [[5, 9], [14, 3]])
     logprobs = [torch.full((len(c),), -5.0) for c in completions]

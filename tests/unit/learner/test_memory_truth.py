@@ -12,6 +12,7 @@ from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.model_shapes import ModelShape, shape_of_config
 from rlaif_ray.models import load_config
 from rlaif_ray.runtime.memory_plan import GIB, Machine, learner_memory, trained_models
+from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses
 from tests.tiny import cached_tiny_model
 
@@ -26,11 +27,12 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[tuple[int, RankProcesses]]
 
 
 def rl_job(ranks: int, stage: int, precision: str) -> TrainJob:
-    return TrainJob.model_validate(
+    return embedded(
+        TrainJob,
         {
             "policy": {"model": str(cached_tiny_model(tied=False)), "precision": precision},
             "learner": {"ranks": ranks, "zero_stage": stage},
-        }
+        },
     )
 
 

@@ -16,6 +16,7 @@ from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.engine import RankSpec, save_model_folder, try_saving
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.models import load_causal_lm
+from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses
 from tests.tiny import VOCABULARY, cached_tiny_model, make_tokenizer
 
@@ -106,7 +107,7 @@ def started(spec: RankSpec, kind: str) -> str:
     with mock.patch.object(module, "load_tokenizer", lambda *args, **kwargs: Unsavable()):
         try:
             if kind == "train":
-                ppo.RlRank(TrainJob.model_validate(model), spec, "fp32")
+                ppo.RlRank(embedded(TrainJob, model), spec, "fp32")
             else:
                 SftRank(SftJob.model_validate(model | {"data": {"path": "x"}}), spec, "fp32", total_steps=1)
         except InputError as error:

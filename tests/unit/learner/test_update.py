@@ -21,6 +21,7 @@ from rlaif_ray.data.batching import plan_ranks
 from rlaif_ray.learner.engine import RankSpec, learning_rate_factor
 from rlaif_ray.pipelines.experience import add_advantages
 from rlaif_ray.types import Experience
+from tests.jobs import embedded
 from tests.learner_ranks import (
     RankProcesses,
     full_weights,
@@ -56,8 +57,9 @@ def tiny_job(algorithm: dict[str, Any], *, learner: dict[str, Any] | None = None
     sgd = {"lr": STEP * EPS, "eps": EPS, "betas": (0.0, 0.0), "grad_clip": 1e9, "tokens_per_micro_batch": 40}
     policy = {"model": str(cached_tiny_model(tied=True))} | sections.pop("policy", {})
     sampling = {"temperature": TEMPERATURE, "samples_per_prompt": 2}
-    return TrainJob.model_validate(
-        {"policy": policy, "sampling": sampling, "algorithm": algorithm, "learner": sgd | (learner or {}), **sections}
+    return embedded(
+        TrainJob,
+        {"policy": policy, "sampling": sampling, "algorithm": algorithm, "learner": sgd | (learner or {}), **sections},
     )
 
 

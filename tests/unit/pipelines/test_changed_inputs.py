@@ -24,6 +24,7 @@ JOBS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
     "pairs": (pairs, pairs.make_pairs),
     "revise": (constitution, constitution.revise),
 }
+PROMPTS = "data.path=package:train"
 OWN: dict[str, tuple[str, ...]] = {
     "sample": (),
     "pairs": (),
@@ -226,7 +227,7 @@ def test_a_commit_that_comes_while_the_inputs_are_read_is_no_replacement(
     refs = tmp_path / "hub" / "models--owner--name" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("a" * 40)
-    loaded = load_job("sample", [], ["policy.model=owner/name", f"run_dir={tmp_path / 'run'}"])
+    loaded = load_job("sample", [], ["policy.model=owner/name", PROMPTS, f"run_dir={tmp_path / 'run'}"])
     looked = look_at(loaded.config)
     (refs / "main").write_text("b" * 40)  # the model was loaded, and its newest commit came
     make_folder(loaded.run_dir)
@@ -240,6 +241,6 @@ def test_a_commit_that_comes_while_the_inputs_are_read_is_no_replacement(
     with pytest.raises(InputError, match=rf"\(the old value is policy.revision={'b' * 40}\)"):
         go_on(loaded, loaded.run_dir, look_at(loaded.config), made=["sampled.jsonl"])
     pinned = load_job(
-        "sample", [], ["policy.model=owner/name", f"policy.revision={'b' * 40}", f"run_dir={tmp_path / 'run'}"]
+        "sample", [], ["policy.model=owner/name", PROMPTS, f"policy.revision={'b' * 40}", f"run_dir={tmp_path / 'run'}"]
     )
     go_on(pinned, loaded.run_dir, look_at(pinned.config), made=["sampled.jsonl"])

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
-from rlaif_ray.config.jobs import DpoJob, LabelJob, RewardModelJob, SampleJob, SftJob, TrainJob
+from rlaif_ray.config.jobs import DpoJob, LabelJob, RewardModelJob, SampleJob, SftJob
 from rlaif_ray.config.load import Loaded, load_job
 from rlaif_ray.config.sections import JudgeFeedback, RewardModelFeedback
 from rlaif_ray.errors import InputError
@@ -28,6 +28,7 @@ from rlaif_ray.pipelines.supervised import read_sft_inputs, turn_end
 from rlaif_ray.storage import Place
 from rlaif_ray.types import Message, Prompt
 from tests.chat_families import model_of
+from tests.jobs import REQUIRED, TRAIN
 from tests.tiny import IM_END
 
 END = "\n</think>\n\n"
@@ -181,7 +182,7 @@ def test_a_reward_models_template_that_leaves_the_system_message_out(tmp_path: P
 
 
 def loaded(job: str, *settings: str) -> Loaded:
-    return load_job(job, [], settings)
+    return load_job(job, [], [*REQUIRED[job], *settings])
 
 
 class Nothing:
@@ -251,15 +252,15 @@ def test_a_run_that_starts_over_has_todays(
 
 def test_a_date_of_the_config_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("dated.yaml").write_text("chat_date: 2020-02-29\n")  # YAML makes a date of it
+    Path("dated.yaml").write_text(f"{TRAIN}chat_date: 2020-02-29\n")  # YAML makes a date of it
     assert with_chat_date(load_job("train", [Path("dated.yaml")])).config.chat_date == "2020-02-29"
 
 
 def test_all_prompts_of_a_run_have_its_date(tmp_path: Path) -> None:
     model = model_of("llama-3.1", tmp_path, context=4096)
     data = rows(tmp_path / "p.jsonl", {"prompt": "2 + 2?"})
-    job = TrainJob.model_validate({"policy": {"model": model}, "data": data, "chat_date": "2020-02-29"})
-    [prompt] = read_sampling(SampleJob(policy=job.policy, data=job.data, chat_date=job.chat_date)).prompts
+    job = SampleJob.model_validate({"policy": {"model": model}, "data": data, "chat_date": "2020-02-29"})
+    [prompt] = read_sampling(job).prompts
     assert "Today Date: 29 Feb 2020" in load_tokenizer(model).decode(prompt.tokens)
     judge = JudgeFeedback.model_validate({"judge": {"model": model}})
     text = read_feedback(judge, date=job.chat_date).judges["judge"].chat.text([Message("user", "a")], "here")

@@ -23,6 +23,7 @@ from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, Saved, new_changes, open_checkpoints, read_state
 from rlaif_ray.pipelines.settings import history
 from rlaif_ray.storage import Place, StoredFile
+from tests.jobs import embedded
 from tests.pace import scaled
 
 
@@ -52,7 +53,9 @@ FULL = OSError(28, "No space left on device")
 
 def job(**sections: Any) -> TrainJob:
     checkpoints = {"every": 1, "keep": 2} | sections.pop("checkpoint", {})
-    return TrainJob.model_validate({"steps": 100, "checkpoint": checkpoints} | sections)
+    given = sections.pop("evaluation", {})
+    evaluation = given | {"held_out": {"path": "package:heldout"} | given.get("held_out", {})}
+    return embedded(TrainJob, {"steps": 100, "checkpoint": checkpoints, "evaluation": evaluation} | sections)
 
 
 def opened(run_dir: Path, **sections: Any) -> Checkpoints:
@@ -535,7 +538,7 @@ class TestReadState:
     )
     def test_of_a_supervised_job(self, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
         def sft(**sections: Any) -> SftJob:
-            return SftJob.model_validate({"data": {"path": "d"}} | sections)
+            return embedded(SftJob, {"data": {"path": "d"}} | sections)
 
         with open_checkpoints(sft(), tmp_path) as checkpoints:
             checkpoints.save(FakeLearner(), RunState(3))

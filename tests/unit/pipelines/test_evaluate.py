@@ -18,6 +18,7 @@ from rlaif_ray.pipelines.alignment import labelled_by_people, measured_alignment
 from rlaif_ray.pipelines.evaluate import compared, evaluate
 from rlaif_ray.pipelines.harmless import LABELLED, PROMPTS, SAFE, Graded, Response, measured_harmless, responses_of
 from rlaif_ray.types import Message, Score
+from tests.jobs import embedded
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -84,7 +85,7 @@ def records(judge: Any, count: int = 400) -> list[PreferenceRecord]:
 
 
 JUDGE = {"type": "vllm", "model": "m", "template": "t", "template_hash": "h"}
-JOB = EvaluateJob.model_validate({"data": {"path": "x"}})
+JOB = embedded(EvaluateJob, {"data": {"path": "x"}})
 
 
 def test_a_perfect_judge_is_always_right_and_a_coin_half_the_time() -> None:
@@ -93,7 +94,7 @@ def test_a_perfect_judge_is_always_right_and_a_coin_half_the_time() -> None:
     assert perfect["brier"] == pytest.approx(0.01) and perfect["ece"] == pytest.approx(0.1)
     coin = measured_alignment(JOB, records(lambda label, draw: draw.choice([0.3, 0.7])))
     assert coin and coin["ci95_low"] < 0.5 < coin["ci95_high"] and abs(coin["kappa"]) < 0.15
-    no_data = EvaluateJob.model_validate({"arms": {"a": {"path": "a"}, "b": {"path": "b"}}})
+    no_data = embedded(EvaluateJob, {"arms": {"a": {"path": "a"}, "b": {"path": "b"}}})
     assert measured_alignment(no_data, []) is None
 
 
@@ -137,7 +138,7 @@ def test_a_reward_model_is_measured_as_a_judge_is(tmp_path: Path) -> None:
         {"prompt": "q3", "response_a": "a", "response_b": "fails", "label": 0},
     ]
     path = write(tmp_path / "pairs.jsonl", rows)
-    job = EvaluateJob.model_validate({"data": {"path": str(path)}})
+    job = embedded(EvaluateJob, {"data": {"path": str(path)}})
     found = measured_reward_model(job, Longer(), labelled_by_people(job)[0])
     assert (found["accuracy"], found["n"], found["failed"]) == (0.5, 2, 1)
     p = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]  # sigmoid(r_a - r_b)
@@ -180,7 +181,7 @@ def test_several_answers_to_a_prompt_are_one_cluster(tmp_path: Path) -> None:
 
 def test_a_reference_meets_each_other_arm() -> None:
     arms = {name: {"path": name} for name in ("base", "dpo", "rlaif")}
-    assert compared(EvaluateJob.model_validate({"arms": arms, "win_rate": {"reference": "dpo"}})) == [
+    assert compared(embedded(EvaluateJob, {"arms": arms, "win_rate": {"reference": "dpo"}})) == [
         ("base", "dpo"),
         ("rlaif", "dpo"),
     ]
@@ -207,7 +208,7 @@ def test_a_run_of_other_arms_is_not_gone_on_with(tmp_path: Path) -> None:
 
 def harmless_job(**more: Any) -> EvaluateJob:
     harmless = {"prompts": {"path": "risky.jsonl"}, "safe": {"path": "safe.jsonl"}, **more}
-    return EvaluateJob.model_validate({"arms": {"m": {"model": "x"}}, "harmless": harmless})
+    return embedded(EvaluateJob, {"arms": {"m": {"model": "x"}}, "harmless": harmless})
 
 
 def answered(part: str, arm: str, count: int, label: float | None = None) -> list[Response]:

@@ -23,6 +23,7 @@ from rlaif_ray.pipelines.experience import (
     sample_rows,
 )
 from rlaif_ray.types import Completion, Experience, Message, Prompt, Score
+from tests.jobs import embedded
 
 PROMPT = Prompt("p", (Message("user", "hi"),), (1, 2), "hi")
 
@@ -45,7 +46,7 @@ def batch(**changes: Any) -> Experience:
 
 
 def algorithm(**settings: Any) -> Any:
-    return TrainJob.model_validate({"algorithm": {"missing_eos_penalty": 1.0, **settings}}).algorithm
+    return embedded(TrainJob, {"algorithm": {"missing_eos_penalty": 1.0, **settings}}).algorithm
 
 
 def near(*rows: list[float]) -> Any:

@@ -19,6 +19,7 @@ from rlaif_ray.pipelines.finite import how_to_go_on
 from rlaif_ray.pipelines.guard import GENERATED, Guard, described, experts_of, guard_text
 from rlaif_ray.pipelines.long_text import LONGEST
 from rlaif_ray.types import Completion, Experience, Prompt
+from tests.jobs import embedded
 from tests.tiny import cached_tiny_model, make_tokenizer
 
 MODEL = str(cached_tiny_model(tied=True))
@@ -85,7 +86,7 @@ class HandEngines:
 
 
 def train_job(**sections: Any) -> TrainJob:
-    return TrainJob.model_validate({"policy": {"model": MODEL}, "steps": 9, **sections})
+    return embedded(TrainJob, {"policy": {"model": MODEL}, "steps": 9, **sections})
 
 
 def guard_of(learner: HandLearner, **guard: Any) -> Guard:

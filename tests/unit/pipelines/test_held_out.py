@@ -26,6 +26,7 @@ from rlaif_ray.storage import Place, StoredFolder
 from rlaif_ray.tracking import Tracker, open_tracker
 from rlaif_ray.types import Answer, Question
 from tests.frames import without_codes
+from tests.jobs import REQUIRED
 from tests.runs import rows, tiny_config
 from tests.tiny import cached_tiny_model
 
@@ -208,5 +209,5 @@ def test_the_evaluator_is_named_in_words() -> None:
         mixture + "reward_model, model: rm}}}}": "big and rm",
     }
     for feedback, names in named.items():
-        said = evaluator(load_job("train", [], [f"feedback={feedback}"]).config.feedback)
+        said = evaluator(load_job("train", [], [*REQUIRED["train"][:2], f"feedback={feedback}"]).config.feedback)
         assert said.startswith(f"{names}, which trains this policy")

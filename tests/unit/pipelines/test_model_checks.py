@@ -19,6 +19,7 @@ from rlaif_ray.config.sections import ClusterConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines import model_checks
 from rlaif_ray.pipelines.model_checks import check_models, uses
+from tests.jobs import embedded
 from tests.tiny import cached_tiny_model
 
 TINY = str(cached_tiny_model(tied=True))
@@ -46,13 +47,14 @@ def folder_of(root: Path, config: str, architecture: str, **values: Any) -> str:
 
 
 def train_job(model: str, **sections: Any) -> TrainJob:
-    return TrainJob.model_validate(
+    return embedded(
+        TrainJob,
         {
             "policy": {"model": model},
             "feedback": {"type": "judge", "judge": {"model": TINY}},
             "cluster": {"device": "cpu"},
             **sections,
-        }
+        },
     )
 
 
@@ -78,12 +80,13 @@ def test_so_is_a_judge_wherever_it_stands(case: str, tmp_path: Path) -> None:
     jobs = {
         "feedback.judge": train_job(TINY, feedback={"type": "judge", "judge": judge}),
         "feedback.scorers.kind.scorer.judge": train_job(TINY, feedback=mixture),
-        "judge": LabelJob.model_validate({"data": {"path": "x"}, "judge": judge | {"type": "vllm"}, "cluster": cpu}),
-        "arms.new": EvaluateJob.model_validate(
-            {"judge": {"type": "longer"}, "arms": {"new": judge, "old": {"path": "x.jsonl"}}, "cluster": cpu}
+        "judge": embedded(LabelJob, {"data": {"path": "x"}, "judge": judge | {"type": "vllm"}, "cluster": cpu}),
+        "arms.new": embedded(
+            EvaluateJob,
+            {"judge": {"type": "longer"}, "arms": {"new": judge, "old": {"path": "x.jsonl"}}, "cluster": cpu},
         ),
-        "other_policies.b": PairsJob.model_validate(
-            {"policy": {"model": TINY}, "other_policies": {"b": judge}, "cluster": cpu}
+        "other_policies.b": embedded(
+            PairsJob, {"policy": {"model": TINY}, "other_policies": {"b": judge}, "cluster": cpu}
         ),
     }
     for key, job in jobs.items():
@@ -251,7 +254,7 @@ def test_quantised_weights_may_judge_and_sample_and_not_be_trained(method: str, 
     with pytest.raises(InputError, match=told):
         check_models(SftJob.model_validate({"policy": {"model": model}, "data": {"path": "x"}}))
     check_models(train_job(TINY, feedback={"type": "judge", "judge": {"model": model}}, cluster=gpu))
-    check_models(PairsJob.model_validate({"policy": {"model": model}, "cluster": gpu}))
+    check_models(embedded(PairsJob, {"policy": {"model": model}, "cluster": gpu}))
 
 
 def test_a_reward_model_is_trained_too(tmp_path: Path) -> None:
@@ -268,7 +271,10 @@ def test_a_reward_model_is_trained_too(tmp_path: Path) -> None:
         ({"rope_parameters": 3}, "rope_parameters"),
         ({"architectures": 3}, "architectures"),
         ("[1]", ""),
-        ('{"model_type": ', "valid JSON"),
+        ('{"model_type": ', "config.json can't be read (it is no JSON"),
+        ('{"model_type": ' + "[" * 20_000, "config.json can't be read (it is nested more than 100 deep)"),
+        (f'{{"model_type": "llama", "hidden_size": 1{"0" * 400}}}', "a number of more than 300 digits"),
+        ("[]", "config.json can't be read (it holds a list instead of a mapping)"),
     ],
 )
 @pytest.mark.parametrize("as_judge", [False, True])

@@ -25,6 +25,7 @@ from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.tracking.display import key_metrics, print_summary
 from rlaif_ray.tracking.progress import print_table
 from rlaif_ray.types import Completion, Prompt, Score
+from tests.jobs import embedded
 from tests.learner_ranks import make_experience, random_samples
 
 NAN, INF = math.nan, math.inf
@@ -137,7 +138,7 @@ class FakeTrack:
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_run_says_how_to_go_on(tmp_path: Path, wrapped: bool) -> None:
     """With the checkpoint that is there; Ray's error has ours in it."""
-    job = SftJob.model_validate({"data": {"path": "d"}, "learner": {"lr": 1e30}, "checkpoint": {"every": 1}})
+    job = embedded(SftJob, {"data": {"path": "d"}, "learner": {"lr": 1e30}, "checkpoint": {"every": 1}})
     error = NotFiniteError("the model's weights are not finite (NaN or infinite) after the update")
     if wrapped:
         outer = NotFiniteError("ray::LearnerActor.train() (pid=1)\nTraceback ...")
@@ -157,7 +158,7 @@ def test_the_run_says_how_to_go_on(tmp_path: Path, wrapped: bool) -> None:
 
 
 def test_without_a_checkpoint_it_says_so() -> None:
-    job = TrainJob.model_validate({"policy": {"precision": "fp32"}})
+    job = embedded(TrainJob, {"policy": {"precision": "fp32"}})
     said = str(how_to_go_on(NotFiniteError("x"), job, 0, None))
     assert "There is no checkpoint (checkpoint.every=0)" in said and "bf16" not in said
 

@@ -22,6 +22,7 @@ from rlaif_ray.pipelines.harmless import PROMPTS, Graded, Grader, Response, judg
 from rlaif_ray.pipelines.preferences import _enough
 from rlaif_ray.types import Message
 from tests.endpoint import FakeEndpoint, FaultProxy, Said, one
+from tests.jobs import embedded
 
 ENV = "JUDGE_TEST_KEY"
 
@@ -246,7 +247,7 @@ def test_more_pairs_of_the_same_file_may_be_asked_and_not_fewer(served: tuple[Fa
 def judging(url: str, count: int, folder: Path) -> Callable[[], Graded]:
     """Judges so many responses for harm, one at a time, by the endpoint at `url`."""
     judge = {"type": "openai", "model": "m", "base_url": url, "api_key_env": ENV, "max_retries": 0}
-    job = LabelJob.model_validate({"data": {"path": "x"}, "judge": judge | {"concurrency": 1}})
+    job = embedded(LabelJob, {"data": {"path": "x"}, "judge": judge | {"concurrency": 1}})
     grader = Grader(load_template("no_harm"), load_template("refusal"), None, 0)
     responses = [Response(PROMPTS, "arm", n, (Message("user", f"q{n}"),), f"answer {n}") for n in range(count)]
     return lambda: judge_responses(job, grader, responses, folder)

@@ -153,7 +153,7 @@ def test_which_job_a_config_is_of(file: str, job: str) -> None:
 
 def test_where_it_cant_be_told_the_job_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("policy: {model: Qwen/Qwen2.5-7B}\n")
+    file.write_text("policy: {model: Qwen/Qwen2.5-7B}\ndata: {path: prompts.jsonl}\n")
     result = rlaif_plan(file)
     assert result.exit_code == 2 and "say it with --job" in result.stderr
     assert as_json(file, "--job", "pairs")[0] == 0

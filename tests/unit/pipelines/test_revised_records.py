@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,11 @@ def test_enough_is_enough(tmp_path: Path) -> None:
     summary, job = written(tmp_path, [None] * 9 + ["engine_error: x"], [None] * 10)
     _enough(summary, job)
     assert summary["records"] == 19 and summary["retryable"] == 1  # a pipeline's stage is not done
+
+
+def test_records_are_written_in_the_drawn_order_of_a_list(tmp_path: Path) -> None:
+    summary, job = written(tmp_path, [None] * 3, [None] * 40, seed=3)
+    ids = [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = [*(f"p{k}/1" for k in range(40)), "p0", "p1", "p2"]
+    random.Random(job.seed).shuffle(expected)
+    assert ids == expected and summary["records"] == 43 and summary["helpful"] == 3

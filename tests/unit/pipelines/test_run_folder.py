@@ -95,12 +95,12 @@ def test_one_process_may_enter_again_and_a_folder_that_was_put_aside_is_no_obsta
         assert f"in use by process {os.getpid()} on" in said(hold(folder))
 
 
-MODEL = "MODEL"
+MODEL, PROMPTS = "MODEL", "data.path=package:train"
 SETTINGS = {
-    "train": (f"policy.model={MODEL}", f"feedback.judge.model={MODEL}", "data.limit=4", "evaluation.held_out.limit=2"),
-    "pairs": (f"policy.model={MODEL}", "data.limit=2"),
-    "sample": (f"policy.model={MODEL}", "data.limit=2"),
-    "revise": (f"policy.model={MODEL}", "data.limit=2", "revision.examples=null", "revision.max_new_tokens=8"),
+    "train": (f"policy.model={MODEL}", f"feedback.judge.model={MODEL}", "data.limit=4", PROMPTS),
+    "pairs": (f"policy.model={MODEL}", PROMPTS, "data.limit=2"),
+    "sample": (f"policy.model={MODEL}", PROMPTS, "data.limit=2"),
+    "revise": (f"policy.model={MODEL}", PROMPTS, "data.limit=2", "revision.examples=null", "revision.max_new_tokens=8"),
     "label": ("data.path=pairs.jsonl", "judge={type: longer}"),
     "sft": (f"policy.model={MODEL}", "data.path=chats.jsonl"),
     "reward-model": (f"policy.model={MODEL}", "data.path=pairs.jsonl", "reward.held_out_fraction=0"),

@@ -11,6 +11,7 @@ import pytest
 from rlaif_ray.config.jobs import LabelJob, TrainJob
 from rlaif_ray.errors import InputError
 from rlaif_ray.runtime import cluster
+from tests.jobs import embedded
 
 Calls = list[dict[str, Any]]
 
@@ -39,7 +40,7 @@ def inits(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def connect(address: str | None) -> bool:
-    job = TrainJob.model_validate({"cluster": {"address": address, "device": "cpu"}})
+    job = embedded(TrainJob, {"cluster": {"address": address, "device": "cpu"}})
     return cluster._connect(job.cluster, [job])
 
 
@@ -98,13 +99,13 @@ def test_one_that_refuses(inits: Calls, listening: str, monkeypatch: pytest.Monk
 def test_one_ray_for_several_jobs_has_room_for_the_largest(inits: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[bool] = []
     monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
-    jobs = [TrainJob.model_validate({"cluster": {"cpus_per_actor": n, "device": "cpu"}}) for n in (1, 50, 2)]
+    jobs = [embedded(TrainJob, {"cluster": {"cpus_per_actor": n, "device": "cpu"}}) for n in (1, 50, 2)]
     with cluster.open_ray(jobs[0].cluster, jobs):
         assert inits[0]["num_cpus"] == 150 and not ended  # rollout, judge, learner
     assert ended == [True]
 
 
 def test_no_ray_for_jobs_without_actors(inits: Calls) -> None:
-    longer = LabelJob.model_validate({"data": {"path": "x"}, "judge": {"type": "longer"}})
+    longer = embedded(LabelJob, {"data": {"path": "x"}, "judge": {"type": "longer"}})
     with cluster.open_ray(longer.cluster, [longer]):
         assert not inits

@@ -12,6 +12,7 @@ from rlaif_ray.model_shapes import ModelShape, known_shapes
 from rlaif_ray.runtime.fit import Plan, _problems, place, plan_job, proposals, with_changes, written
 from rlaif_ray.runtime.memory_plan import GIB, Machine
 from rlaif_ray.runtime.placement import Slot, actor_slots
+from tests.jobs import embedded
 
 MACHINE = Machine(80 * GIB, 8, judge_context=4096, prompt_tokens=1024)
 
@@ -25,7 +26,7 @@ def job(policy: str = "Qwen/Qwen2.5-7B", judge: str = "Qwen/Qwen2.5-7B", **secti
     cluster = {"device": "gpu"} | sections.pop("cluster", {})
     sampling = {"prompts_per_step": 128, "samples_per_prompt": 4}
     values = {"policy": {"model": policy}, "feedback": feedback, "sampling": sampling, "cluster": cluster}
-    return TrainJob.model_validate({"algorithm": {"type": "rloo"}, **values, **sections})
+    return embedded(TrainJob, {"algorithm": {"type": "rloo"}, **values, **sections})
 
 
 def planned(config: TrainJob, machine: Machine = MACHINE) -> Plan:

@@ -21,6 +21,7 @@ from rlaif_ray.runtime.memory_plan import (
     trained_models,
     zero_of,
 )
+from tests.jobs import embedded
 
 BILLION = 10**9
 MACHINE = Machine(80 * GIB, 8, judge_context=4096, prompt_tokens=2048)
@@ -55,7 +56,7 @@ def test_overrides_of_deepspeed_count() -> None:
 
 
 def train(**sections: Any) -> TrainJob:
-    return TrainJob.model_validate({"cluster": {"device": "gpu"}, **sections})
+    return embedded(TrainJob, {"cluster": {"device": "gpu"}, **sections})
 
 
 @pytest.mark.parametrize(
@@ -93,11 +94,11 @@ def test_parts_of_a_ppo_rank_by_hand() -> None:
 
 def test_supervised_ranks_hold_one_model() -> None:
     data = {"data": {"path": "x"}}
-    assert trained_models(SftJob.model_validate(data), LLAMA_8B) == {"policy": Trained(8_030_261_248, 0)}
-    assert trained_models(DpoJob.model_validate(data), LLAMA_8B) == {"policy": Trained(8_030_261_248, 0)}
-    reward = trained_models(RewardModelJob.model_validate(data), LLAMA_8B)
+    assert trained_models(embedded(SftJob, data), LLAMA_8B) == {"policy": Trained(8_030_261_248, 0)}
+    assert trained_models(embedded(DpoJob, data), LLAMA_8B) == {"policy": Trained(8_030_261_248, 0)}
+    reward = trained_models(embedded(RewardModelJob, data), LLAMA_8B)
     assert reward == {"policy": Trained(8_030_261_248 - 128_256 * 4096 + 4096, 0)}
-    assert learner_memory(RewardModelJob.model_validate(data), LLAMA_8B, MACHINE, "cuda").parts["logits"] == 0
+    assert learner_memory(embedded(RewardModelJob, data), LLAMA_8B, MACHINE, "cuda").parts["logits"] == 0
 
 
 def test_activations_by_hand() -> None:

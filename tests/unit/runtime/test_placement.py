@@ -11,10 +11,11 @@ from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.runtime.placement import Slot, actor_slots, placement_table, totals
 from rlaif_ray.runtime.weight_sync import Metadata, choose_backend, make_buckets, tensor_bytes
+from tests.jobs import embedded
 
 
 def job(**sections: Any) -> TrainJob:
-    return TrainJob.model_validate(sections)
+    return embedded(TrainJob, sections)
 
 
 def judge(**fields: Any) -> dict[str, Any]:
