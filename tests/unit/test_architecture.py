@@ -24,6 +24,8 @@ LEVEL_OF_ROOM = {
     "dropout": 0,
     "output": 0,
     "paths": 0,
+    "vocabulary": 0,
+    "weight_types": 0,
     "secrecy": 0,
     "storage": 0,
     "documents": 0,
@@ -47,7 +49,7 @@ LEVEL_OF_ROOM = {
 # Protocols speak of nouns; everybody raises; a stored folder is a folder.
 SAME_LEVEL = {("interfaces", "types"), ("interfaces", "storage"), ("folders", "errors"), ("storage", "errors")}
 SAME_LEVEL |= {("storage", "folders"), ("storage", "secrecy"), ("reward_head", "errors"), ("model_errors", "errors")}
-SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("storage", "paths")}
+SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("storage", "paths"), ("vocabulary", "errors")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function
