@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlaif_ray.config.deepspeed import deepspeed_config
+from rlaif_ray.documents import read_json
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
 from rlaif_ray.learner.packing import Arguments, ModelInput
@@ -333,7 +334,7 @@ def save_model_folder(
 
 
 def _say_type(file: Path, kind: str) -> None:
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file, dict)
     file.write_text(json.dumps(config | {"dtype": kind}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
