@@ -80,8 +80,8 @@ def cast(state: dict[str, torch.Tensor], types: WeightTypes) -> bool:
         if kind is not None and tensor.is_floating_point() and tensor.dtype != getattr(torch, kind):
             wanted[name] = getattr(torch, kind)
     largest = torch.finfo(torch.float16).max
-    if any(kind == torch.float16 and state[name].abs().max() > largest for name, kind in wanted.items()):
+    if any(dtype == torch.float16 and state[name].abs().max() > largest for name, dtype in wanted.items()):
         return False
-    for name, kind in wanted.items():
-        state[name] = state[name].to(kind)
+    for name, dtype in wanted.items():
+        state[name] = state[name].to(dtype)
     return True

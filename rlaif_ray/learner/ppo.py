@@ -100,8 +100,7 @@ class RlRank:
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = ModelState(self._model)
         try_saving(self._model, self._tokenizer, policy.model)
-        code = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
-        self._types = load_types(policy.model, **code)
+        self._types = load_types(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
         self._steps, self._critic_steps = Tally(), Tally()
         self._trained = {"policy": self._model} | ({} if self._critic is None else {"critic": self._critic.module})
         require_finite_model(self._model, policy.model)
