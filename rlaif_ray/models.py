@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ from rlaif_ray.model_errors import WRONG_VALUES, check_json, one_line, remedy
 from rlaif_ray.output import say
 from rlaif_ray.paths import expand_home
 from rlaif_ray.reward_head import check_head, classifier_class
+from rlaif_ray.vocabulary import check_vocabulary
+from rlaif_ray.weight_types import WeightTypes, stored_types
 
 if TYPE_CHECKING:
     import torch
@@ -259,6 +261,7 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = _transformers().AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
+    rows: int | None = None
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(
@@ -266,36 +269,12 @@ def load_tokenizer(
                 "end. Set eos_token in its tokenizer_config.json."
             )
         tokenizer.pad_token = tokenizer.eos_token
-    _must_fit_embeddings(tokenizer, str(name), revision=revision, trust_remote_code=trust_remote_code)
+    with suppress(InputError):  # told by whoever loads the model
+        config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(rows, int):
+        check_vocabulary(tokenizer, rows, str(name))
     return tokenizer
-
-
-# Tokens that stand for what is no text: some tokenizers of models without eyes have them too (Gemma 3 1B).
-_OF_OTHER_SENSES = re.compile(r"image|img|vision|video|audio|sound|speech", re.IGNORECASE)
-
-
-def _must_fit_embeddings(tokenizer: Any, name: str, **code: Any) -> None:
-    """Raises InputError where a text could get a token that the model has no embedding for."""
-    try:
-        rows = getattr(load_config(name, **code).get_text_config(), "vocab_size", None)
-    except InputError:  # told by whoever loads the model
-        return
-    last = max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)  # id, where the vocabulary has no gaps
-    if not isinstance(rows, int) or last < rows:
-        return
-    special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
-    reached = sorted(
-        (index, token) for token, index in beyond.items() if token not in special or not _OF_OTHER_SENSES.search(token)
-    )
-    if reached:
-        (index, token), more = reached[0], len(reached) - 1
-        raise InputError(
-            f"the tokenizer of model {name!r} has more tokens than the model has embeddings (got {token!r} with id "
-            f"{index}{f' and {more} more' if more else ''} for {rows} rows): such a token would end the run. Give the "
-            f"tokenizer that belongs to the model, or enlarge the model, by model.resize_token_embeddings("
-            f"{max(beyond.values()) + 1}), and save both."
-        )
 
 
 def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -308,6 +287,12 @@ def load_config(name: str | Path, *, revision: str | None = None, trust_remote_c
         if not isinstance(config.architectures, list | tuple | None):  # transformers doesn't look
             raise TypeError(f"architectures must be a list of names, got {config.architectures!r}")
     return config
+
+
+def load_types(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> WeightTypes:
+    """The number types in which the model's weights are stored."""
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    return stored_types(resolve_model(name, revision=revision), config, revision=revision)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -156,14 +156,14 @@ class ChatRenderer:
             found += self.tokenizer(part, **how)["input_ids"]
         return found
 
-    def turn_end(self, stops: Collection[int]) -> tuple[int, ...]:
-        """What ends a response in tokens: how the template ends a turn, where sampling stops at it, else EOS.
+    def turn_end(self) -> tuple[int, ...]:
+        """What ends a response in tokens: the control token by which the template ends a turn, else EOS.
 
-        `stops` are the tokens at which sampling stops. A template whose end is none of them is one that a base model
-        was given with its tokenizer: trained to write it, the model would go on.
+        They differ in most models: Llama 3 ends a turn with <|eot_id|>, Gemma with <end_of_turn>, and a base model that
+        has a template has the EOS of its texts. A model that is trained to write it must be sampled to stop at it.
         """
         found = self.pattern.match(self.chat.answer.after.lstrip()) if self.chat.source else None
-        if found and self.control[found[0]] in stops:
+        if found:
             return (self.control[found[0]],)
         eos = self.tokenizer.eos_token_id
         return () if eos is None else (eos,)

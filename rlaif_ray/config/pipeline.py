@@ -187,8 +187,8 @@ def _stage(name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: 
         if values.get(key) is not None and key in {first for first, *_ in origins}:
             found.append(f"{key} is not for a stage to say: the pipeline gives each a folder of its own. Remove it.")
             values[key] = None
-    source = Source(f"stages.{name}, shared" + "".join(f" and {file}" for file in files), f"stages.{name}.")
-    config, wrong = validate(model, values, origins, source=source)
+    place = Source(f"stages.{name}, shared" + "".join(f" and {file}" for file in files), f"stages.{name}.")
+    config, wrong = validate(model, values, origins, source=place)
     found += wrong
     problems += [f"stage {name}: {problem}" for problem in found]
     if config is None or found:

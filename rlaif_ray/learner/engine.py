@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,14 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlaif_ray.config.deepspeed import deepspeed_config
+from rlaif_ray.documents import read_json
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
 from rlaif_ray.learner.packing import Arguments, ModelInput
+from rlaif_ray.weight_types import WeightTypes, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlaif_ray.config.sections import LearnerConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,9 +290,12 @@ def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
 
 
-def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], folder: Path) -> None:
+def save_model_folder(
+    model: Any, tokenizer: Any, state: dict[str, Tensor], folder: Path, types: WeightTypes | None = None
+) -> None:
     """Writes a Hugging Face folder: `state` is the whole state under checkpoint names (model_state.py), `model` gives
-    class and config.
+    class and config. The weights are rounded, in place, to `types`, those of the model that the run was given; without
+    any they stay as they are.
 
     Raises:
         NotFiniteError: one of them is no number; nothing is written.
@@ -295,12 +304,18 @@ def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], fold
     from safetensors.torch import save_file
 
     require_finite_state(state)
+    types = types or WeightTypes()
+    if not cast(state, types):
+        log.warning("%s is saved in the type it was trained in: a number in it is too large for fp16.", folder)
+        types = WeightTypes()
     trained = dict(state)  # transformers empties what it is given, shard by shard
     model.config.use_cache = True  # off while training, on for whoever loads it
     try:
         with _savable_generation(model, folder):
             model.save_pretrained(folder, state_dict=state, save_original_format=False)  # its names: the checkpoint's
         tokenizer.save_pretrained(folder)
+        if types.usual is not None:  # transformers writes the type that the model has here
+            _say_type(folder / "config.json", types.usual)
     except OSError:  # no room, no right to write: there is nothing to save either
         raise
     except Exception as error:
@@ -316,6 +331,11 @@ def save_model_folder(model: Any, tokenizer: Any, state: dict[str, Tensor], fold
         model.config.use_cache = False
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes for the owner alone; models are there to be shared
+
+
+def _say_type(file: Path, kind: str) -> None:
+    config = read_json(file, dict)
+    file.write_text(json.dumps(config | {"dtype": kind}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def try_saving(model: Any, load_tokenizer: Callable[[], Any], name: str) -> None:

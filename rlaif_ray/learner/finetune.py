@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+from rlaif_ray.chat.renderer import ChatRenderer
+from rlaif_ray.chat.template import ChatTemplate
 from rlaif_ray.learner.agreement import logprobs_of_saved
 from rlaif_ray.learner.engine import CausalPolicy
 from rlaif_ray.learner.packing import ModelInput, build_input
@@ -58,8 +60,25 @@ class CausalRank(SupervisedRank[Example]):
         return logprobs_of_saved(saved, text)
 
     def save_model(self, folder: str, center: object = None) -> None:
-        """A Hugging Face folder for AutoModelForCausalLM; under ZeRO-3 all ranks help gather."""
-        self._save_folder(folder, lambda config, tokenizer: None)
+        """A Hugging Face folder for AutoModelForCausalLM; under ZeRO-3 all ranks help gather.
+
+        Whoever samples from it stops at what it was trained to end a turn with.
+        """
+
+        def prepare(config: Any, tokenizer: Any) -> None:
+            chat = ChatTemplate(tokenizer, self._job.policy.chat_template_kwargs)
+            stop_at(self._model.generation_config, ChatRenderer(chat).turn_end())
+
+        self._save_folder(folder, prepare)
+
+
+def stop_at(settings: Any, tokens: Sequence[int]) -> None:
+    """Adds the tokens to those at which settings for generation stop."""
+    known = settings.eos_token_id
+    stops = list(known) if isinstance(known, list | tuple) else [] if known is None else [known]
+    new = [token for token in tokens if token not in stops]
+    if new:
+        settings.eos_token_id = [*stops, *new] if stops or len(new) > 1 else new[0]
 
 
 class SftRank(CausalRank[SftExample]):

@@ -32,7 +32,7 @@ from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import Text, logprobs_of, settle_attention
-from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer
+from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer, load_types
 from rlaif_ray.types import Experience
 
 Sums = dict[str, float]
@@ -100,6 +100,7 @@ class RlRank:
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = ModelState(self._model)
         try_saving(self._model, self._tokenizer, policy.model)
+        self._types = load_types(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
         self._steps, self._critic_steps = Tally(), Tally()
         self._trained = {"policy": self._model} | ({} if self._critic is None else {"critic": self._critic.module})
         require_finite_model(self._model, policy.model)
@@ -230,7 +231,7 @@ class RlRank:
         state = self.weights.full_state(keep=self._spec.rank == 0)
         if self._spec.rank != 0:
             return
-        save_model_folder(self._model, self._tokenizer(), state, Path(folder))
+        save_model_folder(self._model, self._tokenizer(), state, Path(folder), self._types)
 
     def _tokenizer(self) -> Any:
         policy = self._job.policy

@@ -30,7 +30,7 @@ from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import settle_attention
-from rlaif_ray.models import load_config, load_sequence_classifier, load_tokenizer
+from rlaif_ray.models import load_config, load_sequence_classifier, load_tokenizer, load_types
 from rlaif_ray.reward_head import model_card
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class SupervisedRank(ABC, Generic[Example]):
             try_merge(self._model, lambda: self._engine(batch), policy.model, seed=job.seed)
         ModelState(self._model, merged_entries(self._model))  # raises where not all of it could be saved
         try_saving(self._model, self._tokenizer, policy.model)
+        self._types = load_types(policy.model, **self._code)
         self.checkpoint = RankCheckpoint({"model": self._engine}, spec.rank)
 
     @abstractmethod
@@ -169,7 +170,7 @@ class SupervisedRank(ABC, Generic[Example]):
             return
         tokenizer = self._tokenizer()
         prepare(self._model.config, tokenizer)
-        save_model_folder(self._model, tokenizer, state, Path(folder))
+        save_model_folder(self._model, tokenizer, state, Path(folder), self._types)
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self._job.policy.model, **self._code)

@@ -8,7 +8,7 @@ from rlaif_ray.attention import check_length, plan_attention, switch_length
 from rlaif_ray.chat.template import WITHOUT_THOUGHTS, ChatTemplate
 from rlaif_ray.data.prompts import load_prompts
 from rlaif_ray.errors import InputError
-from rlaif_ray.models import context_length, load_config, load_tokenizer, resolve_model
+from rlaif_ray.models import context_length, load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import DataConfig, PolicyConfig
@@ -29,19 +29,6 @@ def load_chat(model: Any, date: str | None, key: str, *, thinks: bool = True) ->
     tokenizer = load_tokenizer(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
     defaults = {} if thinks else WITHOUT_THOUGHTS
     return ChatTemplate(tokenizer, model.chat_template_kwargs, date, defaults=defaults, key=key)
-
-
-def stop_tokens(model: Any) -> frozenset[int]:
-    """The tokens at which an engine stops sampling from a model: those of its generation config, else of its config."""
-    from transformers import GenerationConfig
-
-    code = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
-        source = resolve_model(model.model, revision=model.revision)
-        found = GenerationConfig.from_pretrained(source, revision=model.revision).eos_token_id
-    except OSError:  # it has none
-        found = getattr(load_config(model.model, **code), "eos_token_id", None)
-    return frozenset(found if isinstance(found, list | tuple) else [] if found is None else [found])
 
 
 def readable_context(model: Any, wanted: int | None, key: str) -> int:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.finite import require_numbers
 from rlaif_ray.pipelines.pair_examples import measured, measured_lines, read_pairs
-from rlaif_ray.pipelines.supervised import run_supervised, turn_end
+from rlaif_ray.pipelines.supervised import run_supervised
 from rlaif_ray.runtime.cluster import Cluster
 from rlaif_ray.tracking.display import fixed
 from rlaif_ray.tracking.progress import print_table
@@ -27,7 +28,7 @@ def train_dpo(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
     loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
-    inputs, _ = read_pairs(job, turn_end)
+    inputs, _ = read_pairs(job, ChatRenderer.turn_end)
     note = f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out"
 
     def story(run: SupervisedRun) -> dict[str, Any]:

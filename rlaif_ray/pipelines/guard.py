@@ -18,7 +18,7 @@ from rlaif_ray.errors import InputError, LearnerLostError, MismatchError, RunErr
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.learner.agreement import before_last_tokens
 from rlaif_ray.learner.probe import Text
-from rlaif_ray.models import load_config, load_tokenizer
+from rlaif_ray.models import load_config, load_tokenizer, load_types
 from rlaif_ray.pipelines.agreement import WORST, Comparison, bound_for, compare
 from rlaif_ray.pipelines.checkpoint import due
 from rlaif_ray.pipelines.finite import OF_GUARD, require_numbers
@@ -92,6 +92,9 @@ class Guard:
         self._text = guard_text(load_tokenizer(job.policy.model, **code), room - GENERATED)
         self._model = described(job.policy.model, config)
         self._bound = bound_for(precision, job.guard.max_gap, device=device, experts=experts_of(config) > 0)
+        # What is saved may be rounded: it goes back into the types that the model was given in.
+        narrow = load_types(job.policy.model, **code).is_narrow
+        self._saved_bound = bound_for("bf16", job.guard.max_gap) if narrow else self._bound
         self._pushed = False
         self._checked = 0  # pushes of which something was read
         self._seen: dict[str, int] = {}  # incarnation of each engine that was read, by its name
@@ -207,7 +210,7 @@ class Guard:
                 f"{folder} is not to be trusted: transformers can't load it ({self._model}; {error}) {instead}; report "
                 f"this with the model's name."
             ) from error
-        comparison = compare(self._scaled({SAVED: saved, ALONE: trained}), self._bound)
+        comparison = compare(self._scaled({SAVED: saved, ALONE: trained}), self._saved_bound)
         if not comparison.agrees:
             raise MismatchError(
                 f"{folder} is not to be trusted: loaded by transformers it is another model than the one that was "

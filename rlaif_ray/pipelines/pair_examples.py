@@ -44,7 +44,7 @@ class PairInputs:
 
 def read_pairs(
     job: RewardModelJob | DpoJob,
-    ending: Callable[[ChatRenderer, PolicyConfig], tuple[int, ...]],
+    ending: Callable[[ChatRenderer], tuple[int, ...]],
     human_path: str | None = None,
 ) -> tuple[PairInputs, ExampleTable[PairExample]]:
     """Records as token examples, split by prompt; and those of `human_path` with people's labels.
@@ -60,7 +60,7 @@ def read_pairs(
     room = readable_context(policy, cfg.max_tokens, f"{job.section}.max_tokens")
     left_out: dict[str, int] = {}
     train, held_out, human = _table(), _table(), _table()
-    end = ending(render, policy)
+    end = ending(render)
     write = _ExampleWriter(render, room, cfg.labels, end, left_out, name=job.data.path, cut=cut)
     for record, example in _written(write, job.data.path, job.data.split, job.data.limit):
         (held_out if is_held_out(record, cfg.held_out_fraction, job.seed) else train).append(example)

@@ -29,7 +29,7 @@ def train_reward_model(loaded: Loaded) -> dict[str, Any]:
     """Runs the job to its end, or from its newest checkpoint; returns what summary.json says."""
     loaded = with_chat_date(loaded)
     job, run_dir = loaded.config, loaded.run_dir
-    inputs, human = read_pairs(job, lambda render, _: ends_with(render.tokenizer), job.reward.human_path)
+    inputs, human = read_pairs(job, lambda render: ends_with(render.tokenizer), job.reward.human_path)
     note = f"{len(inputs.train)} pairs to learn from, {len(inputs.held_out)} held out"
 
     def story(run: SupervisedRun) -> dict[str, Any]:

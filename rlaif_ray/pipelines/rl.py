@@ -197,7 +197,10 @@ def save_last(run: Run, learner: LearnerGroup, state: RunState) -> None:
 def plan_rl(loaded: Loaded) -> str:
     """What `--dry-run` shows beside the resolved config: actors, resources, and what the judge will read."""
     job = loaded.config
-    return "\n\n".join([placement_table(job), *feedback_lines(job.feedback)])
+    told = [placement_table(job), *feedback_lines(job.feedback)]
+    if job.evaluation.held_out.path is None:
+        told.append("no held-out prompts (evaluation.held_out.path): the run will not say whether training helped")
+    return "\n\n".join(told)
 
 
 @dataclass(frozen=True, slots=True)

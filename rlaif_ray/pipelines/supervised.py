@@ -22,7 +22,7 @@ from rlaif_ray.learner.lora import plan_adapters
 from rlaif_ray.models import empty_model
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, new_changes, open_checkpoints, read_state
-from rlaif_ray.pipelines.contexts import check_attention, load_chat, readable_context, stop_tokens
+from rlaif_ray.pipelines.contexts import check_attention, load_chat, readable_context
 from rlaif_ray.pipelines.finite import check_updates, require_numbers
 from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.restarts import with_restarts
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from rlaif_ray.config.data_sections import SupervisedConfig
     from rlaif_ray.config.jobs import SftJob, SupervisedJob
     from rlaif_ray.config.load import Loaded
-    from rlaif_ray.config.sections import PolicyConfig
     from rlaif_ray.data.identity import Content
     from rlaif_ray.pipelines.checkpoint import Checkpoints, Saved
     from rlaif_ray.runtime.groups import SftGroup
@@ -287,7 +286,7 @@ def read_sft_inputs(job: SftJob) -> SftInputs:
     """
     policy, cfg = job.policy, job.sft
     render = ChatRenderer(load_chat(policy, job.chat_date, "policy"))
-    end = turn_end(render, policy)
+    end = render.turn_end()
     room = readable_context(policy, cfg.max_tokens, "sft.max_tokens")
     train, held_out = ExampleTable(SftExample), ExampleTable(SftExample)
     too_long = 0
@@ -318,11 +317,6 @@ def _examples(
     responses = render.responses([row.messages[i].content for row, i in turns])
     for (row, _), prompt, response in zip(turns, prompts, responses, strict=True):
         yield row, SftExample(prompt, (*response, *end))
-
-
-def turn_end(render: ChatRenderer, policy: PolicyConfig) -> tuple[int, ...]:
-    """What ends a turn of the assistant, in tokens."""
-    return render.turn_end(stop_tokens(policy))
 
 
 def is_held_out(row: Demonstration, fraction: float, seed: int) -> bool:

@@ -54,7 +54,7 @@ stages:
     sampling: {{prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 8}}
     feedback: {{type: reward_model, model: 'stage:rm'}}
     algorithm: {{type: rloo, missing_eos_penalty: null}}
-    evaluation: {{held_out: {{limit: 6}}}}
+    evaluation: {{held_out: {{path: 'package:heldout', limit: 6}}}}
     checkpoint: {{every: 1}}
     steps: 3
   dpo:

@@ -25,6 +25,8 @@ LEVEL_OF_ROOM = {
     "dropout": 0,
     "output": 0,
     "paths": 0,
+    "vocabulary": 0,
+    "weight_types": 0,
     "secrecy": 0,
     "storage": 0,
     "documents": 0,
@@ -55,7 +57,7 @@ SAME_LEVEL |= {
     ("model_errors", "errors"),
 }
 SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("storage", "paths"), ("model_errors", "documents")}
-SAME_LEVEL |= {("output", "secrecy")}
+SAME_LEVEL |= {("output", "secrecy"), ("vocabulary", "errors")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function

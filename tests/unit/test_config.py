@@ -444,6 +444,17 @@ def test_evaluations_on_the_way_need_something_to_measure(write: Write) -> None:
     assert load([write("evaluation: {every: 5, held_out: {path: held_out.jsonl}}")]).config.evaluation.every == 5
 
 
+def test_temperatures_that_vllm_raises_are_refused_everywhere() -> None:
+    """It takes 0.001 for 0.01 and says nothing."""
+    sampled = [model for model in set(every_class()) if "temperature" in model.model_fields]
+    assert len(sampled) >= 5  # of rollouts, pairs, responses, rationales and revisions
+    for model in sampled:
+        with pytest.raises(ValueError, match=r"0\.01"):
+            model.model_validate({"temperature": 0.001})
+        for right in (0.01, 0.7):
+            assert model.model_validate({"temperature": right}).temperature == right  # type: ignore[attr-defined]
+
+
 def every_class() -> Iterator[type[Config]]:
     """The classes of all jobs and their sections."""
     left: list[type[Any]] = [*JOBS.values(), PipelineJob]

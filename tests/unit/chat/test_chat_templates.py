@@ -140,20 +140,38 @@ def test_without_a_chat_template_a_response_is_its_text() -> None:
     assert written(ChatRenderer(tokenizer), "4") == "4"
 
 
-@pytest.mark.parametrize(
-    ("family", "stops", "ends"),
-    [
-        ("chatml", ["<|im_end|>"], "<|im_end|>"),
-        ("deepseek-r1", ["<|im_end|>"], "<|im_end|>"),
-        ("gemma", ["<|im_end|>", "<end_of_turn>"], "<end_of_turn>"),  # not the tokenizer's EOS
-        ("gemma", ["<|im_end|>"], "<|im_end|>"),  # where sampling does not stop at it
-        ("phi-3", ["<|im_end|>", "<|end|>"], "<|end|>"),
-    ],
-)
-def test_a_turn_ends_as_the_template_ends_it_if_sampling_stops_there(family: str, stops: list[str], ends: str) -> None:
+TURN_ENDS = {
+    "chatml": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "deepseek-r1": "<|im_end|>",
+    "llama-3.1": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "phi-3": "<|end|>",
+    "harmony": "<|return|>",
+    "llama-2": "</s>",  # behind a blank
+    "mistral": "</s>",
+    "openchat": "<|end_of_turn|>",
+    "falcon": "<|im_end|>",  # its template ends no turn by a token of its own: EOS
+}
+
+
+@pytest.mark.parametrize("family", TURN_ENDS)
+@pytest.mark.parametrize("eos", [None, "<|endoftext|>"])
+def test_a_turn_ends_as_the_template_ends_it(family: str, eos: str | None) -> None:
+    """Whatever the tokenizer calls the end of a text: a base model's is another one."""
     tokenizer = tokenizer_of(family)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>", "<|end|>"]})
-    assert tokenizer.decode(ChatRenderer(tokenizer).turn_end(tokenizer.convert_tokens_to_ids(stops))) == ends
+    if eos is not None:
+        tokenizer.add_special_tokens({"eos_token": eos})
+    by_template = family not in ("falcon", "llama-2", "mistral")  # those write the tokenizer's own
+    said = tokenizer.decode(ChatRenderer(tokenizer).turn_end())
+    assert said == (TURN_ENDS[family] if by_template or eos is None else eos)
+
+
+def test_without_a_template_a_text_ends_with_eos() -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = None
+    assert ChatRenderer(tokenizer).turn_end() == (tokenizer.eos_token_id,)
 
 
 # --- judges -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.cli import app
 from rlaif_ray.config.jobs import DpoJob, LabelJob, RewardModelJob, SampleJob, SftJob
 from rlaif_ray.config.load import Loaded, load_job
@@ -24,7 +25,7 @@ from rlaif_ray.pipelines.pair_examples import read_pairs
 from rlaif_ray.pipelines.preferences import read_guide
 from rlaif_ray.pipelines.run_folder import go_on, make_folder, state_of, write_resolved
 from rlaif_ray.pipelines.sampling import read_inputs as read_sampling
-from rlaif_ray.pipelines.supervised import read_sft_inputs, turn_end
+from rlaif_ray.pipelines.supervised import read_sft_inputs
 from rlaif_ray.storage import Place
 from rlaif_ray.types import Message, Prompt
 from tests.chat_families import model_of
@@ -74,7 +75,7 @@ def test_pairs_outside_of_an_open_thought(
     model = model_of("deepseek-r1", tmp_path)
     cfg = {"policy": {"model": model}, "data": rows(tmp_path / "d.jsonl", PAIR, OPEN)}
     cfg[section] = {"held_out_fraction": 0, **settings}
-    inputs, _ = read_pairs(job.model_validate(cfg), turn_end)
+    inputs, _ = read_pairs(job.model_validate(cfg), ChatRenderer.turn_end)
     decode = load_tokenizer(model).decode
     found = [(decode(e.response_a), decode(e.response_b)) for e in inputs.train]
     assert found == [(f"{a}{IM_END}", f"{b}{IM_END}") for a, b in said]

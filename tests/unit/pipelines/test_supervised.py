@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from rlaif_ray.config.data_sections import SupervisedConfig
 from rlaif_ray.config.jobs import SftJob
 from rlaif_ray.data.demonstrations import read_demonstrations
 from rlaif_ray.errors import InputError
+from rlaif_ray.learner.finetune import stop_at
 from rlaif_ray.models import load_tokenizer
 from rlaif_ray.pipelines.supervised import batch_of, read_sft_inputs, total_steps
+from tests.chat_families import enlarge, model_of
 from tests.tiny import cached_tiny_model
 
 TWO_TURNS = [
@@ -45,6 +48,33 @@ def test_every_turn_of_the_assistant_is_learned_and_nothing_else(tmp_path: Path)
     assert tokenizer.decode(second.response) == "Because.<|im_end|>"
     # What a user writes is text: the control token in it is spelt out.
     assert second.prompt.count(tokenizer.eos_token_id) == 3 and second.response.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "end"), [("chatml", "<|im_end|>"), ("harmony", "<|return|>"), ("gemma", "<end_of_turn>")]
+)
+def test_the_last_token_that_is_learned_ends_the_turn(family: str, end: str, tmp_path: Path) -> None:
+    """Of a base model with a chat template, whose EOS ends texts: the template's, not that one."""
+    model = Path(model_of(family, tmp_path))
+    tokenizer: Any = load_tokenizer(model)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>", "additional_special_tokens": [end]})
+    tokenizer.save_pretrained(model)
+    enlarge(model, len(tokenizer))
+    data = written(tmp_path / "d.jsonl", {"messages": TWO_TURNS[:2]})
+    job = {"policy": {"model": str(model)}, "data": {"path": str(data)}, "sft": {"held_out_fraction": 0.0}}
+    (example,) = read_sft_inputs(SftJob.model_validate(job)).train
+    assert tokenizer.convert_ids_to_tokens(example.response[-1]) == end
+    assert tokenizer.eos_token_id not in example.response
+
+
+@pytest.mark.parametrize(
+    ("known", "stops"),
+    [(None, 7), (2, [2, 7]), ([2, 5], [2, 5, 7]), (7, 7), ([2, 7], [2, 7])],
+)
+def test_a_saved_model_stops_at_what_it_was_trained_to_end_with(known: Any, stops: Any) -> None:
+    settings = GenerationConfig(eos_token_id=known)
+    stop_at(settings, (7,))
+    assert settings.eos_token_id == stops
 
 
 def test_prompt_and_response_rows_are_the_same(tmp_path: Path) -> None:
