@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rlaif_ray.documents import at
 from rlaif_ray.errors import RunError
 from rlaif_ray.tracking.display import open_display
 from rlaif_ray.tracking.files import append_rows, keep_rows, plain, prepare_folder, read_json, read_rows, write_json
@@ -109,8 +110,8 @@ class Tracker:
         self._logs = (self._metrics_path, self._samples_path, self._evaluations_path)
         prepare_folder(run_dir, self._logs, resume_step)
         earlier = read_json(self._state_path) if resume_step else {}
-        self._earlier_wall_s = float(earlier.get("wall_s", 0.0))
-        self._earlier_peak_gb = float(earlier.get("peak_rss_gb", 0.0))
+        self._earlier_wall_s = at(earlier, "wall_s", expected=float) or 0.0
+        self._earlier_peak_gb = at(earlier, "peak_rss_gb", expected=float) or 0.0
         self._last_step = resume_step
         self._current: tuple[int, StepMetrics] | None = None
         self._held_samples: list[dict[str, Any]] = []  # of the current step, written when it succeeds
@@ -252,7 +253,7 @@ class Tracker:
         self._memory.sample()
         summary = {
             "name": self.name,
-            "steps": rows[-1]["step"] if rows else 0,
+            "steps": at(rows[-1], "step", expected=int) or 0 if rows else 0,
             "total_steps": self._total_steps,
             "wall_s": wall_s,
             "setup_s": wall_s - self._earlier_wall_s if self._setup_s is None else self._setup_s,
@@ -282,15 +283,17 @@ class Tracker:
 
 def phase_share(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Share of all step time spent in each phase and outside of them (`other`); they add up to 1."""
-    total_s = sum(row["time/step_s"] for row in rows)
+    total_s = sum(at(row, "time/step_s", expected=float) or 0.0 for row in rows)
     if not total_s:
         return {}
-    seconds = {name: sum(row.get(f"time/{name}_s", 0.0) for row in rows) for name in (*PHASES, "other")}
+    seconds = {
+        name: sum(at(row, f"time/{name}_s", expected=float) or 0.0 for row in rows) for name in (*PHASES, "other")
+    }
     return {name: spent_s / total_s for name, spent_s in seconds.items() if spent_s}
 
 
 def _first_and_last(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    values = [row[metric] for row in rows if row.get(metric) is not None]
+    values = [value for row in rows if (value := at(row, metric, expected=float)) is not None]
     if not values:
         return None
     window = max(1, len(values) // 10)  # one step's mean is noisy
