@@ -65,7 +65,8 @@ def _object(line: bytes, place: str, example: str) -> dict[str, Any]:
             f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as {example}. "
             f"Mend or remove the line."
         )
-    return mended(value) if b"\\u" in line else value  # only so can half a pair be written
+    cells: dict[str, Any] = mended(value) if b"\\u" in line else value  # only so can half a pair be written
+    return cells
 
 
 @contextmanager

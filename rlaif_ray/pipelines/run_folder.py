@@ -189,9 +189,9 @@ def write_resolved(loaded: Loaded, changes: Sequence[str] = ()) -> None:
     """
     path = loaded.run_dir / "resolved.yaml"
     text = resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent), changes)
-    if path.exists() and (before := path.read_text()) != text:
+    if path.exists() and (before := path.read_bytes()) != text.encode():  # it may be any bytes by now
         aside = next(f for k in itertools.count(1) if not (f := path.with_name(f"resolved.{k}.yaml")).exists())
-        aside.write_text(before)
+        aside.write_bytes(before)
     path.write_text(text)
 
 
