@@ -162,7 +162,8 @@ def parse_json(
         value = (_LENIENT if lenient else _WITH_NAN if nan else _STRICT).decode(_decoded(data))
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DocumentError(f"is no JSON: {error.msg} at {line}column {error.colno}") from None
+        told = error.msg.removesuffix(" at")
+        raise DocumentError(f"is no JSON: {told} at {line}column {error.colno}") from None
     except RecursionError:  # of a caller that is deep itself
         raise DocumentError("is nested too deep") from None
     _check_kind(value, expected)

@@ -10,8 +10,10 @@ from rlaif_ray.errors import DocumentError, InputError
 
 # What transformers raises over a value in a config that it doesn't check.
 WRONG_VALUES = (TypeError, AttributeError, ZeroDivisionError)
-_SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-_SMALL_FILES += ("added_tokens.json", "chat_template.json", "*.safetensors.index.json")
+_SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "*.safetensors.index.json"),
+)
 # What it says of a config.json that is there and is none.
 _UNREADABLE = ("not a valid JSON", "Should have a `model_type` key")
 

@@ -58,7 +58,9 @@ def _read(text: bytes | str, key: Key, whole: str, place: Callable[[int], str]) 
         document = parse_yaml(text)
     except DocumentError as error:
         remedy = "Mend the indentation, quotes or brackets" if "valid YAML" in str(error) else "Correct or remove it"
-        return _Read(problems=[f"{place(error.line) if error.line else whole} {error}. {remedy} there."])
+        if error.line is None:
+            return _Read(problems=[f"{whole} can't be read (it {error}): a YAML text file is needed. Correct it."])
+        return _Read(problems=[f"{place(error.line)} {error}. {remedy} there."])
     origins = {
         (*key, *below): Origin(place(line), document.written.get(below)) for below, line in document.lines.items()
     }

@@ -163,7 +163,7 @@ def _stage(name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: 
             f"the stage {name!r} must be named by letters, digits, - and _ alone: it is a folder's name. Rename it."
         )
         return None
-    if job not in JOBS:
+    if not isinstance(job, str) or job not in JOBS:
         problems.append(f"stages.{name}.job must be a job (got {job!r}): {_choose(str(job), list(JOBS))}")
         return None
     model = JOBS[job]
@@ -213,7 +213,7 @@ def _part(layer: Layer, prefix: Key, names: set[str] | None) -> Layer:
 
 def _unused(pipeline: PipelineJob, origins: Origins) -> Iterator[str]:
     """Sections that are shared and that no stage has."""
-    jobs = [JOBS[own["job"]] for own in pipeline.stages.values() if own.get("job") in JOBS]
+    jobs = [JOBS[own["job"]] for own in pipeline.stages.values() if str(own.get("job")) in JOBS]
     known = {name for job in jobs for name in job.model_fields}
     for name in pipeline.shared:
         if name not in known:

@@ -22,6 +22,7 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from rlaif_ray.data.prompts import PACKAGED, files_of_split, hub_reference
+from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.models import cache_folder
 from rlaif_ray.paths import expand_home
@@ -209,7 +210,8 @@ def _noted(path: Path, stamp: list[int]) -> str | None:
     if stamp[0] < LARGE:
         return None
     note = read_json(_note_of(path))
-    return str(note["xxh128"]) if note.get("stamp") == stamp and note.get("path") == str(path.resolve()) else None
+    known = note.get("stamp") == stamp and note.get("path") == str(path.resolve())
+    return at(note, "xxh128", expected=str) if known else None
 
 
 def _note(path: Path, stamp: list[int], digest: str) -> None:

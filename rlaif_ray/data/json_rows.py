@@ -63,9 +63,10 @@ def _object(line: bytes, place: str, example: str) -> dict[str, Any]:
         shown = shorten(line[:400].decode("utf-8", "replace").strip())
         raise InputError(
             f"{place}: not a JSON object ({reason}; got {shown}). Every line must be one, in UTF-8, such as {example}. "
-            f"Mend or remove the line."
+            f"Mend the line, or remove it."
         )
-    return mended(value) if b"\\u" in line else value  # only so can half a pair be written
+    cells: dict[str, Any] = mended(value) if b"\\u" in line else value  # only so can half a pair be written
+    return cells
 
 
 @contextmanager

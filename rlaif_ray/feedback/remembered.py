@@ -12,7 +12,6 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,11 +27,7 @@ if TYPE_CHECKING:
 WAIT_S = 3600.0  # longest wait for another thread that is asking the same question
 
 Reply = TypeVar("Reply", Answer, Explanation)
-
-
-@cache
-def _kind(kind: type[Reply]) -> TypeAdapter[Reply]:
-    return TypeAdapter(kind)
+_KINDS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Answer, Explanation)}
 
 
 class Memory:
@@ -70,7 +65,7 @@ class Memory:
         """
         row = self._first("SELECT reply FROM replies WHERE key = ?", key)
         try:
-            return None if row is None else _kind(kind).validate_python(parse_json(row[0], dict, lenient=True))
+            return None if row is None else _KINDS[kind].validate_python(parse_json(row[0], dict, lenient=True))
         except (DocumentError, ValidationError, TypeError, AttributeError):
             return None
 

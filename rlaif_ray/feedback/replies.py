@@ -42,16 +42,16 @@ def read_reply(content: bytes) -> Reply:
     try:
         body = parse_json(content, most_bytes=REPLY_BYTES, lenient=True)
     except DocumentError as error:
-        told = str(error)
-        raise BadReplyError("no JSON" if told.startswith("is no JSON") else f"what it says {told}") from None
+        broken = str(error).startswith("is no JSON")
+        raise BadReplyError("no JSON" if broken else f"what it says {error}") from None
     choices = at(body, "choices")
     if not isinstance(choices, list) or not choices:
         problem = at(body, "error")
         raise BadReplyError(f"no choices ({problem})" if problem else "no choices")
     if not all(isinstance(at(choice, "message"), dict) for choice in choices):
         raise BadReplyError("a choice without a message")
-    counts = [at(body, "usage", key, expected=int) for key in ("prompt_tokens", "completion_tokens")]
-    counts = [n for n in counts if n is not None and 0 <= n <= MOST_TOKENS]
+    told = (at(body, "usage", key, expected=int) for key in ("prompt_tokens", "completion_tokens"))
+    counts = [n for n in told if n is not None and 0 <= n <= MOST_TOKENS]
     counted = len(counts) == 2
     return Reply(
         texts=tuple(at(choice, "message", "content", expected=str) or "" for choice in choices),

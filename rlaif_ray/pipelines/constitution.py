@@ -25,6 +25,7 @@ from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, load_chat, read_prompts, readable_context
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
+from rlaif_ray.pipelines.rows import RevisedRow
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
@@ -80,7 +81,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
             (helpful_file, inputs.helpful, 0),
         ):
             reviser = make_reviser(job, inputs, asker, steps)
-            done = rows_kept(path, prompts.ids, lambda row: row["id"])
+            done = rows_kept(path, prompts.ids, lambda row: row["id"], RevisedRow)
             progress.advance(done)
             rows_again(path, _failed, _rows_by(reviser, prompts), stopping)
             work = in_order(_revised_by(reviser), chunks(prompts[done:], CHUNK), at_once=at_once, stopping=stopping)

@@ -19,6 +19,7 @@ from rlaif_ray.feedback.templates import Template, load_template
 from rlaif_ray.pipelines.asking import open_asker
 from rlaif_ray.pipelines.contexts import judge_context, load_chat
 from rlaif_ray.pipelines.partial import Silence, must_agree, rows_again, rows_kept
+from rlaif_ray.pipelines.rows import ScoredRow
 from rlaif_ray.pipelines.run_folder import stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.tracking.files import append_rows, read_rows_streaming
@@ -120,7 +121,8 @@ def judge_responses(judged: LabelJob, grader: Grader, responses: Sequence[Respon
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "scored.jsonl"
-    done = rows_kept(path, [_known(one) for one in responses], lambda row: (row["part"], row["arm"], row["response"]))
+    known = [_known(one) for one in responses]
+    done = rows_kept(path, known, lambda row: (row["part"], row["arm"], row["response"]), ScoredRow)
     if done < len(responses) or any(map(_failed, read_rows_streaming(path))):
         with (
             stop_when_asked() as stopping,

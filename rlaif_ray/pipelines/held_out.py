@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.sections import DataConfig, JudgeFeedback
 from rlaif_ray.data.prompt_table import PromptTable, prompts_digest
+from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.suites import HeldOutScores, held_out_samples, held_out_summary
 from rlaif_ray.interfaces import GenerationSettings
@@ -141,7 +142,8 @@ class HeldOut:
         return {**self._last, "harmless": {"before": measured[0], "after": measured[-1]}}
 
     def _same(self, row: dict[str, Any]) -> bool:
-        return "harmless" in row and row.get("held_out_prompts") == self.prompts
+        measured = at(row, "harmless", expected=dict) is not None and "step" in row
+        return measured and row.get("held_out_prompts") == self.prompts
 
 
 def evaluator(cfg: FeedbackConfig) -> str:

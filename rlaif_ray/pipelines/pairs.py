@@ -19,6 +19,7 @@ from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
+from rlaif_ray.pipelines.rows import AnsweredRow
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
@@ -127,7 +128,7 @@ def _responses_file(state: Path, source: Source) -> Path:
 
 def _kept(state: Path, source: Source) -> int:
     """How many of a policy's prompts are answered."""
-    return rows_kept(_responses_file(state, source), source.prompts.ids, lambda row: row["prompt_id"])
+    return rows_kept(_responses_file(state, source), source.prompts.ids, lambda row: row["prompt_id"], AnsweredRow)
 
 
 def _to_repeat(state: Path, source: Source) -> bool:

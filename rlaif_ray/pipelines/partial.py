@@ -56,7 +56,7 @@ def rows_again(
     replace_rows(path, (row for _, row in again(numbered, lambda one: failed(one[1]), asked, stopping)))
 
 
-def rows_kept(path: Path, wanted: Sequence[Any], of: Callable[[Mapping[str, Any]], Any]) -> int:
+def rows_kept(path: Path, wanted: Sequence[Any], of: Callable[[Mapping[str, Any]], Any], kind: Any) -> int:
     """How many rows of a file need not be made again (`rows_done`): each must be about the input of its place.
 
     A setting that may change on the way can change which inputs there are: with a larger max_context prompts are no
@@ -65,12 +65,13 @@ def rows_kept(path: Path, wanted: Sequence[Any], of: Callable[[Mapping[str, Any]
     Args:
         wanted: what tells an input from others, of each.
         of: the same of a row.
+        kind: what a row must hold (`rows.py`).
 
     Raises:
-        InputError: a row is about another input.
+        InputError: a row is about another input, or was damaged.
     """
     done = rows_done(path, len(wanted), CHUNK)
-    for number, (row, expected) in enumerate(zip(read_rows_streaming(path), wanted, strict=False), start=1):
+    for number, (row, expected) in enumerate(zip(read_rows_streaming(path, kind), wanted, strict=False), start=1):
         if (found := of(row)) != expected:
             raise InputError(
                 f"{path}, row {number}, is about {found!r}, where the inputs now have {expected!r}: others are left "

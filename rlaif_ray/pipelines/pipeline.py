@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rlaif_ray.config.load import Loaded
 from rlaif_ray.config.pipeline import STAGE, Pipeline, Stage, put
 from rlaif_ray.config.roles import Setting
 from rlaif_ray.data.identity import Content, changes, file_content, model_content
+from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError, RlaifError, RunError
 from rlaif_ray.output import say, shown
 from rlaif_ray.pipelines import constitution, evaluate
@@ -81,9 +83,11 @@ class Placed:
 
     @property
     def noted(self) -> dict[str, Any]:
-        """What is noted of the stage since it was finished; empty as long as it wasn't."""
+        """What is noted of the stage since it was finished; empty as long as it wasn't, or where the note is none."""
         found = read_json(self.folder / DONE)
-        return found if found.get("hash") == self.hash else {}
+        seconds, result = at(found, "seconds", expected=float), at(found, "result", expected=str)
+        whole = seconds is not None and math.isfinite(seconds) and result is not None
+        return found if whole and found.get("hash") == self.hash else {}
 
     @property
     def done(self) -> dict[str, Any] | None:
@@ -209,7 +213,7 @@ def _moved_inputs(placed: Mapping[str, Placed]) -> dict[str, str]:
     """Why, of each finished stage that read something on the hub that is at another commit now."""
     found = {}
     for name, one in placed.items():
-        before = one.noted.get("commits") or {}
+        before = at(one.noted, "commits", expected=dict) or {}
         moves = [
             f"{key}: {content.name} was at commit {before[key]} and is at {content.commit}"
             for key, content in one.holds.items()

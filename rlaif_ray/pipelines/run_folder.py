@@ -23,7 +23,7 @@ from rlaif_ray.output import say
 from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.settings import KEPT, changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import read_json, write_json
-from rlaif_ray.writing import open_lock, replace_text
+from rlaif_ray.writing import open_lock, replace_bytes
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
@@ -192,10 +192,11 @@ def write_resolved(loaded: Loaded, changes: Sequence[str] = ()) -> None:
     """
     path = loaded.run_dir / "resolved.yaml"
     text = resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent), changes)
-    if path.is_file() and not path.is_symlink() and (before := path.read_text()) != text:
+    data = text.encode("utf-8", "backslashreplace")
+    if path.is_file() and not path.is_symlink() and (before := path.read_bytes()) != data:  # any bytes by now
         aside = next(f for k in itertools.count(1) if not (f := path.with_name(f"resolved.{k}.yaml")).exists())
-        replace_text(aside, before)
-    replace_text(path, text)
+        replace_bytes(aside, before)
+    replace_bytes(path, data)
 
 
 class Stopping:

@@ -26,6 +26,7 @@ from rlaif_ray.pipelines.feedback import (
 )
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
+from rlaif_ray.pipelines.rows import SampledRow
 from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
@@ -59,7 +60,7 @@ def sample_responses(loaded: Loaded) -> dict[str, Any]:
     output = output_of(loaded, "responses.jsonl")
     rows_file = open_output(loaded, output, looked, made=["sampled.jsonl"]) / "sampled.jsonl"
     with stop_when_asked() as stopping:
-        done = rows_kept(rows_file, inputs.prompts.ids, lambda row: row["prompt_id"])
+        done = rows_kept(rows_file, inputs.prompts.ids, lambda row: row["prompt_id"], SampledRow)
         if done < len(inputs.prompts) or any(map(_failed, read_rows_streaming(rows_file))):
             _sample(job, inputs, done, rows_file, stopping)
     if stopping():

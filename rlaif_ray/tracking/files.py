@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import TypeAdapter, ValidationError
+
 from rlaif_ray import documents
 from rlaif_ray.documents import bounded_lines, parse_json
 from rlaif_ray.errors import DocumentError, InputError, RunError
@@ -66,25 +68,39 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_rows_streaming(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows_streaming(path: Path, kind: Any = None) -> Iterator[dict[str, Any]]:
     """Rows of a JSON-lines file as they come, none if it is missing; a last line cut short by a kill is left out.
 
+    Args:
+        kind: a TypedDict that every row must fit.
+
     Raises:
-        InputError: a line other than the last is no JSON object.
+        InputError: a line other than the last is no JSON object, or not of the kind.
     """
     if not path.exists():
         return
+    fits = TypeAdapter(kind).validate_python if kind is not None else lambda row: row
     with path.open("rb") as file:
         for number, line in enumerate(bounded_lines(file), start=1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield parse_json(line, dict, lenient=True)
-            except DocumentError as error:
+                row = parse_json(line, dict, lenient=True)
+                fits(row)
+            except (DocumentError, ValidationError) as error:
+                told = error if isinstance(error, DocumentError) else f"is not what was written: {_wrong(error)}"
                 raise InputError(
-                    f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}, which {error}): a "
+                    f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}, which {told}): a "
                     f"run that is started again goes on from these rows. Remove the file to make them anew."
                 ) from error
+            yield row
+
+
+def _wrong(error: ValidationError) -> str:
+    """The first thing that is wrong with a row."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key}: {first['msg']}" if key else str(first["msg"])
 
 
 def cut_rows(path: Path, count: int) -> None:

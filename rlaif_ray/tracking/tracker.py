@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rlaif_ray.documents import at
 from rlaif_ray.errors import RunError
 from rlaif_ray.tracking.display import open_display
 from rlaif_ray.tracking.files import (
@@ -117,8 +118,8 @@ class Tracker:
         self._logs = (self._metrics_path, self._samples_path, self._evaluations_path)
         prepare_folder(run_dir, self._logs, resume_step, read_whole=(self._metrics_path, self._evaluations_path))
         earlier = read_json(self._state_path) if resume_step else {}
-        self._earlier_wall_s = float(earlier.get("wall_s", 0.0))
-        self._earlier_peak_gb = float(earlier.get("peak_rss_gb", 0.0))
+        self._earlier_wall_s = at(earlier, "wall_s", expected=float) or 0.0
+        self._earlier_peak_gb = at(earlier, "peak_rss_gb", expected=float) or 0.0
         self._last_step = resume_step
         self._current: tuple[int, StepMetrics] | None = None
         self._held_samples: list[dict[str, Any]] = []  # of the current step, written when it succeeds
@@ -293,7 +294,8 @@ _SUMMED_UP = ("reward/mean", "time/step_s", *(f"time/{name}_s" for name in (*PHA
 
 def _summed_up(row: Mapping[str, Any]) -> dict[str, float]:
     """Of a row what the summary needs: numbers, whatever somebody has made of the file."""
-    return {key: row[key] for key in _SUMMED_UP if isinstance(row.get(key), int | float)}
+    found = {key: at(row, key, expected=float) for key in _SUMMED_UP}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def phase_share(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

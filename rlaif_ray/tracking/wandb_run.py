@@ -78,7 +78,7 @@ class WandbRun:
 
     def _open(self, config: dict[str, Any], name: str, resumed: bool) -> None:
         id_path = self._dir / RUN_ID
-        run_id = id_path.read_text().strip() if resumed and id_path.exists() else ""
+        run_id = id_path.read_text(errors="replace").strip() if resumed and id_path.exists() else ""
         if not re.fullmatch(r"[\w-]{1,64}", run_id):
             import secrets
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rlaif_ray.config.algorithms import GrpoConfig, PpoConfig
 from rlaif_ray.config.deepspeed import deepspeed_config
@@ -19,9 +22,13 @@ from rlaif_ray.config.pipeline import PipelineJob, load_pipeline
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.config.roles import names_of
 from rlaif_ray.config.sections import Config, LearnerConfig
+from rlaif_ray.documents import YamlDumper, parse_yaml
 from rlaif_ray.errors import InputError
 from rlaif_ray.paths import expand_home
+from tests.damage import odd
 from tests.jobs import REQUIRED, TRAIN, embedded
+
+ROOT = Path(__file__).parents[2]
 
 Write = Callable[..., Path]
 
@@ -272,9 +279,9 @@ def test_run_dir_comes_from_the_first_file_and_the_time(write: Write) -> None:
 def test_home_is_where_it_is_in_a_shell(write: Write, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("HOMES", "/no")
-    for given, path in ((f"{home}/runs/a", "/home/me/runs/a"), (home, "/home/me"), (f"x/{home}", f"x/{home}")):
-        assert load([write("")], [f"run_dir={given}"]).run_dir == Path(path)
-        assert load([write(f"run_dir: '{given}'")]).run_dir == Path(path)
+    for text, path in ((f"{home}/runs/a", "/home/me/runs/a"), (home, "/home/me"), (f"x/{home}", f"x/{home}")):
+        assert load([write("")], [f"run_dir={text}"]).run_dir == Path(path)
+        assert load([write(f"run_dir: '{text}'")]).run_dir == Path(path)
     stages = write(f"run_dir: '{home}/p'\nstages: {{a: {{job: sft, policy: {{model: m}}, data: {{path: x}}}}}}")
     assert load_pipeline([stages]).run_dir == Path("/home/me/p")
     assert expand_home("$HOMES/a") == Path("$HOMES/a") and expand_home("$HF_TOKEN/a") == Path("$HF_TOKEN/a")
@@ -360,8 +367,8 @@ def missing(job: str, file: Path, *settings: str) -> list[str]:
 
 def test_what_has_a_default_is_enough_beside_what_has_none(write: Write) -> None:
     assert set(REQUIRED) == set(JOBS)
-    for job, settings in REQUIRED.items():
-        assert load_job(job, [write("")], settings).config
+    for job, required in REQUIRED.items():
+        assert load_job(job, [write("")], required).config
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -575,3 +582,39 @@ def test_deepspeed_itself_accepts_the_config() -> None:
         config = deepspeed_config(LearnerConfig(zero_stage=stage), precision="fp32")
         read = deepspeed_schema.DeepSpeedZeroConfig(**config["zero_optimization"])
         assert read.stage == stage
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_values_of_any_kind(tmp_path: Path, data: st.DataObject) -> None:
+    """A config, or an InputError, for whatever stands where something else is expected."""
+    for name in ("train", "pipeline"):
+        values = parse_yaml((ROOT / "configs" / "demo" / f"{name}.yaml").read_bytes()).value
+        odd_values = yaml.dump(data.draw(odd(values)), Dumper=YamlDumper)
+        (tmp_path / "odd.yaml").write_text(odd_values, errors="surrogatepass")
+        with suppress(InputError):
+            load_pipeline([tmp_path / "odd.yaml"]) if name == "pipeline" else load_job(name, [tmp_path / "odd.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("steps: " + "[" * 20_000, "c.yaml, line 1 is nested more than 100 deep. Correct or remove it there."),
+        ("seed: 1\nsteps: " + "9" * 5000, "c.yaml, line 2 has a number of more than 300 digits"),
+        ("a: &a0 [x]\n" + "".join(f"b{k}: &a{k} [{f'*a{k - 1}, ' * 9}]\n" for k in range(1, 9)), "50,000 values"),
+        ("steps: !!bool maybe", "c.yaml, line 1 is not valid YAML: 'maybe' is no !!bool"),
+        ('run_dir: "\\uD800"', "c.yaml, line 1 has half of a surrogate pair"),
+        ("#" * (3 << 20), "c.yaml can't be read (it is longer than 2,097,152 bytes)"),
+    ],
+)
+def test_a_file_beyond_the_bounds(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_job("train", [tmp_path / "c.yaml"])
+    assert says in str(caught.value)
+
+
+def test_a_stage_whose_job_is_a_list(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("stages: {a: {job: [sft]}, b: {job: {}}}")
+    with pytest.raises(InputError, match=r"stages\.a\.job must be a job \(got \['sft'\]\)"):
+        load_pipeline([tmp_path / "p.yaml"])

@@ -5,7 +5,6 @@ Never a resume from what was not written, never a score that is no probability, 
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -31,37 +30,13 @@ from rlaif_ray.learner.state_files import SUFFIX, read_state
 from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState
 from rlaif_ray.storage import Place, StoredFile, StoredFolder
+from tests.damage import damaged, odd_json
 from tests.learner_ranks import RankProcesses
 from tests.tiny import cached_tiny_model
 
 CHECKPOINTS, CONFIGS, DATA, REPLIES = 100, 100, 90, 150  # examples: 440 in all
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 ROOT = Path(__file__).parents[2]
-
-places = st.floats(0, 1, exclude_max=True)  # in a file, as a share of its length
-
-
-@st.composite
-def damaged(draw: st.DrawFn, data: bytes) -> bytes:
-    """The bytes with one to three random mistakes."""
-    for _ in range(draw(st.integers(1, 3))):
-        at = int(draw(places) * len(data))
-        kind = draw(st.sampled_from(["flip", "cut", "drop", "insert", "repeat", "zero"]))
-        length = draw(st.integers(1, 40))
-        if kind == "flip" and data:
-            data = data[:at] + bytes([data[at] ^ (1 << draw(st.integers(0, 7)))]) + data[at + 1 :]
-        elif kind == "cut":
-            data = data[:at]
-        elif kind == "drop":
-            data = data[:at] + data[at + length :]
-        elif kind == "insert":
-            data = data[:at] + draw(st.binary(min_size=1, max_size=8)) + data[at:]
-        elif kind == "repeat":
-            data = data[:at] + data[at : at + length] + data[at:]
-        else:
-            data = data[:at] + bytes(len(data[at : at + length])) + data[at + length :]
-    return data
-
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -325,41 +300,10 @@ REPLY = {
     ],
     "usage": {"prompt_tokens": 9, "completion_tokens": 1},
 }
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4) | st.just("1e400"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["token", "logprob", "x"]), inner),
-    max_leaves=5,
-)
-
-
-def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from nodes(inner, (*path, key))
-
-
-@st.composite
-def odd_replies(draw: st.DrawFn) -> bytes:
-    """The reply with something else in some place, or some place missing, or its bytes damaged."""
-    reply: Any = copy.deepcopy(REPLY)
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(list(nodes(reply))))
-        if not path:
-            continue
-        parent = reply
-        for key in path[:-1]:
-            parent = parent[key]
-        if draw(st.booleans()):
-            parent[path[-1]] = draw(anything)
-        else:
-            del parent[path[-1]]
-    data = json.dumps(reply).encode()
-    return draw(damaged(data)) if draw(st.integers(0, 3)) == 0 else data
 
 
 @settings(max_examples=REPLIES, deadline=None, derandomize=True)
-@given(data=odd_replies())
+@given(data=odd_json(REPLY))
 def test_replies(data: bytes) -> None:
     """Probabilities and counts that can be some, or an error that becomes a failure with its reason."""
     try:

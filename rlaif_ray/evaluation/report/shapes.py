@@ -23,8 +23,10 @@ _RATE |= {"reason": TEXT, "curve": [_BIN], "prefers_first": NUMBER}
 _ALIGNED: Json = {**_RATE, "longer": _RATE, "subsets": {"*": _RATE}, "position_bias": _RATE}
 _ON_PAIRS: Json = {"held_out": _RATE, "human": _RATE}
 _HARMLESS: Json = {"rate": _RATE, "over_refusal": _RATE, "corrected": _RATE}
-_COUNTS = ("steps", "total_steps", "wall_s", "peak_rss_gb", "pairs", "labels", "records", "cost", "human_cost")
-_COUNTS += ("labels_per_s", "tokens_in", "tokens_out", "position_bias", "first_position_wins")
+_COUNTS = (
+    *("steps", "total_steps", "wall_s", "peak_rss_gb", "pairs", "labels", "records", "cost", "human_cost"),
+    *("labels_per_s", "tokens_in", "tokens_out", "position_bias", "first_position_wins"),
+)
 
 SUMMARY: Json = {
     **dict.fromkeys(_COUNTS, NUMBER),
@@ -65,10 +67,10 @@ EVALUATION: Json = {
 }
 
 
-def known_parts(value: Json, shape: Shape, place: str, problems: list[str]) -> Any:
+def known_parts(value: Json, shape: Shape, place: str, problems: list[str]) -> Json:
     """`value` without the parts that are of another kind than `shape` says; those are told in `problems`."""
-    found = _known(value, shape, place, problems)
-    return {} if found is None else found
+    found: Json | None = _known(value, shape, place, problems)
+    return found or {}
 
 
 def _known(value: Any, shape: Shape, place: str, problems: list[str]) -> Any:
@@ -86,7 +88,7 @@ def _known(value: Any, shape: Shape, place: str, problems: list[str]) -> Any:
     if isinstance(shape, dict):
         found = {}
         for key, inner in value.items():
-            own = _known(inner, shape.get(key, shape.get("*", ANY)), f"{place}: {key}", problems)
+            own = _known(inner, shape[key] if key in shape else shape.get("*", ANY), f"{place}: {key}", problems)
             if own is not None or inner is None:
                 found[key] = own
         return found

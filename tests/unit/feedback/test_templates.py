@@ -342,7 +342,7 @@ def test_a_template_cannot_run_code(write_pair: Callable[..., str], tmp_path: Pa
     path, made = Path(write_pair()), tmp_path / "made"
     text = path.read_text().replace("preamble: You compare.", f"preamble: !!python/object/apply:os.mkdir ['{made}']")
     path.write_text(text)
-    with pytest.raises(InputError, match="preamble must be a text"):
+    with pytest.raises(InputError, match="line 5 is not valid YAML: the tag !!python"):
         load_template(str(path), kind="preference")
     path.write_text(text.replace(f"apply:os.mkdir ['{made}']", "name:os.mkdir ''"))
     with pytest.raises(InputError):

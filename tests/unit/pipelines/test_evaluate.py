@@ -203,6 +203,26 @@ def test_a_run_of_other_arms_is_not_gone_on_with(tmp_path: Path) -> None:
         run(tmp_path, f"run_dir={tmp_path / 'run'}", *settings)
 
 
+def test_an_origin_that_is_not_known_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An arm's folder may hold any resolved.yaml, and no evaluation is lost to it once it is paid for."""
+
+    def open_ray(*_: object) -> None:
+        raise RuntimeError("what costs begins here")
+
+    settings = [arm(tmp_path, "a", ["x", "y", "z"]), arm(tmp_path, "b", ["xx", "y", "z"])]
+    (tmp_path / "resolved.yaml").write_text("feedback: " + "[" * 20_000)
+    told = "resolved.yaml beside it is nested more than 100 deep"
+    found = run(tmp_path, f"run_dir={tmp_path / 'run'}", *settings)
+    assert told in found["unclear_origins"]["a"][0] and found["training_judges"] == {"a": [], "b": []}
+    capsys.readouterr()
+    monkeypatch.setattr("rlaif_ray.pipelines.evaluate.open_ray", open_ray)
+    with pytest.raises(RuntimeError, match="what costs"):
+        run(tmp_path, f"run_dir={tmp_path / 'run'}", *settings)
+    assert "arm a: " in (said := capsys.readouterr().out) and told in said
+
+
 # ---- Harmless rate ---------------------------------------------------------------------------------------------------
 
 

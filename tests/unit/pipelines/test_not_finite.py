@@ -203,7 +203,13 @@ SUMMARIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "evaluate": (
         evaluate._lines,
         {
-            **{"judge": "j", "training_judges": {}, "reward_models": {"rm": {**RATE, **PAIRS}}, "probabilities": False},
+            **{
+                "judge": "j",
+                "training_judges": {},
+                "unclear_origins": {},
+                "reward_models": {"rm": {**RATE, **PAIRS}},
+                "probabilities": False,
+            },
             "alignment": {
                 **{**RATE, **PAIRS, "longer": {"accuracy": 0.5}, "people": 0.7, "kappa": 0.3, "position_bias": RATE},
                 **{"failed": 1, "failures": {"too_long": 1}, "subsets": {"a": {**RATE, **PAIRS}}},
