@@ -55,8 +55,18 @@ PACKAGES = {
 
 
 def cache_folder() -> Path:
-    """Where converted models live: `$RLAIF_CACHE`, else `~/.cache/rlaif_ray`. Not created here."""
-    return Path(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").expanduser().absolute()
+    """Where converted models live: `$RLAIF_CACHE`, else `~/.cache/rlaif_ray`. Not created here.
+
+    Raises:
+        InputError: neither is known.
+    """
+    try:
+        return Path(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").expanduser().absolute()
+    except RuntimeError as error:  # containers may run as a user without a name
+        raise InputError(
+            f"converted models and checksums need a folder (got no home folder of user {os.getuid()}). Set RLAIF_CACHE "
+            f"to one that this user can write."
+        ) from error
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | str:

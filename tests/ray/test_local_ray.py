@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from rlaif_ray.runtime.session import _turns_away
 from tests.ray.test_cluster import answers, free_port
 from tests.ray.test_security import LOOPBACK, listening
 from tests.runs import Program, start
+from tests.tiny import cached_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
@@ -36,6 +38,8 @@ with open_session(job.cluster, [job]):
     print(json.dumps([ray.get_runtime_context().gcs_address, answer]), flush=True)
     while not Path(until).exists():
         time.sleep(0.05)
+    if Path(until).read_text() == "fail":
+        raise RuntimeError("on purpose")
 """
 
 
@@ -89,7 +93,7 @@ def ended(program: Program) -> None:
 
 def test_a_strangers_cluster_is_not_joined_and_a_local_ray_is_closed(stranger: Stranger, tmp_path: Path) -> None:
     """Without a home folder, where Ray would keep its token."""
-    program = hold(tmp_path / "run", "", {**stranger.environment, "HOME": "/nonexistent"})
+    program = hold(tmp_path / "run", "", {**stranger.environment, "HOME": "/proc/nonexistent"})
     try:
         address = held(program)
         assert address != stranger.address
@@ -109,8 +113,11 @@ def test_a_strangers_cluster_is_not_joined_and_a_local_ray_is_closed(stranger: S
         for sent in ({}, {"authorization": f"Bearer {'f' * 64}"}):
             assert _turns_away(address, sent)
         assert not _turns_away(address, {"authorization": f"Bearer {token}"})
-        ended(program)
-        assert not folder.exists()
+        (program.output.parent / "end").write_text("fail")
+        assert program.wait(120).exit_code == 1 and program.left_over == []
+        assert program.stderr.endswith(f"RuntimeError: on purpose\nRay's logs: {folder}/ray/session_latest/logs\n")
+        left = {path.name for path in folder.rglob("*")}
+        assert "raylet.out" in left and not left & {"token", "sockets", "raylet", "plasma_store"}
     finally:
         program.kill()
 
@@ -132,3 +139,29 @@ def test_the_one_that_is_named_is_joined_with_the_token_of_this_machine(
         assert answers(int(stranger.address.rpartition(":")[2]))
     finally:
         program.kill()
+
+
+NOBODY = ("unshare", "--user", "--map-user=54321", "--map-group=54321")  # as containers run with any user id
+
+
+@pytest.mark.skipif(subprocess.run([*NOBODY, "true"], check=False).returncode != 0, reason="no user namespaces here")
+def test_a_job_of_a_user_without_name_and_home(tmp_path: Path) -> None:
+    data, config, run_dir = tmp_path / "turns.jsonl", tmp_path / "sft.yaml", tmp_path / "run"
+    turns = [
+        {"messages": [{"role": "user", "content": f"What is {k}?"}, {"role": "assistant", "content": f"It is {k}."}]}
+        for k in range(12)
+    ]
+    data.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    config.write_text(f"policy: {{model: {cached_tiny_model(tied=True, context=4096)}}}\ndata: {{path: {data}}}\n")
+    words = [*NOBODY, Path(sys.executable).with_name("rlaif"), "sft", config, f"run_dir={run_dir}"]
+    settings = ("sft.batch_size=6", "sft.epochs=1", "sft.held_out_fraction=0")
+    with tempfile.TemporaryDirectory(prefix="ray-") as place:
+        program = start(
+            [*words, *settings], run_dir.with_suffix(".out"), {"HOME": "/proc/nonexistent", "RAY_TMPDIR": place}
+        )
+        try:
+            assert program.wait().exit_code == 0, program.stdout + program.stderr
+            assert program.left_over == [] and list(Path(place).iterdir()) == []
+        finally:
+            program.kill()
+    assert (run_dir / "policy" / "model.safetensors").is_file()

@@ -17,6 +17,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.models import (
     build_folder_once,
     cache_folder,
+    cache_folder,
     context_length,
     count_parameters,
     load_backbone,
@@ -462,3 +463,18 @@ def check_smollm2(folder: Path, package: Path) -> None:
         torch.testing.assert_close(model(**prompt).logits, original(**prompt).logits, atol=1e-5, rtol=0)
     tokens = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(tokens) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run with any user id."""
+
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "RLAIF_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"got no home folder of user \d+\)\. Set RLAIF_CACHE"):
+        cache_folder()
+    monkeypatch.setenv("RLAIF_CACHE", "/cache")
+    assert cache_folder() == Path("/cache")

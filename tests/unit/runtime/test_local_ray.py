@@ -146,7 +146,7 @@ def test_another_users_stays(parent: Path) -> None:
     assert (folder / OWNER).exists()
 
 
-@pytest.mark.parametrize("home", ["/nonexistent", None])
+@pytest.mark.parametrize("home", ["/proc/nonexistent", None])
 @pytest.mark.parametrize("given", [{}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "the user's"}])
 def test_its_token_is_its_own(
     home: str | None, given: dict[str, str], parent: Path, monkeypatch: pytest.MonkeyPatch
