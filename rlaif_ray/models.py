@@ -60,13 +60,13 @@ def cache_folder() -> Path:
     Raises:
         InputError: neither is known.
     """
-    try:
-        return Path(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").expanduser().absolute()
-    except RuntimeError as error:  # containers may run as a user without a name
+    folder = Path(os.path.expanduser(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray"))
+    if folder.parts[0] == "~":  # containers may run as a user without a name
         raise InputError(
             f"converted models and checksums need a folder (got no home folder of user {os.getuid()}). Set RLAIF_CACHE "
             f"to one that this user can write."
-        ) from error
+        )
+    return folder.absolute()
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | str:

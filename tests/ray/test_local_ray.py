@@ -32,7 +32,8 @@ from rlaif_ray.runtime.session import open_session
 
 address, until = sys.argv[1:]
 cluster = {"address": address or None, "device": "cpu"}
-job = TrainJob.model_validate({"policy": {"model": "m"}, "data": {"path": "p"}, "cluster": cluster})
+named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"judge": {"model": "m"}}}
+job = TrainJob.model_validate({**named, "cluster": cluster})
 with open_session(job.cluster, [job]):
     answer = ray.get(ray.remote(lambda: 17).remote())
     print(json.dumps([ray.get_runtime_context().gcs_address, answer]), flush=True)
@@ -113,7 +114,8 @@ def test_a_strangers_cluster_is_not_joined_and_a_local_ray_is_closed(stranger: S
         for sent in ({}, {"authorization": f"Bearer {'f' * 64}"}):
             assert _turns_away(address, sent)
         assert not _turns_away(address, {"authorization": f"Bearer {token}"})
-        (program.output.parent / "end").write_text("fail")
+        (tmp_path / "fail").write_text("fail")
+        (tmp_path / "fail").rename(tmp_path / "run" / "end")
         assert program.wait(120).exit_code == 1 and program.left_over == []
         assert program.stderr.endswith(f"RuntimeError: on purpose\nRay's logs: {folder}/ray/session_latest/logs\n")
         left = {path.name for path in folder.rglob("*")}

@@ -17,7 +17,6 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.models import (
     build_folder_once,
     cache_folder,
-    cache_folder,
     context_length,
     count_parameters,
     load_backbone,

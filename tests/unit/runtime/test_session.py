@@ -100,7 +100,8 @@ def note_current(folder: Path, address: str) -> Path:
 
 
 def job_on(**cluster: Any) -> TrainJob:
-    return TrainJob.model_validate({"policy": {"model": "m"}, "data": {"path": "p"}, "cluster": cluster})
+    named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"judge": {"model": "m"}}}
+    return TrainJob.model_validate({**named, "cluster": cluster})
 
 
 def connect(address: str | None) -> None:
