@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Starts a job, or a cluster that stays, on Kubernetes with KubeRay:
+# Starts a job, or a cluster that stays, on Kubernetes with KubeRay, behind cluster/kuberay-network.yaml:
 #   launch/kuberay.sh [cluster/kuberay-rayjob.yaml]
 # A job of the same name that is over is removed first by: kubectl delete -f FILE
 set -euo pipefail
 file=${1:-"$(dirname "$0")/../cluster/kuberay-rayjob.yaml"}
+kubectl apply -f "$(dirname "$0")/../cluster/kuberay-network.yaml" # before there is anything to reach
 kubectl create -f "$file"
 kubectl get -f "$file"
 echo "Its pods: kubectl get pods    A job's log: kubectl logs --follow --selector job-name=rlaif"

@@ -53,8 +53,8 @@ def take_the_token_that_is_there() -> None:
     first local start writes one. Its client sends a token only where RAY_AUTH_MODE says so."""
     if "RAY_AUTH_MODE" in os.environ:
         return
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if os.environ.get("RAY_AUTH_TOKEN") or token.is_file():
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    if os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(token):
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
@@ -97,7 +97,12 @@ def _holds_secret(value: str) -> bool:
 def main() -> int:
     survive_lost_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS"),
+        metavar="URL",
+        help="the head's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)",
+    )
     parser.add_argument("--working-dir", help="folder to upload to the cluster (configs and data files in it)")
     parser.add_argument("--env", action="append", default=[], metavar="NAME", help="variable to pass on; no secrets")
     parser.add_argument("--python", default="python", help="Python of the cluster's nodes (default: python)")
@@ -112,6 +117,13 @@ def main() -> int:
     parser.add_argument("job", help="train, ...")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="config files and key=value settings")
     options = parser.parse_args()
+    if not options.address:
+        print(
+            "submit: no cluster is named (got neither --address nor RAY_API_SERVER_ADDRESS): what answers on this "
+            "machine may be somebody else's, and would get the job and the token. Set --address http://HEAD:8265.",
+            file=sys.stderr,
+        )
+        return 2
     if problem := secrets_shown(options):
         print(f"submit: {problem}", file=sys.stderr)
         return 2

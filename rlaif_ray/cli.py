@@ -366,6 +366,7 @@ def _report(job: str, error: Exception, loaded: Loaded | None) -> int:
     _say(
         headline,
         f"logs: {loaded.run_dir}" + (f" (traceback: {log})" if log else ""),
+        *getattr(error, "__notes__", []),  # such as where Ray's logs are
         f"resume: {_resume_command(loaded)}",
         *([] if log else [f"The traceback could not be written there, so here it is:\n{trace}"]),
     )

@@ -59,8 +59,18 @@ PACKAGES = {
 
 
 def cache_folder() -> Path:
-    """Where converted models live: `$RLAIF_CACHE`, else `~/.cache/rlaif_ray`. Not created here."""
-    return expand_home(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray").absolute()
+    """Where converted models live: `$RLAIF_CACHE`, else `~/.cache/rlaif_ray`. Not created here.
+
+    Raises:
+        InputError: neither is known.
+    """
+    folder = expand_home(os.environ.get("RLAIF_CACHE") or "~/.cache/rlaif_ray")
+    if folder.parts[0] == "~":  # containers may run as a user without a name
+        raise InputError(
+            f"converted models and checksums need a folder (got no home folder of user {os.getuid()}). Set RLAIF_CACHE "
+            f"to one that this user can write."
+        )
+    return folder.absolute()
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | str:

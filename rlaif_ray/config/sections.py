@@ -393,7 +393,9 @@ class ClusterConfig(Config):
     """Where the job runs."""
 
     address: str | None = None
-    """Ray address; null: the cluster this process runs in, else a local Ray that ends with the job."""
+    """HOST:PORT of a Ray cluster's head. null: the one that RAY_ADDRESS names (Ray sets it in a submitted job), else a
+    local Ray, which ends with the job. auto: the same, but the one that `ray start` left here instead of a local one.
+    local: a local Ray."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """Ray's logical CPUs per actor; default 1 on GPUs, 0.25 on CPUs (phases take turns)."""

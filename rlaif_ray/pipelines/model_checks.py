@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -205,6 +206,6 @@ def _device(job: Any, dry_run: bool) -> Literal["cpu", "cuda"] | None:
         return None
     if dry_run:  # where the job will run, there may be GPUs and a cluster
         return None
-    from rlaif_ray.runtime.cluster import surrounding_address
+    from rlaif_ray.runtime.session import named_cluster
 
-    return "cpu" if surrounding_address(cluster) is None else None
+    return "cpu" if named_cluster(cluster.address, os.environ) is None else None

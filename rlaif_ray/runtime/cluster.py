@@ -1,22 +1,14 @@
-"""Joins or starts Ray, places the actors, starts them, and ends them."""
+"""Places the actors of a job, starts them, and ends them."""
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
-from ray._private import worker
-from ray._private.utils import read_ray_address
-from ray.exceptions import AuthenticationError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -28,10 +20,11 @@ from rlaif_ray.output import say
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
-from rlaif_ray.runtime.loopback import loopback_environment, on_loopback
+from rlaif_ray.runtime.loopback import loopback_environment
 from rlaif_ray.runtime.memory_plan import sections
-from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, totals, wait_for_place
+from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, wait_for_place
 from rlaif_ray.runtime.replicas import Replicas
+from rlaif_ray.runtime.session import open_session
 from rlaif_ray.runtime.supervision import HEALTH, START_TRIES, Limits, Watch, Watched
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
@@ -45,7 +38,6 @@ if TYPE_CHECKING:
         RewardModelFeedback,
     )
 
-CONNECT_TIMEOUT_S = 5.0
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -53,26 +45,24 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iterator[Cluster]:
     """Ray with a place for every actor of the job (any of config/jobs.py). A Ray that was started here ends here;
     actors end in any case. While places are waited for, `leave` says whether to give up (Preempted)."""
-    started_here = _connect(job.cluster, [job])
-    group = None
-    cluster = None
-    try:
-        device: Literal["cpu", "cuda"] = _device(job)
-        if isinstance(job, TrainJob):
-            choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
-        check_sleep(job, device)
-        slots = actor_slots(job, device)
-        group = reserve(slots, job.cluster.start_timeout_s, note=say, leave=leave) if slots else None
-        cluster = Cluster(job, device, slots, group)
-        yield cluster
-    finally:
-        if cluster is not None:
-            cluster.stop()
-        if group is not None:
-            with suppress(Exception):  # Ray itself may be what failed
-                remove_placement_group(group)
-        if started_here:
-            ray.shutdown()
+    with open_session(job.cluster, [job]):
+        group = None
+        cluster = None
+        try:
+            device: Literal["cpu", "cuda"] = _device(job)
+            if isinstance(job, TrainJob):
+                choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
+            check_sleep(job, device)
+            slots = actor_slots(job, device)
+            group = reserve(slots, job.cluster.start_timeout_s, note=say, leave=leave) if slots else None
+            cluster = Cluster(job, device, slots, group)
+            yield cluster
+        finally:
+            if cluster is not None:
+                cluster.stop()
+            if group is not None:
+                with suppress(Exception):  # Ray itself may be what failed
+                    remove_placement_group(group)
 
 
 @contextmanager
@@ -81,103 +71,11 @@ def open_ray(cfg: ClusterConfig, jobs: Sequence[Any]) -> Iterator[None]:
 
     A Ray that was started here ends here. None is where no job has an actor.
     """
-    started_here = any(job_needs(job) for job in jobs) and _connect(cfg, jobs)
-    try:
-        yield
-    finally:
-        if started_here:
-            ray.shutdown()
-
-
-def _connect(cfg: ClusterConfig, jobs: Sequence[Any]) -> bool:
-    """Joins the configured or surrounding cluster, else starts a local Ray with room for each of the jobs; returns
-    whether it started one."""
-    if ray.is_initialized():
-        return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    worker._worker_logs_enabled = False  # a thousand characters for every process that is lost: we tell it in one line
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = surrounding_address(cfg)
-    if address is not None:
-        _join(cfg.address, address, quiet)
-        return False
-    device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
-    cpus = max(totals(actor_slots(job, device))["CPU"] for job in jobs)
-    with on_loopback(), _sigterm_kept(), _hangups_ignored():
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-            include_dashboard=False,
-            object_store_memory=int(cfg.object_store_gb * 2**30),
-            **quiet,
-        )
-    return True
-
-
-def surrounding_address(cfg: ClusterConfig) -> str | None:
-    """The running cluster that a job joins: the configured one, the one around this process, or one that `ray start`
-    left on this machine and that answers. None where the job starts a Ray of its own."""
-    named = cfg.address or os.environ.get("RAY_ADDRESS")
-    address = named or read_ray_address(None)
-    if address is None or address == "local":
-        return None
-    return address if named or _answers(address) else None
-
-
-def _join(given: str | None, address: str, quiet: dict[str, Any]) -> None:
-    """Joins the cluster at `address`; `given` is what the config says of it.
-
-    Without one Ray finds the same address by itself, and then uses this machine's token. "auto" is not the same: it
-    joins whatever Ray runs here, and so another job's private one, which ends with that job.
-    """
-    remedy = "correct the address, or use cluster.address=local"
-    if not _answers(address):  # Ray itself would try for many minutes
-        raise InputError(
-            f"no Ray cluster answers at cluster.address={address}. Start one (ray start --head), {remedy}."
-        )
-    try:
-        with _sigterm_kept():
-            ray.init(address=given, **quiet)
-    except (ConnectionError, AuthenticationError) as error:
-        raise InputError(
-            f"the Ray cluster at cluster.address={address} can't be joined: {str(error).strip().splitlines()[0]}. "
-            f"If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; else {remedy}."
-        ) from error
-
-
-@contextmanager
-def _hangups_ignored() -> Iterator[None]:
-    """For what is started within: when a terminal is gone, its whole job gets SIGHUP, and Ray's processes are needed
-    for a last checkpoint."""
-    if threading.current_thread() is not threading.main_thread():
+    if not any(job_needs(job) for job in jobs):
         yield
         return
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    with open_session(cfg, jobs):
         yield
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL if before is None else before)
-
-
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Gives SIGTERM back to whoever had asked for it: `ray.init` takes it for itself, and ends the process at once."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens at host:port; what is no such address is left to Ray."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdigit():
-        return True
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def _device(job: Any) -> Literal["cpu", "cuda"]:

@@ -65,11 +65,12 @@ def test_a_local_run_listens_on_loopback_and_keeps_secrets(tmp_path: Path) -> No
         try:
             program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2)
             sockets = listening(program)
+            assert found_in(Path(private), {"LearnerActor"})  # so it would have been found
+            assert found_in(Path(private), set(CANARIES.values())) == set()
             program.interrupt()
             program.wait(180)
             assert program.exit_code == 130, program.stderr
-            assert found_in(Path(private), {"LearnerActor"})  # so it would have been found
-            assert found_in(Path(private), set(CANARIES.values())) == set()
+            assert list(Path(private).iterdir()) == []
         finally:
             program.kill()
     report = start([Path(sys.executable).with_name("rlaif"), "report", run_dir], tmp_path / "report.out", CANARIES)

@@ -162,7 +162,7 @@ def test_a_preempted_job_queues_again_and_goes_on(slurm: Slurm, tmp_path: Path) 
     """Over both nodes; SIGTERM as Slurm sends it before it takes them."""
     config, run_dir, metrics = tiny_config(tmp_path), tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     config.write_text(config.read_text().replace("steps: 6", "steps: 400"))
-    before = set(Path("/tmp").glob("rlaif-????????"))
+    before = set(Path("/tmp").glob("rlaif-slurm-????????"))
     words = ("--nodes=2", "train", config, *SHORT, f"run_dir={run_dir}")
     job = slurm.submit(tmp_path / "job", *words, environment={"RLAIF_REQUEUE": "1"})
     try:
@@ -190,7 +190,7 @@ def test_a_preempted_job_queues_again_and_goes_on(slurm: Slurm, tmp_path: Path) 
     assert (run_dir / "policy" / "model.safetensors").exists()
     (token,) = tokens  # one for both nodes, and nowhere to be read
     assert len(token) == 64 and token not in log and not any(token in command for command in commands)
-    assert set(Path("/tmp").glob("rlaif-????????")) == before
+    assert set(Path("/tmp").glob("rlaif-slurm-????????")) == before
 
 
 def test_the_exit_code_is_the_jobs(slurm: Slurm, tmp_path: Path) -> None:

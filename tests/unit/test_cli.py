@@ -113,10 +113,13 @@ def test_wrong_input_ends_with_2_also_from_an_actor(config: Path, pipeline: Pipe
 
 @pytest.mark.parametrize("wrap", [lambda error: error, FakeTaskError])
 def test_a_failed_run_ends_with_1_and_says_how_to_resume(config: Path, pipeline: Pipeline, wrap: Any) -> None:
-    pipeline(raising(wrap(StaleWeightsError("engine 1 has version 3, not 4."))))
+    error = wrap(StaleWeightsError("engine 1 has version 3, not 4."))
+    error.add_note("Ray's logs: /tmp/rlaif-abcdefgh/ray/session_latest/logs")
+    pipeline(raising(error))
     result = rlaif("train", config, "data.system=be nice")
     assert result.exit_code == 1
-    first, logs, resume = result.stderr.splitlines()
+    first, logs, note, resume = result.stderr.splitlines()
+    assert note == "  Ray's logs: /tmp/rlaif-abcdefgh/ray/session_latest/logs"
     assert first == "rlaif: train failed: StaleWeightsError: engine 1 has version 3, not 4."
     run_dir = next(Path("runs").iterdir())
     assert str(run_dir) in logs

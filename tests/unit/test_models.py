@@ -521,3 +521,18 @@ def test_json_beyond_the_bounds(tmp_path: Path, name: str, text: str, told: str)
         with pytest.raises(InputError) as caught:
             load(folder)
         assert f"{name} can't be read (it " in str(caught.value) and told in str(caught.value)
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run with any user id."""
+
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "RLAIF_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"got no home folder of user \d+\)\. Set RLAIF_CACHE"):
+        cache_folder()
+    monkeypatch.setenv("RLAIF_CACHE", "/cache")
+    assert cache_folder() == Path("/cache")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def test_commands_refuse_before_anything_starts(
 @pytest.fixture
 def mamba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainJob:
     """A job that CPUs can't do, with `device: auto`, on a machine without GPUs and without Ray around."""
-    monkeypatch.setattr("rlaif_ray.runtime.cluster.read_ray_address", lambda _: None)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(model_checks, "GPU_FILES", ())
     return train_job(folder_of(tmp_path, "MambaConfig", "MambaForCausalLM"), cluster={"device": "auto"})
@@ -201,13 +200,12 @@ def test_a_dry_run_does_not_know_where_it_will_be(mamba: TrainJob) -> None:
         check_models(mamba.model_copy(update={"cluster": ClusterConfig(device="cpu")}), dry_run=True)
 
 
-def test_a_cluster_that_ray_start_left_may_have_gpus(mamba: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr("rlaif_ray.runtime.cluster.read_ray_address", lambda _: address)
-        check_models(mamba)
+def test_a_cluster_that_ray_start_left_counts_where_it_is_named(mamba: TrainJob, tmp_path: Path) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
+    check_models(mamba.model_copy(update={"cluster": ClusterConfig(device="auto", address="auto")}))
     with pytest.raises(InputError, match="selective scan"):
-        check_models(mamba)  # it has ended: the job will start its own
+        check_models(mamba)  # the job will start its own
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6379", "environment"])
