@@ -39,26 +39,30 @@ class Faults:
         for fault in [f for f in self.faults if (f["step"], f["phase"]) == (step, phase)]:
             self.faults.remove(fault)  # once: the step may be done again
             pids = self.pids(fault["who"])
+            children = [child for pid in pids for child in psutil.Process(pid).children(recursive=True)]
             for pid in pids:
                 os.kill(pid, getattr(signal, fault["signal"]))
             with self.log.open("a") as file:
                 file.write(json.dumps({**fault, "pids": pids}) + "\n")
             watch = self.strike_on if fault.get("forever") else self.follow
-            threading.Thread(target=watch, args=(fault, self.struck(fault["who"])), daemon=True).start()
+            threading.Thread(target=watch, args=(fault, self.struck(fault["who"]), children), daemon=True).start()
 
-    def follow(self, fault: dict[str, Any], struck: list[Any]) -> None:
-        """Writes down in how many seconds the loss was noticed, and all were there again."""
+    def follow(self, fault: dict[str, Any], struck: list[Any], children: list[psutil.Process]) -> None:
+        """Writes down in how many seconds the loss was noticed, and all were there again; and what processes of those
+        that were struck lived on."""
         began = time.monotonic()
         while not all(w.lost for w in struck):
             time.sleep(0.05)
         noticed_s = time.monotonic() - began
+        _, orphans = psutil.wait_procs(children, timeout=scaled(5))
         while not self.at_full_strength():
             time.sleep(0.05)
         line = {**fault, "noticed_s": round(noticed_s, 2), "back_s": round(time.monotonic() - began, 2)}
+        line["orphans"] = [" ".join(orphan.cmdline()) for orphan in orphans if orphan.is_running()]
         with self.log.with_suffix(".followed.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def strike_on(self, fault: dict[str, Any], struck: list[Any]) -> None:
+    def strike_on(self, fault: dict[str, Any], struck: list[Any], children: list[psutil.Process]) -> None:
         """Until the run ends."""
         while True:
             for watched in self.struck(fault["who"]):

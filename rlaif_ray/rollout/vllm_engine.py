@@ -82,6 +82,9 @@ def engine_arguments(spec: EngineSpec, config: Any | None = None) -> dict[str, A
         "disable_log_stats": True,
         "worker_extension_cls": "rlaif_ray.rollout.worker_extension.WorkerExtension",
     }
+    if spec.tensor_parallel > 1:
+        # Its own choice in a placement group is Ray, which wants a bundle per GPU where ours has all of an engine's.
+        arguments["distributed_executor_backend"] = "mp"
     if spec.device == "cpu":
         arguments |= {
             "enforce_eager": True,

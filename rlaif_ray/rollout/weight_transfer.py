@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlaif_ray.rollout.orphans import end_with_parent
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,7 +21,9 @@ _ALIGNMENT = 64  # bytes; keeps every tensor of a segment aligned for vector loa
 
 
 def register() -> None:
-    """Adds the shared-memory backend to vLLM. Entry point of vLLM's plugin group: runs in each of its processes."""
+    """Adds the shared-memory backend to vLLM, and ends a process of it with its parent. Entry point of vLLM's plugin
+    group: runs in each of its processes."""
+    end_with_parent()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if SHM_BACKEND not in WeightTransferEngineFactory._registry:

@@ -20,10 +20,11 @@ import grpc
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import worker
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined, unused-ignore]
 from ray.exceptions import AuthenticationError
 
 from rlaif_ray.errors import InputError, RunError
+from rlaif_ray.output import say
 from rlaif_ray.runtime.local_ray import private_folder, private_token, tokens_reloaded
 from rlaif_ray.runtime.loopback import on_loopback
 from rlaif_ray.runtime.placement import actor_slots, totals
@@ -121,7 +122,7 @@ def open_session(cfg: ClusterConfig, jobs: Sequence[Any]) -> Iterator[None]:
     named = named_cluster(cfg.address, os.environ)
     if named is not None:
         _join(named)
-        print(f"ray: joined the cluster at {named.address} (named by {named.by})", flush=True)
+        say(f"ray: joined the cluster at {named.address} (named by {named.by})")
         yield
         return
     device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
@@ -129,7 +130,7 @@ def open_session(cfg: ClusterConfig, jobs: Sequence[Any]) -> Iterator[None]:
     with private_folder() as folder, private_token(folder):
         try:
             _start(folder, num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), memory=int(cfg.object_store_gb * 2**30))
-            print(f"ray: started a local one for this run, on 127.0.0.1; its files are in {folder}", flush=True)
+            say(f"ray: started a local one for this run, on 127.0.0.1; its files are in {folder}")
             yield
         finally:
             ray.shutdown()

@@ -63,6 +63,7 @@ MIXED_FAULTS = [
     ("weight_sync", "core of rollout engine 0", "SIGKILL"),
     ("checkpoint", "learner rank 1", "SIGKILL"),
     ("weight_sync", "learner rank 1", "SIGSTOP"),
+    ("rollout", "rollout engine 0", "SIGKILL"),  # its core goes with it
 ]
 
 
@@ -127,6 +128,7 @@ def assert_noticed(run_dir: Path, silent_s: float = SILENT_S) -> None:
     """A dead one within 5 s, a silent one within its deadline and 5 more."""
     for fault in rows(run_dir.with_name(f"{run_dir.name}.faults.followed.jsonl")):
         print(fault)
+        assert fault["orphans"] == [], fault
         assert fault["noticed_s"] < (0 if fault["signal"] == "SIGKILL" else silent_s) + scaled(5), fault
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.errors import InputError
+from rlaif_ray.rollout.vllm_engine import engine_arguments
 from rlaif_ray.runtime.actors import Actor
 from rlaif_ray.runtime.fit import place
 from rlaif_ray.runtime.placement import actor_slots, reserve
 from rlaif_ray.runtime.weight_sync import must_share_gpus
 from tests.jobs import embedded
 from tests.pace import scaled
+from tests.unit.rollout.test_support import SPEC
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
@@ -109,3 +112,43 @@ def test_an_engine_gets_weights_from_the_rank_of_its_gpu(ray: Any, ranks: int, l
     else:
         with pytest.raises(InputError, match=rf"got none on GPU . of {lacks}; the ranks have ., ., .\)"):
             must_share_gpus(own, engines)
+
+
+def test_a_tensor_parallel_engine_drives_the_gpus_of_its_bundle(ray: Any) -> None:
+    """By processes of its own. Left to itself vLLM would take Ray's executor there, which asks for a bundle per GPU."""
+    from ray.util.placement_group import remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    job = TrainJob.model_validate(
+        {"feedback": {"type": "judge", "judge": {"replicas": 1}}, "rollout": {"tensor_parallel": 2}}
+    )
+    slots = actor_slots(job, "cuda")
+    group = reserve(slots, timeout_s=scaled(60))
+    (engine,) = [k for k, slot in enumerate(slots) if slot.role == "rollout"]
+
+    @ray.remote
+    def executors(arguments: dict[str, Any]) -> list[tuple[str, bool]]:
+        """What the real ParallelConfig chooses on a node with CUDA, without our argument and with it."""
+        from unittest.mock import patch
+
+        from vllm.config import parallel
+        from vllm.platforms.cpu import CpuPlatform
+
+        class Cuda(CpuPlatform):
+            def is_cuda(self) -> bool:
+                return True
+
+            @classmethod
+            def device_count(cls) -> int:
+                return 2
+
+        with patch.object(parallel, "current_platform", Cuda()):
+            chosen = [parallel.ParallelConfig(tensor_parallel_size=2), parallel.ParallelConfig(**arguments)]
+        return [(str(config.distributed_executor_backend), config.use_ray) for config in chosen]
+
+    strategy = PlacementGroupSchedulingStrategy(group, engine, placement_group_capture_child_tasks=True)
+    given = engine_arguments(replace(SPEC, device="cuda", tensor_parallel=2))
+    arguments = {key: given[key] for key in ("tensor_parallel_size", "distributed_executor_backend")}
+    asked = executors.options(num_cpus=slots[engine].cpus, num_gpus=2, scheduling_strategy=strategy).remote(arguments)  # type: ignore[attr-defined]
+    assert ray.get(asked, timeout=scaled(240)) == [("ray", True), ("mp", False)]
+    remove_placement_group(group)
