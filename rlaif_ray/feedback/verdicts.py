@@ -61,6 +61,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
+LONGEST_TEXT, LONGEST_ANSWER = 1_000_000, 50_000  # characters: with its thoughts, and behind them; more is no answer
 LONGEST_SENTENCE = 500  # characters that are looked at around an answer
 
 # Of an answer at the very beginning.
@@ -88,9 +89,13 @@ def parse_verdict(
         asks_for: "better" or "worse": what "1 is better" answers, and "1 is worse".
         cut: the text ended at a limit, so its last word may not be the last.
     """
+    if len(text) > LONGEST_TEXT:
+        return None
     thought = _CLOSED.match(text)
     if thought is not None:
         text = " " * thought.end() + text[thought.end() :]  # places stay what they are
+    if len(text) - (thought.end() if thought is not None else 0) > LONGEST_ANSWER:
+        return None
     if _OPENED.search(text) or _REFUSAL.search(text):
         return None
     alone = text.strip()

@@ -247,6 +247,12 @@ INPUT_LEVEL = [
         says=("p.jsonl", "no column 'promt'", "Did you mean prompt?", "Set column"),
     ),
     Wrong(
+        "brackets without end in a prompt",
+        "data: {path: ./p.jsonl}",
+        prepare=lambda folder: (folder / "p.jsonl").write_text(f'{{"prompt": {"[" * 20_000}{"]" * 20_000}}}\n'),
+        says=("p.jsonl, line 1", "it is nested more than 100 deep", "Mend the line"),
+    ),
+    Wrong(
         "broken JSON line",
         "data: {path: ./p.jsonl}",
         prepare=lambda folder: (folder / "p.jsonl").write_text(GOOD_ROW + '{"prompt": "a\n'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.remembered import Memory
 from rlaif_ray.feedback.remote import OpenAIAsker
 from rlaif_ray.feedback.replies import MOST_TOKENS, BadReplyError, read_probabilities, read_reply
+from rlaif_ray.feedback.verdicts import LONGEST_ANSWER, LONGEST_TEXT, parse_verdict
 from rlaif_ray.types import Answer, Explanation
 from tests.damage import odd_json
 from tests.endpoint import FakeEndpoint, FaultProxy, completion, one
+from tests.pace import scaled
 from tests.unit.feedback.test_remote import ENV, KEY, judge, question
 
 GOOD = completion(one(_1=0.75, _2=0.25), {"model": "m", "logprobs": True, "top_logprobs": 20})
@@ -147,6 +150,16 @@ def test_odd_replies(data: bytes) -> None:
     assert all(isinstance(text, str) for text in reply.texts)
     assert 0 <= reply.tokens_in <= MOST_TOKENS and 0 <= reply.tokens_out <= MOST_TOKENS
     assert all(math.isfinite(p) and 0 <= p <= 1.01 for p in reading.probabilities)
+
+
+@pytest.mark.parametrize("unit", ["[[A]] ", "1 ", "</think>", "Response 1 is ", "x", "\n"])
+def test_a_text_without_end_takes_no_time(unit: str) -> None:
+    began = time.perf_counter()
+    for length in (LONGEST_ANSWER, 20 * LONGEST_TEXT):
+        parse_verdict(unit * (length // len(unit)), ("1", "2"), asks_for="better")
+    assert time.perf_counter() - began < scaled(15.0)
+    thought = f"<think>{'x' * LONGEST_ANSWER * 2}</think>The answer is 2."
+    assert (found := parse_verdict(thought, ("1", "2"))) is not None and found.answer == "2"
 
 
 # ---- What is remembered ----------------------------------------------------------------------------------------------
