@@ -150,11 +150,17 @@ class ChatRenderer:
         if len(texts) == 1 or not getattr(self.tokenizer, "is_fast", False):
             return [list(self.tokenizer(text, **how)["input_ids"]) for text in texts]
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, every child that forks later prints a warning
-        how |= {"return_attention_mask": False, "return_token_type_ids": False}
-        found: list[list[int]] = []
-        for part in _portions(texts):
-            found += self.tokenizer(part, **how)["input_ids"]
-        return found
+        return [tokens for part in _portions(texts) for tokens in self._encoded_together(part, **how)]
+
+    def _encoded_together(self, texts: list[str], **how: Any) -> list[list[int]]:
+        first = list(self.tokenizer(texts[0], **how)["input_ids"])  # also sets `how` in the backend
+        if type(self.tokenizer).__module__.startswith("transformers."):  # nobody's own code stands before the backend
+            backend = self.tokenizer.backend_tokenizer
+            found = [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            if found[0] == first:
+                return found
+        found = self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **how)["input_ids"]
+        return list(found)
 
     def turn_end(self) -> tuple[int, ...]:
         """What ends a response in tokens: the control token by which the template ends a turn, else EOS.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from rlaif_ray.chat.renderer import ChatRenderer
@@ -36,6 +38,21 @@ def test_together_is_as_alone(family: str, characters: int, monkeypatch: pytest.
     assert render.tokens_of(TALKS, ["here"] * len(TALKS)) == [render.tokens(talk, "here") for talk in TALKS]
     assert render.responses(TEXTS) == [render.response(text) for text in TEXTS]
     assert render.tokens_of([], []) == render.responses([]) == []
+
+
+def test_a_tokenizer_with_code_of_its_own_is_asked_itself() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    class Lowering(PreTrainedTokenizerFast):  # as code that comes with a model may do
+        def __call__(self, text: Any = None, *rest: Any, **options: Any) -> Any:
+            lower = text.lower() if isinstance(text, str) else [one.lower() for one in text]
+            return super().__call__(lower, *rest, **options)
+
+    tokenizer = Lowering(tokenizer_object=tokenizer_of("chatml").backend_tokenizer)
+    render = ChatRenderer(tokenizer)
+    talks = [[Message("user", text)] for text in ("four", "FOUR", "A FAT CAT")]
+    assert render.tokens_of(talks, ["here"] * 3) == [render.tokens(talk, "here") for talk in talks]
+    assert render.tokens_of(talks, ["here"] * 3)[0] == render.tokens(talks[1], "here")
 
 
 def test_tokenizers_in_python_take_many_too() -> None:
