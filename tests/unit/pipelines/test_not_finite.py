@@ -17,7 +17,7 @@ from rlaif_ray.config.sections import LearnerConfig
 from rlaif_ray.errors import NotFiniteError
 from rlaif_ray.interfaces import score_answered
 from rlaif_ray.learner.finetune import SftExample
-from rlaif_ray.pipelines import checkpoint, dpo, evaluate, pair_examples, preferences, reward, sampling, supervised
+from rlaif_ray.pipelines import checkpoint, dpo, pair_examples, preferences, reward, sampling, supervised
 from rlaif_ray.pipelines.experience import next_kl_coef
 from rlaif_ray.pipelines.finite import check_updates, how_to_go_on, no_numbers, require_numbers
 from rlaif_ray.pipelines.pipeline import headline
@@ -201,7 +201,7 @@ SUMMARIES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "evaluate": (
-        evaluate._lines,
+        evaluation_table._lines,
         {
             **{
                 "judge": "j",
@@ -254,7 +254,7 @@ def test_a_closing_table_stands_any_value(job: str, number: Any, tmp_path: Path)
     else:
         print_table(job, list(lines(summary)), tmp_path)
     if job == "evaluate":
-        assert all(isinstance(cell, str) for cell in evaluate._row(summary["win_rates"][0]))
+        assert all(isinstance(cell, str) for cell in evaluation_table._row(summary["win_rates"][0]))
     assert isinstance(headline({"job": job, **summary}), str)
 
 

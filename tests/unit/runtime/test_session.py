@@ -18,6 +18,7 @@ from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.runtime import cluster, session
 from rlaif_ray.runtime.local_ray import AUTH, tokens_reloaded
 from rlaif_ray.runtime.session import Named, named_cluster
+from tests.jobs import embedded
 
 Calls = list[dict[str, Any]]
 SUBMITTED = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
@@ -100,8 +101,7 @@ def note_current(folder: Path, address: str) -> Path:
 
 
 def job_on(**cluster: Any) -> TrainJob:
-    named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"judge": {"model": "m"}}}
-    return TrainJob.model_validate({**named, "cluster": cluster})
+    return embedded(TrainJob, {"cluster": cluster})
 
 
 def connect(address: str | None) -> None:
