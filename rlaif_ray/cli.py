@@ -21,6 +21,7 @@ import typer
 from rlaif_ray import __version__
 from rlaif_ray.errors import InputError, RlaifError
 from rlaif_ray.output import say, shown, survive_lost_output
+from rlaif_ray.writing import open_to_append
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
@@ -268,6 +269,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; default report.html in the first.", show_default=False)
     ] = None,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--labels",
+            help="Records that a run wrote outside of its folder; else nothing there is read.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """One HTML page of what runs left behind: curves, measures, and their samples.
 
@@ -276,7 +285,7 @@ def report(
     try:
         from rlaif_ray.pipelines.report import make_report
 
-        say(str(make_report(runs, out)))
+        say(str(make_report(runs, out, labels or ())))
     except KeyboardInterrupt:
         _say("interrupted.")
         raise typer.Exit(130) from None
@@ -373,8 +382,8 @@ def _write_log(run_dir: Path, trace: str) -> Path | None:
     log = run_dir / "error.log"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{shown(trace)}\n")
+        with open_to_append(log) as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{shown(trace)}\n".encode())
     except OSError:
         return None
     return log

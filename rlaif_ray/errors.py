@@ -2,6 +2,7 @@
 
     RlaifError
         InputError (ValueError)       the user's config, data or model is wrong: exit code 2, one message
+        DocumentError (ValueError)    JSON or YAML can't be read: whoever reads it says whose it is, and what follows
         RunError (RuntimeError)       the run failed: exit code 1
             EngineError               an inference engine could not start, or died
             ReplicasLostError         of engines or scorers none is left, and no new one came
@@ -25,6 +26,17 @@ class RlaifError(Exception):
 
 class InputError(RlaifError, ValueError):
     """The user's input is wrong. The message says what, got, why and the remedy; shown without a traceback."""
+
+
+class DocumentError(RlaifError, ValueError):
+    """JSON or YAML is broken, or beyond what is read of it.
+
+    The message goes on after the name of the file: "is nested more than 100 deep". `line`, from 1, is where, if known.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
 
 
 class RunError(RlaifError, RuntimeError):

@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from rlaif_ray.documents import read_yaml
 from rlaif_ray.errors import InputError
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
@@ -132,7 +131,7 @@ def known_shape(name: str) -> ModelShape | None:
 def known_shapes() -> dict[str, ModelShape]:
     """By name on the hub, without -Instruct and the like: model_shapes.yaml."""
     found: dict[str, ModelShape] = {}
-    for name, row in yaml.safe_load((Path(__file__).parent / "model_shapes.yaml").read_text()).items():
+    for name, row in read_yaml(Path(__file__).parent / "model_shapes.yaml", dict).items():
         also = row.pop("also", [])
         family, numbers = row.pop("family"), row.pop("shape")
         found |= dict.fromkeys([name, *also], ModelShape(family, *numbers, **row))

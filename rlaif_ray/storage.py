@@ -7,8 +7,10 @@ says that it is there. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,15 @@ from typing import Any, BinaryIO
 
 from xxhash import xxh3_128
 
-from rlaif_ray.errors import CheckpointError, InputError, RunError
+from rlaif_ray.documents import JSON_BYTES, parse_json
+from rlaif_ray.errors import CheckpointError, DocumentError, InputError, RunError
 from rlaif_ray.folders import publish_folder
 from rlaif_ray.secrecy import masked, without_login
+from rlaif_ray.writing import open_anew
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+TOKEN = re.compile(r"[0-9a-f]{8}")  # by which one attempt to write a folder is told from another
 READ_BYTES = 8 << 20  # at a time
 READERS = 4  # files that are verified side by side
 
@@ -124,7 +129,7 @@ class Place:
                     yield HashedWriter(file)
                 return
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with self.folder.open("wb") as file:
+            with open_anew(self.folder) as file:
                 yield HashedWriter(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -136,8 +141,12 @@ class Place:
         return file.stored
 
     def read(self) -> bytes:
+        """A small file's content."""
         with _failing(f"{self} can't be read"), self.opened() as file:
-            return file.read()
+            data = file.read(JSON_BYTES + 1)
+            if len(data) > JSON_BYTES:
+                raise CheckpointError(f"{self} can't be read: it is longer than {JSON_BYTES:,} bytes.")
+            return data
 
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:
@@ -182,7 +191,7 @@ class Place:
                 for each in (f"{path}/{MANIFEST}", path):
                     if filesystem.exists(each):
                         filesystem.rm(each, recursive=True)
-            elif self.folder.is_dir():
+            elif self.folder.is_dir() and not self.folder.is_symlink():  # of a link the link alone
                 aside = self.folder.with_name(f".partial-{self.folder.name}-removed")  # gone at once, or not at all
                 shutil.rmtree(aside, ignore_errors=True)
                 shutil.rmtree(self.folder.rename(aside))
@@ -210,7 +219,7 @@ class HashedWriter:
 
 
 def draft(final: Place, token: str) -> Place:
-    """Where the files of a folder are written before it is there; `token` is no other attempt's."""
+    """Where the files of a folder are written before it is there; `token`, a TOKEN, is no other attempt's."""
     root, _, name = final.address.rpartition("/")
     return Place(f"{root}/.partial-{name}-{token}" if final.folder is not None else f"{final.address}/{token}")
 
@@ -240,14 +249,37 @@ def publish(written: StoredFolder, final: Place, **facts: Any) -> None:
     data = json.dumps({**content, "xxh128": _digest(content)}, indent=1).encode()
     if final.folder is None:
         (final / MANIFEST).write(data)
-        for name in set(final.names()) - {MANIFEST, below}:  # another attempt's
-            (final / name).remove()
+        for name in set(final.names()) - {below}:  # another attempt's
+            if TOKEN.fullmatch(name):
+                (final / name).remove()
         return
     (written.place / MANIFEST).write(data)
     partial = written.place.folder
     assert partial is not None
     with _failing(f"{final} could not be written"):
+        _make_way(final, final.folder)
         publish_folder(partial, final.folder)
+
+
+def _make_way(final: Place, folder: Path) -> None:
+    """What has the name of a folder that is published, and is none itself, is somebody's: it is moved aside."""
+    if not os.path.lexists(folder):
+        return
+    if not is_stored_folder(final):
+        aside = (folder.with_name(f"{folder.name}.moved-aside-{k}") for k in itertools.count(1))
+        folder.rename(next(path for path in aside if not os.path.lexists(path)))
+    elif folder.is_symlink():
+        folder.unlink()
+
+
+def is_stored_folder(place: Place) -> bool:
+    """Whether `publish` made what is there, damaged or not; nothing else may be removed."""
+    try:
+        with (place / MANIFEST).opened() as file:
+            content = parse_json(file.read(JSON_BYTES + 1), dict)
+    except Exception:  # of any file system: then nobody knows
+        return False
+    return {"format", "files", "xxh128"} <= content.keys()
 
 
 def open_folder(place: Place, *, verify: bool = True) -> tuple[StoredFolder, dict[str, Any]]:
@@ -259,7 +291,7 @@ def open_folder(place: Place, *, verify: bool = True) -> tuple[StoredFolder, dic
     manifest = place / MANIFEST
     try:
         with manifest.opened() as file:
-            content = json.loads(file.read())
+            content = parse_json(file.read(JSON_BYTES + 1), dict)
         if content["format"] != FORMAT:
             raise CheckpointError(
                 f"{manifest} is of format {content['format']}, and this rlaif_ray reads {FORMAT}: go on with "
@@ -276,6 +308,8 @@ def open_folder(place: Place, *, verify: bool = True) -> tuple[StoredFolder, dic
         raise CheckpointError(
             f"{place} has no {MANIFEST}: it is not whole, or an older version of rlaif_ray wrote it."
         ) from error
+    except DocumentError as error:
+        raise CheckpointError(f"{manifest} can't be read: it {error}.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest} can't be read ({told(error)}).") from error
     folder = StoredFolder(place / below if below else place, files)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 
+from rlaif_ray.documents import STR, YAML_BYTES, kind_of, parse_yaml, read_bytes, scalar_tag
+from rlaif_ray.errors import DocumentError
 from rlaif_ray.output import first_unsafe
 
 Key = tuple[str, ...]  # ("learner", "lr") is the dotted name learner.lr
@@ -28,106 +29,44 @@ class Layer:
 
 # --- YAML -----------------------------------------------------------------------------------------------------------
 
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
-_FLOAT = re.compile(r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$")
-_INF_NAN = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$")
-_OURS = {"tag:yaml.org,2002:int": [_INT], "tag:yaml.org,2002:float": [_FLOAT, _INF_NAN]}
+
+@dataclass(slots=True)
+class _Read:
+    """What a YAML text says: plain values, and where each key came from."""
+
+    values: Any = None  # None when there is none, or it can't be read
+    origins: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
 
-def _numbers_of_yaml_1_2(kind: type[Any]) -> None:
-    """Makes 1e-6 a number and 10:30, 010 and 2024-01-01 text; PyYAML follows YAML 1.1, where each is otherwise."""
-    kind.yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in known if tag not in _OURS and not tag.endswith(":timestamp")]
-        for first, known in kind.yaml_implicit_resolvers.items()
-    }
-    for tag, regexps in _OURS.items():
-        for regexp in regexps:
-            kind.add_implicit_resolver(tag, regexp, list("-+.0123456789"))
-
-
-class ConfigLoader(yaml.SafeLoader):
-    """Reads our YAML."""
-
-
-class ConfigDumper(yaml.SafeDumper):
-    """Writes YAML that ConfigLoader reads back unchanged."""
-
-
-_numbers_of_yaml_1_2(ConfigLoader)
-_numbers_of_yaml_1_2(ConfigDumper)
-
-
-class _Reader:
-    """Turns YAML nodes into plain values and notes where each key came from."""
-
-    def __init__(self, text: str, place: Callable[[int], str]) -> None:
-        self.text = text
-        self.place = place  # line, from 1 -> how to name it
-        self.origins: dict[Key, str] = {}
-        self.problems: list[str] = []
-
-    def read(self, key: Key) -> Any:
-        """The document's value; `key` is where it will stand. None when there is none, or it can't be read."""
-        try:
-            self.loader = ConfigLoader(self.text)  # refuses control characters
-        except yaml.reader.ReaderError as error:
-            line = self.text.count("\n", 0, error.position) + 1
-            self.problems.append(
-                f"{self.place(line)} is not valid YAML: it has the character #x{error.character:04x}, which is no "
-                f"text. Remove it."
+def _read(text: bytes | str, key: Key, whole: str, place: Callable[[int], str]) -> _Read:
+    """Reads a text whose value will stand at `key`; `place` names a line of it, from 1, and `whole` all of it."""
+    try:
+        document = parse_yaml(text)
+    except DocumentError as error:
+        remedy = "Mend the indentation, quotes or brackets" if "valid YAML" in str(error) else "Correct or remove it"
+        return _Read(problems=[f"{place(error.line) if error.line else whole} {error}. {remedy} there."])
+    origins = {(*key, *below): place(line) for below, line in document.lines.items()}
+    problems = [
+        f"{place(line)} sets {'.'.join((*key, *below))} again (first on line {first}): only one of the two could "
+        f"count. Remove one."
+        for below, line, first in document.repeated
+        if not first_unsafe(below[-1])
+    ]
+    for below, line in document.lines.items():
+        if below and (unsafe := first_unsafe(below[-1])):
+            problems.append(
+                f"{place(line)} has a key with the character {unsafe} in it: it would not be shown as it is read. "
+                f"Write the key without it."
             )
-            return None
-        try:
-            node = self.loader.get_single_node()
-            return None if node is None else self._value(node, key, ())
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that is none; nesting
-            mark = getattr(error, "problem_mark", None)
-            line = mark.line + 1 if mark else 1
-            what = " ".join(filter(None, [getattr(error, "context", None), getattr(error, "problem", None)])) or error
-            self.problems.append(
-                f"{self.place(line)} is not valid YAML: {what}. Mend the indentation, quotes or brackets there."
-            )
-            return None
-        finally:
-            self.loader.dispose()
+    return _Read(_with_safe_keys(document.value), origins, problems)
 
-    def _value(self, node: yaml.Node, key: Key, parents: tuple[yaml.Node, ...]) -> Any:
-        self.origins[key] = self.place(node.start_mark.line + 1)
-        if node in parents:
-            raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, key, (*parents, node))
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(child, (*key, str(i)), (*parents, node)) for i, child in enumerate(node.value)]
-        return self.loader.construct_object(node, deep=True)
 
-    def _mapping(self, node: yaml.MappingNode, key: Key, parents: tuple[yaml.Node, ...]) -> dict[str, Any]:
-        seen: dict[str, int] = {}
-        for name, _ in node.value:
-            line = name.start_mark.line + 1
-            if not isinstance(name, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", name.start_mark)
-            if unsafe := first_unsafe(str(name.value)):
-                self.problems.append(
-                    f"{self.place(line)} has a key with the character {unsafe} in it: it would not be shown as it is "
-                    f"read. Write the key without it."
-                )
-                continue
-            if name.value in seen and name.value != "<<":
-                self.problems.append(
-                    f"{self.place(line)} sets {'.'.join((*key, name.value))} again (first on line "
-                    f"{seen[name.value]}): only one of the two could count. Remove one."
-                )
-            seen.setdefault(name.value, line)
-        self.loader.flatten_mapping(node)  # resolves <<: *anchor
-        values = {}
-        for name, child in node.value:
-            if first_unsafe(str(name.value)):
-                continue
-            here = (*key, str(name.value))
-            values[here[-1]] = self._value(child, here, parents)
-            self.origins[here] = self.place(name.start_mark.line + 1)
-        return values
+def _with_safe_keys(value: Any) -> Any:
+    """Without the keys that are refused for their characters: what is said of the others may quote them."""
+    if isinstance(value, dict):
+        return {key: _with_safe_keys(inner) for key, inner in value.items() if not first_unsafe(str(key))}
+    return [_with_safe_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_file(file: Path) -> Layer:
@@ -136,21 +75,20 @@ def read_file(file: Path) -> Layer:
         problem = f"config file {str(file)!r} has the character {unsafe} in its name: it would not be shown as it is."
         return Layer(problems=[f"{problem} Rename it."])
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bytes(file, YAML_BYTES)
     except FileNotFoundError:
         return Layer(problems=[_missing(file)])
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, DocumentError) as error:
+        reason = getattr(error, "strerror", None) or f"it {error}"
         return Layer(problems=[f"config file {file} can't be read ({reason}): a YAML text file is needed. Name one."])
-    reader = _Reader(text, lambda line: f"{file}, line {line}")
-    values = reader.read(())
-    if values is not None and not isinstance(values, dict):
-        reader.problems.append(
-            f"config file {file} must hold a mapping of keys to values (got {kind_of(values)}): every setting has a "
-            f"name. Write lines such as `steps: 100`."
+    read = _read(text, (), f"config file {file}", lambda line: f"{file}, line {line}")
+    if read.values is not None and not isinstance(read.values, dict):
+        read.problems.append(
+            f"config file {file} must hold a mapping of keys to values (got {kind_of(read.values)}): every setting has "
+            f"a name. Write lines such as `steps: 100`."
         )
-        values = None
-    return Layer(values or {}, reader.origins, reader.problems)
+        read.values = None
+    return Layer(read.values or {}, read.origins, read.problems)
 
 
 def _missing(file: Path) -> str:
@@ -180,21 +118,18 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
             )
             continue
         key: Key = tuple(name.split("."))
-        reader = _Reader(text, lambda line, override=override: f"the override {override}")  # type: ignore[misc]
-        if _is_plain(text):
-            value: Any = text
-            reader.origins[key] = reader.place(1)
-        else:
-            value = reader.read(key)
-        layer.problems.extend(reader.problems)
-        if reader.problems:
+        whole = f"the override {override}"
+        read = _Read(text, {key: whole}) if _is_plain(text) else _read(text, key, whole, lambda _, whole=whole: whole)  # type: ignore[misc]
+        layer.problems.extend(read.problems)
+        if read.problems:
             continue
+        value = read.values
         for part in reversed(key):
             value = {part: value}
         merged = merge(None, layer.values, value)
         layer.values.update(merged)
-        layer.origins.update(reader.origins)
-        layer.origins.update({key[:end]: f"the override {override}" for end in range(1, len(key) + 1)})
+        layer.origins.update(read.origins)
+        layer.origins.update({key[:end]: whole for end in range(1, len(key) + 1)})
     return layer
 
 
@@ -209,20 +144,10 @@ def _is_plain(text: str) -> bool:
         ord(character) < 32 and character not in "\t\n\r" for character in text
     ):
         return False  # YAML, whatever is wrong with it
-    try:
-        node = yaml.compose(text, Loader=ConfigLoader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return True
-    if node is None:
+    tag = scalar_tag(text)
+    if tag == "":
         return bool(text.strip())  # nothing but a comment
-    whole = isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text.rstrip())
-    return not whole or node.tag == "tag:yaml.org,2002:str" or text.lstrip()[:1] in "&!*"
-
-
-def kind_of(value: Any) -> str:
-    """A value's kind in the user's words."""
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
-    return names.get(type(value), "a number")
+    return tag in (None, STR) or text.lstrip()[:1] in "&!*"
 
 
 # --- merging --------------------------------------------------------------------------------------------------------

@@ -43,6 +43,12 @@ def load_job(job: str, files: Sequence[Path], overrides: Sequence[str] = ()) -> 
         complain(problems)
 
     given = getattr(config, "run_dir", None)
+    if not given and (place := getattr(getattr(config, "checkpoint", None), "path", None)):
+        raise InputError(
+            f"checkpoint.path={place} needs a run_dir (got none): the checkpoints there are the run's of that folder, "
+            f"and a default one has another name each time, so the same command would not go on from them. Set "
+            f"run_dir=PATH."
+        )
     stem = Path(files[0]).stem if files else job
     run_dir = Path(given or f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     return Loaded(

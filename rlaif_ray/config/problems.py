@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from rlaif_ray.config.layers import Key, item_class, kind_of, variants
+from rlaif_ray.config.layers import Key, item_class, variants
+from rlaif_ray.documents import kind_of
 from rlaif_ray.secrecy import masked, secrets_in
 
 _ROUNDS = 20  # each leaves out what the rounds before found wrong; far more than nested classes can need

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 import rlaif_ray
-from rlaif_ray.config.layers import ConfigDumper
 from rlaif_ray.config.load import Loaded
+from rlaif_ray.documents import YamlDumper
 from rlaif_ray.output import shown
 from rlaif_ray.secrecy import without_secrets
 
@@ -76,7 +76,7 @@ def resolved_yaml(loaded: Loaded, versions: Mapping[str, str], git: str | None, 
     header += [f"changed {change}" for change in changes]
     body = yaml.dump(
         without_secrets(_plain(loaded.config.model_dump())),  # what the loader takes has none: it stays as it is
-        Dumper=ConfigDumper,
+        Dumper=YamlDumper,
         sort_keys=False,
         allow_unicode=True,
         width=120,

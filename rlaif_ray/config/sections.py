@@ -388,13 +388,16 @@ class CheckpointConfig(Config):
     keep: Annotated[int, Field(ge=1)] = 2
     """How many stay; older ones are removed once a newer one is whole."""
     path: str | None = None
-    """A folder that all nodes share, or an address such as s3://bucket/prefix, this run's alone; null: checkpoints/ in
-    run_dir. Keys and endpoints stand in the environment (AWS_PROFILE, AWS_ENDPOINT_URL, ...), not here."""
+    """A folder that all nodes share, or an address such as s3://bucket/prefix; null: checkpoints/ in run_dir. It is one
+    run's, whose id stands in its owner.json and in run_dir; another run is refused. Keys and endpoints stand in the
+    environment (AWS_PROFILE, AWS_ENDPOINT_URL, ...), not here."""
     background: bool = True
     """Write while training goes on: it stops only to copy the state to host memory, which has to hold it a second
     time. false: it stops until all is written."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest whole checkpoint, if there is one; damaged ones are passed over."""
+    resume: Literal["auto", "never", "take_over"] = "auto"
+    """auto: go on from the newest whole checkpoint, if there is one; damaged ones are passed over. never: start anew,
+    and remove this run's checkpoints. take_over: as auto, and what stands at checkpoint.path is this run's from now on,
+    whoever's it was."""
     grace_s: Annotated[float, Field(gt=0)] = 90.0
     """After SIGTERM (a preempted node, a stopped job) the run writes a checkpoint, and ends within so many seconds."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import csv
 import importlib
+import io
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from rlaif_ray.data.preferences import PreferenceRecord, comparison_text, read_p
 from rlaif_ray.data.prompts import nearest_hint, one_line
 from rlaif_ray.data.record_files import arrow_schema, record_batches, write_records
 from rlaif_ray.errors import InputError
+from rlaif_ray.writing import replacing
 
 if TYPE_CHECKING:
     import datasets
@@ -48,18 +50,13 @@ def trl_row(record: PreferenceRecord) -> dict[str, Any] | None:
 
 def write_trl(path: Path, out: Path) -> tuple[int, int]:
     """Writes TRL's rows of the records in `path` to a .jsonl file. Returns how many, and how many were left out."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}.new")
     found: Counter[bool] = Counter()
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            for record in read_preferences(str(path)):
-                row = trl_row(record)
-                found[row is not None] += 1
-                if row is not None:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(out) as file:
+        for record in read_preferences(str(path)):
+            row = trl_row(record)
+            found[row is not None] += 1
+            if row is not None:
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     return found[True], found[False]
 
 
@@ -178,13 +175,16 @@ def sample_for_review(path: Path, n: int, seed: int, out: Path) -> int:
     chosen = list(itertools.islice(filter(None, itertools.chain(*itertools.zip_longest(*strata))), n))
     draw.shuffle(chosen)
     try:
-        with out.open("w", encoding="utf-8-sig", newline="") as file:  # with a BOM: Excel takes it for UTF-8 only then
-            sheet = csv.writer(file, quoting=csv.QUOTE_ALL)  # a ; or tab in a cell separates none then
+        with replacing(out) as file:
+            # With a BOM: Excel takes it for UTF-8 only then.
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="", write_through=True)
+            sheet = csv.writer(text, quoting=csv.QUOTE_ALL)  # a ; or tab in a cell separates none then
             sheet.writerow(_SHEET)
             for record in chosen:
                 label = f"{record.prefers} ({record.confidence:.2f})"
                 cells = (record.id, comparison_text(record), record.response_a, record.response_b, "", "", label)
                 sheet.writerow(map(_quoted, cells))
+            text.detach()
     except OSError as error:
         raise InputError(f"the sheet {out} can't be written ({error.strerror or error}). Name another file.") from error
     return len(chosen)

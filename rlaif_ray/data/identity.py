@@ -92,9 +92,12 @@ class Content:
     def of_json(cls, value: Any) -> Content | None:
         """None for what is no such object."""
         try:
-            return cls(**value)
-        except TypeError:
+            found = cls(**value)
+            texts = [found.name, found.digest, found.ref or "", found.commit or "", *found.files, *found.files.values()]
+            clock_time(found.changed_at or 0.0)
+        except (TypeError, AttributeError, ValueError, OverflowError, OSError):
             return None
+        return found if all(isinstance(text, str) for text in texts) else None
 
 
 def clock_time(seconds: float) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rlaif_ray.data.preferences import ENDINGS, PreferenceRecord
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.tracking.files import cut_rows
+from rlaif_ray.writing import open_in_place, open_to_append, replacing
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -48,7 +49,7 @@ class RecordWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._lines != path and path.exists() and not self._lines.exists():
                 _unroll(path, self._lines)
-            self._file = self._lines.open("ab", buffering=0)
+            self._file = open_to_append(self._lines, buffering=0)
         except OSError as error:
             raise InputError(
                 f"the records can't be written to {path} ({error.strerror or error}). Name a file in a folder that "
@@ -108,9 +109,8 @@ class RecordWriter:
         beside = self._lines.with_name(f".{self._lines.name}.{os.getpid()}.new")
         before, count = self._file, self.count
         try:
-            with beside.open("wb"):
-                pass
-            self._file, self.count = beside.open("ab", buffering=0), 0
+            beside.unlink(missing_ok=True)
+            self._file, self.count = open_to_append(beside, buffering=0), 0
             self._lock()
             left = iter(records)
             while chunk := list(itertools.islice(left, _ROWS_AT_A_TIME)):
@@ -190,16 +190,12 @@ def record_batches(records: Iterable[PreferenceRecord]) -> Iterator[pa.RecordBat
 def _write_parquet(records: Iterable[PreferenceRecord], path: Path) -> None:
     import pyarrow.parquet as pq
 
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with pq.ParquetWriter(beside, arrow_schema()) as writer:
+        with replacing(path) as file, pq.ParquetWriter(file, arrow_schema()) as writer:
             for batch in record_batches(records):
                 writer.write_batch(batch)
-        beside.replace(path)
     except OSError as error:
         raise RunError(f"{path} can't be written ({error.strerror or error}). Free space, then start again.") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _unroll(path: Path, lines: Path) -> None:
@@ -213,21 +209,16 @@ def _unroll(path: Path, lines: Path) -> None:
         ours = False
     if not ours:
         raise InputError(_not_ours(path))
-    beside = lines.with_name(f".{lines.name}.{os.getpid()}.new")
-    try:
-        with beside.open("wb") as file, pq.ParquetFile(path, pre_buffer=False) as source:
-            for batch in source.iter_batches(_ROWS_AT_A_TIME):
-                records = (PreferenceRecord.model_validate(row) for row in batch.to_pylist())
-                file.writelines(record.model_dump_json().encode() + b"\n" for record in records)
-        beside.replace(lines)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(lines) as file, pq.ParquetFile(path, pre_buffer=False) as source:
+        for batch in source.iter_batches(_ROWS_AT_A_TIME):
+            records = (PreferenceRecord.model_validate(row) for row in batch.to_pylist())
+            file.writelines(record.model_dump_json().encode() + b"\n" for record in records)
 
 
 def _whole_lines(path: Path) -> int:
     """How many lines a file has, once a last one without an end is cut off. It must be one of ours."""
     count = end = 0
-    with path.open("r+b") as file:
+    with open_in_place(path) as file:
         for line in file:
             whole = line.endswith(b"\n")
             if count == 0 and not (_is_ours(line) if whole else line.startswith(_START[: len(line)])):

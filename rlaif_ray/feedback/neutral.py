@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 
-import yaml
+from rlaif_ray.documents import read_yaml
 
 CODE_LETTERS = "bcdfghjkmnpqrstvwxz"  # of a marker's code (see frames.py): no vowels, so no words
 CODE_LENGTH = 6
@@ -61,7 +61,7 @@ def letters(marker: str) -> str:
 @cache
 def _confusables() -> dict[str, str]:
     """Letters of other scripts, by what they look like. Raises OSError when the package is not whole."""
-    tables = yaml.safe_load(_CONFUSABLES.read_text(encoding="utf-8"))
+    tables = read_yaml(_CONFUSABLES, dict)
     rows = [*tables["faux"].items(), *tables["letters"].items()]  # Unicode's own win
     return {character: letter for letter, characters in rows for character in characters}
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlaif_ray.documents import parse_json
 from rlaif_ray.errors import CheckpointError
 from rlaif_ray.storage import READ_BYTES, Place, StoredFile, StoredFolder, told, verified
 
@@ -39,6 +40,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+STATE_BYTES = 100 << 20  # of a state beside its tensors: as much as safetensors takes
 _PLAIN = (str, bool, int, type(None))
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -198,6 +200,6 @@ def _load(path: Any, place: Place, objects: Mapping[str, type]) -> Any:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            return decode(json.loads(file.metadata()["state"]), tensors, objects)
+            return decode(parse_json(file.metadata()["state"], most_bytes=STATE_BYTES, lenient=True), tensors, objects)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{place} can't be read ({told(error)}).") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,7 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.errors import CheckpointError
+from rlaif_ray.documents import at, parse_json
+from rlaif_ray.errors import CheckpointError, DocumentError, InputError
 from rlaif_ray.pipelines.checkpoint import STATE
 from rlaif_ray.pipelines.run_folder import state_of
 from rlaif_ray.pipelines.settings import KEPT
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from rlaif_ray.config.load import Loaded
 
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 OF_A_PIPELINE = "pipeline.json"  # in its folder
 
 
@@ -38,8 +39,15 @@ def with_chat_date(loaded: Loaded, today: str | None = None) -> Loaded:
 
 def pipeline_date(folder: Path, today: str | None = None) -> str:
     """The date of all stages of the pipeline in `folder` that set none: that of its first day, kept there."""
-    kept = read_json(folder / OF_A_PIPELINE).get("chat_date")
-    if isinstance(kept, str):
+    path = folder / OF_A_PIPELINE
+    if path.exists():
+        kept = at(read_json(path), "chat_date", expected=str)
+        if kept is None or not _DATE.fullmatch(kept):
+            raise InputError(
+                f"{path} must say at which day the pipeline began (got no chat_date in it, or no JSON): its stages "
+                f"would not all read the same prompts. Restore it, or write the day into it, such as "
+                f'{{"chat_date": "2026-01-31"}}.'
+            )
         return kept
     date = today or datetime.date.today().isoformat()
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,11 +58,10 @@ def pipeline_date(folder: Path, today: str | None = None) -> str:
 def _begun(loaded: Loaded) -> str | None:
     """The date of the run that this one goes on from; None where it begins."""
     for kept in _kept_settings(loaded):
-        try:
-            found = kept["config"]["chat_date"]
-        except (LookupError, TypeError):  # whoever goes on from it says what is wrong
-            continue
-        return found if isinstance(found, str) else None
+        settings = at(kept, "config", expected=dict) or {}
+        if "chat_date" in settings:  # else whoever goes on from it says what is wrong
+            found = at(settings, "chat_date", expected=str) or ""
+            return found if _DATE.fullmatch(found) else None
     return None
 
 
@@ -79,6 +86,6 @@ def _state(checkpoint: Place) -> bytes:
 
 def _document(read: Callable[[], bytes | str]) -> Any:
     try:
-        return json.loads(read())
-    except (CheckpointError, ValueError):
+        return parse_json(read(), lenient=True)
+    except (CheckpointError, DocumentError):
         return None

@@ -15,17 +15,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.config.resolved import versions
-from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.documents import parse_json
+from rlaif_ray.errors import CheckpointError, DocumentError, InputError
+from rlaif_ray.pipelines.checkpoint_owner import Claim, claim_checkpoints
 from rlaif_ray.pipelines.inputs import contents
 from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
-from rlaif_ray.storage import MANIFEST, Place, StoredFolder, draft, open_folder, publish, told
+from rlaif_ray.storage import MANIFEST, TOKEN, Place, StoredFolder, draft, is_stored_folder, open_folder, publish, told
 
 if TYPE_CHECKING:
     from rlaif_ray.data.identity import Content
     from rlaif_ray.interfaces import WrittenFiles
 
 STATE = "state.json"
-UNFINISHED = ".partial-"  # how the names of folders begin that are being written, or removed
+PROBE = ".partial-probe"
+# Names of what is being written or removed: storage.draft and Place.remove make them.
+UNFINISHED = re.compile(rf"\.partial-(probe|step-\d+-({TOKEN.pattern}|removed))(-removed)?")
 END_S = 60.0  # how long a run that fails waits for a checkpoint that is being written
 
 
@@ -126,21 +130,47 @@ def open_checkpoints(job: TrainJob | SupervisedJob, run_dir: Path) -> Checkpoint
     """The run's checkpoints, below checkpoint.path or in the run's own folder.
 
     Raises:
-        InputError: checkpoint.path can't be reached, or not written.
+        InputError: checkpoint.path can't be reached or written, or is another run's.
     """
     given = job.checkpoint.path
     place = Place.of(given or run_dir / "checkpoints")
+    claim = None
     if given is not None:
-        probe = place / f"{UNFINISHED}probe"
+        probe = place / PROBE
         try:
             probe.write(b"")
             probe.remove()
-        except CheckpointError as error:
+            claim = claim_checkpoints(place, run_dir, take_over=job.checkpoint.resume == "take_over")
+        except (CheckpointError, OSError) as error:
             raise InputError(
                 f"checkpoint.path must be a place that can be written (got {place}): {error} "
                 f"Correct the address or its permissions, or choose another with checkpoint.path=ADDRESS."
             ) from error
-    return Checkpoints(job, place)
+    return Checkpoints(job, place, claim)
+
+
+def remove_checkpoints(place: Place) -> None:
+    """Removes the checkpoints there, whole, damaged or half written; what is none of ours stays.
+
+    Raises:
+        CheckpointError: one can't be removed.
+    """
+    for name in place.names():
+        if _is_ours(place, name):
+            (place / name).remove()
+
+
+def _is_ours(place: Place, name: str) -> bool:
+    """Whether `name` at this place is a checkpoint, or one that was being written or removed."""
+    if UNFINISHED.fullmatch(name):
+        return True
+    if _step_of(name) is None:
+        return False
+    step = place / name
+    if is_stored_folder(step):
+        return True
+    # On an object store an upload that was cut off has the step's name, and no manifest yet.
+    return step.folder is None and all(TOKEN.fullmatch(each) for each in step.names())
 
 
 class Checkpoints:
@@ -149,8 +179,8 @@ class Checkpoints:
     An error in writing comes out at the next call of `check`, `save` or `wait`.
     """
 
-    def __init__(self, job: TrainJob | SupervisedJob, place: Place) -> None:
-        self._job, self._cfg, self.place = job, job.checkpoint, place
+    def __init__(self, job: TrainJob | SupervisedJob, place: Place, claim: Claim | None = None) -> None:
+        self._job, self._cfg, self.place, self._claim = job, job.checkpoint, place, claim
         self.holds = contents(job)  # now: a file may change while the run goes on with what it has read
         self._settings = kept_settings(job, self.holds)
         self._last: int | None = None  # the step that was saved last
@@ -182,7 +212,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are some, and all are damaged.
         """
-        saved = self.newest() if self._cfg.resume == "auto" else None
+        saved = None if self._cfg.resume == "never" else self.newest()
         if saved is not None:
             for change in other_versions(saved):
                 self._note(f"the checkpoint was written with {change}")
@@ -214,10 +244,13 @@ class Checkpoints:
         return None
 
     def start_over(self) -> None:
-        """Removes an earlier run's checkpoints: this run's are told from them by nothing but their steps."""
-        for name in self.place.names():
-            if _step_of(name) is not None or name.startswith(UNFINISHED):
-                (self.place / name).remove()
+        """Removes what this run wrote there before it starts anew; what has no manifest of ours stays.
+
+        Raises:
+            CheckpointError: it can't be removed, or another process has claimed the place.
+        """
+        self._check_claim()
+        remove_checkpoints(self.place)
 
     def save(self, learner: Checkpointed, state: RunState) -> None:
         """Writes `step-N`, unless it is there; then old ones go. Returns once the learner has copied its state, or,
@@ -238,6 +271,7 @@ class Checkpoints:
             written = learner.save_checkpoint(place)
 
         def finish() -> None:
+            self._check_claim()
             files = {**written(), STATE: (place / STATE).write(data)}
             publish(StoredFolder(place, files), final, step=step)
             self._damaged.discard(step)
@@ -306,12 +340,20 @@ class Checkpoints:
             # Later ones than this are damaged: they stay until the run comes by again.
             kept = {step for step in steps if step > now} | {*[s for s in steps if s <= now][-self._cfg.keep :]}
             kept |= {step for step in self._damaged if step > now}
-            for name in self.place.names():
-                step = _step_of(name)
-                if name.startswith(UNFINISHED) or (step is not None and step not in kept):
-                    (self.place / name).remove()
+            names = self.place.names()
         except CheckpointError as error:
-            self._note(f"an old checkpoint stays: {error}")
+            self._note(f"old checkpoints stay: {error}")
+            return
+        for name in names:
+            try:
+                if _step_of(name) not in kept and _is_ours(self.place, name):
+                    (self.place / name).remove()
+            except CheckpointError as error:
+                self._note(f"an old checkpoint stays: {error}")
+
+    def _check_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
 
 
 class _Writing:
@@ -354,9 +396,9 @@ def _open(root: Place, step: int) -> Saved:
     if facts.get("step") != step:
         raise CheckpointError(f"{root / f'step-{step}'} is of step {facts.get('step')}: it was renamed, or copied.")
     try:
-        document = dict(json.loads(folder.read(STATE)))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder.place / STATE} can't be read ({told(error)}).") from error
+        document = parse_json(folder.read(STATE), dict, lenient=True)
+    except DocumentError as error:
+        raise CheckpointError(f"{folder.place / STATE} can't be read: it {error}.") from error
     return Saved(step, folder, document)
 
 

@@ -24,10 +24,12 @@ from rlaif_ray.data.preferences import (
 )
 from rlaif_ray.data.prompts import read_conversations
 from rlaif_ray.data.record_files import RecordWriter
+from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.calibration import beats
 from rlaif_ray.evaluation.win_rate import PositionBias, length_controlled, outcome, position_bias, win_rate
 from rlaif_ray.feedback.reward_model import check_reward_model, reward_renderer
+from rlaif_ray.output import say
 from rlaif_ray.pipelines.alignment import PEOPLE, labelled_by_people, measured_alignment, measured_reward_model
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import load_chat
@@ -41,7 +43,7 @@ from rlaif_ray.pipelines.harmless import (
     responses_of,
 )
 from rlaif_ray.pipelines.inputs import look_at
-from rlaif_ray.pipelines.lineage import training_judges
+from rlaif_ray.pipelines.lineage import taught_by
 from rlaif_ray.pipelines.partial import not_final, reasons_told, require
 from rlaif_ray.pipelines.preferences import make_labels
 from rlaif_ray.pipelines.run_folder import go_on, make_folder
@@ -89,6 +91,9 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
     grader = read_grader(job) if job.harmless is not None else None
     make_folder(run_dir)
     go_on(loaded, run_dir, looked, made=MADE)
+    taught, unclear = taught_by({name: arm.model or arm.path or "" for name, arm in job.arms.items()})
+    for arm, notes in unclear.items():
+        say(f"arm {arm}: {'; '.join(notes)}")
     samples, judged = _sample_jobs(job, run_dir), _label_job(job, run_dir)
     asked = write_prompts(job, run_dir / "prompts.jsonl")
     tags = _must_reach(job, asked)
@@ -117,9 +122,8 @@ def evaluate(loaded: Loaded) -> dict[str, Any]:
         "harmless": measured_harmless(job, responses, graded) if grader is not None else None,
         "answers": {name: sum(map(len, own.values())) for name, own in answers.items()},
         "judge": "longer" if job.judge.type == "longer" else job.judge.model,
-        "training_judges": {
-            name: sorted(training_judges(arm.model or arm.path or "")) for name, arm in job.arms.items()
-        },
+        "training_judges": taught,
+        "unclear_origins": unclear,
         "probabilities": job.win_rate.use_probabilities,
         "tokens_in": labels.get("tokens_in", 0) + (graded.tokens_in if grader else 0),
         "tokens_out": labels.get("tokens_out", 0),
@@ -218,7 +222,8 @@ def write_prompts(job: EvaluateJob, path: Path) -> dict[str, list[tuple[Message,
 
 def sampled_in_vain(jobs: Mapping[str, SampleJob]) -> int:
     """Responses of all arms that are missing and could be there after another try."""
-    return sum(read_json(Path(job.run_dir or "") / "summary.json").get("retryable", 0) for job in jobs.values())
+    summaries = (read_json(Path(job.run_dir or "") / "summary.json") for job in jobs.values())
+    return sum(at(summary, "retryable", expected=int) or 0 for summary in summaries)
 
 
 def _must_reach(job: EvaluateJob, asked: Mapping[str, Sequence[tuple[Message, ...]]]) -> dict[str, tuple[str, ...]]:
@@ -450,6 +455,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     pupils = [name for name, judges in summary["training_judges"].items() if summary["judge"] in judges]
     if pupils:
         yield "mind", f"{', '.join(pupils)} learned from this same judge: it grades its own pupils"
+    for arm, notes in summary["unclear_origins"].items():
+        yield f"origin of {arm}", "; ".join(notes)
     found = summary["alignment"]
     if found:
         yield "agrees with people", f"{share(found['accuracy'])} {interval(found)} of {found['n']} pairs"

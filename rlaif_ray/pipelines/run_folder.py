@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.data.identity import data_content
+from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
 from rlaif_ray.output import say
 from rlaif_ray.pipelines.settings import KEPT, changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import read_json, write_json
+from rlaif_ray.writing import open_lock, replace_text
 
 if TYPE_CHECKING:
     from rlaif_ray.config.load import Loaded
@@ -40,7 +42,7 @@ def make_folder(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=run_dir):
             pass
-        _hold(run_dir)
+        hold_folder(run_dir)
     except OSError as error:
         raise InputError(
             f"run_dir must be a folder this process can write (got {run_dir}): {error.strerror or error}. "
@@ -48,7 +50,7 @@ def make_folder(run_dir: Path) -> None:
         ) from error
 
 
-def _hold(folder: Path) -> None:
+def hold_folder(folder: Path, named_by: str = "run_dir or output") -> None:
     """Keeps other processes out of the folder until this one ends, however it ends: the lock is the kernel's.
 
     This process may enter again, as jobs do that are made of others. Processes on other machines are kept out where
@@ -59,7 +61,7 @@ def _hold(folder: Path) -> None:
     if path in _HELD and _is_open(path, _HELD[path]):
         return
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,7 +69,7 @@ def _hold(folder: Path) -> None:
             os.close(descriptor)
             raise InputError(
                 f"{folder} is in use by {holder}: two runs in one folder would overwrite each other's results. Wait "
-                f"until it ends, end it, or choose another run_dir or output."
+                f"until it ends, end it, or choose another {named_by}."
             ) from None
         except OSError:  # no flock here
             pass
@@ -138,12 +140,13 @@ def go_on(loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = Non
     inputs.note_commits()
     results = _results(state, output, made)
     kept = read_json(path) if results else {}
-    changes = kept.get("changes", [])
+    changes = at(kept, "changes", expected=list) or []
     if results and not kept:
         raise InputError(
             f"{results[0]} is there, but nothing that says what it was made from ({path} is missing, or can't be "
             f"read): what is made now might be mixed with other results. Use another run_dir or output, or remove it."
         )
+    before = len(changes)
     if kept:
         where = "that folder" if output is None or state in output.parents else f"that folder and {output}"
         try:
@@ -165,7 +168,7 @@ def go_on(loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = Non
     now = kept_settings(loaded.config, inputs.contents)
     write_json(path, {**now, "changes": changes})
     write_resolved(loaded, history(changes))
-    for line in history(changes[len(kept.get("changes", [])) :]):
+    for line in history(changes[before:]):
         say(f"changed {line}")
 
 
@@ -188,10 +191,10 @@ def write_resolved(loaded: Loaded, changes: Sequence[str] = ()) -> None:
     """
     path = loaded.run_dir / "resolved.yaml"
     text = resolved_yaml(loaded, versions(), git_revision(Path(__file__).parent), changes)
-    if path.exists() and (before := path.read_text()) != text:
+    if path.is_file() and not path.is_symlink() and (before := path.read_text()) != text:
         aside = next(f for k in itertools.count(1) if not (f := path.with_name(f"resolved.{k}.yaml")).exists())
-        aside.write_text(before)
-    path.write_text(text)
+        replace_text(aside, before)
+    replace_text(path, text)
 
 
 class Stopping:

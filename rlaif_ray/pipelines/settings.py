@@ -57,7 +57,7 @@ def changed_settings(
             for all_ in (before, now)
         )
         found = [one for one in changes(then, job, *digests) if not _is_same_commit(one, same)]
-    except (KeyError, TypeError, ValidationError) as error:
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise ValueError(f"its settings can't be read: {str(error).splitlines()[0]}") from error
     fixed = [change for change in found if not change.role.resume]
     if fixed:
@@ -95,7 +95,8 @@ def noted(found: Sequence[Change], step: int | None) -> list[dict[str, Any]]:
 def history(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Changes that were kept, a line each."""
     return [
-        f"{one['key']} from {shown(one['then'])} to {shown(one['now'])}"
-        + ("" if one["step"] is None else f" after step {one['step']}")
+        f"{one.get('key')} from {shown(one.get('then'))} to {shown(one.get('now'))}"
+        + ("" if one.get("step") is None else f" after step {one['step']}")
         for one in changes
+        if isinstance(one, dict)
     ]

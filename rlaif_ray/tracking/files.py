@@ -7,9 +7,12 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from rlaif_ray.errors import InputError, RunError
+from rlaif_ray import documents
+from rlaif_ray.documents import bounded_lines, parse_json
+from rlaif_ray.errors import DocumentError, InputError, RunError
+from rlaif_ray.writing import open_in_place, open_to_append, replace_text, replacing
 
 
 def plain(value: Any) -> Any:
@@ -31,7 +34,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Appends one line per row in one write, flushed: a killed process can cut only the last line."""
     data = b"".join(_line(row) for row in rows)
     try:
-        with path.open("ab") as file:
+        with open_to_append(path) as file:
             file.write(data)
     except OSError as error:
         raise RunError(_cannot_write(path, error)) from error
@@ -51,13 +54,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            rows.append(parse_json(line, dict, lenient=True))
+        except DocumentError as error:
             if number == len(lines):
                 break
             raise InputError(
-                f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}): a resumed run goes "
-                f"on from these rows. Repair or delete the line, or start anew with checkpoint.resume=never."
+                f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}, which {error}): a "
+                f"resumed run goes on from these rows. Repair or delete the line, or start anew with "
+                f"checkpoint.resume=never."
             ) from error
     return rows
 
@@ -71,15 +75,15 @@ def read_rows_streaming(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(bounded_lines(file), start=1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError) as error:
+                yield parse_json(line, dict, lenient=True)
+            except DocumentError as error:
                 raise InputError(
-                    f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}): a run that is "
-                    f"started again goes on from these rows. Remove the file to make them anew."
+                    f"{path} must hold one JSON object per line (got {line[:60]!r} in line {number}, which {error}): a "
+                    f"run that is started again goes on from these rows. Remove the file to make them anew."
                 ) from error
 
 
@@ -87,7 +91,7 @@ def cut_rows(path: Path, count: int) -> None:
     """Drops all but the first `count` lines, in place."""
     if not path.exists():
         return
-    with path.open("r+b") as file:
+    with open_in_place(path) as file:
         for _ in range(count):
             file.readline()
         file.truncate(file.tell())
@@ -108,48 +112,90 @@ def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     `rows` may read `path` meanwhile.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with beside.open("wb") as file:
-            for row in rows:
-                file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with replacing(path) as file:
+            file.writelines(map(_line, rows))
     except OSError as error:
         raise RunError(_cannot_write(path, error)) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Drops rows after `last_step`: the steps a resumed run repeats."""
-    rows = [row for row in read_rows(path) if row.get("step", 0) <= last_step]
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _replace(path, "".join(lines))
+    """Drops rows after `last_step`, the steps a resumed run repeats, and a last line cut short by a kill.
+
+    Rows stand in the order of their steps, so the file is read from its end, one row at a time, and cut there: how
+    long the run is costs neither time nor memory.
+
+    Raises:
+        InputError: a line that is read is no JSON object.
+    """
+    if not path.exists():
+        return
+    with open_in_place(path) as file:
+        end = None  # of what stays
+        for start, line in _lines_from_the_end(file):
+            if not line.strip():
+                continue
+            try:
+                is_later = parse_json(line, dict, lenient=True).get("step", 0) > last_step
+            except (DocumentError, TypeError) as error:
+                if not line.endswith(b"\n"):
+                    end = start
+                    continue
+                raise InputError(
+                    f"{path} must hold one JSON object per line (got {line[:60]!r} at byte {start}): a resumed run "
+                    f"goes on from these rows. Repair or delete the line, or start anew with checkpoint.resume=never."
+                ) from error
+            if not is_later:
+                if not line.endswith(b"\n"):
+                    file.seek(0, os.SEEK_END)
+                    file.write(b"\n")
+                break
+            end = start
+        if end is not None:
+            file.truncate(end)
+
+
+def _lines_from_the_end(file: BinaryIO, block: int = 1 << 16) -> Iterator[tuple[int, bytes]]:
+    """Each line with its first byte's place, the last line first."""
+    start, tail = file.seek(0, os.SEEK_END), b""  # `tail` begins at `start`, in the midst of a line or at its begin
+    while start > 0:
+        size = min(max(block, len(tail)), start)  # twice as much each time within a long line: each byte is read once
+        start = file.seek(start - size)
+        tail = file.read(size) + tail
+        end = len(tail)
+        while (cut := tail.rfind(b"\n", 0, end - 1)) >= 0:
+            yield start + cut + 1, tail[cut + 1 : end]
+            end = cut + 1
+        tail = tail[:end]
+    if tail:
+        yield 0, tail
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes `path` whole, or leaves what was there."""
     try:
-        _replace(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        replace_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(_cannot_write(path, error)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, empty if the file is missing or no JSON."""
+    """The object in `path`, empty if the file is missing or no JSON. What stands in it may be of any type: see
+    `documents.at`."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return documents.read_json(path, dict, lenient=True)
+    except (OSError, DocumentError):
         return {}
 
 
-def prepare_folder(folder: Path, logs: Iterable[Path], resume_step: int) -> None:
+def prepare_folder(folder: Path, logs: Iterable[Path], resume_step: int, *, read_whole: Iterable[Path] = ()) -> None:
     """Makes the run folder and its logs: emptied for a new run, cut back to `resume_step` for a resumed one.
 
+    Args:
+        read_whole: those of which the run will read every row.
+
     Raises:
-        InputError: the folder can't be written.
+        InputError: the folder can't be written, or a row can't be read that will be.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +203,10 @@ def prepare_folder(folder: Path, logs: Iterable[Path], resume_step: int) -> None
             if resume_step:
                 keep_rows(path, resume_step)
             else:
-                _replace(path, "")
+                replace_text(path, "")
+        for path in read_whole:
+            for _ in read_rows_streaming(path):
+                pass
         if not resume_step:
             (folder / "summary.json").unlink(missing_ok=True)  # of a run whose rows are gone
     except OSError as error:
@@ -165,18 +214,6 @@ def prepare_folder(folder: Path, logs: Iterable[Path], resume_step: int) -> None
             f"run_dir must be a folder this process can write (got {folder}): {error.strerror or error}. "
             f"The run leaves its metrics, samples and checkpoints there. Choose another with run_dir=PATH."
         ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with beside.open("wb") as file:
-            file.write(_encode(text))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

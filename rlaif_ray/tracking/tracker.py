@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,15 @@ from typing import Any
 
 from rlaif_ray.errors import RunError
 from rlaif_ray.tracking.display import open_display
-from rlaif_ray.tracking.files import append_rows, keep_rows, plain, prepare_folder, read_json, read_rows, write_json
+from rlaif_ray.tracking.files import (
+    append_rows,
+    keep_rows,
+    plain,
+    prepare_folder,
+    read_json,
+    read_rows_streaming,
+    write_json,
+)
 from rlaif_ray.tracking.memory import PeakMemory
 from rlaif_ray.tracking.wandb_run import TrackingSettings, WandbRun, flat, keep_run_id
 
@@ -107,7 +115,7 @@ class Tracker:
         self._evaluations_path = run_dir / "evaluations.jsonl"
         self._state_path = run_dir / "tracking_state.json"  # totals over the processes of a resumed run
         self._logs = (self._metrics_path, self._samples_path, self._evaluations_path)
-        prepare_folder(run_dir, self._logs, resume_step)
+        prepare_folder(run_dir, self._logs, resume_step, read_whole=(self._metrics_path, self._evaluations_path))
         earlier = read_json(self._state_path) if resume_step else {}
         self._earlier_wall_s = float(earlier.get("wall_s", 0.0))
         self._earlier_peak_gb = float(earlier.get("peak_rss_gb", 0.0))
@@ -247,12 +255,12 @@ class Tracker:
         `wall_s` and `peak_rss_gb` are of this process and those it was resumed from, `setup_s` and `outside_steps_s`
         of this one, `phase_share` of all steps in metrics.jsonl.
         """
-        rows = read_rows(self._metrics_path)
+        rows = [_summed_up(row) for row in read_rows_streaming(self._metrics_path)]
         wall_s = self._wall_s()
         self._memory.sample()
         summary = {
             "name": self.name,
-            "steps": rows[-1]["step"] if rows else 0,
+            "steps": self._last_step,
             "total_steps": self._total_steps,
             "wall_s": wall_s,
             "setup_s": wall_s - self._earlier_wall_s if self._setup_s is None else self._setup_s,
@@ -280,17 +288,25 @@ class Tracker:
         write_json(self._state_path, {"wall_s": self._wall_s(), "peak_rss_gb": self._peak_gb()})
 
 
-def phase_share(rows: list[dict[str, Any]]) -> dict[str, float]:
+_SUMMED_UP = ("reward/mean", "time/step_s", *(f"time/{name}_s" for name in (*PHASES, "other")))
+
+
+def _summed_up(row: Mapping[str, Any]) -> dict[str, float]:
+    """Of a row what the summary needs: numbers, whatever somebody has made of the file."""
+    return {key: row[key] for key in _SUMMED_UP if isinstance(row.get(key), int | float)}
+
+
+def phase_share(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Share of all step time spent in each phase and outside of them (`other`); they add up to 1."""
-    total_s = sum(row["time/step_s"] for row in rows)
+    total_s = sum(row.get("time/step_s", 0.0) for row in rows)
     if not total_s:
         return {}
     seconds = {name: sum(row.get(f"time/{name}_s", 0.0) for row in rows) for name in (*PHASES, "other")}
     return {name: spent_s / total_s for name, spent_s in seconds.items() if spent_s}
 
 
-def _first_and_last(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    values = [row[metric] for row in rows if row.get(metric) is not None]
+def _first_and_last(rows: Sequence[Mapping[str, float]], metric: str) -> dict[str, Any] | None:
+    values = [row[metric] for row in rows if metric in row]
     if not values:
         return None
     window = max(1, len(values) // 10)  # one step's mean is noisy

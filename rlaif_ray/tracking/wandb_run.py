@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking.files import plain
+from rlaif_ray.writing import replace_text
 
 RUN_ID = "wandb_run_id.txt"  # in the run folder
 _INIT_TIMEOUT_S = 30  # without a network wandb waits this long before we go offline
@@ -42,7 +43,7 @@ def keep_run_id(run_dir: Path, run_id: str) -> None:
     path = run_dir / RUN_ID
     if not path.exists() and re.fullmatch(r"[0-9a-f]{8}", run_id):
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(run_id + "\n")
+        replace_text(path, run_id + "\n")
 
 
 class WandbRun:
@@ -82,7 +83,7 @@ class WandbRun:
             import secrets
 
             run_id = secrets.token_hex(4)
-            id_path.write_text(run_id + "\n")
+            replace_text(id_path, run_id + "\n")
         self.run_id = run_id
         if self.mode == "online":
             try:

@@ -64,17 +64,20 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 def test_s3_and_another_machine(tmp_path: Path, data: Path, s3: dict[str, str]) -> None:
     """What another machine finds of a run is its address alone: it goes on there, to the same end, as the same run."""
     where = ("checkpoint.path=s3://bucket/run", "learner.ranks=2", "learner.zero_stage=2", "tracking.wandb=offline")
-    first = sft(tmp_path / "first", data, *where, environment=s3)
+    first = sft(tmp_path / "run", data, *where, environment=s3)
     assert first.exit_code == 0, first.stderr
-    assert not (tmp_path / "first" / "checkpoints").exists()
-    assert Place("s3://bucket/run").names() == ["step-2", "step-4"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert Place("s3://bucket/run").names() == ["owner.json", "step-2", "step-4"]
+    (tmp_path / "run").rename(tmp_path / "first")  # the other machine has none
+    other = sft(tmp_path / "other", data, *where, environment=s3)
+    assert other.exit_code == 2 and "has the checkpoints of another run, that of " in other.stderr
     Place(f"s3://bucket/run/step-4/{MANIFEST}").remove()  # as if it had been ended before the last was whole
-    second = sft(tmp_path / "second", data, *where, environment=s3)
+    second = sft(tmp_path / "run", data, *where, environment=s3)
     assert second.exit_code == 0, second.stderr
     assert "resumed from s3://bucket/run/step-2" in second.stdout
-    assert [row["step"] for row in rows(tmp_path / "second" / "metrics.jsonl")] == [3, 4]
-    assert weights(tmp_path / "first") == weights(tmp_path / "second")
-    ids = [(tmp_path / name / "wandb_run_id.txt").read_text() for name in ("first", "second")]
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [3, 4]
+    assert weights(tmp_path / "first") == weights(tmp_path / "run")
+    ids = [(tmp_path / name / "wandb_run_id.txt").read_text() for name in ("first", "run")]
     assert ids[0] == ids[1]
     for path in [*tmp_path.glob("*.out"), *tmp_path.glob("*.err"), *tmp_path.glob("*/*.*")]:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
@@ -94,4 +97,4 @@ def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path, data: Path, sm
     assert "CheckpointError" in full.stderr and "step-4 could not be written" in full.stderr
     assert "No space left" in full.stderr and "The one before is intact. Free space" in full.stderr
     assert f"resume: rlaif sft {tmp_path / 'run.yaml'}" in full.stderr and "Traceback" not in full.stderr
-    assert [path.name for path in small_disk.iterdir()] == ["step-2"]
+    assert sorted(path.name for path in small_disk.iterdir()) == ["owner.json", "step-2"]

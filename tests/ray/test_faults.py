@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -315,42 +315,37 @@ def test_the_run_ends_when_no_replica_comes_back(folder: Path, config: Path) -> 
     assert_whole(run_dir, 4)
 
 
-def test_sigterm_writes_a_checkpoint_that_resumes(folder: Path, config: Path) -> None:
-    """As when a scheduler takes the node: at once, without waiting for the step, and with nothing to do twice."""
-    run_dir = folder / "preempted"
+def test_a_signal_to_end_writes_a_checkpoint_that_resumes(folder: Path, config: Path) -> None:
+    """At once, without waiting for the step, and with nothing to do twice: first SIGTERM, as when a scheduler takes the
+    node; then SIGHUP to the whole foreground job, Ray's processes too, as when the terminal is gone.
+    """
+    run_dir = folder / "ended"
     settings = (*SHORT, "steps=400", "checkpoint.every=0", "sampling.max_new_tokens=40")
+    program, last = ended_by(lambda one: one.process.send_signal(signal.SIGTERM), config, *settings, run_dir=run_dir)
+    assert "resumed from" not in program.stdout
+    again, then = ended_by(
+        lambda one: os.killpg(one.process.pid, signal.SIGHUP), config, *settings, run_dir=run_dir, after=last + 1
+    )
+    assert f"step-{last}" in again.stdout and then > last
+    assert_whole(run_dir, then)
+
+
+def ended_by(
+    end: Callable[[Program], None], config: Path, *settings: str, run_dir: Path, after: int = 2
+) -> tuple[Program, int]:
+    """A run that is ended once so many steps are done; that, and the step whose checkpoint it left."""
     program = start_train(config, *settings, run_dir=run_dir)
     try:
-        program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2)
-        program.process.send_signal(signal.SIGTERM)
+        program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= after)
+        end(program)
         program.wait(60)
     finally:
         program.kill()
     assert program.exit_code == 130, program.stderr
     assert program.left_over == []
     last = rows(run_dir / "metrics.jsonl")[-1]["step"]
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{last}"]
-    again = finish_train(config, *settings[:-2], f"steps={last + 1}", *settings[-2:], run_dir=run_dir)
-    assert again.exit_code == 0, again.stderr
-    assert f"step-{last}" in again.stdout
-    assert_whole(run_dir, last + 1)
-
-
-def test_a_terminal_that_is_gone_ends_the_run_with_a_checkpoint(folder: Path, config: Path) -> None:
-    """The whole foreground job gets SIGHUP, Ray's processes too."""
-    run_dir = folder / "hung-up"
-    settings = (*SHORT, "steps=400", "checkpoint.every=0", "sampling.max_new_tokens=40")
-    program = start_train(config, *settings, run_dir=run_dir)
-    try:
-        program.wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2)
-        os.killpg(program.process.pid, signal.SIGHUP)
-        program.wait(60)
-    finally:
-        program.kill()
-    assert program.exit_code == 130, program.stderr
-    assert program.left_over == []
-    last = rows(run_dir / "metrics.jsonl")[-1]["step"]
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{last}"]
+    assert f"step-{last}" in [path.name for path in (run_dir / "checkpoints").iterdir()]
+    return program, last
 
 
 class PretendedMemory:

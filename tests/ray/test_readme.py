@@ -46,7 +46,7 @@ ADDED: dict[str, str | None] = {
     ".venv/bin/rlaif reward-model configs/demo/reward_model.yaml": None,
     ".venv/bin/rlaif train configs/demo/train_rm.yaml": None,
     ".venv/bin/rlaif train configs/demo/train.yaml run_dir=runs/long checkpoint.every=20": None,  # test_train.py
-    ".venv/bin/rlaif train configs/demo/train.yaml checkpoint.path=s3://bucket/long checkpoint.every=20": None,
+    ".venv/bin/rlaif train configs/demo/train.yaml run_dir=runs/long checkpoint.path=s3://bucket/long": None,
     # tests/ray/test_checkpoint_places.py, against moto's S3
     ".venv/bin/rlaif plan configs/cluster/8gpu.yaml": "",
     "launch/kuberay.sh": None,  # tests/unit/test_cluster_files.py, as the next

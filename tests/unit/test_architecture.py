@@ -19,12 +19,14 @@ LEVEL_OF_ROOM = {
     "interfaces": 0,
     "errors": 0,
     "folders": 0,
+    "writing": 0,
     "reward_head": 0,
     "model_errors": 0,
     "dropout": 0,
     "output": 0,
     "secrecy": 0,
     "storage": 0,
+    "documents": 0,
     "attention": 1,
     "config": 1,
     "chat": 1,
@@ -44,17 +46,28 @@ LEVEL_OF_ROOM = {
 }
 # Protocols speak of nouns; everybody raises; a stored folder is a folder.
 SAME_LEVEL = {("interfaces", "types"), ("interfaces", "storage"), ("folders", "errors"), ("storage", "errors")}
-SAME_LEVEL |= {("storage", "folders"), ("storage", "secrecy"), ("reward_head", "errors"), ("model_errors", "errors")}
-SAME_LEVEL |= {("output", "secrecy")}
+SAME_LEVEL |= {
+    ("storage", "folders"),
+    ("storage", "secrecy"),
+    ("storage", "writing"),
+    ("reward_head", "errors"),
+    ("model_errors", "errors"),
+}
+SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("output", "secrecy")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function
 HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "wandb", "numpy", "accelerate"}
+# What reads JSON or YAML without bounds, by library; only documents calls it.
+PARSERS = {"json": {"load", "loads", "JSONDecoder"}, "orjson": {"loads"}, "ujson": {"load", "loads"}}
+PARSERS |= {"pyarrow": {"json"}}
+PARSERS["yaml"] = {"load", "load_all", "safe_load", "safe_load_all", "full_load", "unsafe_load", "compose", "parse"}
+PARSERS["yaml"] |= {"scan", "SafeLoader", "CSafeLoader", "Loader", "FullLoader", "UnsafeLoader", "BaseLoader"}
 PURE = {"algorithm": {"torch"}}  # all that these may import beside the standard library, themselves and level 0
 
 UNSHOWN = ("print", "typer.echo", "typer.secho", "click.echo", "Console", "sys.stdout.write", "sys.stderr.write")
 
-FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 29_000
+FUNCTION_LINES, FILE_LINES, PACKAGE_LINES = 80, 500, 31_000
 
 SOURCES = {path.relative_to(PACKAGE): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -106,6 +119,25 @@ def violations(path: Path, source: str) -> list[str]:
     return found
 
 
+def parsers_used(path: Path, source: str) -> list[str]:
+    """Every use of a parser of JSON or YAML that has no bounds, or that a value's shape can crash."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[tuple[str, str]] = []
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = [(node.value.id, node.attr)]
+        elif isinstance(node, ast.ImportFrom):
+            names = [((node.module or "").partition(".")[0], alias.name) for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("model_validate_json", "json"):
+            names = [("", node.func.attr)]  # type: ignore[attr-defined]
+        found += [
+            f"{path}:{node.lineno}: only documents uses {library}.{name}"  # type: ignore[attr-defined]
+            for library, name in names
+            if name in PARSERS.get(library, ()) or not library
+        ]
+    return found if room_of(path) != "documents" else []
+
+
 def may_import(room: str, target: str) -> bool:
     if room == target or (room, target) in SAME_LEVEL:
         return True
@@ -138,6 +170,11 @@ def test_every_room_has_its_place() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_imports(path: Path) -> None:
     assert violations(path, SOURCES[path]) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_one_reader_of_json_and_yaml(path: Path) -> None:
+    assert parsers_used(path, SOURCES[path]) == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
@@ -199,6 +236,23 @@ def unshown(source: str) -> list[int]:
 )
 def test_a_forbidden_import_is_found(path: str, source: str) -> None:
     assert len(violations(Path(path), source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import json\njson.loads(text)",
+        "from json import load",
+        "import json\nread = json.load",
+        "def f():\n    import yaml\n    yaml.safe_load(text)",
+        "class Mine(yaml.SafeLoader): ...",
+        "Record.model_validate_json(line)",
+        "response.json()",
+        "from pyarrow import json",
+    ],
+)
+def test_a_parser_without_bounds_is_found(source: str) -> None:
+    assert len(parsers_used(Path("data/x.py"), source)) == 1 and not parsers_used(Path("documents.py"), source)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from rlaif_ray.pipelines.pipeline import (
     plan_pipeline,
     run_stage,
 )
+from rlaif_ray.storage import Place, StoredFolder, publish
 
 CONSTITUTION = """\
 id: mine
@@ -389,9 +390,13 @@ def test_stages_that_share_a_checkpoint_address_have_a_folder_each(
             run_stage(pipeline, placed, name)
         assert given[job] == str(folder / "kept" / placed[name].folder.name)
     own = folder / "kept" / placed["sft"].folder.name
-    (own / "step-1").mkdir(parents=True)
-    _put_aside(placed["sft"])
-    assert not own.exists() and (folder / "kept").is_dir()
+    for name, owner in (("step-1", placed["sft"].folder), ("step-2", folder / "another run")):
+        written = Place(str(own / f".partial-{name}-0123abcd"))
+        publish(StoredFolder(written, {"weights": (written / "weights").write(b"w")}), Place(str(own / name)))
+        values = {"run": "0" * 32, "run_dir": str(owner), "process": "one", "session": "1", "since": "now"}
+        (own / "owner.json").write_text(json.dumps(values))
+        _put_aside(placed["sft"])
+    assert [path.name for path in own.iterdir() if path.is_dir()] == ["step-2"]  # another run's stays
 
 
 # ---- What is done ----------------------------------------------------------------------------------------------------

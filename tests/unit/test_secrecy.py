@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
 from rlaif_ray.config.jobs import JOBS
-from rlaif_ray.config.layers import ConfigLoader, item_class, variants
+from rlaif_ray.config.layers import item_class, variants
 from rlaif_ray.config.load import load_job
 from rlaif_ray.config.resolved import resolved_yaml
+from rlaif_ray.documents import parse_yaml
 from rlaif_ray.errors import InputError
 from rlaif_ray.secrecy import (
     is_secret_name,
@@ -155,7 +155,7 @@ def test_no_setting_of_ours_is_one() -> None:
 
 
 def values_of(path: Path) -> Any:
-    return yaml.load(path.read_text(), ConfigLoader)
+    return parse_yaml(path.read_text()).value
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))

@@ -19,7 +19,7 @@ from tests.unit.pipelines.test_checkpoint import FakeLearner, job, state_of
 
 
 def stored(final: Place, **files: bytes) -> None:
-    place = draft(final, "t0")
+    place = draft(final, "0123abcd")
     publish(StoredFolder(place, {name: (place / name).write(data) for name, data in files.items()}), final, step=1)
 
 
@@ -29,7 +29,7 @@ def stored(final: Place, **files: bytes) -> None:
 class TestFolders:
     def test_a_folder_that_is_not_published_is_not_there(self, tmp_path: Path) -> None:
         final = Place(str(tmp_path / "step-1"))
-        (draft(final, "t0") / "a").write(b"1")
+        (draft(final, "0123abcd") / "a").write(b"1")
         assert not (tmp_path / "step-1").exists()
         with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
             open_folder(final)
@@ -55,7 +55,7 @@ class TestFolders:
     def test_a_manifest_that_names_files_elsewhere(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "a").write_bytes(b"1")
         final = Place(str(tmp_path / "step-1"))
-        place = draft(final, "t0")
+        place = draft(final, "0123abcd")
         file = (place / "a").write(b"1")
         publish(StoredFolder(place, {"a": file}), final, step=1)
         path = tmp_path / "step-1" / MANIFEST
@@ -151,23 +151,35 @@ class TestS3:
         assert found.folder.read("policy/weights") == b"w" * 1000
         assert replace(read_state(found, job(), 100), changes=[]) == state_of(3)
         left = keys("one")
-        assert {key.split("/")[0] for key in left} == {"step-2", "step-3"}  # keep: 2
-        assert len(left) == 6
+        assert {key.split("/")[0] for key in left} == {"owner.json", "step-2", "step-3"}  # keep: 2
+        assert len(left) == 7
 
     def test_an_upload_that_was_cut_off_is_no_checkpoint(self, server: str) -> None:
         with at("two") as checkpoints:
             checkpoints.save(FakeLearner(), state_of(1))
-        place = draft(Place("s3://bucket/two/step-2"), "t0")
+        place = draft(Place("s3://bucket/two/step-2"), "0123abcd")
         (place / "policy/weights").write(b"half")
+        Place("s3://bucket/two/step-2/notes.txt").write(b"mine")
         found = at("two").to_resume()
         assert found is not None and found.step == 1
         with at("two") as checkpoints:
             assert checkpoints.to_resume() is not None
             checkpoints.save(FakeLearner(), state_of(2))
-        assert len([key for key in keys("two") if key.startswith("step-2/")]) == 3  # nothing of the half one
+        left = [key.removeprefix("step-2/") for key in keys("two") if key.startswith("step-2/")]
+        assert len(left) == 4 and {"manifest.json", "notes.txt"} < set(left)  # nothing of the half one
+
+    def test_another_runs_are_refused_and_a_later_claim_ends_an_earlier_one(self, server: str) -> None:
+        """No lock reaches as far as an object store."""
+        earlier = at("claims")
+        other = job(checkpoint={"path": "s3://bucket/claims"})
+        with pytest.raises(InputError, match="s3://bucket/claims has the checkpoints of another run, that of /nowhere"):
+            open_checkpoints(other, Path("/elsewhere"))
+        at("claims").save(FakeLearner(), state_of(1))
+        with pytest.raises(CheckpointError, match=r"claims is no longer this run's: process .* took it over"):
+            earlier.start_over()
 
     def test_a_first_upload_that_was_cut_off_starts_over(self, server: str) -> None:
-        (draft(Place("s3://bucket/none/step-2"), "t0") / "policy/weights").write(b"half")
+        (draft(Place("s3://bucket/none/step-2"), "0123abcd") / "policy/weights").write(b"half")
         assert at("none").to_resume() is None
 
     def test_a_damaged_object_is_passed_over(self, server: str) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlaif_ray.config.sections import TrackingConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking import Tracker, open_tracker, print_summary
+from rlaif_ray.tracking.files import keep_rows
 from rlaif_ray.tracking.memory import PeakMemory
 
 OFF = TrackingConfig(wandb="disabled")
@@ -201,6 +203,45 @@ class TestResume:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
         with pytest.raises(InputError, match=r"metrics\.jsonl .*line 2"):
             tracker(tmp_path, resume_step=2)
+
+    def test_rows_that_nobody_reads_again_may_be_broken(self, tmp_path: Path) -> None:
+        """Samples are read by the report alone, which leaves out what it can't read."""
+        text = '{"step": 1}\nnot json\n{"step": 2}\n'
+        with tracker(tmp_path) as track:
+            take_steps(track, 1, 2)
+        (tmp_path / "samples.jsonl").write_text(text + '{"step": 3}\n')
+        with tracker(tmp_path, resume_step=2):
+            assert (tmp_path / "samples.jsonl").read_text() == text
+
+    def test_metrics_that_somebody_edited(self, tmp_path: Path) -> None:
+        with tracker(tmp_path) as track:
+            take_steps(track, 1, 2)
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time/step_s": "long"}\n{"step": 2, "reward/mean": 0.5}\n')
+        with tracker(tmp_path, resume_step=2) as track:
+            take_steps(track, 3, 3)
+            summary = track.summary({})
+        assert summary["steps"] == 3 and summary["reward"]["last"] == 0.3
+
+    @pytest.mark.parametrize("text_length", [1, 100, 70_000, 200_000])
+    def test_rows_of_any_length(self, tmp_path: Path, text_length: int) -> None:
+        """The file is read from its end, in blocks."""
+        path = tmp_path / "samples.jsonl"
+        lines = [json.dumps({"step": k // 2, "text": "x" * (text_length + k)}) + "\n" for k in range(20)]
+        for last in (-1, 0, 4, 9, 12):
+            path.write_text("".join(lines))
+            keep_rows(path, last)
+            assert path.read_text() == "".join(lines[: 2 * (last + 1)])
+
+    def test_a_resume_costs_no_memory_and_no_time(self, tmp_path: Path) -> None:
+        path = tmp_path / "samples.jsonl"
+        with path.open("wb") as file:
+            for step in range(1, 2001):
+                file.write(json.dumps({"step": step, "text": "x" * 20_000}).encode() + b"\n")
+        tracemalloc.start()
+        keep_rows(path, 1990)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1_000_000 and path.stat().st_size > 39_000_000  # the file has 40 MB
 
     def test_killed_while_running(self, tmp_path: Path) -> None:
         program = f"""if 1:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from rlaif_ray.evaluation.report.runs import Json, Run, Series, at
+from rlaif_ray.documents import at
+from rlaif_ray.evaluation.report.runs import Json, Run, Series
 
 # After Okabe and Ito (2008): told apart with any colour vision, here with 3:1 contrast on both grounds.
 COLOURS = ("#0068ad", "#c25400", "#007a58", "#a8457f", "#7a6a00", "#3a86b8", "#5d4fb3", "#6b6f76")
@@ -212,7 +213,7 @@ def calibration(found: Sequence[tuple[str, Json]]) -> Iterator[Chart]:
     """Reliability diagrams: what was predicted against what labels say, in bins (label, summary with `curve`)."""
     traces, told = [], []
     for place, (label, summary) in enumerate(found):
-        bins = [one for one in summary["curve"] if one.get("n")]
+        bins = [one for one in summary["curve"] if (one.get("n") or 0) > 0 and {"mean_p", "mean_label"} <= one.keys()]
         colour, most = COLOURS[place % len(COLOURS)], max((one["n"] for one in bins), default=1)
         traces.append(
             {

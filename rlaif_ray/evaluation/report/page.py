@@ -15,12 +15,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from rlaif_ray import __version__
+from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
 from rlaif_ray.evaluation.report import charts
 from rlaif_ray.evaluation.report.charts import Chart, Measure
-from rlaif_ray.evaluation.report.runs import Json, Pipeline, Run, at, find_runs
+from rlaif_ray.evaluation.report.runs import Json, Pipeline, Run, find_runs
 from rlaif_ray.evaluation.report.samples import Samples
 from rlaif_ray.evaluation.report.table_one import TASKS, harmless_arms, met, table_one
+from rlaif_ray.writing import replace_bytes
 
 # What would end the script element that holds JSON, or a line of it; all of them mean the same inside a JSON string.
 _UNSAFE = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&\u2028\u2029"}
@@ -35,19 +37,25 @@ MEASURES = {
 }
 
 
-def write_report(folders: Sequence[Path], out: Path) -> dict[str, int]:
+def write_report(folders: Sequence[Path], out: Path, labels: Sequence[Path] = ()) -> dict[str, int]:
     """Reads the runs in `folders` and writes the page; returns how many runs and responses it shows.
+
+    Nothing is read outside of these folders but `labels`.
 
     Raises:
         InputError: a folder holds no run, or `out` can't be written.
     """
     runs, pipelines = find_runs(folders)
-    samples = Samples(runs)
+    samples = Samples(runs, labels)
     text = make_page(runs, pipelines, samples)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate, which models do emit, becomes its JSON escape.
-        out.write_bytes(text.encode("utf-8", "backslashreplace"))
+        data = text.encode("utf-8", "backslashreplace")
+        if out.exists() and not out.is_file():  # /dev/stdout and the like
+            out.write_bytes(data)
+        else:
+            replace_bytes(out, data)
     except OSError as error:
         raise InputError(
             f"--out must be a file that can be written (got {out}): {error.strerror or error}. The report goes there; "

@@ -5,7 +5,6 @@ Everything but the folder itself may be missing or cut short; what can't be read
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -14,16 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlaif_ray.errors import InputError
+from rlaif_ray.documents import (
+    YAML_BYTES,
+    at,
+    bounded_lines,
+    is_below,
+    kind_of,
+    open_file,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_json,
+)
+from rlaif_ray.errors import DocumentError, InputError
+from rlaif_ray.evaluation.report.shapes import CONFIG, EVALUATION, SUMMARY, known_parts
 from rlaif_ray.output import shown
 from rlaif_ray.secrecy import without_secrets
-from rlaif_ray.tracking.files import plain, read_json
+from rlaif_ray.tracking.files import plain
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "labels.jsonl", "pairs.jsonl", "sampled.jsonl")
 LEFT_BY_A_RUN = ("resolved.yaml", "summary.json", *RECORDS, "steps.jsonl", "error.log", "tracking_state.json")
 GOING_S = 600.0  # a run that wrote nothing for this long, and has no summary, has likely ended
+LOG_BYTES = 1 << 16  # of the end of error.log
 BLOCK = 32  # rows kept or left out together, so that most of a prompt's samples stay side by side
 
 Json = dict[str, Any]
@@ -76,13 +87,7 @@ class Pipeline:
 
     name: str
     stages: list[Json]
-
-
-def at(value: Any, *keys: str) -> Any:
-    """value[key][key]..., None where a part is missing."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+    problems: list[str]  # what could not be read
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Pipeline]]:
@@ -97,8 +102,9 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Pipeline]]:
         given = folder.expanduser().resolve()
         _must_be_run(folder, given)
         if (given / "stages").is_dir():
-            stages = [s for s in read_json(given / "summary.json").get("stages", []) if isinstance(s, dict)]
-            pipelines.append(Pipeline(given.name, stages))
+            problems: list[str] = []
+            stages = _summary(given, problems).get("stages") or []
+            pipelines.append(Pipeline(given.name, stages, problems))
             found += _stage_folders(given, stages)
         else:
             found.append((given.name, given))
@@ -126,7 +132,7 @@ def _must_be_run(asked: Path, folder: Path) -> None:
 
 def _stage_folders(folder: Path, stages: Sequence[Json]) -> list[tuple[str, Path]]:
     """Those of the summary, then what was begun since; of a pipeline without a summary all that `latest` holds."""
-    inside = {path.name: path for path in (folder / "stages").glob("*") if path.is_dir()}
+    inside = {path.name: path for path in (folder / "stages").glob("*") if path.is_dir() and is_below(path, folder)}
     told = [(str(s.get("name")), f"{s.get('name')}-{s.get('hash')}") for s in stages]
     known = [(name, inside[own]) for name, own in told if own in inside]  # a summary may say anything
     summed_up = (folder / "summary.json").stat().st_mtime if known else 0.0
@@ -142,19 +148,13 @@ def _stage_folders(folder: Path, stages: Sequence[Json]) -> list[tuple[str, Path
 def read_run(folder: Path, name: str) -> Run:
     """Everything but its samples, which `Samples` reads."""
     problems: list[str] = []
-    text = _text(folder / "resolved.yaml")
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        loaded = None
-        problems.append(f"resolved.yaml is no YAML: {str(error).splitlines()[0]}")
-    summary = plain(read_json(folder / "summary.json"))
-    if not summary and (folder / "summary.json").exists():
-        problems.append("summary.json is no JSON object")
+    text, config = _config(folder, problems)
+    summary = _summary(folder, problems)
     origin = dict(re.findall(r"^# (from|git|versions): (.*)$", shown(text), re.MULTILINE))
     job = re.match(r"# rlaif ([\w-]+):", text)
-    metrics = _metrics(rows(folder / "metrics.jsonl", problems))
-    evaluations = [plain(row) for row in rows(folder / "evaluations.jsonl", problems)]
+    metrics = _metrics(rows(folder, "metrics.jsonl", problems))
+    found = rows(folder, "evaluations.jsonl", problems)
+    evaluations = [known_parts(plain(row), EVALUATION, "evaluations.jsonl", problems) for row in found]
     state, note = _state(folder, summary, metrics)
     return Run(
         name=name,
@@ -163,7 +163,7 @@ def read_run(folder: Path, name: str) -> Run:
         state=state,
         state_note=note,
         origin=origin,
-        config=without_secrets(loaded) if isinstance(loaded, dict) else {},
+        config=without_secrets(config),
         config_text=shown(text),
         summary=summary,
         metrics=metrics,
@@ -172,30 +172,32 @@ def read_run(folder: Path, name: str) -> Run:
     )
 
 
-def rows(path: Path, problems: list[str], limit: int | None = None) -> Iterator[Json]:
-    """Rows of a JSON-lines file, none if it is missing. Of more than `limit` rows every k-th block is given.
+def rows(folder: Path, name: str | Path, problems: list[str], limit: int | None = None) -> Iterator[Json]:
+    """Rows of a JSON-lines file in a run's folder, or of one elsewhere that is named whole; none if it is
+    missing. Of more than `limit` rows every k-th block is given.
 
     A last line that a kill or a writer at work cut short is left out in silence, any other that is no JSON object is
     counted in `problems`.
     """
+    path, below = folder / name, None if Path(name).is_absolute() else folder
     try:
         if limit is not None:
-            with path.open("rb") as file:
+            with open_file(path, below=below) as file:
                 count = sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
         stride = 1 if limit is None else max(1, math.ceil(count / limit))
         unreadable = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
+        with open_file(path, below=below) as file:
+            for number, line in enumerate(bounded_lines(file)):
                 if number // BLOCK % stride or not line.endswith(b"\n"):
                     continue
                 try:
-                    yield dict(json.loads(line))
-                except (ValueError, TypeError, RecursionError):
+                    yield parse_json(line, dict, lenient=True)
+                except DocumentError:
                     unreadable += bool(line.strip())
     except FileNotFoundError:
         return
-    except OSError as error:
-        problems.append(f"{path.name} can't be read: {error.strerror or error}")
+    except (OSError, DocumentError) as error:
+        problems.append(f"{path.name} {_reason(error)}")
         return
     if unreadable:
         problems.append(f"{path.name} has {unreadable} line(s) that are no JSON object: left out")
@@ -226,8 +228,7 @@ def _state(folder: Path, summary: Json, metrics: dict[str, Series]) -> tuple[str
     written = max((path.stat().st_mtime for path in files), default=folder.stat().st_mtime)
     log = folder / "error.log"
     if log.exists() and log.stat().st_mtime >= written - 5:
-        lines = [line for line in _text(log).splitlines() if line.strip()]
-        return "failed", shown(lines[-1].strip())[:300] if lines else ""
+        return "failed", shown(_last_line(log))
     ago = max(0.0, time.time() - written)
     if ago < GOING_S:
         return "running", f"no summary yet, last written {ago:.0f} s before this page was made"
@@ -235,8 +236,49 @@ def _state(folder: Path, summary: Json, metrics: dict[str, Series]) -> tuple[str
     return "unfinished", f"no summary: it crashed or was stopped; last written {when}"
 
 
-def _text(path: Path) -> str:
+def _config(folder: Path, problems: list[str]) -> tuple[str, Json]:
+    """Text and values of a run's resolved.yaml; empty where they can't be read."""
+    text = ""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        data = read_bytes(folder / "resolved.yaml", YAML_BYTES, below=folder)
+        text = data.decode(errors="replace")
+        value = parse_yaml(data).value
+    except FileNotFoundError:
+        return text, {}
+    except (OSError, DocumentError) as error:
+        line = getattr(error, "line", None)
+        problems.append(f"resolved.yaml{f', line {line},' if line else ''} {_reason(error)}")
+        return text, {}
+    if not isinstance(value, dict):
+        problems.append(f"resolved.yaml holds {kind_of(value)} instead of a mapping")
+        return text, {}
+    return text, known_parts(plain(value), CONFIG, "resolved.yaml", problems)
+
+
+def _summary(folder: Path, problems: list[str]) -> Json:
+    """A run's summary.json; empty where it can't be read."""
+    try:
+        found = read_json(folder / "summary.json", dict, lenient=True, below=folder)
+        return known_parts(plain(found), SUMMARY, "summary.json", problems)
+    except FileNotFoundError:
+        return {}
+    except (OSError, DocumentError) as error:
+        problems.append(f"summary.json {_reason(error)}")
+        return {}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, DocumentError):
+        return str(error)
+    return f"can't be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _last_line(path: Path) -> str:
+    """The last line of a log that says something."""
+    try:
+        with open_file(path, below=path.parent) as file:
+            file.seek(max(0, path.stat().st_size - LOG_BYTES))
+            lines = file.read(LOG_BYTES).decode(errors="replace").splitlines()
+    except (OSError, DocumentError):
         return ""
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

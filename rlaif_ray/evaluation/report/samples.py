@@ -6,10 +6,13 @@ responses judged one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlaif_ray.documents import at, is_below
 from rlaif_ray.evaluation.report.runs import Json, Run, rows
 from rlaif_ray.tracking.files import plain
 
@@ -19,7 +22,13 @@ MAX_ROWS = 50_000  # of all runs together: what a browser still opens in a momen
 class Samples:
     """Groups of responses, in the order they were found. One group is what the page shows side by side."""
 
-    def __init__(self, runs: list[Run]) -> None:
+    def __init__(self, runs: list[Run], labels: Sequence[Path] = ()) -> None:
+        """Reads the runs' files.
+
+        Args:
+            labels: files of records that may be read though they are outside of the runs' folders.
+        """
+        self._may_read = {path.expanduser().resolve() for path in labels}
         self._groups: dict[Hashable, int] = {}
         self._shown: list[Json] = []  # of each group: its prompt, step and what it is
         self._prompts: dict[str, int] = {}
@@ -46,22 +55,44 @@ class Samples:
     def _read(self, number: int, run: Run, limit: int) -> None:
         folder = run.folder
         sources: list[tuple[Path, Callable[[int, Json, Path], None]]] = [
-            (folder / "samples.jsonl", self._completion),
-            *((path, self._sampled) for path in sorted(folder.glob("arms/*/sampled.jsonl"))),
-            (folder / "sampled.jsonl", self._sampled),
-            (folder / "steps.jsonl", self._revised),
-            *((path, self._scored) for path in sorted(folder.glob("*/scored.jsonl"))),
+            (Path("samples.jsonl"), self._completion),
+            *((path.relative_to(folder), self._sampled) for path in sorted(folder.glob("arms/*/sampled.jsonl"))),
+            (Path("sampled.jsonl"), self._sampled),
+            (Path("steps.jsonl"), self._revised),
+            *((path.relative_to(folder), self._scored) for path in sorted(folder.glob("*/scored.jsonl"))),
         ]
-        pairs = _pairs_of(run)
+        pairs = self._pairs_of(run)
         for path, take in [*sources, *([(pairs, self._pair)] if pairs is not None else [])]:
             odd = 0
-            for row in rows(path, run.problems, limit):
+            for row in rows(folder, path, run.problems, limit):
                 try:
-                    take(number, row, path)
-                except (AttributeError, KeyError, TypeError, ValueError):  # of a program that isn't ours
+                    take(number, row, folder / path)
+                except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # of a program that isn't ours
                     odd += 1
             if odd:
                 run.problems.append(f"{path.name} has {odd} row(s) of a form that isn't known: left out")
+
+    def _pairs_of(self, run: Run) -> Path | None:
+        """The judged pairs of a run, else those to be judged: below its folder, or whole.
+
+        A label job's output may lie elsewhere. What the run's own files name is no reason to read it: whoever sends a
+        run's folder could have the page show any file of the one who makes it.
+        """
+        output = str(run.summary.get("output") or run.config.get("output") or "")
+        if run.job in ("label", "pairs") and output.endswith(".jsonl"):
+            with suppress(OSError, ValueError):  # of a path that is none
+                # Relative to where the run was started, which is above the folder of most runs.
+                places = [base / output for base in (Path(), *run.folder.parents)]
+                if own := [path for path in places if is_below(path, run.folder)]:
+                    return own[0].resolve().relative_to(run.folder)
+                for path in places:
+                    if path.resolve() in self._may_read:
+                        return path.resolve()
+            run.problems.append(f"its records are outside of its folder: --labels {output} shows them")
+        elif run.job == "label" and output:
+            run.problems.append(f"the labels are in {Path(output).name}: only .jsonl can be browsed here")
+        names = ("labels.jsonl", "judging/labels.jsonl", "pairs.jsonl")
+        return next((Path(name) for name in names if (run.folder / name).is_file()), None)
 
     # ---- The kinds of rows -------------------------------------------------------------------------------------------
 
@@ -113,8 +144,9 @@ class Samples:
         group = self._group(("prompt", run, _text(prompt)), prompt, "labelled by people" if people else "pairs", row)
         a, b = (self._response(group, run, row, side) for side in "ab")
         forward, reverse = row.get("p_a_forward"), row.get("p_a_reversed")
-        if isinstance(forward, int | float) and isinstance(reverse, int | float):
-            self.orders.setdefault(run, []).append((forward, reverse))
+        both = at(row, "p_a_forward", expected=float), at(row, "p_a_reversed", expected=float)
+        if both[0] is not None and both[1] is not None and math.isfinite(both[0] + both[1]):
+            self.orders.setdefault(run, []).append((both[0], both[1]))
         human = row.get("human")
         verdict = {
             "g": group,
@@ -153,20 +185,6 @@ class Samples:
         if key not in self._responses:
             self._responses[key] = self._row(group, run, source, text)
         return self._responses[key]
-
-
-def _pairs_of(run: Run) -> Path | None:
-    """The judged pairs of a run, else those to be judged; a label job's output may lie elsewhere."""
-    output = str(run.summary.get("output") or run.config.get("output") or "")
-    if run.job in ("label", "pairs") and output.endswith(".jsonl"):
-        # Relative to where the run was started, which is above the folder of most runs.
-        for base in (Path(), *run.folder.parents):
-            if (base / output).is_file():
-                return base / output
-    elif run.job == "label" and output:
-        run.problems.append(f"the labels are in {Path(output).name}: only .jsonl can be browsed here")
-    names = ("labels.jsonl", "judging/labels.jsonl", "pairs.jsonl")
-    return next((run.folder / name for name in names if (run.folder / name).is_file()), None)
 
 
 def _text(prompt: Any) -> str:

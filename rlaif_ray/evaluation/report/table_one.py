@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from rlaif_ray.evaluation.report.runs import Json, Run, at
+from rlaif_ray.documents import at
+from rlaif_ray.evaluation.report.runs import Json, Run
 
 TASKS = {"summary": "Summarization", "helpful": "Helpful dialogue"}
 

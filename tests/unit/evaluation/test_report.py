@@ -221,7 +221,12 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         file.write('{"step": [1], "prompt": {"a": 1}, "completion": 5}\n')
     write_rows(run / "sampled.jsonl", [{"prompt": None, "responses": 5}])
     page = page_of(run)
-    for text in ("metrics.jsonl has 2 line(s)", "resolved.yaml is no YAML", "summary.json is no JSON", "isn't known"):
+    for text in (
+        "metrics.jsonl has 2 line(s)",
+        "resolved.yaml, line 1, is not valid YAML",
+        "summary.json is no JSON",
+        "isn't known",
+    ):
         assert text in page.text
     assert len(read_run(run, "demo").metrics["kl/mean"].steps) == 2
 
@@ -302,8 +307,58 @@ def test_labels_are_found_where_the_job_wrote_them(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "label"
     write_resolved(run, "label")
     (run / "summary.json").write_text(json.dumps({"job": "label", "output": "other/judging/labels.jsonl"}))
-    found = read_run(run, "label")
-    assert len(Samples([found]).orders[0]) == 3
+    found, labels = read_run(run, "label"), tmp_path / "other" / "judging" / "labels.jsonl"
+    assert len(Samples([found], [labels]).orders[0]) == 3
+    # What the run's own files name is no reason to read it.
+    assert not Samples([found]).orders and not Samples([found], [tmp_path / "another.jsonl"]).orders
+    assert "--labels other/judging/labels.jsonl shows them" in found.problems[0]
+    (run / "judging").mkdir()
+    labels.rename(run / "judging" / "labels.jsonl")
+    (run / "summary.json").write_text(json.dumps({"job": "label", "output": "runs/label/judging/labels.jsonl"}))
+    assert len(Samples([read_run(run, "label")]).orders[0]) == 3
+
+
+SECRET = "what only the reader of the report may read"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resolved.yaml",
+        "summary.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluations.jsonl",
+        "labels.jsonl",
+        "sampled.jsonl",
+        "steps.jsonl",
+        "error.log",
+        "judging/labels.jsonl",
+        "arms/one/sampled.jsonl",
+        "harmless/scored.jsonl",
+        "arms",
+        "stages/sft-0123",
+    ],
+)
+def test_links_out_of_a_run_are_not_followed(tmp_path: Path, name: str) -> None:
+    """A folder that somebody sent must not make the page show a file of whoever makes the page."""
+    outside = tmp_path / "outside"
+    for path in ("one/sampled.jsonl", "samples.jsonl", "resolved.yaml", "any.jsonl"):
+        row = {"step": 1, "prompt": SECRET, "completion": SECRET, "responses": [SECRET], "response": SECRET}
+        row |= {"response_a": SECRET, "response_b": SECRET, "name": SECRET, "job": SECRET}
+        (outside / path).parent.mkdir(parents=True, exist_ok=True)
+        (outside / path).write_text(json.dumps(row) + "\n")
+    run = tmp_path / "run"
+    write_resolved(run, "train")
+    target = outside if name in ("arms", "stages/sft-0123") else outside / "any.jsonl"
+    (run / name).unlink(missing_ok=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).symlink_to(target)
+    if name.startswith("stages"):
+        (run / "stages" / "dpo-1").mkdir()
+        (run / "stages" / "dpo-1" / "resolved.yaml").write_text("# rlaif dpo: dpo\n")
+    write_report([run], tmp_path / "page.html")
+    assert SECRET not in (tmp_path / "page.html").read_text()
 
 
 def test_facts_of_a_run(tmp_path: Path) -> None:

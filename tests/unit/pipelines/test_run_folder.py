@@ -150,19 +150,24 @@ def test_an_output_that_two_runs_share(tmp_path: Path, hold: Hold, monkeypatch: 
 
 @pytest.mark.parametrize(("number", "soon"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
 def test_signals_that_ask_to_stop(number: int, soon: bool) -> None:
-    before = signal.getsignal(number)
-    with stop_when_asked() as stopping:
-        assert not stopping()
-        os.kill(os.getpid(), number)
-        assert stopping() and stopping.soon() == soon
-    assert signal.getsignal(number) == before
+    def handler(number: int, frame: object) -> None: ...
+
+    inherited = signal.signal(number, handler)  # under nohup SIGHUP would be ignored
+    try:
+        with stop_when_asked() as stopping:
+            assert not stopping()
+            signal.raise_signal(number)
+            assert stopping() and stopping.soon() == soon
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_when_asked() as stopping:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert not stopping()
     finally:
         signal.signal(signal.SIGHUP, before)
