@@ -17,7 +17,16 @@ from rlaif_ray.config.sections import LearnerConfig
 from rlaif_ray.errors import NotFiniteError
 from rlaif_ray.interfaces import score_answered
 from rlaif_ray.learner.finetune import SftExample
-from rlaif_ray.pipelines import checkpoint, dpo, pair_examples, preferences, reward, sampling, supervised
+from rlaif_ray.pipelines import (
+    checkpoint,
+    dpo,
+    evaluation_table,
+    pair_examples,
+    preferences,
+    reward,
+    sampling,
+    supervised,
+)
 from rlaif_ray.pipelines.experience import next_kl_coef
 from rlaif_ray.pipelines.finite import check_updates, how_to_go_on, no_numbers, require_numbers
 from rlaif_ray.pipelines.pipeline import headline
