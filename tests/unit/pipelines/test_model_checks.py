@@ -82,7 +82,12 @@ def test_so_is_a_judge_wherever_it_stands(case: str, tmp_path: Path) -> None:
         "judge": embedded(LabelJob, {"data": {"path": "x"}, "judge": judge | {"type": "vllm"}, "cluster": cpu}),
         "arms.new": embedded(
             EvaluateJob,
-            {"judge": {"type": "longer"}, "arms": {"new": judge, "old": {"path": "x.jsonl"}}, "cluster": cpu},
+            {
+                "judge": {"type": "longer"},
+                "prompts": {"path": "p.jsonl"},
+                "arms": {"new": judge, "old": {"path": "x.jsonl"}},
+                "cluster": cpu,
+            },
         ),
         "other_policies.b": embedded(
             PairsJob, {"policy": {"model": TINY}, "other_policies": {"b": judge}, "cluster": cpu}
