@@ -258,15 +258,16 @@ def _missing(place: _Place, source: Source) -> _Problem:
     for kind, chosen in classes.items():  # a section: what is missing in it is asked for next
         return _Problem("", fill=(key, default_values(chosen, kind)))
     example = (place.field.examples or [None])[0] if place.field else None
-    what = " ".join(((place.field.description if place.field else None) or "").split())
+    what = _why(place.field).strip().rstrip(".")
+    told = f" ({what})." if what else "."
     text = f"{dotted} must be set (got nothing from {source.name}): it has no default, since no run can guess it. "
-    text += f"{what.rstrip('.')}. " if what else ""
     if example is None:
-        return _Problem(f"{text}Add it there, or {source.prefix}{dotted}=VALUE to the command.", None, unsure=(dotted,))
+        text += f"Add it there, or {source.prefix}{dotted}=VALUE to the command{told}"
+        return _Problem(text, unsure=(dotted,))
     nested = f"{key[-1]}: {_shown(example).strip(chr(34))}"
     for part in reversed(key[:-1]):
         nested = f"{part}: {{{nested}}}"
-    text += f"Add `{nested}` there, or {source.prefix}{dotted}={example} to the command."
+    text += f"Add `{nested}` there, or {source.prefix}{dotted}={example} to the command{told}"
     return _Problem(text, fill=(key, example), unsure=(dotted,))
 
 

@@ -403,9 +403,9 @@ def test_a_missing_key_says_file_meaning_and_remedy(write: Write) -> None:
     with pytest.raises(InputError) as caught:
         load_job("train", [file])
     assert str(caught.value) == (
-        f"feedback.model must be set (got nothing from {file}): it has no default, since no run can guess it. A folder "
-        f"that `rlaif reward-model` wrote, or any sequence classifier with one label. Add `feedback: {{model: "
-        f"runs/reward/reward_model}}` there, or feedback.model=runs/reward/reward_model to the command."
+        f"feedback.model must be set (got nothing from {file}): it has no default, since no run can guess it. Add "
+        f"`feedback: {{model: runs/reward/reward_model}}` there, or feedback.model=runs/reward/reward_model to the "
+        f"command (a folder that `rlaif reward-model` wrote, or any sequence classifier with one label)."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlaif_ray.documents import at, is_below
 from rlaif_ray.evaluation.report.runs import Json, Run, rows
+from rlaif_ray.paths import expand_home
 from rlaif_ray.tracking.files import plain
 
 MAX_ROWS = 50_000  # of all runs together: what a browser still opens in a moment
@@ -28,7 +29,7 @@ class Samples:
         Args:
             labels: files of records that may be read though they are outside of the runs' folders.
         """
-        self._may_read = {path.expanduser().resolve() for path in labels}
+        self._may_read = {expand_home(path).resolve() for path in labels}
         self._groups: dict[Hashable, int] = {}
         self._shown: list[Json] = []  # of each group: its prompt, step and what it is
         self._prompts: dict[str, int] = {}

@@ -75,7 +75,8 @@ def test_a_constitution_of_ones_own_loads(tmp_path: Path) -> None:
     ("old", "new", "problem"),
     [
         ("id: mine\n", "", "line 1: key 'id' is missing"),
-        ("id: mine", "id: 7", "line 1: id must be a text (got 7): put it in quotes"),
+        ("id: mine", "id: 7", 'line 1: id must be a text (got 7): put it in quotes, "7"'),
+        ("id: mine", "id: 4867e52", 'line 1: id must be a text (got 4867e52): put it in quotes, "4867e52"'),
         ("id: mine", "id: ' '", "line 1: id must not be empty"),
         ("version: 1", "version: 1.5", "line 2: version must be a whole number (got 1.5)"),
         ("version: 1", "versoin: 1", "line 2: key 'versoin' is unknown; did you mean version?"),
@@ -88,7 +89,7 @@ def test_a_constitution_of_ones_own_loads(tmp_path: Path) -> None:
             "line 9: a principle must have an id and texts (got 'be short')",
         ),
         ("  - id: short\n    comp", "  - comp", "line 9: key 'id' is missing"),
-        ("id: short", "id: no", "line 9: id must be a text (got False): put it in quotes"),
+        ("id: short", "id: no", 'line 9: id must be a text (got no): put it in quotes, "no"'),
         ("id: short", "id: ''", "line 9: id must not be empty"),
         ("id: short", "id: 'kind '", "line 9: id 'kind' stands on line 4 already"),
         ("weight: 2.5", "wieght: 2.5", "line 5: key 'wieght' is unknown; did you mean weight?"),
