@@ -20,7 +20,7 @@ import grpc
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import worker
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub is shorter
 from ray.exceptions import AuthenticationError
 
 from rlaif_ray.errors import InputError, RunError

@@ -32,7 +32,7 @@ from rlaif_ray.runtime.session import open_session
 
 address, until = sys.argv[1:]
 cluster = {"address": address or None, "device": "cpu"}
-named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"judge": {"model": "m"}}}
+named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"type": "judge", "judge": {"model": "m"}}}
 job = TrainJob.model_validate({**named, "cluster": cluster})
 with open_session(job.cluster, [job]):
     answer = ray.get(ray.remote(lambda: 17).remote())

@@ -100,7 +100,7 @@ def note_current(folder: Path, address: str) -> Path:
 
 
 def job_on(**cluster: Any) -> TrainJob:
-    named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"judge": {"model": "m"}}}
+    named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"type": "judge", "judge": {"model": "m"}}}
     return TrainJob.model_validate({**named, "cluster": cluster})
 
 
