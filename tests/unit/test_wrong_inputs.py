@@ -256,7 +256,7 @@ INPUT_LEVEL = [
         "broken JSON line",
         "data: {path: ./p.jsonl}",
         prepare=lambda folder: (folder / "p.jsonl").write_text(GOOD_ROW + '{"prompt": "a\n'),
-        says=("p.jsonl, line 2", "not a JSON object", "Mend or remove the line"),
+        says=("p.jsonl, line 2", "not a JSON object", "Mend the line, or remove it"),
     ),
     Wrong(
         "duplicate ids",
