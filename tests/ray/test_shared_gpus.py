@@ -119,8 +119,8 @@ def test_a_tensor_parallel_engine_drives_the_gpus_of_its_bundle(ray: Any) -> Non
     from ray.util.placement_group import remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    job = TrainJob.model_validate(
-        {"feedback": {"type": "judge", "judge": {"replicas": 1}}, "rollout": {"tensor_parallel": 2}}
+    job = embedded(
+        TrainJob, {"feedback": {"type": "judge", "judge": {"replicas": 1}}, "rollout": {"tensor_parallel": 2}}
     )
     slots = actor_slots(job, "cuda")
     group = reserve(slots, timeout_s=scaled(60))
