@@ -70,14 +70,14 @@ def is_below(path: Path, folder: Path) -> bool:
 
 def bounded_lines(file: BinaryIO, most_bytes: int = JSON_BYTES) -> Iterator[bytes]:
     """A file's lines with their ends, without a byte-order mark. Of a longer line as much as `parse_json` refuses."""
-    first = True
+    if file.read(len(BOM)) != BOM:
+        file.seek(0)
     while line := file.readline(most_bytes + 2):
         if len(line) > most_bytes + 1 and not line.endswith(b"\n"):
             while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
                 pass
             line += b"\n" if rest else b""
-        yield line.removeprefix(BOM) if first else line
-        first = False
+        yield line
 
 
 def _check_size(data: bytes, most_bytes: int) -> None:

@@ -21,6 +21,7 @@ from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
 from rlaif_ray.learner.packing import Arguments, ModelInput
 from rlaif_ray.weight_types import WeightTypes, cast
+from rlaif_ray.writing import replace_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -335,7 +336,7 @@ def save_model_folder(
 
 def _say_type(file: Path, kind: str) -> None:
     config = read_json(file, dict)
-    file.write_text(json.dumps(config | {"dtype": kind}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps(config | {"dtype": kind}, indent=2, sort_keys=True) + "\n")
 
 
 def try_saving(model: Any, load_tokenizer: Callable[[], Any], name: str) -> None:

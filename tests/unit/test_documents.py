@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlaif_ray.documents import (
+    BOM,
     DEPTH,
     DIGITS,
     JSON_BYTES,
@@ -245,11 +246,13 @@ def test_files(tmp_path: Path) -> None:
         read_bytes(tmp_path)
 
 
+@example(lines=[BOM], end=False)
+@example(lines=[BOM + b"12345", BOM + b"12"], end=True)
 @given(lines=st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b"")), max_size=6), end=st.booleans())
 def test_lines_are_cut_where_they_are_too_long(lines: list[bytes], end: bool) -> None:
     data = b"\n".join(lines) + b"\n" * end
     found = list(bounded_lines(io.BytesIO(data), 5))
-    whole = io.BytesIO(data).readlines()
+    whole = io.BytesIO(data.removeprefix(BOM)).readlines()
     assert len(found) == len(whole)
     for line, of_file in zip(found, whole, strict=True):
         assert line.endswith(b"\n") == of_file.endswith(b"\n")

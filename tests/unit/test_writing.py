@@ -125,6 +125,7 @@ def test_a_lone_surrogate(tmp_path: Path) -> None:
 ELSEWHERE = {
     "output.py": "the null device",
     "writing.py": "the door",
+    "runtime/local_ray.py": "a new file in a folder of its own",
     "learner/supervised.py": "a card in a folder in the making",
     "learner/deepspeed_states.py": "a scratch folder",
     "evaluation/report/page.py": "a device such as /dev/stdout",

@@ -396,10 +396,11 @@ INPUT_LEVEL = [
 def wrong_arguments(case: Wrong, folder: Path) -> list[str]:
     """Lays the case out in `folder`; the command line."""
     case.prepare(folder)
-    files = {BASE: TRAIN} | ({} if case.config is None else {CONFIG: case.config})
+    base = {BASE: TRAIN} if case.job == "train" else {}  # other jobs' cases name what they need
+    files = base | ({} if case.config is None else {CONFIG: case.config})
     for name, text in (files | case.files).items():
         (folder / name).write_text(text)
-    return [case.job, BASE, CONFIG, *case.files, *case.settings]
+    return [case.job, *base, CONFIG, *case.files, *case.settings]
 
 
 def assert_told_well(case: Wrong, folder: Path) -> None:

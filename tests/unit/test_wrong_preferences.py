@@ -92,7 +92,7 @@ CASES = [
     Wrong("reward model without a model", "feedback: {type: reward_model}", (), ("feedback.model must be set",)),
     Wrong(
         "unknown key in a mixture",
-        "feedback: {type: mixture, scorers: {a: {weigth: 1, scorer: {type: judge}}}}",
+        "feedback: {type: mixture, scorers: {a: {weigth: 1, scorer: {type: judge, judge: {model: m}}}}}",
         (),
         ("feedback.scorers.a.weigth",),
     ),
@@ -174,6 +174,8 @@ def test_wrong(case: Wrong, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     settings = ["run_dir=run", "cluster.address=local"]
     if "policy:" not in config and case.job != "label":
         settings.append(f"policy.model={tiny}")
+    if case.job in ("pairs", "sample"):
+        settings.append("data.path=package:train")
     if case.job == "label" and "model" not in config and "longer" not in config and "type" not in config:
         settings.append(f"judge.model={tiny}")
     # Files of the case other than the config are data: they are not named on the command line.

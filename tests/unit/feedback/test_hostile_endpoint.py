@@ -120,7 +120,7 @@ def test_errors_of_any_form(proxied: Any) -> None:
     asker, proxy = proxied
     texts = [DEEP, "[" * 900 + "]" * 900, '{"error":' * 800 + "1" + "}" * 800, '{"error": {"message": 5, "code": {}}}']
     texts += ['{"error": {"message": null, "param": [1], "code": "' + "x" * 100_000 + '"}}', "1" * 5000, "null", ""]
-    for status in (400, 422, 500, 418, 302):
+    for status in (400, 422, 500, 418):  # a redirect ends the job
         for text in texts:
             proxy.inject("body", text=text, status=status, headers={"Retry-After": "1e400"})
             bad, good = answers(asker)

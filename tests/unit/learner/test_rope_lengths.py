@@ -120,9 +120,9 @@ def test_a_pair_on_both_sides_is_refused(folder: Path) -> None:
     policy = PolicyConfig(model=str(folder))
     short, long = (5,) * 8, (5,) * 30
     alike = [PairExample((3,) * 6, short, short, 0.5), PairExample((3,) * 6, long, long, 0.5)]
-    _check_switch(policy, alike, "dpo.max_tokens")
+    _check_switch(policy, [alike], "dpo.max_tokens")
     with pytest.raises(InputError, match=r"1 of 3 pairs .* 24 tokens.*dpo\.max_tokens=24"):
-        _check_switch(policy, [*alike, PairExample((3,) * 6, short, long, 0.5)], "dpo.max_tokens")
+        _check_switch(policy, [alike, [PairExample((3,) * 6, short, long, 0.5)]], "dpo.max_tokens")
 
 
 def test_rl_stays_where_engine_and_learner_agree(folder: Path) -> None:

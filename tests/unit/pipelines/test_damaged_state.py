@@ -21,7 +21,7 @@ from rlaif_ray.pipelines.rows import AnsweredRow, RevisedRow, SampledRow, Scored
 from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
 from rlaif_ray.storage import MANIFEST, Place, StoredFolder, draft, open_folder, publish
 from rlaif_ray.tracking.files import read_json, read_rows, read_rows_streaming
-from rlaif_ray.tracking.tracker import phase_share
+from rlaif_ray.tracking.tracker import _summed_up, phase_share
 from tests.damage import odd_json
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -82,7 +82,7 @@ def test_a_line_beyond_the_bounds(text: str, tmp_path: Path) -> None:
 
 def test_metrics_of_any_kind() -> None:
     rows = [{"step": 1, "time/step_s": "x", "time/rollout_s": []}, {"time/step_s": 2, "time/rollout_s": 1}, {}]
-    assert phase_share(rows) == {"rollout": 0.5}
+    assert phase_share([_summed_up(row) for row in rows]) == {"rollout": 0.5}
 
 
 # ---- Settings and stages ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.config.data_sections import SupervisedConfig
 from rlaif_ray.config.jobs import DpoJob, SftJob
 from rlaif_ray.learner.dpo import DpoExample
@@ -15,7 +16,7 @@ from rlaif_ray.learner.supervised import PairExample
 from rlaif_ray.pipelines import supervised
 from rlaif_ray.pipelines.dpo import Referred
 from rlaif_ray.pipelines.pair_examples import read_pairs
-from rlaif_ray.pipelines.supervised import batch_of, read_sft_inputs, turn_end
+from rlaif_ray.pipelines.supervised import batch_of, read_sft_inputs
 from rlaif_ray.runtime import groups
 from tests.tiny import cached_tiny_model
 
@@ -41,7 +42,7 @@ def test_progress_is_shown_while_examples_are_read(
     if name == "sft":
         inputs: Any = read_sft_inputs(SftJob.model_validate({**job, "sft": {"held_out_fraction": 0}}))
     else:
-        inputs, _ = read_pairs(DpoJob.model_validate({**job, "dpo": {"held_out_fraction": 0}}), turn_end)
+        inputs, _ = read_pairs(DpoJob.model_validate({**job, "dpo": {"held_out_fraction": 0}}), ChatRenderer.turn_end)
     assert len(inputs.train) == 300 and len(set(inputs.train)) == 1
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith(f"reading {title}: 256/300 {title}  ")
