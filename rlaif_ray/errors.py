@@ -13,6 +13,7 @@
             NotFiniteError            loss, gradient or weights are NaN or infinite
             PlacementError            the cluster did not give the resources asked for in time
             CheckpointError           a checkpoint could not be written or read
+                CheckpointTakenError  another process writes checkpoints in the same place by now
 
     Preempted (KeyboardInterrupt)     this process was told to end (SIGTERM): the step under way is given up
 
@@ -77,6 +78,10 @@ class PlacementError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint could not be written, or does not fit what is to be resumed."""
+
+
+class CheckpointTakenError(CheckpointError):
+    """Another process has claimed the place of the checkpoints: this one must write no more there."""
 
 
 class Preempted(KeyboardInterrupt):

@@ -29,7 +29,7 @@ from rlaif_ray.secrecy import masked, without_login
 from rlaif_ray.writing import open_anew
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 TOKEN = re.compile(r"[0-9a-f]{8}")  # by which one attempt to write a folder is told from another
 READ_BYTES = 8 << 20  # at a time
 READERS = 4  # files that are verified side by side

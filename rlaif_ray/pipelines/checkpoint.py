@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.config.resolved import versions
 from rlaif_ray.documents import parse_json
-from rlaif_ray.errors import CheckpointError, DocumentError, InputError
-from rlaif_ray.pipelines.checkpoint_owner import Claim, claim_checkpoints
+from rlaif_ray.errors import CheckpointError, CheckpointTakenError, DocumentError, InputError
+from rlaif_ray.pipelines.checkpoint_owner import Ownership
 from rlaif_ray.pipelines.inputs import contents
 from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
 from rlaif_ray.storage import MANIFEST, TOKEN, Place, StoredFolder, draft, is_stored_folder, open_folder, publish, told
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STATE = "state.json"
 PROBE = ".partial-probe"
 # Names of what is being written or removed: storage.draft and Place.remove make them.
-UNFINISHED = re.compile(rf"\.partial-(probe|step-\d+-({TOKEN.pattern}|removed))(-removed)?")
+UNFINISHED = re.compile(rf"(\.partial-)+(probe|step-\d+-({TOKEN.pattern}|removed))(-removed)*")
 END_S = 60.0  # how long a run that fails waits for a checkpoint that is being written
 
 
@@ -134,19 +134,20 @@ def open_checkpoints(job: TrainJob | SupervisedJob, run_dir: Path) -> Checkpoint
     """
     given = job.checkpoint.path
     place = Place.of(given or run_dir / "checkpoints")
-    claim = None
+    ownership = None
     if given is not None:
         probe = place / PROBE
         try:
             probe.write(b"")
             probe.remove()
-            claim = claim_checkpoints(place, run_dir, take_over=job.checkpoint.resume == "take_over")
+            ownership = Ownership(place, run_dir, take_over=job.checkpoint.resume == "take_over")
+            ownership.check(bool(_steps(place)))
         except (CheckpointError, OSError) as error:
             raise InputError(
                 f"checkpoint.path must be a place that can be written (got {place}): {error} "
                 f"Correct the address or its permissions, or choose another with checkpoint.path=ADDRESS."
             ) from error
-    return Checkpoints(job, place, claim)
+    return Checkpoints(job, place, ownership)
 
 
 def remove_checkpoints(place: Place) -> None:
@@ -158,6 +159,14 @@ def remove_checkpoints(place: Place) -> None:
     for name in place.names():
         if _is_ours(place, name):
             (place / name).remove()
+
+
+def _steps(place: Place) -> list[int]:
+    """Of all that are there, damaged ones too."""
+    found = [step for name in place.names() if (step := _step_of(name)) is not None]
+    if place.folder is None:  # there, without a manifest it is an upload that was cut off
+        found = [step for step in found if MANIFEST in (place / f"step-{step}").names()]
+    return sorted(found)
 
 
 def _is_ours(place: Place, name: str) -> bool:
@@ -179,8 +188,8 @@ class Checkpoints:
     An error in writing comes out at the next call of `check`, `save` or `wait`.
     """
 
-    def __init__(self, job: TrainJob | SupervisedJob, place: Place, claim: Claim | None = None) -> None:
-        self._job, self._cfg, self.place, self._claim = job, job.checkpoint, place, claim
+    def __init__(self, job: TrainJob | SupervisedJob, place: Place, ownership: Ownership | None = None) -> None:
+        self._job, self._cfg, self.place, self._ownership = job, job.checkpoint, place, ownership
         self.holds = contents(job)  # now: a file may change while the run goes on with what it has read
         self._settings = kept_settings(job, self.holds)
         self._last: int | None = None  # the step that was saved last
@@ -196,6 +205,8 @@ class Checkpoints:
         self._held, self._note = [], note
 
     def __enter__(self) -> Checkpoints:
+        if self._ownership is not None and (before := self._ownership.claim()) is not None:
+            self._note(before)
         return self
 
     def __exit__(
@@ -225,7 +236,7 @@ class Checkpoints:
             CheckpointError: there are some, and all are damaged.
         """
         damaged = []
-        for step in reversed(self._steps()):
+        for step in reversed(_steps(self.place)):
             try:
                 saved = _open(self.place, step)
             except CheckpointError as error:
@@ -249,7 +260,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it can't be removed, or another process has claimed the place.
         """
-        self._check_claim()
+        self._verify_ownership()
         remove_checkpoints(self.place)
 
     def save(self, learner: Checkpointed, state: RunState) -> None:
@@ -263,6 +274,7 @@ class Checkpoints:
         step = state.step  # the loop goes on to change the state
         if self._last == step:
             return
+        self._verify_ownership()
         final = self.place / f"step-{step}"
         place = draft(final, uuid.uuid4().hex[:8])
         document = {"state": asdict(state), "settings": self._settings, "versions": versions()}
@@ -271,10 +283,11 @@ class Checkpoints:
             written = learner.save_checkpoint(place)
 
         def finish() -> None:
-            self._check_claim()
             files = {**written(), STATE: (place / STATE).write(data)}
+            self._verify_ownership()  # the upload may have taken minutes
             publish(StoredFolder(place, files), final, step=step)
             self._damaged.discard(step)
+            self._verify_ownership()
             self._prune(step)
 
         self._last = step
@@ -326,17 +339,10 @@ class Checkpoints:
         """The newest that is whole, written or found by this process; None without any."""
         return None if self._last is None else str(self.place / f"step-{self._last}")
 
-    def _steps(self) -> list[int]:
-        """Of all that are there, damaged ones too."""
-        found = [step for name in self.place.names() if (step := _step_of(name)) is not None]
-        if self.place.folder is None:  # there, without a manifest it is an upload that was cut off
-            found = [step for step in found if MANIFEST in (self.place / f"step-{step}").names()]
-        return sorted(found)
-
     def _prune(self, now: int) -> None:
         """Removes all but the last few, and what was left unfinished."""
         try:
-            steps = [step for step in self._steps() if step not in self._damaged]
+            steps = [step for step in _steps(self.place) if step not in self._damaged]
             # Later ones than this are damaged: they stay until the run comes by again.
             kept = {step for step in steps if step > now} | {*[s for s in steps if s <= now][-self._cfg.keep :]}
             kept |= {step for step in self._damaged if step > now}
@@ -351,9 +357,9 @@ class Checkpoints:
             except CheckpointError as error:
                 self._note(f"an old checkpoint stays: {error}")
 
-    def _check_claim(self) -> None:
-        if self._claim is not None:
-            self._claim.check()
+    def _verify_ownership(self) -> None:
+        if self._ownership is not None:
+            self._ownership.verify()
 
 
 class _Writing:
@@ -384,6 +390,8 @@ def _told_well(final: Place) -> Iterator[None]:
     """Says of what kept a checkpoint from being written that the one before is intact, and how to go on."""
     try:
         yield
+    except CheckpointTakenError:
+        raise
     except (CheckpointError, OSError) as error:
         raise CheckpointError(
             f"checkpoint {final} could not be written: {error if isinstance(error, CheckpointError) else told(error)} "

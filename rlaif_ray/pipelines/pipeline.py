@@ -27,7 +27,7 @@ from rlaif_ray.output import say, shown
 from rlaif_ray.pipelines import constitution, evaluate
 from rlaif_ray.pipelines.chat_date import pipeline_date
 from rlaif_ray.pipelines.checkpoint import remove_checkpoints
-from rlaif_ray.pipelines.checkpoint_owner import is_owned_by
+from rlaif_ray.pipelines.checkpoint_owner import belongs_to_another
 from rlaif_ray.pipelines.dpo import train_dpo
 from rlaif_ray.pipelines.inputs import content_of, result_settings
 from rlaif_ray.pipelines.pairs import make_pairs
@@ -339,7 +339,7 @@ def _checkpoint_path(one: Placed) -> str | None:
 def _put_aside(one: Placed) -> None:
     """Makes room for the same stage once more; nothing is removed but checkpoints elsewhere: it would go on there."""
     folder = one.folder
-    if (path := _checkpoint_path(one)) is not None and is_owned_by(Place.of(path), folder):
+    if (path := _checkpoint_path(one)) is not None and not belongs_to_another(Place.of(path), folder):
         remove_checkpoints(Place.of(path))
     if folder.exists():
         number = next(k for k in range(1, 10**6) if not folder.with_name(f"{folder.name}.{k}").exists())

@@ -117,9 +117,15 @@ def open_output(loaded: Loaded, output: Path, inputs: Inputs, made: Sequence[str
     `made` are the files there that are results too, beside `output`, as patterns.
 
     Raises:
-        InputError: a folder can't be written, is in use, or holds results of another run.
+        InputError: a folder can't be written, is in use, or holds results of another run; the output can't be written.
     """
     state = state_of(loaded)
+    if output.is_symlink() or output.is_dir():  # told now, not once all is made
+        got = f"a link to {output.resolve()}" if output.is_symlink() else "a folder"
+        raise InputError(
+            f"output must be a file (got {output}, {got}): records are not written through links. Name the file itself "
+            f"with output=PATH."
+        )
     make_folder(loaded.run_dir)
     make_folder(state)
     go_on(loaded, state, inputs, output, made=made)

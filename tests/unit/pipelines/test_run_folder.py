@@ -171,3 +171,18 @@ def test_what_nohup_ignores_stays_ignored() -> None:
             assert not stopping()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_an_output_that_is_a_link_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written through links, and what was paid for would have nowhere to go."""
+    from rlaif_ray.config.load import load_job
+
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text('{"prompt": "a?", "response_a": "b", "response_b": "cc"}\n')
+    Path("link.jsonl").symlink_to(tmp_path / "large disk.jsonl")
+    settings = ["data.path=pairs.jsonl", "judge={type: longer}", "output=link.jsonl", "run_dir=own"]
+    with pytest.raises(InputError, match=r"output must be a file \(got link.jsonl, a link to .*large disk.jsonl\)"):
+        import_module("rlaif_ray.pipelines.preferences").make_labels(load_job("label", [], settings))
+    assert not Path("own").exists()
