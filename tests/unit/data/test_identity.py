@@ -77,6 +77,7 @@ def test_progress_is_shown_of_large_inputs(
     folder = model(tmp_path / "m")
     with (folder / "model.safetensors").open("wb") as file:
         file.truncate(3 << 20)
+    monkeypatch.setattr(identity, "SILENT_S", 1000.0)
     model_content(str(folder))
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(identity, "SILENT_S", 0.0)
