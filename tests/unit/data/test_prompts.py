@@ -130,7 +130,7 @@ def test_a_list_is_read_up_to_a_size_and_lines_without_end(tmp_path: Path, monke
     monkeypatch.setattr("rlaif_ray.data.json_rows.LIST_BYTES", 30)
     rows = [{"prompt": "a"}, {"prompt": "b"}]
     assert len(load(as_json_list(tmp_path, rows[:1])).prompts) == 1
-    with pytest.raises(InputError, match=r"p\.json is too large .got 48 bytes.* up to 30 bytes\. Write it as \.jsonl"):
+    with pytest.raises(InputError, match=r"p\.json is too large .*got 48 bytes.* up to 30 bytes\. Write it as \.jsonl"):
         load(as_json_list(tmp_path, rows))
     assert len(load(as_json_lines(tmp_path, rows)).prompts) == 2
 
