@@ -11,6 +11,7 @@ import json
 import math
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ def open_file(path: Path, *, below: Path | None = None) -> BinaryIO:
         raise DocumentError(f"leads out of {below.name} by a link")
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe or device may have no end; a folder says what it is
-        raise DocumentError("is no regular file")
+        raise DocumentError("is not a regular file")
     return path.open("rb")
 
 
@@ -70,8 +71,7 @@ def is_below(path: Path, folder: Path) -> bool:
 
 def bounded_lines(file: BinaryIO, most_bytes: int = JSON_BYTES) -> Iterator[bytes]:
     """A file's lines with their ends, without a byte-order mark. Of a longer line as much as `parse_json` refuses."""
-    if file.read(len(BOM)) != BOM:
-        file.seek(0)
+    skip_mark(file)
     while line := file.readline(most_bytes + 2):
         if len(line) > most_bytes + 1 and not line.endswith(b"\n"):
             while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
@@ -80,8 +80,14 @@ def bounded_lines(file: BinaryIO, most_bytes: int = JSON_BYTES) -> Iterator[byte
         yield line
 
 
-def _check_size(data: bytes, most_bytes: int) -> None:
-    if len(data) > most_bytes:
+def skip_mark(file: BinaryIO) -> None:
+    """Moves a file that was just opened behind its byte-order mark, if it has one."""
+    if file.read(len(BOM)) != BOM:
+        file.seek(0)
+
+
+def _check_size(data: bytes, most_bytes: int, *, line: bool = False) -> None:
+    if len(data) - (line and data.endswith(b"\n")) > most_bytes:
         raise DocumentError(f"is longer than {most_bytes:,} bytes")
 
 
@@ -148,14 +154,14 @@ def parse_json(
 
     Args:
         expected: of what type the value must be: dict, list or anything.
-        nan: take NaN and infinities, which JSON has not and other programs write.
+        nan: take NaN and infinities, which JSON does not allow and other programs write.
         lenient: these, and of a key that stands twice the last.
 
     Raises:
-        DocumentError: it is none, or beyond the bounds.
+        DocumentError: it is not JSON, or beyond the bounds.
     """
     data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    _check_size(data.removesuffix(b"\n"), most_bytes)
+    _check_size(data, most_bytes, line=True)
     if _is_deep(data):
         raise DocumentError(f"is nested more than {DEPTH} deep")
     try:
@@ -163,7 +169,7 @@ def parse_json(
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         told = error.msg.removesuffix(" at")
-        raise DocumentError(f"is no JSON: {told} at {line}column {error.colno}") from None
+        raise DocumentError(f"is not JSON: {told} at {line}column {error.colno}", syntax=True) from None
     except RecursionError:  # of a caller that is deep itself
         raise DocumentError("is nested too deep") from None
     _check_kind(value, expected)
@@ -184,22 +190,42 @@ def read_json(
 
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_BLOCK = 1 << 18  # bytes that are looked through at once: what is made of them takes up to 40 times as much
 
 
 def _is_deep(data: bytes) -> bool:
-    """Whether JSON is nested more than DEPTH deep, looked up without a parser: those recurse."""
+    """Whether JSON is nested more than DEPTH deep, found without a parser: those recurse. Memory and time per byte do
+    not grow with the data."""
     if data.count(b"[") + data.count(b"{") <= DEPTH:
         return False
-    outside = b"".join(data.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])  # of strings
-    brackets = outside.translate(_ONE_KIND, _NO_BRACKETS)
+    start, in_string = 0, False
+    unclosed: bytes | None = b""
+    while start < len(data):
+        block = data[start : start + _BLOCK]
+        backslashes = len(block) - len(block.rstrip(b"\\"))
+        if backslashes % 2 and len(block) == _BLOCK:  # the last one escapes what comes next
+            block = block[:-1]
+        start += len(block)
+        parts = block.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+        outside = b"".join(parts[in_string::2])  # of strings
+        in_string ^= len(parts) % 2 == 0
+        unclosed = _unclosed(unclosed + outside.translate(_ONE_KIND, _NO_BRACKETS))
+        if unclosed is None:
+            return True
+    return False
+
+
+def _unclosed(brackets: bytes) -> bytes | None:
+    """Those that are still open at the end; None where more than DEPTH are open at once."""
     for _ in range(DEPTH):  # each round takes the innermost away
         if b"[" * (DEPTH + 1) in brackets:
-            return True
+            return None
         fewer = brackets.replace(b"[]", b"")
         if len(fewer) == len(brackets):
             break
         brackets = fewer
-    return brackets.count(b"[") > DEPTH or b"[]" in brackets
+    deep = brackets.count(b"[") > DEPTH or b"[]" in brackets
+    return None if deep else brackets.lstrip(b"]")
 
 
 def _whole(text: str) -> int:
@@ -216,7 +242,7 @@ def _fraction(text: str) -> float:
 
 
 def _no_number(text: str) -> float:
-    raise DocumentError(f"has {text}, which JSON has not")
+    raise DocumentError(f"has {text}, which JSON does not allow")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -285,7 +311,7 @@ def parse_yaml(text: bytes | str) -> YamlDocument:
     """What a YAML text in UTF-8 says. Keys are texts, as they stand there; 1e-6 is a number, and a date is text.
 
     Raises:
-        DocumentError: it is none, says something that JSON could not, or is beyond the bounds. Has the line.
+        DocumentError: it is not YAML, says something that JSON could not, or is beyond the bounds. Has the line.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     _check_size(data, YAML_BYTES)
@@ -341,7 +367,9 @@ def _yaml_errors(text: str) -> Iterator[None]:
         raise
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise DocumentError(f"has the character #x{error.character:04x}, which is no text", line) from None
+        control = unicodedata.category(chr(error.character)) == "Cc"
+        why = "which is a control character" if control else "which YAML does not allow"
+        raise DocumentError(f"has the character #x{error.character:04x}, {why}", line) from None
     except RecursionError:
         raise DocumentError("is nested too deep") from None
     except _YAML_ERRORS as error:
@@ -383,15 +411,15 @@ class _Builder:
     def _scalar(self, node: yaml.Node, line: int) -> Any:
         tag = node.tag.removeprefix("tag:yaml.org,2002:")
         if tag not in _SCALARS or not isinstance(node, yaml.ScalarNode):
-            raise DocumentError(f"is not valid YAML: the tag !!{tag[:60]} is none that is read", line)
+            raise DocumentError(f"is not valid YAML: the tag !!{tag[:60]} is not supported", line)
         if tag in ("int", "float") and len(node.value) > DIGITS:
             raise DocumentError(f"has a number of more than {DIGITS} digits", line)
         try:
             value = self._loader.construct_object(node)
         except _YAML_ERRORS:  # not all of them are YAML's own
-            raise DocumentError(f"is not valid YAML: {node.value[:60]!r} is no !!{tag}", line) from None
+            raise DocumentError(f"is not valid YAML: {node.value[:60]!r} is not a valid !!{tag}", line) from None
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            raise DocumentError("has half of a surrogate pair, which is no character", line)
+            raise DocumentError("has half of a surrogate pair, which is not a character", line)
         return value
 
     def _mapping(self, node: yaml.MappingNode, key: KeyPath, parents: tuple[yaml.Node, ...]) -> dict[str, Any]:

@@ -32,12 +32,13 @@ class InputError(RlaifError, ValueError):
 class DocumentError(RlaifError, ValueError):
     """JSON or YAML is broken, or beyond what is read of it.
 
-    The message goes on after the name of the file: "is nested more than 100 deep". `line`, from 1, is where, if known.
+    The message continues the name of the file: "is nested more than 100 deep". `line`, from 1, is where, if known.
+    `syntax`: it is not JSON at all, rather than JSON beyond the bounds.
     """
 
-    def __init__(self, message: str, line: int | None = None) -> None:
+    def __init__(self, message: str, line: int | None = None, *, syntax: bool = False) -> None:
         super().__init__(message)
-        self.line = line
+        self.line, self.syntax = line, syntax
 
 
 class RunError(RlaifError, RuntimeError):

@@ -18,6 +18,7 @@ _FORMS: tuple[tuple[str, ...], ...] = (
     ("prompt", "completion"),  # TRL's
     ("conversations",),  # ShareGPT's
 )
+_VALUES = {"label", *(name for form in _FORMS for name in form)}  # columns whose values are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def read_demonstrations(path: str, *, split: str = "train", limit: int | None = 
         InputError: at the first wrong row, naming file and line; those before it have been given out by then.
     """
     count = 0
-    for row in rows_of(path, split)():
+    for row in rows_of(path, split, _VALUES)():
         if limit is not None and count >= limit:
             return
         count += 1
@@ -52,7 +53,7 @@ def read_labelled_responses(path: str) -> Iterator[tuple[Demonstration, float]]:
     Raises:
         InputError: at the first wrong row, naming file and line.
     """
-    for row in rows_of(path, "train")():
+    for row in rows_of(path, "train", _VALUES)():
         found, label = _demonstration(row), row.cells.get("label")
         if isinstance(label, bool) or label not in (0, 1):
             raise InputError(f"{row.place}: label must be 0 or 1 (got {described(label)}). Correct it.")

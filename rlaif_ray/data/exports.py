@@ -237,7 +237,7 @@ def must_be_free(out: Path) -> None:
         answers = [answer for answer, _ in _read_sheet(out).values() if answer is not None]
     except InputError as error:
         raise InputError(
-            f"{out} exists and is no sheet written here: it would be overwritten. Name another."
+            f"{out} exists and is not a sheet written by this command: it would be overwritten. Name another file."
         ) from error
     if answers:
         raise InputError(
@@ -357,7 +357,7 @@ def from_argilla(rows: Iterable[Mapping[str, Any]]) -> Iterator[PreferenceRecord
             answers = [_VERDICTS[value] for value in said]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"the Argilla record {row.get('id')!r} is none that was pushed from here (got: {one_line(error)}). "
+                f"the Argilla record {row.get('id')!r} was not pushed from here (got: {one_line(error)}). "
                 "Pull from the data set that the records were pushed to."
             ) from error
         yield _answered(record, sum(answers) / len(answers)) if answers else record

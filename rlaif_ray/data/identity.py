@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +27,13 @@ from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.models import cache_folder
 from rlaif_ray.paths import expand_home
 from rlaif_ray.tracking.files import read_json, write_json
+from rlaif_ray.tracking.progress import SILENT_S, ItemProgress
 
 LARGE = 64 << 20  # bytes; from here on a digest is noted
 READ_BYTES = 8 << 20  # at a time
 FILES_KEPT = 500  # of a folder, to say which of them has changed
 READERS = 4  # files that are read side by side
+LOOK_S = 0.2  # between two looks at how far they are
 # A file may change again within the granularity of its time of change: a digest is only noted of files older than this.
 SETTLED_S = 2.0
 
@@ -157,9 +159,8 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _of_files(name: str, files: Mapping[str, Path]) -> Content:
-    """`files` by their path in a folder, "" for a single file."""
-    with ThreadPoolExecutor(READERS) as pool:
-        looked = list(pool.map(file_digest, files.values()))
+    """`files` by their path in a folder, "" for a single file. Progress is shown after a second."""
+    looked = _digests(name, list(files.values()))
     digests = {place: digest for place, (digest, _) in zip(files, looked, strict=True)}
     newest = max((at for _, at in looked), default=None)
     if list(digests) == [""]:
@@ -168,8 +169,37 @@ def _of_files(name: str, files: Mapping[str, Path]) -> Content:
     return Content(name, whole.hexdigest(), changed_at=newest, files=digests)
 
 
-def file_digest(path: Path) -> tuple[str, float]:
+def _digests(name: str, files: list[Path]) -> list[tuple[str, float]]:
+    sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
+    read = [0] * len(files)  # bytes of each
+
+    def digest(number: int) -> tuple[str, float]:
+        def count(size: int) -> None:
+            read[number] += size
+
+        found = file_digest(files[number], count)
+        read[number] = sizes[number]  # also where the digest was noted
+        return found
+
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        ItemProgress(f"looking at {name}", sum(sizes) >> 20, "MiB", after_s=SILENT_S) as progress,
+    ):
+        futures = [pool.submit(digest, number) for number in range(len(files))]
+        shown, under_way = 0, True
+        while under_way:
+            under_way = bool(wait(futures, LOOK_S).not_done)
+            now = sum(read) >> 20
+            progress.advance(now - shown)
+            shown = now
+    return [future.result() for future in futures]
+
+
+def file_digest(path: Path, read: Callable[[int], None] = lambda _: None) -> tuple[str, float]:
     """Size and XXH3 of a file's bytes, as one text; and when it was changed.
+
+    Args:
+        read: is given the number of bytes each time that some were read.
 
     Raises:
         InputError: it can't be read, or changes while it is.
@@ -177,7 +207,7 @@ def file_digest(path: Path) -> tuple[str, float]:
     try:
         for _ in range(3):
             before = _stamp(path)
-            digest = _noted(path, before) or _hashed(path)
+            digest = _noted(path, before) or _hashed(path, read)
             if _stamp(path) == before:
                 size, changed_ns = before[0], before[1]
                 if size >= LARGE and time.time() - changed_ns / 1e9 > SETTLED_S:
@@ -194,11 +224,12 @@ def _stamp(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev]
 
 
-def _hashed(path: Path) -> str:
+def _hashed(path: Path, read: Callable[[int], None]) -> str:
     digest = xxh3_128()
     with path.open("rb") as file:
         while data := file.read(READ_BYTES):
             digest.update(data)
+            read(len(data))
     return digest.hexdigest()
 
 

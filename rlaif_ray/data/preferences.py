@@ -8,7 +8,7 @@ until the bad one: the reader raises when it gets there, and what came before ha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from rlaif_ray.chat.text import conversation_text
 from rlaif_ray.data.json_rows import mended
 from rlaif_ray.data.messages import Row, described, read_messages, response_of
 from rlaif_ray.data.prompts import HUB_ID, hub_reference, id_of_row, nearest_hint, one_line
-from rlaif_ray.data.rows import json_rows, parquet_rows
+from rlaif_ray.data.rows import good_rows, json_rows, parquet_rows
 from rlaif_ray.data.trl_rows import read_trl
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.paths import expand_home
@@ -140,7 +140,7 @@ def read_preferences(path: str, *, split: str = "train", limit: int | None = Non
             and line (row of a parquet file). Also for no rows at all.
         RunError: the connection to the hub broke midway.
     """
-    return _records(rows_of(path, split), path, limit)
+    return _records(rows_of(path, split, _VALUES), path, limit)
 
 
 def check_readable(path: str, *, split: str = "train") -> None:
@@ -160,7 +160,9 @@ def records_of_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Pr
 _Rows = Callable[[], Iterator[Row]]  # starts at the first row each time
 
 
-def rows_of(path: str, split: str) -> _Rows:
+def rows_of(path: str, split: str, columns: Collection[str]) -> _Rows:
+    """The rows of a .jsonl or .parquet file or a hub id, up to the first that is wrong. Cells are there of all columns;
+    of a parquet file those that `columns` does not name are None."""
     local = expand_home(path)
     if path and local.exists():
         if local.is_dir() or local.suffix not in ENDINGS:
@@ -174,7 +176,9 @@ def rows_of(path: str, split: str) -> _Rows:
                 f"the preferences {local} have no split {split!r}: a file is all train. "
                 "Leave split out, or name the file that holds those rows."
             )
-        return lambda: parquet_rows(local) if local.suffix == ".parquet" else json_rows(local)
+        if local.suffix == ".parquet":
+            return lambda: good_rows(parquet_rows(local, columns=columns))
+        return lambda: good_rows(json_rows(local))
     if not HUB_ID.fullmatch(path) or local.suffix in ENDINGS:
         near = [file.name for file in local.parent.iterdir()] if local.parent.is_dir() else []
         raise InputError(
@@ -193,8 +197,8 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
         data = datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
         raise InputError(
-            f"the preferences {name!r} are no file here, and no Hugging Face data set whose split {split!r} can be "
-            f"loaded (got: {one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
+            f"the preferences {name!r} are neither a file here nor a Hugging Face data set whose split {split!r} can "
+            f"be loaded (got: {one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
             "the network, and a private one HF_TOKEN. Or give a local file."
         ) from error
     number = 0
@@ -224,6 +228,7 @@ _OURS = _Form("a preference record", ("prompt", "response_a", "response_b"), {})
 _PAIR = _Form("a labelled pair", ("prompt", "response_a", "response_b"), {"p_a": "label"})
 _TRL = _Form("a TRL row", ("chosen", "rejected"), {"response_a": "chosen", "response_b": "rejected"})
 
+_VALUES = {*PreferenceRecord.model_fields, "label", "chosen", "rejected"}  # columns whose values are read
 _OUR_MARKS = {"p_a", "p_a_forward", "p_a_reversed", "source_a", "source_b", "human"}  # no other form has these
 _IF_FIRST = ("id", "prompt", "label")  # every row has these when the first row has
 
@@ -351,7 +356,7 @@ def _problem(place: str, error: ValidationError, form: _Form) -> str:
     field = str(first["loc"][0])
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         near = nearest_hint(field, PreferenceRecord.model_fields)
-        return f"{place}: {field!r} is no column of {form.name}.{near} Correct or remove it."
+        return f"{place}: {field!r} is not a column of {form.name}.{near} Correct or remove it."
     column = form.spelling.get(field, field)
     inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
     got = "nothing" if first["type"] == "missing" else described(first["input"])

@@ -22,7 +22,7 @@ from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.data.columns import TokenLists
 from rlaif_ray.data.messages import Row, described, read_messages, shorten
 from rlaif_ray.data.prompt_table import Conversations, Places, PromptTable, repeated
-from rlaif_ray.data.rows import WrongRows, count_rows, json_rows, parquet_rows
+from rlaif_ray.data.rows import RowOrError, WrongRows, count_rows, json_rows, parquet_rows
 from rlaif_ray.errors import InputError
 from rlaif_ray.paths import expand_home
 from rlaif_ray.tracking.progress import SILENT_S, ItemProgress
@@ -127,6 +127,8 @@ def _read_all(path: str, split: str, column: str, limit: int | None, keep: Calla
     with ItemProgress("reading prompts", total, "prompts", after_s=SILENT_S) as progress, wrong.noted():
         for row in progress.over(_read(path, split, column, limit)):
             with wrong.noted():
+                if isinstance(row, InputError):
+                    raise row
                 keep(row)
             if wrong.full:
                 break
@@ -193,7 +195,7 @@ def _must_fit(tokens: Sequence[int], longest: int | None, place: str) -> None:
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: str, split: str, column: str, limit: int | None) -> Iterator[Row]:
+def _read(path: str, split: str, column: str, limit: int | None) -> Iterator[RowOrError]:
     """The rows of whatever `path` names; one of the first has a cell for `column`."""
     if path.startswith("package:"):
         packaged = {f"package:{file.stem}": file for file in sorted(PACKAGED.glob("*.jsonl"))}
@@ -215,7 +217,7 @@ def _read(path: str, split: str, column: str, limit: int | None) -> Iterator[Row
     return _read_hub(path, split, column, limit)
 
 
-def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> Iterator[Row]:
+def _read_folder(folder: Path, split: str, column: str, limit: int | None) -> Iterator[RowOrError]:
     files = _files_of(folder)
     if not files:
         raise InputError(
@@ -249,7 +251,9 @@ def _is_of_split(name: Path, split: str) -> bool:
     return split == "train" and not words & set().union(*_SPLIT_WORDS.values())
 
 
-def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: str | None = None) -> Iterator[Row]:
+def _read_file(
+    file: Path, split: str, column: str, limit: int | None, *, stem: str | None = None
+) -> Iterator[RowOrError]:
     if file.suffix not in _ENDINGS:
         raise InputError(
             f"the prompts {file} are in a format that is not read (got {file.suffix or 'no file ending'}). "
@@ -261,39 +265,46 @@ def _read_file(file: Path, split: str, column: str, limit: int | None, *, stem: 
             "Leave split out, or name the file that holds those prompts."
         )
     stem = stem or file.stem
-    rows: Iterator[Row]
+    rows: Iterator[RowOrError]
     if file.suffix == ".csv":
         records = enumerate(_csv_records(file, column), 1)
         rows = (Row(f"{file}, row {number}", f"{stem}-{number}", record) for number, record in records)
+    elif file.suffix == ".parquet":
+        rows = parquet_rows(file, "prompts", stem, columns={column, "id"})
     else:
-        rows = (parquet_rows if file.suffix == ".parquet" else json_rows)(file, "prompts", stem)
+        rows = json_rows(file, "prompts", stem)
     return _checked(itertools.islice(rows, limit), column, str(file))
 
 
-def _checked(rows: Iterator[Row], column: str, where: str) -> Iterator[Row]:
-    """The rows of a file, each with a cell for its id where the first has one.
+def _checked(rows: Iterator[RowOrError], column: str, where: str) -> Iterator[RowOrError]:
+    """The rows of a file, each with a cell for its id where the first has one, and those that are wrong: also rows with
+    an id where the first has none.
 
     Raises:
-        InputError: none of the first rows has the column, so no row will have it; or a row has an id and the first has
-            none.
+        InputError: none of the first rows has the column, so no row will have it.
     """
-    first: list[Row] = []
+    first: list[RowOrError] = []
     for row in rows:
         first.append(row)
-        if column in row.cells or len(first) == _LOOKED_AT:
+        if len(first) == _LOOKED_AT or (isinstance(row, Row) and column in row.cells):
             break
-    if first and column not in first[-1].cells:
-        _no_column(column, list(dict.fromkeys(key for row in first for key in row.cells)), where)
-    with_ids = bool(first) and "id" in first[0].cells
+    good = [row for row in first if isinstance(row, Row)]
+    if good and column not in good[-1].cells:
+        yield from (row for row in first if isinstance(row, InputError))
+        _no_column(column, list(dict.fromkeys(key for row in good for key in row.cells)), where)
+    with_ids = bool(good) and "id" in good[0].cells
     for row in itertools.chain(first, rows):
-        if with_ids:
-            row.cells.setdefault("id", None)
-        elif "id" in row.cells:
-            raise InputError(
+        if isinstance(row, InputError):
+            yield row
+        elif "id" in row.cells and not with_ids:
+            yield InputError(
                 f"{row.place}: this row has an id and the first has none (got {described(row.cells['id'])}). "
                 "Give every row an id, or none."
             )
-        yield row
+        else:
+            if with_ids:
+                row.cells.setdefault("id", None)
+            yield row
 
 
 def _csv_records(file: Path, column: str) -> Iterator[dict[str, Any]]:
@@ -328,7 +339,7 @@ def hub_reference(path: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def _read_hub(path: str, split: str, column: str, limit: int | None) -> Iterator[Row]:
+def _read_hub(path: str, split: str, column: str, limit: int | None) -> Iterator[RowOrError]:
     import datasets
 
     name, revision = hub_reference(path)
@@ -336,15 +347,26 @@ def _read_hub(path: str, split: str, column: str, limit: int | None) -> Iterator
         data = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the hub's, the network's and the data set's own errors have no common root
         raise InputError(
-            f"the prompts {name!r} are no file or folder here, and no Hugging Face data set whose split {split!r} can "
-            f"be loaded (got: {one_line(error)}). Check the spelling; a data set that is not in the local cache needs "
-            "the network, and a private one HF_TOKEN. Or give a local file."
+            f"the prompts {name!r} are neither a file or folder here nor a Hugging Face data set whose split {split!r} "
+            f"can be loaded (got: {one_line(error)}). Check the spelling; a data set that is not in the local cache "
+            "needs the network, and a private one HF_TOKEN. Or give a local file."
         ) from error
     if len(data) and column not in data.column_names:
         _no_column(column, data.column_names, name)
     kept = data.select_columns([key for key in (column, "id") if key in data.column_names])
-    records = enumerate(itertools.islice(kept, limit), 1)
-    return (Row(f"{name} ({split}), row {n}", f"{name.rpartition('/')[2]}-{n}", record) for n, record in records)
+    return _hub_rows(itertools.islice(kept, limit), name, split)
+
+
+def _hub_rows(records: Iterable[dict[str, Any]], name: str, split: str) -> Iterator[Row]:
+    number = 0
+    try:
+        for number, record in enumerate(records, 1):
+            yield Row(f"{name} ({split}), row {number}", f"{name.rpartition('/')[2]}-{number}", record)
+    except Exception as error:  # what datasets and pyarrow raise about a value has no common root
+        raise InputError(
+            f"the prompts {name!r} can't be read after row {number} (got: {one_line(error)}). Download the data set, "
+            "mend or remove the row, and give the file."
+        ) from error
 
 
 def _no_column(column: str, columns: list[str], where: str) -> NoReturn:

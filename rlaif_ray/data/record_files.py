@@ -9,7 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from rlaif_ray.data.preferences import ENDINGS, PreferenceRecord
+from rlaif_ray.data.rows import good_rows, parquet_rows
 from rlaif_ray.documents import bounded_lines, parse_json
 from rlaif_ray.errors import DocumentError, InputError, RunError
 from rlaif_ray.tracking.files import cut_rows
@@ -199,20 +202,27 @@ def _write_parquet(records: Iterable[PreferenceRecord], path: Path) -> None:
 
 
 def _unroll(path: Path, lines: Path) -> None:
-    """A finished parquet file as lines again, to append to."""
+    """A finished parquet file as lines again, to append to.
+
+    Raises:
+        InputError: it is not one of ours, or damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         ours = pq.read_schema(path).names == _COLUMNS
-    except pa.ArrowException:
+    except (pa.ArrowException, ValueError):
         ours = False
     if not ours:
         raise InputError(_not_ours(path))
-    with replacing(lines) as file, pq.ParquetFile(path, pre_buffer=False) as source:
-        for batch in source.iter_batches(_ROWS_AT_A_TIME):
-            records = (PreferenceRecord.model_validate(row) for row in batch.to_pylist())
-            file.writelines(record.model_dump_json().encode() + b"\n" for record in records)
+    with replacing(lines) as file:
+        for row in good_rows(parquet_rows(path, "records", columns=_COLUMNS)):
+            try:
+                record = PreferenceRecord.model_validate(row.cells)
+            except ValidationError as error:
+                raise InputError(_damaged(row.place, "other values than were written")) from error
+            file.write(record.model_dump_json().encode() + b"\n")
 
 
 def _whole_lines(path: Path) -> int:
@@ -239,7 +249,7 @@ def _is_ours(line: bytes) -> bool:
 
 def _not_ours(path: Path) -> str:
     return (
-        f"{path} exists and was not written by this command (it holds something else than whole preference records): "
+        f"{path} exists and was not written by this command (it holds something other than whole preference records): "
         "it would be overwritten. Name another output, or move that file away."
     )
 
@@ -251,7 +261,11 @@ def _our_lines(path: Path) -> Iterator[PreferenceRecord]:
                 yield PreferenceRecord.model_validate(parse_json(line, dict))
             except ValueError as error:  # DocumentError, ValidationError
                 told = f"it {error}" if isinstance(error, DocumentError) else "other values than were written"
-                raise InputError(
-                    f"{path}, line {number}, is damaged ({told}): this command goes on from these records. Mend the "
-                    f"line, or move the file away to make them anew."
-                ) from error
+                raise InputError(_damaged(f"{path}, line {number}", told)) from error
+
+
+def _damaged(place: str, told: str) -> str:
+    return (
+        f"{place}, is damaged ({told}): this command goes on from these records. Mend it, or move the file away to "
+        f"make them anew."
+    )

@@ -42,8 +42,7 @@ def read_reply(content: bytes) -> Reply:
     try:
         body = parse_json(content, most_bytes=REPLY_BYTES, lenient=True)
     except DocumentError as error:
-        broken = str(error).startswith("is no JSON")
-        raise BadReplyError("no JSON" if broken else f"what it says {error}") from None
+        raise BadReplyError("no JSON" if error.syntax else f"what it says {error}") from None
     choices = at(body, "choices")
     if not isinstance(choices, list) or not choices:
         problem = at(body, "error")

@@ -47,7 +47,7 @@ def labelled_by_people(job: EvaluateJob) -> tuple[list[PreferenceRecord], dict[s
     if data is None:
         return [], {}
     records, subsets = [], {}
-    rows = rows_of(data.path, data.split)() if job.subset is not None else itertools.repeat(None)
+    rows = rows_of(data.path, data.split, {job.subset})() if job.subset is not None else itertools.repeat(None)
     for record, row in zip(read_preferences(data.path, split=data.split, limit=data.limit), rows, strict=False):
         if human_label(record) is None:
             continue

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, verified before they are gone on from, written while training goes on."""
+"""Checkpoints of a run: whole or not there, verified before a run resumes from them, written while training goes on."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def read_state(
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {saved} can't be gone on from ({told(error)}): another version of rlaif_ray wrote it. Use "
+            f"checkpoint {saved} can't be resumed ({told(error)}): another version of rlaif_ray wrote it. Use "
             f"that version, or checkpoint.resume=never or another run_dir to start over."
         ) from error
     if state.step > steps:
@@ -218,7 +218,7 @@ class Checkpoints:
             self.settle()
 
     def to_resume(self) -> Saved | None:
-        """The newest that is whole, if the config lets it be gone on from.
+        """The newest that is whole, if the config lets it be resumed.
 
         Raises:
             CheckpointError: there are some, and all are damaged.
@@ -249,7 +249,7 @@ class Checkpoints:
         self._last = None
         if damaged:
             raise CheckpointError(
-                f"of the {len(damaged)} checkpoints in {self.place} none can be gone on from: {' '.join(damaged)} "
+                f"of the {len(damaged)} checkpoints in {self.place} none can be resumed: {' '.join(damaged)} "
                 f"Restore one, or use checkpoint.resume=never or another run_dir to start over."
             )
         return None

@@ -168,7 +168,7 @@ def go_on(loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = Non
             raise
         except ValueError as error:
             raise InputError(
-                f"{state} can't be gone on in ({error}): another job or another version of rlaif_ray made it. Use "
+                f"{state} can't be resumed ({error}): another job or another version of rlaif_ray made it. Use "
                 f"that, or another run_dir or output."
             ) from error
         changes = [*changes, *noted(found, None)]

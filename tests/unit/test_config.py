@@ -602,7 +602,7 @@ def test_values_of_any_kind(tmp_path: Path, data: st.DataObject) -> None:
         ("steps: " + "[" * 20_000, "c.yaml, line 1 is nested more than 100 deep. Correct or remove it there."),
         ("seed: 1\nsteps: " + "9" * 5000, "c.yaml, line 2 has a number of more than 300 digits"),
         ("a: &a0 [x]\n" + "".join(f"b{k}: &a{k} [{f'*a{k - 1}, ' * 9}]\n" for k in range(1, 9)), "50,000 values"),
-        ("steps: !!bool maybe", "c.yaml, line 1 is not valid YAML: 'maybe' is no !!bool"),
+        ("steps: !!bool maybe", "c.yaml, line 1 is not valid YAML: 'maybe' is not a valid !!bool"),
         ('run_dir: "\\uD800"', "c.yaml, line 1 has half of a surrogate pair"),
         ("#" * (3 << 20), "c.yaml can't be read (it is longer than 2,097,152 bytes)"),
     ],

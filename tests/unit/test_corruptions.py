@@ -168,7 +168,7 @@ def test_checkpoints(original: Path, tmp_path: Path) -> None:
         checkpoints = Checkpoints(JOB, Place(str(root)))
         checkpoints.tell(notes.append)
         if left and not whole:
-            with pytest.raises(CheckpointError, match=r"none can be gone on from: .*resume=never"):
+            with pytest.raises(CheckpointError, match=r"none can be resumed: .*resume=never"):
                 checkpoints.to_resume()
             seen["error"] += 1
             return

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rlaif_ray import documents
 from rlaif_ray.documents import (
     BOM,
     DEPTH,
@@ -92,15 +94,15 @@ WRONG_JSON = {
     "a float of digits": ("1" * 400 + ".0", "a number too large"),
     "an exponent": ("[1e999]", "a number too large (1e999)"),
     "a negative one": ("[-1e999]", "a number too large (-1e999)"),
-    "NaN": ("[NaN]", "has NaN, which JSON has not"),
-    "infinite": ("[-Infinity]", "has -Infinity, which JSON has not"),
+    "NaN": ("[NaN]", "has NaN, which JSON does not allow"),
+    "infinite": ("[-Infinity]", "has -Infinity, which JSON does not allow"),
     "twice": ('{"a": 1, "b": 2, "a": 3}', "has the key 'a' twice"),
     "UTF-16": ("[1]".encode("utf-16"), "is UTF-16"),
     "Latin-1": ("[1, 'é']".encode("latin-1"), "a byte that is not UTF-8 (number 6)"),
     "a cut character": ('["😀"]'.encode()[:5], "a byte that is not UTF-8"),
-    "nothing": ("", "is no JSON: Expecting value at column 1"),
-    "where": ('{"a": 1,\n "b": }', "is no JSON: Expecting value at line 2, column 7"),
-    "more": ("{} {}", "is no JSON: Extra data at column 4"),
+    "nothing": ("", "is not JSON: Expecting value at column 1"),
+    "where": ('{"a": 1,\n "b": }', "is not JSON: Expecting value at line 2, column 7"),
+    "more": ("{} {}", "is not JSON: Extra data at column 4"),
     "long": (b" " * (JSON_BYTES + 1), "longer than 67,108,864 bytes"),
 }
 
@@ -111,6 +113,37 @@ def test_wrong_json(text: str | bytes, told: str) -> None:
         parse_json(text)
     assert told in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.lists(st.sampled_from([*'[]{}"\\,', "[[", "]]", "\\\\", '\\"', '"['])).map("".join), block=st.integers(2, 9)
+)
+def test_nesting_is_counted_across_blocks(text: str, block: int) -> None:
+    depth = deepest = at = 0
+    in_string = False
+    while at < len(text):
+        if text[at : at + 2] in ("\\\\", '\\"'):
+            at += 1
+        elif text[at] == '"':
+            in_string = not in_string
+        elif not in_string:
+            depth = max(0, depth + (text[at] in "[{") - (text[at] in "]}"))
+        deepest, at = max(deepest, depth), at + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_BLOCK", block)
+        patch.setattr(documents, "DEPTH", 3)
+        assert documents._is_deep(text.encode()) == (deepest > 3)
+
+
+def test_memory_of_counting_does_not_grow() -> None:
+    row = b'{"id":"x","prompt":[{"role":"user","content":"hello there what"}]},'
+    data = b"[" + row * 40_000 + b"1]"  # 3 MB
+    tracemalloc.start()
+    assert not documents._is_deep(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000
 
 
 def test_what_the_bounds_allow() -> None:
@@ -182,16 +215,17 @@ WRONG_YAML = {
     "itself by merging": ("a: &a\n  b: *a", "an alias contains itself", None),
     "digits": ("a: 1\nb: " + "1" * 400, "a number of more than 300 digits", 2),
     "hexadecimal digits": ("a: 0x" + "f" * 400, "a number of more than 300 digits", 1),
-    "a date": ("a: !!timestamp 2024-01-01", "the tag !!timestamp is none that is read", 1),
-    "bytes": ("a: !!binary aGk=", "the tag !!binary is none that is read", 1),
-    "a set": ("a: !!set {b}", "the tag !!set is none that is read", 1),
-    "Python": ("!!python/object/apply:os.getcwd []", "the tag !!python/object/apply:os.getcwd is none that is read", 1),
-    "own tags": ("a: !mine b", "the tag !!!mine is none that is read", 1),
-    "no switch": ("a: !!bool maybe", "'maybe' is no !!bool", 1),
-    "no number": ('a: !!int ""', "'' is no !!int", 1),
+    "a date": ("a: !!timestamp 2024-01-01", "the tag !!timestamp is not supported", 1),
+    "bytes": ("a: !!binary aGk=", "the tag !!binary is not supported", 1),
+    "a set": ("a: !!set {b}", "the tag !!set is not supported", 1),
+    "Python": ("!!python/object/apply:os.getcwd []", "the tag !!python/object/apply:os.getcwd is not supported", 1),
+    "own tags": ("a: !mine b", "the tag !!!mine is not supported", 1),
+    "no switch": ("a: !!bool maybe", "'maybe' is not a valid !!bool", 1),
+    "no number": ('a: !!int ""', "'' is not a valid !!int", 1),
     "a key of a list": ("? [a]\n: 1", "a key must be plain text", 1),
     "half a character": ('a: 1\nb: "\\uD800"', "half of a surrogate pair", 2),
-    "control": ("a: 1\nb: \x07", "the character #x0007", 2),
+    "control": ("a: 1\nb: \x07", "the character #x0007, which is a control character", 2),
+    "no character": ("a: 1\nb: \ufffe", "the character #xfffe, which YAML does not allow", 2),
     "merged with a number": ("a: 1\n<<: 5", "<< must name mappings", 2),
     "cut": ("a: [1,\nb: {", "is not valid YAML", None),
     "UTF-16": ("a: 1".encode("utf-16"), "is UTF-16", None),
@@ -240,7 +274,7 @@ def test_files(tmp_path: Path) -> None:
         read_bytes(tmp_path / "a.json", 7)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(DocumentError, match="is no regular file"):
+        with pytest.raises(DocumentError, match="is not a regular file"):
             read_bytes(path)
     with pytest.raises(OSError):
         read_bytes(tmp_path)

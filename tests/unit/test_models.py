@@ -340,7 +340,7 @@ def test_incomplete_models_are_input_errors_not_random_weights(broken: Path) -> 
     with pytest.raises(InputError, match="config of model"):
         load()
     (broken / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config.json can't be read \(it is no JSON"):
+    with pytest.raises(InputError, match=r"config.json can't be read \(it is not JSON"):
         load()
 
 
@@ -509,8 +509,8 @@ def check_smollm2(folder: Path, package: Path) -> None:
         ("tokenizer_config.json", '{"a": ' + "[" * 500 + "]" * 500 + "}", "nested more than 100 deep"),
         ("tokenizer_config.json", "[1]", "holds a list instead of a mapping"),
         ("generation_config.json", '{"a": 1' + "0" * 5000 + "}", "a number of more than 300 digits"),
-        ("special_tokens_map.json", "\x00", "is no JSON"),
-        ("model.safetensors.index.json", '{"weight_map": {', "is no JSON"),
+        ("special_tokens_map.json", "\x00", "is not JSON"),
+        ("model.safetensors.index.json", '{"weight_map": {', "is not JSON"),
     ],
 )
 def test_json_beyond_the_bounds(tmp_path: Path, name: str, text: str, told: str) -> None:

@@ -250,7 +250,7 @@ INPUT_LEVEL = [
         "brackets without end in a prompt",
         "data: {path: ./p.jsonl}",
         prepare=lambda folder: (folder / "p.jsonl").write_text(f'{{"prompt": {"[" * 20_000}{"]" * 20_000}}}\n'),
-        says=("p.jsonl, line 1", "it is nested more than 100 deep", "Mend the line"),
+        says=("p.jsonl, line 1", "the row is nested more than 100 deep", "Mend the line"),
     ),
     Wrong(
         "broken JSON line",

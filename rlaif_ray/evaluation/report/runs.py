@@ -177,7 +177,7 @@ def rows(folder: Path, name: str | Path, problems: list[str], limit: int | None 
     """Rows of a JSON-lines file in a run's folder, or of one elsewhere that is named whole; none if it is
     missing. Of more than `limit` rows every k-th block is given.
 
-    A last line that a kill or a writer at work cut short is left out in silence, any other that is no JSON object is
+    A last line that a kill or a writer at work cut short is left out in silence, any other that is not a JSON object is
     counted in `problems`.
     """
     path, below = folder / name, None if Path(name).is_absolute() else folder
@@ -201,7 +201,7 @@ def rows(folder: Path, name: str | Path, problems: list[str], limit: int | None 
         problems.append(f"{path.name} {_reason(error)}")
         return
     if unreadable:
-        problems.append(f"{path.name} has {unreadable} line(s) that are no JSON object: left out")
+        problems.append(f"{path.name} has {unreadable} line(s) that are not JSON objects; ignored")
     if stride > 1:
         problems.append(f"{path.name} has {count:,} rows: one of {stride} is shown")
 

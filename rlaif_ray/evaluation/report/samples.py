@@ -71,7 +71,7 @@ class Samples:
                 except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # of a program that isn't ours
                     odd += 1
             if odd:
-                run.problems.append(f"{path.name} has {odd} row(s) of a form that isn't known: left out")
+                run.problems.append(f"{path.name} has {odd} row(s) of an unknown form; ignored")
 
     def _pairs_of(self, run: Run) -> Path | None:
         """The judged pairs of a run, else those to be judged: below its folder, or whole.

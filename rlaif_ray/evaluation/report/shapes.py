@@ -1,6 +1,6 @@
 """What of a run's files the report builds on, and of which kind it must be.
 
-The files may be another program's, another version's or damaged. A part of another kind is left out and told, once for
+The files may be another program's, another version's or damaged. A part of another kind is ignored and told, once for
 each place, so that whatever reads the rest finds what it expects or nothing.
 """
 
@@ -78,7 +78,7 @@ def _known(value: Any, shape: Shape, place: str, problems: list[str]) -> Any:
         return value
     kind = "an object" if isinstance(shape, dict) else "a list" if isinstance(shape, list) else shape
     if not _is(value, shape):
-        problem = f"{place} is no {kind.removeprefix('a ').removeprefix('an ')}: left out"
+        problem = f"{place} is not {kind}; ignored"
         if problem not in problems:
             problems.append(problem)
         return None

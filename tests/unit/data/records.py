@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pyarrow as pa
 from hypothesis import strategies as st
 
 from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.types import Message
+
+NOT_UTF_8 = pa.array([b"Why is that?", b"a\xff"], pa.binary()).view(pa.string())  # the second
 
 JUDGE = {"model": "some/judge", "type": "local", "template": "helpful", "template_hash": "abc"}
 

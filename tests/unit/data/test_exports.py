@@ -403,7 +403,7 @@ def test_answers_are_not_overwritten(labels: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"r\.csv has answers in it \(got 1\)"):
         sample_for_review(labels, 6, 0, sheet)
     assert sheet.read_bytes() == before
-    with pytest.raises(InputError, match="is no sheet written here"):
+    with pytest.raises(InputError, match="is not a sheet written by this command"):
         sample_for_review(labels, 6, 0, labels)
 
 
@@ -453,7 +453,7 @@ def test_answers_in_argilla_are_peoples_labels(said: list[str], p_a: float) -> N
 )
 def test_foreign_argilla_rows(change: dict[str, Any]) -> None:
     [row] = to_argilla([record()])
-    with pytest.raises(InputError, match="is none that was pushed from here"):
+    with pytest.raises(InputError, match="was not pushed from here"):
         list(from_argilla([{**row, **change}]))
 
 

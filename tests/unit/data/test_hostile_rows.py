@@ -39,9 +39,9 @@ READERS: dict[str, tuple[Callable[[str], Iterable[Any]], dict[str, Any]]] = {
         (DEEP, "nested more than 100 deep"),
         ('{"prompt": ' + DEEP + "}", "nested more than 100 deep"),
         ('{"prompt": "a", "more": ' + "9" * 400 + "}", "a number of more than 300 digits"),
-        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' twice"),
-        ('{"prompt": "a" "b"}', "is no JSON: Expecting ',' delimiter at column 16"),
-        ("\x00\x01", "is no JSON"),
+        ('{"prompt": "a", "prompt": "b"}', "the row has the key 'prompt' twice"),
+        ('{"prompt": "a" "b"}', "is not JSON: Expecting ',' delimiter at column 16"),
+        ("\x00\x01", "is not JSON"),
     ],
     ids=["deep", "deep in a prompt", "digits", "a key twice", "no JSON", "binary"],
 )

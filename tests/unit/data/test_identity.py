@@ -71,6 +71,20 @@ def test_packaged_and_what_is_elsewhere(tmp_path: Path) -> None:
     assert not data_content("owner/name").same_as(data_content("owner/name", "test"))
 
 
+def test_progress_is_shown_of_large_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model(tmp_path / "m")
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(3 << 20)
+    monkeypatch.setattr(identity, "SILENT_S", 1000.0)
+    model_content(str(folder))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(identity, "SILENT_S", 0.0)
+    model_content(str(folder))
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"looking at {folder}: 3/3 MiB  ")
+
+
 def test_a_commit_on_the_hub_counts_once_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     unknown = model_content("owner/name")
@@ -105,7 +119,7 @@ def test_digests_of_large_files_are_noted_and_forgotten_with_a_change(
     monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
     read: list[Path] = []
     hashed = identity._hashed
-    monkeypatch.setattr(identity, "_hashed", lambda path: read.append(path) or hashed(path))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(identity, "_hashed", lambda path, count: read.append(path) or hashed(path, count))  # type: ignore[func-returns-value]
     file = tmp_path / "weights"
     file.write_bytes(b"a" * 20)
     file_digest(file)

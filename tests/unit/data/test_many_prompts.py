@@ -172,8 +172,38 @@ def wrong(path: Path, **options: Any) -> list[str]:
 def test_all_wrong_rows_are_told_at_once(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": 3}, {"prompt": "b"}, {"prompt": " "}, '{"prompt": "c"', {"prompt": []}]
     found = wrong(lines(tmp_path / "p.jsonl", rows))
-    assert [line.partition(":")[0] for line in found] == ["line 2", "line 4", "line 5"]
+    assert [line.partition(":")[0] for line in found] == ["line 2", "line 4", "line 5", "line 6"]
     assert "must be text" in found[0] and "is empty" in found[1] and "not a JSON object" in found[2]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_wrong_rows_do_not_end_the_reading(name: str, tmp_path: Path) -> None:
+    rows = ['{"prompt": "a"}', "xx", '{"prompt": "b", "prompt": "c"}', "[1]", '{"prompt": "d", "id": "e"}', "{"]
+    found = wrong(lines(tmp_path / name, rows))
+    assert [line.partition(" (")[0] for line in found] == [
+        "line 2: not a JSON object",
+        "line 3: the row has the key 'prompt' twice",
+        "line 4: not a JSON object",
+        "line 5: this row has an id and the first has none",
+        "line 6: not a JSON object",
+    ]
+    with pytest.raises(InputError, match=r"line 2: [^\n]*$"):
+        load(tmp_path / name, limit=2)  # what is wrong counts as a row
+
+
+def test_wrong_rows_before_the_first_good_one(tmp_path: Path) -> None:
+    rows = ["xx", {"text": "a", "id": "q"}, {"text": "b"}]
+    found = wrong(lines(tmp_path / "p.jsonl", rows))
+    assert [line.partition(" (")[0] for line in found[:1]] == ["line 1: not a JSON object"]
+    assert "have no column 'prompt' (its columns: text, id)" in found[1]
+    found = wrong(lines(tmp_path / "p.jsonl", ["xx", {"prompt": "a", "id": "q"}, {"prompt": "b"}]))
+    assert [line.partition(" (")[0] for line in found] == ["line 1: not a JSON object", "line 3: id must be text"]
+
+
+def test_wrong_items_of_a_list(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('[{"prompt": "a"}, 1, {"prompt": 2}, null]')
+    found = wrong(tmp_path / "p.json")
+    assert [line.partition(":")[0] for line in found] == ["row 2", "row 3", "row 4"]
 
 
 def test_very_many_wrong_rows_are_not_all_told(tmp_path: Path) -> None:
@@ -214,7 +244,7 @@ def test_no_more_is_read_than_the_limit(name: str, tmp_path: Path, monkeypatch: 
     import rlaif_ray.data.prompts as prompts
     from rlaif_ray.data.messages import Row
 
-    def rows(file: Path, what: str, stem: str) -> Iterator[Row]:
+    def rows(file: Path, what: str, stem: str, **_: object) -> Iterator[Row]:
         yield from (Row(f"{file}, row {n}", f"{stem}-{n}", {"prompt": "a"}) for n in (1, 2, 3))
         raise AssertionError("read on")
 

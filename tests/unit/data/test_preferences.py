@@ -259,9 +259,9 @@ WRONG = {
     "two forms in a row": (PAIR, {**PAIR, **TRL}, "of two forms at once"),
     "label and p_a": (OURS, {**OURS, "id": "y", "label": 1}, "of two forms at once"),
     "no form": (PAIR, {"prompt": "q"}, "there are no responses to compare"),
-    "no object": (PAIR, "[1]", r"not a JSON object \(another JSON value; got \[1\]\)"),
+    "no object": (PAIR, "[1]", r"not a JSON object \(got \[1\]\)"),
     "no JSON": (PAIR, '{"prompt": "q",}', "not a JSON object"),
-    "too deep": (PAIR, "[" * 100_000, "not a JSON object"),
+    "too deep": (PAIR, "[" * 100_000, "the row is nested more than 100 deep"),
     "one id twice": (OURS, OURS, "id must be unique .got 'x-1', which .*line 1 has too"),
     "an id at once": (PAIR, {**PAIR, "id": "x"}, "this row has an id and the first has none"),
     "id missing": (OURS, without(OURS, "id"), "there is no column 'id'"),
@@ -269,7 +269,7 @@ WRONG = {
     "unknown column": (
         OURS,
         {**OURS, "id": "y", "rationale": ["r"]},
-        "'rationale' is no column .*Did you mean rational",
+        "'rationale' is not a column .*Did you mean rational",
     ),
     "p_a too large": (OURS, {**OURS, "id": "y", "p_a": 2}, r"p_a must be a number from 0 to 1, or null \(got int 2\)"),
     "p_a_forward NaN": (OURS, {**OURS, "id": "y", "p_a_forward": math.nan}, "p_a_forward must be a number"),
@@ -366,9 +366,9 @@ def test_a_wrong_row_of_a_parquet_file_is_told_by_its_number(tmp_path: Path) -> 
         (
             "f.jsonl",
             b'{"prompt": "caf\xe9"}\n',
-            "line 1: not a JSON object .it has a byte that is not UTF-8 .number 16",
+            "line 1: the row has a byte that is not UTF-8 .number 16",
         ),
-        ("f.jsonl", '{"prompt": "q"}'.encode("utf-16"), "line 1: not a JSON object .it is UTF-16"),
+        ("f.jsonl", '{"prompt": "q"}'.encode("utf-16"), "line 1: the row is UTF-16"),
         ("f.parquet", b"PAR1 nothing", "f.parquet cannot be read as .parquet"),
         ("f.parquet", b"", "f.parquet cannot be read as .parquet"),
         ("f.csv", b"prompt\n", "not read .got .csv.. Give a .jsonl or .parquet"),
@@ -448,7 +448,7 @@ def test_a_hub_id_that_is_not_there(hub: dict[str, Any]) -> None:
         raise ConnectionError("no\nroute")
 
     hub["load"] = load
-    with pytest.raises(InputError, match=r"'me/pairs' are no file here, .*\(got: no route\)"):
+    with pytest.raises(InputError, match=r"'me/pairs' are neither a file here, .*\(got: no route\)"):
         check_readable("me/pairs")
 
 

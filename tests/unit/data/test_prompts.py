@@ -118,6 +118,23 @@ def test_another_column_and_a_limit(tmp_path: Path) -> None:
     assert len(load(file, column="question", limit=5).prompts) == 5
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n "])
+def test_lines_of_a_json_file(mark: bytes, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(mark + b'{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert [prompt.text for prompt in load(tmp_path / "p.json").prompts] == ["a", "b"]
+    (tmp_path / "p.json").write_bytes(mark + b'{\n"prompt": "a"\n}')
+    assert [prompt.text for prompt in load(tmp_path / "p.json").prompts] == ["a"]
+
+
+def test_a_list_is_read_up_to_a_size_and_lines_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlaif_ray.data.json_rows.LIST_BYTES", 30)
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    assert len(load(as_json_list(tmp_path, rows[:1])).prompts) == 1
+    with pytest.raises(InputError, match=r"p\.json is too large .*got 48 bytes.* up to 30 bytes\. Write it as \.jsonl"):
+        load(as_json_list(tmp_path, rows))
+    assert len(load(as_json_lines(tmp_path, rows)).prompts) == 2
+
+
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "with space.jsonl", "ü.jsonl"])
 def test_odd_file_names(name: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a1.jsonl", {"prompt": "not this"})
@@ -194,8 +211,19 @@ def test_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         load("owner/name", column="questoin")
 
 
+def test_a_value_of_a_hub_data_set_that_python_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    table = pa.table({"prompt": ["a", "b"], "id": pa.array([0, 2**30], pa.date32())})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset(datasets.table.InMemoryTable(table))
+    )
+    with pytest.raises(InputError, match=r"'owner/name' can't be read after row \d \(got: .*Download"):
+        load("owner/name")
+
+
 def test_a_hub_id_that_cannot_be_reached() -> None:
-    with pytest.raises(InputError, match=r"'nobody/nothing' are no file or folder here.*network") as caught:
+    with pytest.raises(InputError, match=r"'nobody/nothing' are neither a file or folder here.*network") as caught:
         load("nobody/nothing")
     assert len(str(caught.value)) < 600
 
@@ -406,7 +434,8 @@ MISTAKES: list[tuple[str, str, str | bytes, tuple[str, ...]]] = [
     ),
     ("broken line", "p.jsonl", GOOD + "\n" + '{"prompt": "b"\n' + GOOD, ("line 3", "JSON", '{"prompt": "b"', "Mend")),
     ("line that is a list", "p.jsonl", GOOD + "[1]\n", ("line 2", "not a JSON object", "got [1]", "Mend")),
-    ("lines that are text", "p.jsonl", '"a"\n"b"\n', ("line 1", "not a JSON object", 'got "a"')),
+    ("line that is text", "p.jsonl", '"a"\n', ("line 1", "not a JSON object", 'got "a"')),
+    ("UTF-16", "p.jsonl", ('{"prompt": "a"}\n' * 3).encode("utf-16"), ("line 1", "UTF-16 (save it as UTF-8)", "Mend")),
     ("broken json", "p.json", '[{"prompt": "a"},', ("p.json cannot be read as .json", "Mend")),
     ("Latin-1", "p.jsonl", GOOD.encode() + '{"prompt": "é"}\n'.encode("latin-1"), ("line 2", "UTF-8", "Mend")),
     ("Latin-1 csv", "p.csv", "prompt\né\n".encode("latin-1"), ("p.csv cannot be read as .csv", "utf-8", "Mend")),

@@ -23,7 +23,7 @@ from rlaif_ray.data.preferences import PreferenceRecord, read_preferences
 from rlaif_ray.data.record_files import RecordWriter, arrow_schema, write_records
 from rlaif_ray.errors import InputError, RunError
 from tests.pace import scaled
-from tests.unit.data.records import record, records
+from tests.unit.data.records import NOT_UTF_8, record, records
 
 ENDINGS = ["jsonl", "parquet"]
 FIVE = [record(f"r{n}", p_a=n / 8) for n in range(5)]
@@ -120,6 +120,19 @@ def test_all_but_the_first_can_be_dropped(ending: str, tmp_path: Path) -> None:
         writer.write(FIVE[4:])
         writer.finish()
     assert read(file) == [*FIVE[:2], FIVE[4]]
+
+
+def test_a_parquet_file_that_was_damaged_since(tmp_path: Path) -> None:
+    file = tmp_path / "f.parquet"
+    rows = [row.model_dump() for row in FIVE]
+    pq.write_table(pa.Table.from_pylist([rows[0], {**rows[1], "p_a": 7.0}], arrow_schema()), file)
+    with pytest.raises(InputError, match=r"f\.parquet, row 2, is damaged .other values .*move the file away"):
+        RecordWriter(file)
+    table = pa.Table.from_pylist(rows, arrow_schema())
+    pq.write_table(table.set_column(1, "prompt", [NOT_UTF_8.take(pa.array([1] * len(rows)))]), file)
+    with pytest.raises(InputError, match=r"f\.parquet, row 1: prompt can't be read \(got: 'utf-8' codec"):
+        RecordWriter(file)
+    assert files(tmp_path) == ["f.parquet"]
 
 
 def test_a_finished_parquet_file_stays_until_the_next_finish(tmp_path: Path) -> None:

@@ -34,18 +34,24 @@ DAMAGED = {
         "a list": ("[1]", "summary.json holds a list instead of a mapping"),
         "UTF-16": ('{"job": "train"}'.encode("utf-16"), "summary.json is UTF-16"),
         "bytes": (b"\xff\x00", "summary.json has a byte that is not UTF-8"),
-        "other kinds": ('{"steps": "many", "wall_s": true}', "summary.json: steps is no number: left out"),
-        "a judge that is a list": ('{"judge": [1], "alignment": 3}', "summary.json: judge is no text: left out"),
+        "other kinds": ('{"steps": "many", "wall_s": true}', "summary.json: steps is not a number; ignored"),
+        "a judge that is a list": ('{"judge": [1], "alignment": 3}', "summary.json: judge is not text; ignored"),
         "win rates that are no list": (
             '{"job": "evaluate", "win_rates": {"a": 1}}',
-            "summary.json: win_rates is no list",
+            "summary.json: win_rates is not a list",
         ),
         "a meeting of nobody": (
             '{"job": "evaluate", "win_rates": [{"a": 1, "b": [], "win_rate": {"rate": 0.5}}]}',
-            "summary.json: win_rates, item 1: a is no text",
+            "summary.json: win_rates, item 1: a is not text",
         ),
-        "a rate of text": ('{"held_out": {"gain": {"mean": "x"}}}', "summary.json: held_out: gain: mean is no number"),
-        "a curve of numbers": ('{"alignment": {"accuracy": 1, "curve": [1]}}', "alignment: curve, item 1 is no object"),
+        "a rate of text": (
+            '{"held_out": {"gain": {"mean": "x"}}}',
+            "summary.json: held_out: gain: mean is not a number",
+        ),
+        "a curve of numbers": (
+            '{"alignment": {"accuracy": 1, "curve": [1]}}',
+            "alignment: curve, item 1 is not an object",
+        ),
     },
     "resolved.yaml": {
         "deep": ("a: " + DEEP, "resolved.yaml, line 1, is nested more than 100 deep"),
@@ -54,22 +60,22 @@ DAMAGED = {
             "more than 50,000 values",
         ),
         "no YAML": ("a: [", "resolved.yaml, line 1, is not valid YAML"),
-        "another tool's": ("policy: text\narms: 5\nlabel: [a]\nfeedback: 1", "resolved.yaml: policy is no object"),
+        "another tool's": ("policy: text\narms: 5\nlabel: [a]\nfeedback: 1", "resolved.yaml: policy is not an object"),
         "a list": ("- 1", "resolved.yaml holds a list instead of a mapping"),
-        "a tag": ("a: !!binary aGk=", "the tag !!binary is none that is read"),
+        "a tag": ("a: !!binary aGk=", "the tag !!binary is not supported"),
     },
     "metrics.jsonl": {
-        "deep": (DEEP + "\n", "metrics.jsonl has 1 line(s) that are no JSON object"),
+        "deep": (DEEP + "\n", "metrics.jsonl has 1 line(s) that are not JSON objects; ignored"),
         "odd values": ('{"step": 1, "reward/mean": []}\n{"step": [], "kl/mean": 1}\n', ""),
         "large numbers": (f'{{"step": {"9" * 299}, "reward/mean": {"9" * 299}}}\n', ""),
         "no numbers": ('{"step": 1, "time/step_s": NaN, "reward/mean": 1e999}\n', ""),
     },
     "samples.jsonl": {
         "deep": ('{"prompt": ' + DEEP + "}\n", "samples.jsonl has 1 line(s)"),
-        "odd rows": ('{"step": {}, "prompt": [], "completion": {}}\n', "samples.jsonl has 1 row(s) of a form"),
+        "odd rows": ('{"step": {}, "prompt": [], "completion": {}}\n', "samples.jsonl has 1 row(s) of an unknown form"),
     },
     "evaluations.jsonl": {
-        "odd rows": ('{"step": "x", "held_out": 1}\n', "evaluations.jsonl: held_out is no object"),
+        "odd rows": ('{"step": "x", "held_out": 1}\n', "evaluations.jsonl: held_out is not an object"),
         "deep": (DEEP + "\n", "evaluations.jsonl has 1 line(s)"),
     },
     "error.log": {"bytes": (b"\xff\n" * 100_000, "")},
@@ -103,7 +109,7 @@ def test_what_is_no_file(tmp_path: Path, name: str, what: str) -> None:
 
 def test_a_pipeline_says_what_of_its_summary_is_wrong(tmp_path: Path) -> None:
     training_run(tmp_path / "pipeline" / "stages" / "rlaif-abc")
-    for text, told in (("{", "summary.json is no JSON"), ('{"stages": {}}', "summary.json: stages is no list")):
+    for text, told in (("{", "summary.json is not JSON"), ('{"stages": {}}', "summary.json: stages is not a list")):
         (tmp_path / "pipeline" / "summary.json").write_text(text)
         page, _ = page_of(tmp_path / "pipeline")
         assert told in page and "No summary yet" not in page

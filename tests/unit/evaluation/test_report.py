@@ -224,8 +224,8 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     for text in (
         "metrics.jsonl has 2 line(s)",
         "resolved.yaml, line 1, is not valid YAML",
-        "summary.json is no JSON",
-        "isn't known",
+        "summary.json is not JSON",
+        "unknown form",
     ):
         assert text in page.text
     assert len(read_run(run, "demo").metrics["kl/mean"].steps) == 2

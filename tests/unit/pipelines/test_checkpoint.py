@@ -296,7 +296,7 @@ class TestNewest:
     def test_all_damaged_is_an_error_and_no_new_start(self, tmp_path: Path) -> None:
         for folder in (save(tmp_path, 3), save(tmp_path, 4)):
             (folder / "state.json").unlink()
-        with pytest.raises(CheckpointError, match=r"none can be gone on from: .*step-4.*step-3.*resume=never"):
+        with pytest.raises(CheckpointError, match=r"none can be resumed: .*step-4.*step-3.*resume=never"):
             opened(tmp_path).to_resume()
 
     def test_one_of_an_older_version(self, tmp_path: Path) -> None:
@@ -638,7 +638,7 @@ class TestReadState:
     )
     def test_the_state_of_another_version(self, tmp_path: Path, document: dict[str, Any]) -> None:
         saved = Saved(3, newest_folder(tmp_path), document)
-        with pytest.raises(CheckpointError, match=r"step-3 can't be gone on from .*another version"):
+        with pytest.raises(CheckpointError, match=r"step-3 can't be resumed .*another version"):
             read_state(saved, job(), 100)
 
 

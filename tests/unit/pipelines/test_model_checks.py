@@ -274,7 +274,7 @@ def test_a_reward_model_is_trained_too(tmp_path: Path) -> None:
         ({"rope_parameters": 3}, "rope_parameters"),
         ({"architectures": 3}, "architectures"),
         ("[1]", ""),
-        ('{"model_type": ', "config.json can't be read (it is no JSON"),
+        ('{"model_type": ', "config.json can't be read (it is not JSON"),
         ('{"model_type": ' + "[" * 20_000, "config.json can't be read (it is nested more than 100 deep)"),
         (f'{{"model_type": "llama", "hidden_size": 1{"0" * 400}}}', "a number of more than 300 digits"),
         ("[]", "config.json can't be read (it holds a list instead of a mapping)"),
