@@ -289,7 +289,7 @@ def test_no_line_of_a_secret_is_drawn(columns: str, tmp_path: Path) -> None:
     letters = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\s│]", "", seen)
     for part in ("89abcdef", "Canary", "canary"):
         assert part not in letters
-    assert letters.count("Signature=***") >= 6 and letters.count("api_key=***") >= 6 and "\x1b[32mgreen" in seen
+    assert letters.count("Signature=***") >= 5 and letters.count("api_key=***") >= 6 and "\x1b[32mgreen" in seen
 
 
 def test_help_has_its_colours() -> None:
