@@ -258,7 +258,9 @@ class ShownStream:
             return
         text = text.replace("\r\n", "\n")
         drawn = [found for found in _DRAWN.finditer(text) if not found[0].endswith("m") or _is_colour(found[0])]
-        plain, offsets, place = [], [], 0
+        plain: list[str] = []
+        offsets: list[int] = []
+        place = 0
         for found in drawn:  # a colour may stand in the middle of a secret
             plain.append(text[place : found.start()])
             offsets.append(len(plain[-1]) + (offsets[-1] if offsets else 0))
