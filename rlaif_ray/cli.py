@@ -20,7 +20,8 @@ import typer
 
 from rlaif_ray import __version__
 from rlaif_ray.errors import InputError, RlaifError
-from rlaif_ray.output import say, shown, survive_lost_output
+from rlaif_ray.output import say, say_as_is, shown, survive_lost_output
+from rlaif_ray.secrecy import masked_word
 from rlaif_ray.writing import open_to_append
 
 if TYPE_CHECKING:
@@ -314,7 +315,9 @@ def _run(
         else:
             start(loaded)
     except KeyboardInterrupt:
-        _say("interrupted.", *([] if loaded is None or plan else [f"resume: {_resume_command(loaded)}"]))
+        _say("interrupted.")
+        if loaded is not None and plan is None:
+            _say_how_to_resume(loaded)
         raise typer.Exit(130) from None
     except Exception as error:
         raise typer.Exit(_report(job, error, None if plan else loaded)) from None
@@ -367,9 +370,10 @@ def _report(job: str, error: Exception, loaded: Loaded | None) -> int:
         headline,
         f"logs: {loaded.run_dir}" + (f" (traceback: {log})" if log else ""),
         *getattr(error, "__notes__", []),  # such as where Ray's logs are
-        f"resume: {_resume_command(loaded)}",
-        *([] if log else [f"The traceback could not be written there, so here it is:\n{trace}"]),
     )
+    _say_how_to_resume(loaded)
+    if log is None:
+        say(f"  The traceback could not be written there, so here it is:\n{trace}", error=True)
     return 1
 
 
@@ -391,6 +395,10 @@ def _write_log(run_dir: Path, trace: str) -> Path | None:
     return log
 
 
+def _say_how_to_resume(loaded: Loaded) -> None:
+    say_as_is(f"  resume: {_resume_command(loaded)}", error=True)
+
+
 def _resume_command(loaded: Loaded) -> str:
     """What the user typed, with the folder that a default made up."""
     words = [*map(str, loaded.files), *loaded.overrides]
@@ -399,7 +407,7 @@ def _resume_command(loaded: Loaded) -> str:
     checkpoint = getattr(loaded.config, "checkpoint", None)
     if checkpoint is not None and checkpoint.resume == "never":
         words.append("checkpoint.resume=auto")
-    return shlex.join(["rlaif", loaded.job, *words])
+    return shlex.join(["rlaif", loaded.job, *map(masked_word, words)])
 
 
 def _say(message: str, *more: str) -> None:

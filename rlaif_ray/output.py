@@ -1,34 +1,85 @@
-"""What people see of a run: text without secrets and without what a terminal would obey, and standard output and error
-that end nothing: what can't be written is not said, and the work goes on."""
+"""Text for people, without secrets and without characters that a terminal would obey; and standard output and error
+that never end a run: where they can't be written, the run goes on in silence."""
 
 from __future__ import annotations
 
 import os
 import re
+import select
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlaif_ray.secrecy import masked
+from rlaif_ray.secrecy import MASK, masked
 
-# Control characters but for line feed and tab, direction marks and overrides, what has no width or letter, surrogates.
-# Joiners stay: emoji and several scripts are written with them.
-_UNSAFE = re.compile(
+# Control characters except line feed and tab, direction marks and overrides, characters without a width or a letter,
+# surrogates. Joiners are left: emoji and several scripts need them.
+_CODES = (
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
 )
-# What libraries draw with: colours, and the moves of progress bars.
-_COLOUR = re.compile("(\x1b\\[[0-9;]{0,40}m)")
+_UNSAFE = re.compile(_CODES)
+# Scripts without blanks between words, where U+200B says where a line may break: Thai to Myanmar, Khmer, Tai Le to Tai
+# Tham, Kana, Chinese characters, and the extensions of Myanmar and Tai.
+_NO_BLANKS = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u3040-\u30ff\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaadf"
+_LETTERS = re.compile(
+    f"((?<=[{_NO_BLANKS}])\u200b(?=[\\w{_NO_BLANKS}])|(?<=\\w)\u200b(?=[{_NO_BLANKS}])"
+    # Flags of England, Scotland and other regions: a flag, the region's letters, an end mark.
+    f"|\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{{3,6}}\U000e007f)|{_CODES}"
+)
+# What libraries draw with: colours, returns to the line's begin, and the moves of progress bars.
+_COLOUR = re.compile("\x1b\\[[0-9;]{0,40}m")
 _OF_PALETTE = re.compile("[34]8;(5;[0-9]+|2;[0-9]+;[0-9]+;[0-9]+)")
-_BAR = re.compile("\r|\n*(\x1b\\[A)*")
+_ERASE = "\x1b\\[[02]?K"
+_DRAWN = re.compile(f"(?:{_ERASE})?\r(?:{_ERASE})?|{_COLOUR.pattern}")
+_MOVES = re.compile("\n*(\x1b\\[A)*")
+_HELD = 1 << 16  # characters of a line without an end that are kept back at most
+_FULL_S = 10.0  # for which a descriptor that is full may take nothing
 
 
 def shown(text: str) -> str:
-    """`text` as people may see it: without secrets, and with characters that a terminal would obey, or that change how
-    the others read, as their code (`\\x1b`, `\\u202e`). Lines and tabs stay."""
-    return _escaped(masked(text.replace("\r\n", "\n")))
+    """`text` as people may see it: without secrets, and with codes (`\\x1b`, `\\u202e`) for characters that a terminal
+    would obey or that change how others read. Line breaks and tabs are left."""
+    return escaped(masked(text.replace("\r\n", "\n")))
+
+
+def shown_with_places(text: str) -> tuple[str, Callable[[int], int]]:
+    """`text` as `shown`, and where each place of `text` is in it: colours are kept by this."""
+    begins, begins_after, sizes = [0], [0], [0]  # of the parts that are the same in both
+    parts, place, length = [], 0, 0
+    pieces = masked(text).split(MASK)
+    for number, piece in enumerate(pieces, 1):
+        # What is between the pieces is masked.
+        place = text.find(piece, place) if number < len(pieces) else len(text) - len(piece)
+        end = 0
+        for found in (*_LETTERS.finditer(piece), None):
+            start = found.start() if found else len(piece)
+            begins.append(place + end)
+            begins_after.append(length)
+            sizes.append(start - end)
+            parts.append(piece[end:start])
+            length += start - end
+            if found:
+                parts.append(found[1] or _code(found[0]))
+                length += len(parts[-1])
+                end = found.end()
+        place += len(piece)
+        if number < len(pieces):
+            parts.append(MASK)
+            length += len(MASK)
+
+    def place_after(place: int) -> int:
+        part = bisect_right(begins, place) - 1
+        if place - begins[part] <= sizes[part]:
+            return begins_after[part] + place - begins[part]
+        return begins_after[part + 1] if part + 1 < len(begins) else length
+
+    return "".join(parts), place_after
 
 
 def on_one_line(text: str) -> str:
@@ -37,13 +88,18 @@ def on_one_line(text: str) -> str:
 
 
 def first_unsafe(text: str) -> str:
-    """The code of the first character that a name on one line must not have; "" where all are letters and signs."""
+    """The code of the first character that a name must not have; "" where all are letters and signs."""
     found = _UNSAFE.search(text) or re.search(r"[\n\t]", text)
     return f"#x{ord(found[0]):04x}" if found else ""
 
 
-def _escaped(text: str) -> str:
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+def escaped(text: str) -> str:
+    """`text` with codes for characters that a terminal would obey. It must have no secrets in it."""
+    return _LETTERS.sub(lambda found: found[1] or _code(found[0]), text)
+
+
+def _code(character: str) -> str:
+    return ascii(character)[1:-1]
 
 
 def _is_colour(text: str) -> bool:
@@ -52,15 +108,23 @@ def _is_colour(text: str) -> bool:
 
 
 def say(text: str = "", *, error: bool = False) -> None:
-    """Shows a line, or several, on standard output or error. All that the package prints goes through here, or through
-    a console of its own (tracking/console.py)."""
+    """Shows a line, or several, on standard output or error. All that the package prints goes through here, `say_as_is`
+    or a console of its own (tracking/console.py)."""
     print(shown(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def say_as_is(text: str, *, error: bool = False) -> None:
+    """Shows what a shell or a program reads again: a mask in it would change what it means. It must have no secrets in
+    it, as a config that was loaded."""
+    stream = sys.stderr if error else sys.stdout
+    stream.flush()
+    print(escaped(text), file=drawn(stream), flush=True)
 
 
 def survive_lost_output() -> None:
     """From here on a terminal that is gone, a reader that has left (`| head -1`), a full disk or a closed descriptor
-    silences standard output or error, and raises nothing. What libraries write is shown without secrets and without
-    what a terminal would obey, but for colours and progress bars."""
+    silences standard output or error, and raises nothing. The output of libraries is shown without secrets and without
+    characters that a terminal would obey, except colours and progress bars."""
     sys.stdout = _surviving(sys.stdout)
     sys.stderr = _surviving(sys.stderr)
 
@@ -71,7 +135,7 @@ def _surviving(stream: TextIO | None) -> Any:
 
 
 def drawn(stream: Any) -> Any:
-    """The stream below one that shows all codes: for consoles, which draw with them."""
+    """The stream itself, below the one that masks and escapes: for text that already is."""
     return stream.below if isinstance(stream, ShownStream) else stream
 
 
@@ -80,37 +144,72 @@ def _nowhere() -> TextIO:
 
 
 class SurvivingStream:
-    """A text stream whose writes can't fail. All else is the stream's own."""
+    """A text stream whose writes never raise. All other methods are the stream's own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.flush()  # what is written from now on passes by the stream's own buffer of letters
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
-        except UnicodeEncodeError:  # a terminal that knows ASCII alone
-            encoding = self._stream.encoding
-            return self._stream.write(text.encode(encoding, "replace").decode(encoding))
+            try:
+                self._write(text, self._stream.errors or "strict")
+            except UnicodeEncodeError:  # a terminal that knows ASCII only
+                self._write(text, "replace")
         except (OSError, ValueError):
             self._fall_silent()
-            return len(text)
+        return len(text)
+
+    def _write(self, text: str, errors: str) -> None:
+        """Writes bytes: of a text that meets a full descriptor nobody would know how much was written."""
+        binary = getattr(self._stream, "buffer", None)
+        if binary is None:
+            self._stream.write(text)
+            return
+        left = memoryview(text.encode(self._stream.encoding, errors))
+        full_since = time.monotonic()
+        while left:
+            try:
+                written = binary.write(left)
+            except BlockingIOError as full:
+                written = full.characters_written
+                self._wait(full, time.monotonic() if written else full_since)
+            if written:
+                left, full_since = left[written:], time.monotonic()
+        at_once = getattr(self._stream, "write_through", False)
+        if at_once or (getattr(self._stream, "line_buffering", False) and ("\n" in text or "\r" in text)):
+            self.flush()
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
+        full_since = time.monotonic()
         try:
-            self._stream.flush()
+            while True:
+                try:
+                    self._stream.flush()
+                    return
+                except BlockingIOError as full:
+                    self._wait(full, full_since)
         except (OSError, ValueError):
             self._fall_silent()
 
+    def _wait(self, full: BlockingIOError, since: float) -> None:
+        """Waits until a descriptor that does not block takes more; raises where it has taken nothing for long."""
+        left_s = since + _FULL_S - time.monotonic()
+        if left_s <= 0:
+            raise OSError("the descriptor is full") from full
+        ready = select.poll()
+        ready.register(self._stream.fileno(), select.POLLOUT)
+        ready.poll(left_s * 1000)
+
     def _fall_silent(self) -> None:
-        """The descriptor leads nowhere from now on, for libraries that write to it by themselves too; so does what the
-        stream still holds."""
+        """Points the descriptor at nothing, for libraries that write to it by themselves too. Empties the buffer."""
         nothing = os.open(os.devnull, os.O_WRONLY)
         try:
             os.dup2(nothing, self._stream.fileno())
@@ -123,20 +222,56 @@ class SurvivingStream:
 
 
 class ShownStream:
-    """A text stream that gives on what it gets as people may see it. All else is the stream's own."""
+    """A text stream that passes on what people may see of its text. All other methods are the stream's own.
+
+    Lines are passed on as wholes, since `print("token:", token)` writes each word by itself: an unfinished line is kept
+    back until its end or a flush, of each thread for itself, as a console does.
+    """
 
     def __init__(self, below: SurvivingStream) -> None:
         self.below = below
+        self._unfinished: dict[int, str] = {}  # by thread
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.below, name)
 
     def write(self, text: str) -> int:
-        start = _BAR.match(text)
-        bar = start[0] if start and (start[0] == text or start[0] == "\r") else ""
-        pieces = _COLOUR.split(masked(text[len(bar) :].replace("\r\n", "\n")))
-        self.below.write(bar + "".join(piece if _is_colour(piece) else _escaped(piece) for piece in pieces))
+        thread = threading.get_ident()
+        whole = self._unfinished.pop(thread, "") + text
+        if text and _MOVES.fullmatch(text):
+            self._pass_on(whole.removesuffix(text))
+            self.below.write(text)
+            return len(text)
+        end = len(whole) if "\r" in text or len(whole) > _HELD else whole.rfind("\n") + 1
+        if whole[end:]:
+            self._unfinished[thread] = whole[end:]
+        self._pass_on(whole[:end])
         return len(text)
+
+    def flush(self) -> None:
+        for thread in list(self._unfinished):
+            self._pass_on(self._unfinished.pop(thread, ""))
+        self.below.flush()
+
+    def _pass_on(self, text: str) -> None:
+        if not text:
+            return
+        text = text.replace("\r\n", "\n")
+        drawn = [found for found in _DRAWN.finditer(text) if not found[0].endswith("m") or _is_colour(found[0])]
+        plain: list[str] = []
+        offsets: list[int] = []
+        place = 0
+        for found in drawn:  # a colour may stand in the middle of a secret
+            plain.append(text[place : found.start()])
+            offsets.append(len(plain[-1]) + (offsets[-1] if offsets else 0))
+            place = found.end()
+        told, place_after = shown_with_places("".join([*plain, text[place:]]))
+        parts, place = [], 0
+        for found, offset in zip(drawn, offsets, strict=True):
+            end = max(place, place_after(offset))
+            parts += [told[place:end], found[0]]
+            place = end
+        self.below.write("".join([*parts, told[place:]]))
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

@@ -62,7 +62,7 @@ class Endpoint:
         self.url = shown_url(base_url)
         self._key = read_key(cfg, self.url, needed="api.openai.com" in self.url)
         if self._key != DUMMY_KEY:
-            remember(self._key)  # its variable may have any name
+            remember(self._key, cfg.api_key_env)
         self._cfg = cfg
         limits = httpx2.Limits(max_connections=cfg.concurrency, max_keepalive_connections=cfg.concurrency)
         self._client = openai.AsyncOpenAI(

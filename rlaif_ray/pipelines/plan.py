@@ -17,7 +17,7 @@ from rlaif_ray.config.sections import PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_config, shape_of_size
 from rlaif_ray.models import load_config, resolve_model
-from rlaif_ray.output import say
+from rlaif_ray.output import say, say_as_is
 from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT
 from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, written
@@ -97,7 +97,7 @@ def make_plan(
             "jobs": [_as_values(one) for one in planned],
             "assumed": [_assumptions(machine)],
         }
-        say(json.dumps(told, indent=1))
+        say_as_is(json.dumps(told, indent=1))
     else:
         for one in planned:
             _show(one, machine)

@@ -127,6 +127,16 @@ def test_a_failed_run_ends_with_1_and_says_how_to_resume(config: Path, pipeline:
     assert words == ["rlaif", "train", "my train.yaml", "data.system=be nice", f"run_dir={run_dir}"]
 
 
+@pytest.mark.parametrize(
+    "setting", ["data.system=Never say the admin password=foo aloud", 'data.system="it\'s 2\nlines"']
+)
+def test_the_resume_command_is_what_was_typed_with_prose(setting: str, config: Path, pipeline: Pipeline) -> None:
+    pipeline(raising(StaleWeightsError("x")))
+    result = rlaif("train", config, "run_dir=here", setting)
+    words = shlex.split(result.stderr.partition("resume: ")[2])
+    assert words == ["rlaif", "train", "my train.yaml", "run_dir=here", setting]
+
+
 def test_the_resume_command_is_what_was_typed_when_run_dir_was_given(config: Path, pipeline: Pipeline) -> None:
     pipeline(raising(StaleWeightsError("x")))
     result = rlaif("train", config, "run_dir=here")

@@ -6,9 +6,12 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +19,10 @@ import pytest
 from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
-from rlaif_ray.output import ShownStream, SurvivingStream, on_one_line, shown
+from rlaif_ray.output import ShownStream, SurvivingStream, on_one_line, say_as_is, shown
 from rlaif_ray.tracking.progress import ItemProgress, print_columns, print_table
 from tests.endpoint import FakeEndpoint, FaultProxy
+from tests.pace import scaled
 
 # Sets a title, clears the screen, hides, links, reverses the reading order, and is invisible.
 POISON = (
@@ -73,6 +77,52 @@ def test_a_command_whose_reader_has_left(lost: Callable[[], int]) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_a_pipe_that_is_full_for_a_moment(size: int) -> None:
+    """Its other end, or a program that shares it, may have made it one that does not block."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(writer, "w", encoding="utf-8") as file:
+        stream = SurvivingStream(file)
+        filled = 0
+        while True:  # not a byte more goes in
+            try:
+                filled += os.write(writer, b"x")
+            except BlockingIOError:
+                break
+        seen: list[bytes] = []
+
+        def read() -> None:
+            time.sleep(0.05)
+            while sum(map(len, seen)) < filled + size + 6:
+                seen.append(os.read(reader, 1 << 16))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        stream.write("é" * (size // 2))
+        stream.write("\n")
+        stream.flush()
+        stream.write("after")
+        stream.flush()
+        thread.join(timeout=10)
+    os.close(reader)
+    assert b"".join(seen)[filled:].decode() == "é" * (size // 2) + "\nafter"
+
+
+def test_a_pipe_that_stays_full_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlaif_ray.output._FULL_S", 0.05)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(writer, "w", encoding="utf-8") as file:
+        stream = SurvivingStream(file)
+        began = time.perf_counter()
+        for _ in range(100):
+            stream.write("x" * 100_000)
+            stream.flush()
+        assert time.perf_counter() - began < scaled(2.0)
+    os.close(reader)
+
+
 def test_what_a_terminal_has_no_letters_for(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w", encoding="ascii") as file:
         stream = SurvivingStream(file)
@@ -86,6 +136,26 @@ def test_what_a_terminal_has_no_letters_for(tmp_path: Path) -> None:
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
+WORDS_OF_SCRIPTS = (
+    "ภาษา\u200bไทย\u200bPython",
+    "ភាសា\u200bខ្មែរ",
+    "မြန်မာ\u200bဘာသာ",
+    "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f wins",
+)
+
+
+@pytest.mark.parametrize("text", WORDS_OF_SCRIPTS)
+def test_letters_of_other_scripts_stay(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(text) == text
+    print_table("x", [("a", text)])
+    assert text in capsys.readouterr().out
+
+
+def test_the_same_characters_elsewhere_are_shown_as_codes() -> None:
+    assert shown("pass\u200bword \u200bก ก\u200b") == "pass\\u200bword \\u200bก ก\\u200b"
+    assert shown("a\U000e0067\U000e007f 🏴\U000e0067 x") == "a\\U000e0067\\U000e007f 🏴\\U000e0067 x"
+
+
 def test_codes_are_shown_as_codes() -> None:
     assert shown("a\x1b[31mb\u202ec\x9bd\r\ne\ud800") == "a\\x1b[31mb\\u202ec\\x9bd\ne\\ud800"
     assert not FORBIDDEN & set(shown(POISON)) and shown(shown(POISON)) == shown(POISON)
@@ -96,12 +166,46 @@ def test_what_libraries_write_has_colours_and_progress_bars_alone() -> None:
     below = io.StringIO()
     stream = ShownStream(SurvivingStream(below))
     drawn = "\r 3%|#  |", "\x1b[36m(pid)\x1b[0m text", "\x1b[1;38;5;8mgrey\x1b[39m", "\n\n", "\x1b[A\x1b[A", "\r"
+    drawn += "\r\x1b[2K4%|## |\r5%", "\r\x1b[K6%\x1b[2K\r7%", "\n", "8%\n"
     for text in drawn:
         assert stream.write(text) == len(text)
     assert below.getvalue() == "".join(drawn)
-    stream.writelines([POISON, "\x1b[2K\x1b[31;8mhidden", f"{'1;' * 40}\x1b[{'38;1;' * 5000}"])
+    stream.writelines([POISON, "\x1b[2K\x1b[31;8mhidden\x1b[K", f"{'1;' * 40}\x1b[{'38;1;' * 5000}"])
+    stream.flush()
     rest = below.getvalue()[len("".join(drawn)) :]
-    assert not FORBIDDEN & set(rest.replace("\x1b[31m", "")) and "owned" in rest
+    assert not FORBIDDEN - {"\r"} & set(rest.replace("\x1b[31m", "")) and "owned" in rest
+
+
+def test_a_secret_that_is_written_in_parts_or_colours_is_masked() -> None:
+    below = io.StringIO()
+    stream = ShownStream(SurvivingStream(below))
+    print("the api_key:", "S1", file=stream)
+    print("api_key\x1b[0m=\x1b[32m'S\x1b[1m2'\x1b[0m, n=\x1b[31m3\x1b[0m", file=stream)
+    stream.write("password=")
+    assert "password" not in below.getvalue()
+    stream.write("S3 is it")
+    stream.flush()
+    expected = "the api_key: ***\napi_key\x1b[0m=\x1b[32m'***\x1b[1m'\x1b[0m, n=\x1b[31m3\x1b[0m\npassword=*** is it"
+    assert below.getvalue() == expected
+
+
+def test_what_programs_read_is_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    below = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", ShownStream(SurvivingStream(below)))
+    print("before", end=" ")
+    say_as_is('{"password": 3, "n": "\x1b[2J"}')
+    assert below.getvalue() == 'before {"password": 3, "n": "\\x1b[2J"}\n'
+
+
+def test_what_threads_write_is_not_mixed() -> None:
+    below = io.StringIO()
+    stream = ShownStream(SurvivingStream(below))
+    stream.write("a ")
+    thread = threading.Thread(target=lambda: print("b", "c", file=stream))
+    thread.start()
+    thread.join()
+    stream.write("d\n")
+    assert below.getvalue() == "b c\na d\n"
 
 
 @pytest.mark.parametrize("text", [POISON, HARMLESS])
@@ -117,7 +221,7 @@ def test_tables_and_notes_show_letters(text: str, capsys: pytest.CaptureFixture[
 
 
 PROGRAM_ON_A_TERMINAL = """
-import sys
+import os, sys
 from pathlib import Path
 from rlaif_ray.output import survive_lost_output
 survive_lost_output()
@@ -125,25 +229,36 @@ from rlaif_ray.config.sections import TrackingConfig
 from rlaif_ray.tracking import open_tracker, print_summary
 from rlaif_ray.tracking.progress import ItemProgress, print_table
 poison, folder = sys.argv[1], Path(sys.argv[2])
+SECRETS = ["see https://b.s3.amazonaws.com/x?X-Amz-Expires=60&X-Amz-Signature=" + "0123456789abcdef" * 12]
+SECRETS += ["a word or two before api_key=" + "Canary0x" * 30]
+SECRETS += ["it said: " + "of the run " * 8 + os.environ["DB_PASSWORD"]]
 with open_tracker(folder, config={}, tracking=TrackingConfig(wandb="disabled"), total_steps=1, name=poison) as track:
     track.note(poison)
     print("of a library: " + poison)
+    for secret in SECRETS:
+        print(secret)
+        print("\x1b[32mgreen\x1b[0m " + secret, file=sys.stderr)
+        track.note(secret)
     with track.step(1) as metrics, metrics.phase("rollout"):
         metrics.add({"scorer/" + poison: 0.25})
     print_summary(track.summary({"evaluator": poison}), folder)
 with ItemProgress(poison, 2, "rows") as progress:
     progress.note(poison)
+    for secret in SECRETS:
+        print(secret)
+        progress.note(secret)
     progress.advance(2)
-print_table(poison, [(poison, poison)])
+print_table(poison, [(poison, poison), *((secret, secret) for secret in SECRETS)])
 """
 
 
-def on_a_terminal(*command: str) -> bytes:
+def on_a_terminal(*command: str, **variables: str) -> bytes:
     """What a program writes to a terminal."""
+    variables = {"COLUMNS": "110"} | variables
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
-        os.execve(command[0], command, {**os.environ, "TERM": "xterm-256color", "COLUMNS": "110"})
+        os.execve(command[0], command, {**os.environ, **variables, "TERM": "xterm-256color"})
     seen = b""
     while select.select([terminal], [], [], 60)[0]:
         try:
@@ -157,12 +272,24 @@ def on_a_terminal(*command: str) -> bytes:
 
 def test_a_terminal_draws_and_texts_do_not(tmp_path: Path) -> None:
     poison = POISON.replace("\r", "")  # the terminal itself adds some
-    seen = on_a_terminal(sys.executable, "-c", PROGRAM_ON_A_TERMINAL, poison, str(tmp_path))
+    seen = on_a_terminal(sys.executable, "-c", PROGRAM_ON_A_TERMINAL, poison, str(tmp_path), DB_PASSWORD="a")
     text = seen.decode()
     assert "\x1b[2K" in text and "\x1b[?25h" in text  # drawn, and the cursor is back
     assert text.count("owned") >= 8 and text.count("[bold]") >= 8
     for planted in ("\x1b]", "\x1b[2J", "\x1b[8m", "\x07", "\x9b", "\u202e", "\u2066", "\u200b", "\x08", "\x7f"):
         assert planted not in text
+
+
+@pytest.mark.parametrize("columns", ["60", "110"])
+def test_no_line_of_a_secret_is_drawn(columns: str, tmp_path: Path) -> None:
+    """Longer than the terminal is wide, or with blanks at which a line is broken."""
+    password = "canary one canary two canary three"
+    command = [sys.executable, "-c", PROGRAM_ON_A_TERMINAL, "plain", str(tmp_path)]
+    seen = on_a_terminal(*command, COLUMNS=columns, DB_PASSWORD=password).decode()
+    letters = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\s│]", "", seen)
+    for part in ("89abcdef", "Canary", "canary"):
+        assert part not in letters
+    assert letters.count("Signature=***") >= 5 and letters.count("api_key=***") >= 6 and "\x1b[32mgreen" in seen
 
 
 def test_help_has_its_colours() -> None:

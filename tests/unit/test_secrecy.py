@@ -23,6 +23,7 @@ from rlaif_ray.secrecy import (
     is_secret_name,
     is_secret_variable,
     masked,
+    masked_word,
     remember,
     secrets_in,
     secrets_in_arguments,
@@ -62,7 +63,7 @@ def refused(config: str, folder: Path, *settings: str, job: str = "label") -> st
         (f"api_key: {CANARY}", "judge.api_key"),  # which is no setting at all
         (f"extra_body: {{token: {CANARY}}}", "judge.extra_body.token"),
         (f"extra_body: {{MY_PAT: {CANARY}}}", "judge.extra_body.MY_PAT"),
-        (f"extra_body: {{credentials: {{user: me, inner: [{CANARY}]}}}}", "judge.extra_body.credentials.user"),
+        (f"extra_body: {{credentials: {{user: me, inner: [{CANARY}]}}}}", "judge.extra_body.credentials.inner"),
         (f"extra_body: {{dbPass: {CANARY}, jwt: {CANARY}}}", "judge.extra_body.jwt"),
         (f"extra_body: {{db: 'postgresql+psycopg://me:{CANARY}@host/x'}}", "judge.extra_body.db"),
         (f"extra_body: {{db: 'Server=a b;User Id=me;Password={CANARY};'}}", "judge.extra_body.db"),
@@ -89,12 +90,54 @@ def test_the_key_instead_of_its_variable_is_refused(tmp_path: Path) -> None:
 def test_what_a_secret_variable_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", CANARY)
     told = refused(JUDGE % f"extra_body: {{user: 'x-{CANARY}'}}", tmp_path)
-    assert "judge.extra_body.user must not hold a secret" in told and "*_KEY" in told
+    assert "judge.extra_body.user must not hold a secret" in told and "environment variable MY_API_KEY" in told
 
 
 def test_other_problems_are_told_beside_it(tmp_path: Path) -> None:
     told = refused(JUDGE % f"api_key: {CANARY}, timeout_s: -1", tmp_path)
     assert "judge.api_key must not hold a secret" in told and "judge.timeout_s" in told
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "judge.model=org/xai-explanations-llama-3b",
+        "judge.model=pypi-classifier-qwen-small",
+        "judge.model=sk_live_first-sweep-2026-09-01",
+        "judge.model=nvapi-nemotron-70b-instruct-2",
+        "judge.model=sk-my_long_experiment_name_2",
+        "judge.model=hf_internaltestingtinyrandomllama",
+        "judge.model=wandb_v1_baseline-run-2026",
+        "judge.extra_body.tag=sk-2026-first-sweep",
+        "judge.extra_body.tag=x-models-v3-y",  # has the value of CACHE_KEY in it
+        "judge.extra_body.template=placeholder.yaml",
+        "judge.extra_body.safety.secrets=block",
+        "judge.extra_body.credentials=redact",
+        "judge.extra_body.api_key=your-api-key-here",
+        "judge.extra_body.api_key=EMPTY",
+        "judge.extra_body.pass='2'",
+        "run_dir=runs/sk-learn-baseline-2026",
+        "run_dir=runs/lr=1e-6,pass=2",
+        "data.path=s3://b/access_key=2/x.jsonl",
+        "data.path=/data/token=17/pass=3/x.jsonl",
+    ],
+)
+def test_ordinary_names_and_paths_are_taken(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_KEY", "models-v3")
+    monkeypatch.setenv("PARTITION_TOKEN", "experiment-baseline-2026")
+    monkeypatch.setenv("OPENAI_API_KEY", "placeholder")
+    path = tmp_path / "job.yaml"
+    path.write_text(JUDGE % "timeout_s: 3")
+    load_job("label", [path], [setting])
+    assert masked(setting) == setting and list(secrets_in_arguments([setting])) == []
+
+
+@pytest.mark.parametrize("value", ["7f3a9c51d2", "x-Ab3dE5fG7h", "qWeRtYuIoPaSdFgHjK", "abcdefghijklmnopqrst1"])
+def test_a_random_value_of_any_key_is_masked(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_KEY", value)
+    assert masked(f"got {value}!") == "got ***!"
+    ((key, why),) = secrets_in({"user": f"x{value}"})
+    assert key == ("user",) and "CACHE_KEY" in why and value not in why
 
 
 @pytest.mark.parametrize(
@@ -196,6 +239,20 @@ def test_known_shapes_are_masked_anywhere(name: str) -> None:
         ("url=https://h/x?X-Amz-Signature=S", "url=https://h/x?X-Amz-Signature=***"),
         ("https://a.blob/x?sv=2&sig=S%2F", "https://a.blob/x?sv=2&sig=***"),
         ("redis://:S@h:6379/0", "redis://***@h:6379/0"),
+        ("postgresql://me:my@long@S@host/db", "postgresql://***@host/db"),
+        ("mongodb+srv://user:p@ss@host", "mongodb+srv://***@host"),
+        ("s3://AKIAX:S/4@S@bucket/x@y", "s3://***@bucket/x@y"),
+        ("a http://u:S@h,http://v:S@S@h2/x b@c", "a http://***@h,http://***@h2/x b@c"),
+        (r'{"password": "ab\"cdS fgh", "n": 1}', '{"password": "***", "n": 1}'),
+        (r'"{\"password\": \"ab\\\"cdS fgh\", \"n\": 1}"', r'"{\"password\": \"***\", \"n\": 1}"'),
+        ("password='it''s S'", "password='***'"),
+        (r"password='it\'s S', n='x'", "password='***', n='x'"),
+        ("password=a,S", "password=***"),
+        ("host=h,password=a,S,port=3, x", "host=h,password=***,port=3, x"),
+        ("f(password=S, n=3)", "f(password=***, n=3)"),
+        ("a:\n  passphrase: foo S\n  b: 3", "a:\n  passphrase: ***\n  b: 3"),
+        ("- db_password: foo S", "- db_password: ***"),
+        ('said {"password": "foo bar S ba...', 'said {"password": "***"'),
         ("mongodb+srv://u:S@h/x", "mongodb+srv://***@h/x"),
         ("Server=a b;Password=S T;Pwd=S;x=1", "Server=a b;Password=***;Pwd=***;x=1"),
         ("AccountName=n;AccountKey=S+/==;x=1", "AccountName=n;AccountKey=***;x=1"),
@@ -240,15 +297,32 @@ def test_a_secret_variables_value_is_masked_in_every_form(monkeypatch: pytest.Mo
     monkeypatch.setenv("WANDB_API_KEY", "disabled")
     assert masked("tracking.wandb=disabled") == "tracking.wandb=disabled"
     assert masked("a p/ss w0rd, p%2Fss%20w0rd at /home/me/.ssh/id") == "a ***, *** at /home/me/.ssh/id"
-    remember("from-any-name")
+    remember("from-any-name", "ANY")
     assert masked("a from-any-name") == "a ***"
+    assert "variable ANY" in next(secrets_in({"user": "from-any-name"}))[1]
 
 
-@pytest.mark.parametrize("piece", ["a=", "password: ", "://a:", "eyJ-", "sk-", "token=a;", "Cookie: a=", 'api_key=\\"'])
+PIECES = ["a=", "password: ", "://a:", "eyJ-", "sk-", "token=a;", "Cookie: a=", 'api_key=\\"', "token=", "token='", "@"]
+PIECES += ["://a:b@", "sk-a-", "/password=1", "password=1,", "token=''", "token=" + "'" * 3, 'token="\\']
+PIECES += [
+    "x-",
+    "key=a,",
+    "pass=1;",
+    "sk-abcdefghijklmnop-",
+    'token=\\"\\\\\\"',
+    "password:\n",
+    "token=no-",
+    "1e",
+    "://a:1/@",
+]
+
+
+@pytest.mark.parametrize("piece", PIECES)
 def test_long_texts_take_no_time(piece: str) -> None:
     text = piece * (40_000 // len(piece))
     began = time.process_time()
     masked(text)
+    list(secrets_in({"token": text}))
     assert time.process_time() - began < scaled(1.0)
 
 
@@ -287,6 +361,35 @@ def test_words_of_a_command_line() -> None:
     words = ["judge.api_key=S", "--token", "S", "a=s3://k:S@b", "b=http://h?sig=S", "c={password: S}", SHAPES["OpenAI"]]
     found = list(secrets_in_arguments(words))
     assert len(found) == 6 and all("***" in one and "S" not in one for one in found)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.system=Never say the admin password=foo aloud",
+        "data={system: 'Never say the password=foo aloud', path: x}",
+        "data.system='the token: sent in api_key=foo, is not yours'",
+        "configs/train.yaml",
+        "run_dir=runs/lr=1e-6,pass=2",
+    ],
+)
+def test_words_that_the_loader_takes_stay_as_typed(word: str) -> None:
+    assert masked_word(word) == word and list(secrets_in_arguments([word])) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("data.path=s3://k:S@b", "data.path=s3://***@b"),
+        ("judge.extra_body={password: S}", "judge.extra_body={password: ***}"),
+        ("judge.extra_body={password: [S", "judge.extra_body={password: [S"),
+        ("judge.api_key.inner=S", "judge.api_key.inner=***"),
+        ("PGPASSWORD=S", "PGPASSWORD=***"),
+        ("https://me:S@host/x.zip", "https://***@host/x.zip"),
+    ],
+)
+def test_words_with_a_secret_are_masked(word: str, shown: str) -> None:
+    assert masked_word(word) == shown
 
 
 def test_an_error_and_its_traceback_say_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
