@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from rlaif_ray import __version__
 from rlaif_ray.cli import app
 from rlaif_ray.config.load import load_job
+from tests.pace import scaled
 
 ROOT = Path(__file__).parents[2]
 CLUSTER, LAUNCH = ROOT / "cluster", ROOT / "launch"
@@ -481,7 +482,8 @@ def test_the_hook_lets_a_job_write_its_checkpoint(name: str, how: str, tmp_path:
 @pytest.mark.parametrize("name", KUBERAY)
 def test_the_hook_holds_a_node_until_the_job_is_over(name: str, tmp_path: Path) -> None:
     _, workers = groups(name)
-    actor = "(touch up; exec -a 'ray::LearnerActor.save' sleep 1)"
+    # There until the hook has begun, which takes a busy machine longer.
+    actor = f"(touch up; exec -a 'ray::LearnerActor.save' sleep {scaled(1.5):.1f})"
     began = time.monotonic()
     code, told = run_hook(workers, actor, tmp_path)
     assert code == 0 and "waiting for 0 jobs and 1 actors" in told, told
