@@ -143,7 +143,7 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR
 
 
 def _start(places: Places, *, num_cpus: int, memory: int) -> None:
-    spilled = {} if places.spilled is None else {"object_spilling_directory": str(places.spilled)}
+    spilled: dict[str, Any] = {} if places.spilled is None else {"object_spilling_directory": str(places.spilled)}
     with on_loopback(), _sigterm_kept(), _hangups_ignored():
         try:
             ray.init(
@@ -204,13 +204,13 @@ def _take_token_if_asked(named: Named) -> None:
     )
 
 
+_PING: bytes = ray_client_pb2.ClusterInfoRequest(  # type: ignore[attr-defined, unused-ignore]
+    type=ray_client_pb2.ClusterInfoType.PING  # type: ignore[attr-defined, unused-ignore]
+).SerializeToString()
 # A method that each kind of server has, and its request: a server checks the token only for methods that it has.
 _CHEAP_QUESTIONS = {
     "": ("/ray.rpc.NodeInfoGcsService/GetClusterId", b""),
-    "ray": (
-        "/ray.rpc.RayletDriver/ClusterInfo",
-        ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING).SerializeToString(),
-    ),
+    "ray": ("/ray.rpc.RayletDriver/ClusterInfo", _PING),
 }
 
 
