@@ -14,9 +14,13 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's package; it need not be installed here
+
+from rlaif_ray.output import say, survive_lost_output
 
 ACTORS = tuple(f"ray::{name}" for name in ("EngineActor", "LearnerActor", "RewardModelActor"))
 POLL_S = 0.2
@@ -54,11 +58,11 @@ def main(limit_s: float) -> int:
         if driver.ppid() not in {other.pid for other in drivers}:  # what it forked ends with it
             with suppress(psutil.NoSuchProcess):
                 driver.send_signal(signal.SIGTERM)
-    print(f"end_jobs: waiting for {len(drivers)} jobs and {len(actors)} actors, {limit_s:g} s at most", flush=True)
+    say(f"end_jobs: waiting for {len(drivers)} jobs and {len(actors)} actors, {limit_s:g} s at most")
     while drivers or actors:
         if time.monotonic() > deadline:
             left = ", ".join(str(process.pid) for process in drivers + actors)
-            print(f"end_jobs: still running after {limit_s:g} s: processes {left}", flush=True)
+            say(f"end_jobs: still running after {limit_s:g} s: processes {left}")
             return 1
         time.sleep(POLL_S)
         drivers, actors = running()
@@ -66,4 +70,5 @@ def main(limit_s: float) -> int:
 
 
 if __name__ == "__main__":
+    survive_lost_output()
     sys.exit(main(float(sys.argv[1])))

@@ -5,6 +5,11 @@
 set -euo pipefail
 file=${1:-"$(dirname "$0")/../cluster/kuberay-rayjob.yaml"}
 kubectl apply -f "$(dirname "$0")/../cluster/kuberay-network.yaml" # before there is anything to reach
-kubectl create -f "$file"
+created=$(kubectl create -f "$file" -o name) # such as rayjob.ray.io/rlaif
 kubectl get -f "$file"
-echo "Its pods: kubectl get pods    A job's log: kubectl logs --follow --selector job-name=rlaif"
+echo "Its pods: kubectl get pods"
+for each in $created; do
+  case $each in
+    rayjob.*) echo "Its log: kubectl logs --follow --selector job-name=${each##*/}" ;; # KubeRay names the Job after it
+  esac
+done

@@ -94,14 +94,32 @@ def _holds_secret(value: str) -> bool:
     return masked(value) != value
 
 
+def named_dashboard() -> str | None:
+    """Where the environment says that jobs go. RAY_ADDRESS may name a cluster's head as well, which takes none."""
+    ray_address = os.environ.get("RAY_ADDRESS", "")
+    dashboard = ray_address if ray_address.startswith(("http://", "https://")) else None
+    return os.environ.get("RAY_API_SERVER_ADDRESS") or dashboard
+
+
+def nowhere_to_go() -> str:
+    """Why no job is sent where neither the command line nor the environment says where to."""
+    got = os.environ.get("RAY_ADDRESS")
+    ray_address = f"RAY_ADDRESS={got} is no" if got else "RAY_ADDRESS has no"
+    return (
+        f"no cluster is named (got neither --address nor RAY_API_SERVER_ADDRESS, and {ray_address} http:// or https:// "
+        f"address): what answers on this machine may be somebody else's, and would get the job and the token. Set "
+        f"--address http://HEAD:8265."
+    )
+
+
 def main() -> int:
     survive_lost_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--address",
-        default=os.environ.get("RAY_API_SERVER_ADDRESS"),
+        default=named_dashboard(),
         metavar="URL",
-        help="the head's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)",
+        help="the head's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS with http://)",
     )
     parser.add_argument("--working-dir", help="folder to upload to the cluster (configs and data files in it)")
     parser.add_argument("--env", action="append", default=[], metavar="NAME", help="variable to pass on; no secrets")
@@ -118,11 +136,7 @@ def main() -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="config files and key=value settings")
     options = parser.parse_args()
     if not options.address:
-        print(
-            "submit: no cluster is named (got neither --address nor RAY_API_SERVER_ADDRESS): what answers on this "
-            "machine may be somebody else's, and would get the job and the token. Set --address http://HEAD:8265.",
-            file=sys.stderr,
-        )
+        print(f"submit: {nowhere_to_go()}", file=sys.stderr)
         return 2
     if problem := secrets_shown(options):
         print(f"submit: {problem}", file=sys.stderr)
@@ -133,6 +147,7 @@ def main() -> int:
         return 2
 
     take_the_token_that_is_there()
+    os.environ["RAY_API_SERVER_ADDRESS"] = options.address  # Ray puts this and RAY_ADDRESS above what it is given
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import ray
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's package; it need not be installed here
+
+from rlaif_ray.output import say, survive_lost_output
+
 POLL_S = 1.0
 TOLD_EVERY_S = 15.0
 
@@ -42,13 +46,14 @@ def main(folder: str, wanted: int, starters: list[str]) -> int:
         ended = not all(Path("/proc", pid).exists() for pid in starters)
         if ended or now - began > limit_s:
             why = "ray start has ended on one" if ended else f"RLAIF_NODES_TIMEOUT_S={limit_s:g} s are over"
-            print(f"slurm: {message}, and {why}. See the .log files in {Path(folder).parent}.", flush=True)
+            say(f"slurm: {message}, and {why}. See the .log files in {Path(folder).parent}.")
             return 1
         if now - told > TOLD_EVERY_S:
             told = now
-            print(f"slurm: {message}", flush=True)
+            say(f"slurm: {message}")
         time.sleep(POLL_S)
 
 
 if __name__ == "__main__":
+    survive_lost_output()
     sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))

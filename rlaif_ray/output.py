@@ -3,6 +3,7 @@ that never end a run: where they can't be written, the run goes on in silence.""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import select
@@ -125,13 +126,33 @@ def survive_lost_output() -> None:
     """From here on a terminal that is gone, a reader that has left (`| head -1`), a full disk or a closed descriptor
     silences standard output or error, and raises nothing. The output of libraries is shown without secrets and without
     characters that a terminal would obey, except colours and progress bars."""
-    sys.stdout = _surviving(sys.stdout)
-    sys.stderr = _surviving(sys.stderr)
+    _replace_streams(SurvivingStream)
 
 
-def _surviving(stream: TextIO | None) -> Any:
-    # Python has none where the descriptor is closed.
-    return ShownStream(SurvivingStream(_nowhere() if stream is None else stream))
+def show_logs_safely() -> None:
+    """The same for a process whose output goes to files that others read, as that of Ray's actors does. A write that
+    fails is dropped there, and the next one is tried again: a full disk may have room later."""
+    _replace_streams(DroppingStream)
+
+
+def _replace_streams(surviving: Callable[[TextIO], SurvivingStream]) -> None:
+    for name in ("stdout", "stderr"):
+        before = getattr(sys, name)
+        if isinstance(before, ShownStream):
+            continue
+        # Python has none where the descriptor is closed.
+        after = ShownStream(surviving(_nowhere() if before is None else before))
+        setattr(sys, name, after)
+        for handler in _log_handlers():
+            if before is not None and handler.stream is before:
+                handler.setStream(after)
+
+
+def _log_handlers() -> list[logging.StreamHandler[Any]]:
+    """Those of libraries that were imported before: they keep the stream that they began with."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
 
 
 def drawn(stream: Any) -> Any:
@@ -219,6 +240,13 @@ class SurvivingStream:
             os.close(nothing)
         with suppress(OSError, ValueError):
             self._stream.flush()
+
+
+class DroppingStream(SurvivingStream):
+    """One that goes on after a write that failed."""
+
+    def _fall_silent(self) -> None:
+        pass
 
 
 class ShownStream:

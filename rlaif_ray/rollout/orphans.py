@@ -1,4 +1,4 @@
-"""No process of an engine outlives the one that started it."""
+"""What vLLM starts for one of our engines: no such process outlives the one that started it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import os
 import signal
 import threading
 
+ENGINE_PROCESS = "RLAIF_ENGINE_PROCESS"  # in the environment of an engine's process, and so of all that it starts
 _watching: set[int] = set()  # process ids; after a fork the thread is gone, and the id is another one
+
+
+def is_engines_child() -> bool:
+    """Whether one of our engines started this process. vLLM loads our plugin in each of its processes, also in those
+    of a server that the user runs in the same Python environment: those are not ours to end."""
+    return os.environ.get(ENGINE_PROCESS) == "1" and multiprocessing.parent_process() is not None
 
 
 def end_with_parent() -> None:

@@ -17,6 +17,7 @@ from rlaif_ray.chat.thoughts import thought_tokens, written_text
 from rlaif_ray.errors import EngineError, InputError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_config
+from rlaif_ray.rollout.orphans import ENGINE_PROCESS
 from rlaif_ray.rollout.support import keeps_state, state_arguments
 from rlaif_ray.rollout.weight_transfer import SHM_BACKEND, stale_message
 from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
@@ -53,6 +54,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        ENGINE_PROCESS: "1",
     }
     if spec.tensor_parallel == 1:
         # The engine core lives in this process: it starts in half the time, and schedules deterministically.

@@ -11,7 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlaif_ray.rollout.orphans import end_with_parent
+from rlaif_ray.output import show_logs_safely
+from rlaif_ray.rollout.orphans import end_with_parent, is_engines_child
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +22,11 @@ _ALIGNMENT = 64  # bytes; keeps every tensor of a segment aligned for vector loa
 
 
 def register() -> None:
-    """Adds the shared-memory backend to vLLM, and ends a process of it with its parent. Entry point of vLLM's plugin
-    group: runs in each of its processes."""
-    end_with_parent()
+    """Adds the shared-memory backend to vLLM. A process that one of our engines started ends with its parent, and its
+    output is masked. Entry point of vLLM's plugin group: runs in every process of any vLLM in this environment."""
+    if is_engines_child():
+        end_with_parent()
+        show_logs_safely()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if SHM_BACKEND not in WeightTransferEngineFactory._registry:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
 from rlaif_ray.errors import EngineError
 from rlaif_ray.models import resolve_model
+from rlaif_ray.output import show_logs_safely
 from rlaif_ray.runtime.supervision import Beat, beat_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 class Actor:
     """What every process can tell about itself."""
+
+    def __init__(self) -> None:
+        show_logs_safely()  # errors of hubs and stores have signed addresses, and Ray shows its logs on the dashboard
 
     def beat(self) -> Beat:
         """A sign of life, from a thread of its own."""

@@ -69,7 +69,7 @@ def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iter
 def open_ray(cfg: ClusterConfig, jobs: Sequence[Any]) -> Iterator[None]:
     """Ray for jobs that run one after the other in this process: within it each `open_cluster` uses this one.
 
-    A Ray that was started here ends here. None is where no job has an actor.
+    A Ray that was started here ends here. Where no job has an actor, no Ray is started.
     """
     if not any(job_needs(job) for job in jobs):
         yield

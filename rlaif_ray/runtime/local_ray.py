@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import secrets
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,26 +25,65 @@ OWNER = "owner.lock"  # held while the run lives; the kernel lets go of it howev
 # What stands behind the parent folder in a socket's path, which has 107 bytes at most; the last number is a process id.
 _SOCKET = "/rlaif-XXXXXXXX/ray/session_YYYY-MM-DD_HH-MM-SS_ffffff_4194304/sockets/plasma_store"
 LONGEST_PARENT = 107 - len(_SOCKET)
+HOST = "host"  # on storage that machines share, whether a lock is held shows on its own machine only
 SETTLED_S = 60.0  # a folder that is younger may not have its lock yet
 KEPT_S = 7 * 24 * 3600.0  # logs of runs that failed or were killed
 REMOVAL_TRIES = 10  # processes that are ending still write
+SPILLING = ("RAY_object_spilling_directory", "RAY_object_spilling_config")  # the user's own choice for moved objects
 AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where one local Ray keeps its files, in folders of mode 0700."""
+
+    folder: Path  # sockets, logs and the token; objects that Ray moves to disk too, where `spilled` is None
+    spilled: Path | None
+    note: str  # why the folder that the user named is not used for all of it; "" where it is
+
+
 @contextmanager
-def private_folder() -> Iterator[Path]:
-    """A new folder of mode 0700 for one local Ray, short enough for Ray's sockets.
+def private_places() -> Iterator[Places]:
+    """New folders for one local Ray: one that is short enough for Ray's sockets, and where that is not below the user's
+    own TMPDIR, one there for objects that Ray moves to disk: they may be larger than what /tmp has room for.
+
+    Raises:
+        InputError: there is no place for the sockets.
+    """
+    parent, refused = _parent(os.environ)
+    with ExitStack() as stack:
+        spilled = None if any(os.environ.get(name) for name in SPILLING) else _place_for_objects(refused, stack)
+        folder = stack.enter_context(_private_folder(parent))
+        note = f"sockets and logs are below {parent} ({'; '.join(refused.values())})" if refused else ""
+        if spilled is not None:
+            note += f"; objects that Ray moves to disk go to {spilled}"
+        yield Places(folder, spilled, note)
+
+
+def _place_for_objects(candidates: Iterable[Path], stack: ExitStack) -> Path | None:
+    """A folder below the first of these that takes one; some file systems of clusters have no locks."""
+    for path in filter(_can_be_written, candidates):
+        with suppress(OSError, NotImplementedError):
+            return stack.enter_context(_private_folder(path))
+    return None
+
+
+@contextmanager
+def _private_folder(parent: Path) -> Iterator[Path]:
+    """A new folder of mode 0700 below `parent`.
 
     It goes at the end. After a failure (anything but wrong input or an interruption) the logs in it stay for a week,
     and the error has a note of where they are. Folders that killed runs left are emptied here likewise.
-
-    Raises:
-        InputError: there is no place for it.
     """
-    parent = _parent(os.environ)
     _clear_leftovers(parent)
     folder = Path(tempfile.mkdtemp(prefix="rlaif-", dir=parent))
-    with FileLock(folder / OWNER):
+    try:
+        held = FileLock(folder / OWNER).acquire()
+        (folder / HOST).write_text(platform.node())
+    except BaseException:
+        _remove(folder)
+        raise
+    with held:
         try:
             yield folder
         except Exception as error:
@@ -50,7 +91,8 @@ def private_folder() -> Iterator[Path]:
                 _remove(folder)
             else:
                 _keep_logs(folder)
-                error.add_note(f"Ray's logs: {folder}/ray/session_latest/logs")
+                if folder.exists():
+                    error.add_note(f"Ray's logs: {folder}/ray/session_latest/logs")
             raise
         except BaseException:
             _remove(folder)
@@ -83,23 +125,33 @@ def tokens_reloaded() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _parent(environment: Mapping[str, str]) -> Path:
-    """The first of RAY_TMPDIR, TMPDIR and /tmp that is short enough and can be written."""
-    refused = []
-    for given in (environment.get("RAY_TMPDIR"), environment.get("TMPDIR"), "/tmp"):
+def _parent(environment: Mapping[str, str]) -> tuple[Path, dict[Path, str]]:
+    """The first of RAY_TMPDIR, TMPDIR and /tmp that is short enough and can be written, and why those before it are
+    not.
+
+    Raises:
+        InputError: none of them is.
+    """
+    refused: dict[Path, str] = {}
+    for name, given in (*((name, environment.get(name)) for name in ("RAY_TMPDIR", "TMPDIR")), ("", "/tmp")):
         if not given:
             continue
         path = Path(given).absolute()
-        if len(os.fsencode(path)) > LONGEST_PARENT:
-            refused.append(f"{path}: more than {LONGEST_PARENT} bytes, too long for sockets")
-        elif not os.access(path, os.W_OK | os.X_OK):
-            refused.append(f"{path}: not there or can't be written")
+        shown = f"{name}={path}" if name else str(path)
+        if not _can_be_written(path):
+            refused[path] = f"{shown}: not there or can't be written"
+        elif len(os.fsencode(path)) > LONGEST_PARENT:
+            refused[path] = f"{shown}: more than {LONGEST_PARENT} bytes, too long for sockets"
         else:
-            return path
+            return path, refused
     raise InputError(
-        f"a local Ray needs a folder for its sockets and logs (got {'; '.join(refused)}). Set TMPDIR to a short path "
-        f"that this user can write."
+        f"a local Ray needs a folder for its sockets and logs (got {'; '.join(refused.values())}). Set TMPDIR to a "
+        f"short path that this user can write."
     )
+
+
+def _can_be_written(path: Path) -> bool:
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
 
 
 def _clear_leftovers(parent: Path) -> None:
@@ -114,6 +166,8 @@ def _clear_leftovers(parent: Path) -> None:
             ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and found.st_mode & 0o077 == 0
             if not ours or now - found.st_mtime < SETTLED_S or not (folder / OWNER).is_file():
                 continue
+            if _of_another_machine(folder):
+                continue
             with FileLock(folder / OWNER, timeout=0):
                 if now - found.st_mtime > KEPT_S:
                     _remove(folder)
@@ -121,8 +175,15 @@ def _clear_leftovers(parent: Path) -> None:
                     _keep_logs(folder)
 
 
+def _of_another_machine(folder: Path) -> bool:
+    return (folder / HOST).is_file() and (folder / HOST).read_text() != platform.node()
+
+
 def _keep_logs(folder: Path) -> None:
-    """Removes all but the logs: objects that Ray moved to disk may be large."""
+    """Removes all but the logs: objects that Ray moved to disk may be large. Without logs nothing stays."""
+    if not (folder / "ray").is_dir():
+        _remove(folder)
+        return
     for session in (folder / "ray").glob("session_*"):
         if session.is_symlink():
             continue

@@ -21,11 +21,12 @@ import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import worker
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined, unused-ignore]
+from ray.core.generated import ray_client_pb2
 from ray.exceptions import AuthenticationError
 
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.output import say
-from rlaif_ray.runtime.local_ray import private_folder, private_token, tokens_reloaded
+from rlaif_ray.runtime.local_ray import Places, private_places, private_token, tokens_reloaded
 from rlaif_ray.runtime.loopback import on_loopback
 from rlaif_ray.runtime.placement import actor_slots, totals
 
@@ -127,10 +128,12 @@ def open_session(cfg: ClusterConfig, jobs: Sequence[Any]) -> Iterator[None]:
         return
     device: Literal["cpu", "cuda"] = "cuda" if cfg.device == "gpu" else "cpu"
     cpus = max(totals(actor_slots(job, device))["CPU"] for job in jobs)
-    with private_folder() as folder, private_token(folder):
+    with private_places() as places, private_token(places.folder):
         try:
-            _start(folder, num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), memory=int(cfg.object_store_gb * 2**30))
-            say(f"ray: started a local one for this run, on 127.0.0.1; its files are in {folder}")
+            _start(places, num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), memory=int(cfg.object_store_gb * 2**30))
+            say(f"ray: started a local one for this run, on 127.0.0.1; its files are in {places.folder}")
+            if places.note:
+                say(f"ray: {places.note}")
             yield
         finally:
             ray.shutdown()
@@ -139,7 +142,8 @@ def open_session(cfg: ClusterConfig, jobs: Sequence[Any]) -> Iterator[None]:
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
-def _start(folder: Path, *, num_cpus: int, memory: int) -> None:
+def _start(places: Places, *, num_cpus: int, memory: int) -> None:
+    spilled: dict[str, Any] = {} if places.spilled is None else {"object_spilling_directory": str(places.spilled)}
     with on_loopback(), _sigterm_kept(), _hangups_ignored():
         try:
             ray.init(
@@ -147,7 +151,8 @@ def _start(folder: Path, *, num_cpus: int, memory: int) -> None:
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 object_store_memory=memory,
-                _temp_dir=str(folder / "ray"),  # Ray opens it to all users; the folder around it is closed
+                _temp_dir=str(places.folder / "ray"),  # Ray opens it to all users; the folder around it is closed
+                **spilled,
                 **_QUIET,
             )
         except Exception as error:
@@ -199,14 +204,24 @@ def _take_token_if_asked(named: Named) -> None:
     )
 
 
+_PING: bytes = ray_client_pb2.ClusterInfoRequest(  # type: ignore[attr-defined, unused-ignore]
+    type=ray_client_pb2.ClusterInfoType.PING  # type: ignore[attr-defined, unused-ignore]
+).SerializeToString()
+# A method that each kind of server has, and its request: a server checks the token only for methods that it has.
+_CHEAP_QUESTIONS = {
+    "": ("/ray.rpc.NodeInfoGcsService/GetClusterId", b""),
+    "ray": ("/ray.rpc.RayletDriver/ClusterInfo", _PING),
+}
+
+
 def _turns_away(address: str, headers: Mapping[str, str]) -> bool:
     """Whether the head refuses a request with these headers for want of a token. Ray's own client tells a refusal from
     silence only by half a minute of waiting."""
-    target = address.rpartition("://")[2]
+    scheme, _, target = address.rpartition("://")
+    method, request = _CHEAP_QUESTIONS[scheme]
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
-            ask(b"", timeout=CONNECT_TIMEOUT_S, metadata=list(headers.items()))
+            channel.unary_unary(method)(request, timeout=CONNECT_TIMEOUT_S, metadata=list(headers.items()))
         except grpc.RpcError as error:
             return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
     return False

@@ -143,6 +143,41 @@ def test_the_one_that_is_named_is_joined_with_the_token_of_this_machine(
         program.kill()
 
 
+# More than fits into the object store; says where what was moved to disk lies.
+SPILL = """
+import os, sys
+from pathlib import Path
+import numpy, ray
+from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.runtime.session import open_session
+
+named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"type": "judge", "judge": {"model": "m"}}}
+cluster = {"address": None, "device": "cpu", "object_store_gb": 0.1}
+job = TrainJob.model_validate({**named, "cluster": cluster})
+with open_session(job.cluster, [job]):
+    kept = [ray.put(numpy.full(20 * 2**20, k, dtype=numpy.uint8)) for k in range(12)]
+    assert [int(ray.get(ref)[-1]) for ref in kept] == list(range(12))
+    for folder in (os.environ["TMPDIR"], "/tmp"):
+        found = [path for path in Path(folder).glob("rlaif-*/**/ray_spilled_objects_*/*") if path.is_file()]
+        print(folder, len(found), flush=True)
+"""
+
+
+def test_what_ray_moves_to_disk_is_below_the_users_tmpdir(tmp_path: Path) -> None:
+    """One that is too long for sockets, as on many clusters."""
+    long = tmp_path / "scratch-of-the-job"
+    long.mkdir()
+    program = start([sys.executable, "-c", SPILL], tmp_path / "spill.out", {"TMPDIR": str(long), "RAY_TMPDIR": ""})
+    try:
+        assert program.wait(180).exit_code == 0, program.stdout + program.stderr
+        assert re.search(rf"^ray: sockets and logs are below /tmp \(TMPDIR={long}: more than", program.stdout, re.M)
+        (moved,) = re.findall(rf"^{long} (\d+)$", program.stdout, re.M)
+        assert int(moved) > 0 and "\n/tmp 0\n" in program.stdout
+        assert list(long.iterdir()) == [] and program.left_over == []
+    finally:
+        program.kill()
+
+
 NOBODY = ("unshare", "--user", "--map-user=54321", "--map-group=54321")  # as containers run with any user id
 
 

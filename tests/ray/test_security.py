@@ -144,6 +144,53 @@ def test_an_exception_holds_no_key(endpoint: FaultProxy, monkeypatch: pytest.Mon
     assert secret.encode() not in pickle.dumps(caught.value)
 
 
+# A job's actors, as the cluster starts them; what they print and raise is in Ray's logs.
+ACTORS = """
+import logging, sys, time
+from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.runtime import actors
+from rlaif_ray.runtime.session import open_session
+import ray
+
+def talk(self, text):
+    print("printed " + text)
+    logging.getLogger("hub").error("logged " + text)
+    print("from a library " + text, file=sys.stderr, flush=True)
+    raise OSError("raised " + text)
+
+named = {"policy": {"model": "m"}, "data": {"path": "p"}, "feedback": {"type": "judge", "judge": {"model": "m"}}}
+job = TrainJob.model_validate({**named, "cluster": {"address": None, "device": "cpu"}})
+with open_session(job.cluster, [job]):
+    for each in (actors.EngineActor, actors.LearnerActor, actors.RewardModelActor):
+        kind = type(each.__name__, (each,), {"talk": talk})
+        actor = ray.remote(num_cpus=0)(kind).remote()
+        try:
+            ray.get(actor.talk.remote(sys.argv[1]))
+        except OSError as error:
+            assert sys.argv[1] in str(error)
+    time.sleep(1)
+    print("talked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_actors_print_is_masked_in_rays_logs(tmp_path: Path) -> None:
+    """Signed addresses, as errors of model hubs and object stores have them."""
+    signature = "canary5d1b7c9e0f2a4b6c"
+    text = f"GET https://bucket.s3.amazonaws.com/x?X-Amz-Signature={signature} failed"
+    with tempfile.TemporaryDirectory(prefix="ray-") as private:
+        command = [sys.executable, "-c", ACTORS, text]
+        program = start(command, tmp_path / "actors.out", {"RAY_TMPDIR": private})
+        try:
+            program.wait_for(lambda: "talked" in program.stdout, timeout_s=120)
+            for said in ("printed", "logged", "library"):
+                shown = f"{said} GET https://bucket.s3.amazonaws.com/x?X-Amz-Signature=*** failed"
+                assert len({file for file, _ in found_in(Path(private), {shown})}) >= 3
+            assert found_in(Path(private), {signature}) == set()
+        finally:
+            program.kill()
+
+
 def test_secrets_are_not_submitted(tmp_path: Path) -> None:
     """Ray writes the variables that go with a job into logs and into its list of jobs."""
     words = ("--address", "http://127.0.0.1:1", "--env", "HF_TOKEN", "train", "x.yaml")

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from rlaif_ray import __version__
 from rlaif_ray.cli import app
 from rlaif_ray.config.load import load_job
+from tests.pace import scaled
 
 ROOT = Path(__file__).parents[2]
 CLUSTER, LAUNCH = ROOT / "cluster", ROOT / "launch"
@@ -145,9 +146,39 @@ def test_the_network_policy_is_for_these_pods() -> None:
     among, jobs = spec["ingress"]
     assert among == {"from": [{"podSelector": {"matchLabels": ours}}]}
     assert jobs["ports"] == [{"protocol": "TCP", "port": 8265}]
-    job = read("kuberay-rayjob.yaml")["metadata"]["name"]
-    assert {"podSelector": {"matchLabels": {"job-name": job}}} in jobs["from"]  # Kubernetes labels a Job's pods so
     assert all(peer["podSelector"]["matchLabels"] for peer in jobs["from"])  # nobody without a label
+    submitter = read("kuberay-rayjob.yaml")["spec"]["submitterPodTemplate"]
+    assert let_in(submitter["metadata"]["labels"], jobs["from"], elsewhere=False)
+    assert not let_in({"app": "other"}, jobs["from"], elsewhere=False)
+    assert not let_in(submitter["metadata"]["labels"], jobs["from"], elsewhere=True)
+
+
+def test_the_network_policy_holds_under_any_name_of_the_job() -> None:
+    job = read("kuberay-rayjob.yaml")["metadata"]["name"]
+    _, jobs = read("kuberay-network.yaml")["spec"]["ingress"]
+    assert all(peer["podSelector"]["matchLabels"].get("job-name") != job for peer in jobs["from"])
+
+
+OPERATORS = {
+    "Helm chart": {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/instance": "kuberay-operator"},
+    "kustomize": {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"},
+}
+
+
+@pytest.mark.parametrize("way", OPERATORS)
+def test_the_network_policy_lets_the_operator_in_however_it_was_installed(way: str) -> None:
+    """With the labels that its pods have, in a namespace of its own."""
+    _, jobs = read("kuberay-network.yaml")["spec"]["ingress"]
+    assert let_in(OPERATORS[way], jobs["from"], elsewhere=True)
+    assert not let_in({"app.kubernetes.io/name": "kuberay"}, jobs["from"], elsewhere=True)
+
+
+def let_in(labels: dict[str, str], peers: list[dict[str, Any]], *, elsewhere: bool) -> bool:
+    """Whether a pod with these labels is among the peers; `elsewhere` in another namespace."""
+    return any(
+        peer["podSelector"]["matchLabels"].items() <= labels.items() and (not elsewhere or "namespaceSelector" in peer)
+        for peer in peers
+    )
 
 
 def test_the_network_policy_keeps_private_networks_and_the_metadata_service_out_of_reach() -> None:
@@ -164,8 +195,34 @@ def test_the_network_policy_keeps_private_networks_and_the_metadata_service_out_
     assert reached == []
 
 
+# Where roles whose credentials come from the node are asked for.
+ROLES = {"EKS Pod Identity": ("169.254.170.23", 80), "GKE": ("169.254.169.252", 988), "EC2": ("169.254.169.254", 80)}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_roles_of_the_node_have_a_rule_to_uncomment(role: str) -> None:
+    lines = (CLUSTER / "kuberay-network.yaml").read_text().splitlines()
+    commented = re.compile(r"    # (- to:| +(-|ports:|podSelector:))")
+    text = "\n".join("    " + line[6:] if commented.match(line) else line for line in lines)
+    address, port = ROLES[role]
+    for policy, reached in ((yaml.safe_load("\n".join(lines)), False), (yaml.safe_load(text), True)):
+        found = [
+            rule
+            for rule in policy["spec"]["egress"]
+            if any(each["port"] == port for each in rule.get("ports", []))
+            and any(
+                within(address, [peer["ipBlock"]["cidr"]]) and not within(address, peer["ipBlock"].get("except", []))
+                for peer in rule["to"]
+                if "ipBlock" in peer
+            )
+        ]
+        assert bool(found) == reached
+    told = (CLUSTER / "README.md").read_text()
+    assert all(name in told for name in ("IRSA", "EKS Pod\nIdentity", "Workload Identity", "EC2 instance"))
+
+
 def within(address: str, networks: list[str]) -> bool:
-    return any(ip_address(address) in ip_network(network) for network in networks)
+    return any(ip_address(address) in ip_network(network) for network in networks)  # never across IPv4 and IPv6
 
 
 def test_ray_up_is_what_ray_takes_and_has_the_planned_machines() -> None:
@@ -245,8 +302,13 @@ def test_all_that_a_container_installs_is_pinned() -> None:
     commands = [line.split() for line in re.findall(r"pip install (.+)", text)]
     assert len(commands) == text.count(" install ") and all("--no-deps" in words for words in commands)
     what = [[word for word in words if not word.startswith("--")] for words in commands]
-    assert what == [["-r", "/opt/gpu.lock"], ["/opt/rlaif-ray"]]
+    assert what == [["-r", "/opt/build.lock"], ["-r", "/opt/gpu.lock"], ["/opt/rlaif-ray"]]
     assert "COPY requirements/gpu.lock /opt/gpu.lock" in text
+    # What builds sources is of the lock too: pip's isolation takes the newest, unless there is none.
+    (chosen,) = re.findall(r"grep -E '(\S+)' /opt/gpu.lock > /opt/build.lock", text)
+    lines = (ROOT / "requirements/gpu.lock").read_text().splitlines()
+    assert "setuptools" in {line.partition("==")[0] for line in lines if re.match(chosen, line)}
+    assert ["--no-build-isolation" in words for words in commands] == [False, True, True]
     gpu, cpu = locked("gpu.lock"), locked("cpu.lock")
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*named["dependencies"], *named["optional-dependencies"]["gpu"], *named["optional-dependencies"]["s3"]]
@@ -280,10 +342,16 @@ def run_script(name: str, arguments: list[str], folder: Path) -> list[list[str]]
     """Runs a launch script beside programs that note what they were called with; returns that, call by call."""
     for program in ("kubectl", "ray", "sbatch", "scontrol"):
         stub = folder / program
-        stub.write_text('#!/bin/sh\n{ echo "$(basename "$0")"; for a; do echo "$a"; done; echo --; } >> "$CALLS"\n')
+        stub.write_text(
+            '#!/bin/sh\n{ echo "$(basename "$0")"; for a; do echo "$a"; done; echo --; } >> "$CALLS"\n'
+            '[ "$1" != create ] || sed -nE \'s/^kind: (.*)/\\L\\1.ray.io/p; s/^metadata: .name: (.*)}/\\1/p\' "$3" '
+            "| paste -sd/\n"
+        )
         stub.chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(folder / "calls")}
-    subprocess.run([LAUNCH / name, *arguments], cwd=folder, env=environment, check=True, capture_output=True)
+    command = [LAUNCH / name, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    (folder / "told").write_text(done.stdout)
     calls = (folder / "calls").read_text().split("\n--\n")
     return [call.split("\n") for call in calls if call]
 
@@ -294,6 +362,14 @@ def test_kuberay_sh_creates_what_it_is_given(arguments: list[str], tmp_path: Pat
     assert apply[:3] == ["kubectl", "apply", "-f"] and Path(apply[3]).resolve() == CLUSTER / "kuberay-network.yaml"
     assert create[:3] == ["kubectl", "create", "-f"]
     assert Path(create[3]).resolve() == Path(*(arguments or [CLUSTER / "kuberay-rayjob.yaml"]))
+    assert ("job-name=rlaif" in (tmp_path / "told").read_text()) == (arguments == [])  # a cluster has no log
+
+
+def test_kuberay_sh_names_the_job_as_its_file_does(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text((CLUSTER / "kuberay-rayjob.yaml").read_text().replace("{name: rlaif}", "{name: mine}"))
+    run_script("kuberay.sh", [str(file)], tmp_path)
+    assert "kubectl logs --follow --selector job-name=mine\n" in (tmp_path / "told").read_text()
 
 
 @pytest.mark.parametrize("arguments", [[], ["train", "configs/cluster/8gpu.yaml", "data.system=be nice"]])
@@ -328,13 +404,25 @@ def test_shellcheck_finds_nothing(name: str) -> None:
     assert "set -euo pipefail" in (ROOT / name).read_text()
 
 
-def test_submit_asks_where_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ray_address", [None, "auto", "10.0.0.1:6379", "ray://head:10001"])
+def test_submit_asks_where_to(ray_address: str | None, tmp_path: Path) -> None:
     """Somebody else's dashboard may be on this machine's port 8265, and would get the job and the token."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    if ray_address is not None:
+        environment["RAY_ADDRESS"] = ray_address
     words = [sys.executable, LAUNCH / "submit.py", "train", "x.yaml"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("submit: no cluster is named") and "--address http://HEAD:8265" in done.stderr
+    got = "RAY_ADDRESS has no" if ray_address is None else f"RAY_ADDRESS={ray_address} is no"
+    assert f"nor RAY_API_SERVER_ADDRESS, and {got} http:// or https:// address)" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["end_jobs.py", "wait_for_nodes.py", "submit.py"])
+def test_launch_scripts_write_through_the_one_door_for_output(name: str) -> None:
+    text = (LAUNCH / name).read_text()
+    assert "survive_lost_output()" in text
+    assert name == "submit.py" or not re.search(r"\bprint\(", text)  # what it follows has line ends of its own
 
 
 # ---- What ends jobs before their container ---------------------------------------------------------------------------
@@ -394,7 +482,8 @@ def test_the_hook_lets_a_job_write_its_checkpoint(name: str, how: str, tmp_path:
 @pytest.mark.parametrize("name", KUBERAY)
 def test_the_hook_holds_a_node_until_the_job_is_over(name: str, tmp_path: Path) -> None:
     _, workers = groups(name)
-    actor = "(touch up; exec -a 'ray::LearnerActor.save' sleep 1)"
+    # There until the hook has begun, which takes a busy machine longer.
+    actor = f"(touch up; exec -a 'ray::LearnerActor.save' sleep {scaled(1.5):.1f})"
     began = time.monotonic()
     code, told = run_hook(workers, actor, tmp_path)
     assert code == 0 and "waiting for 0 jobs and 1 actors" in told, told

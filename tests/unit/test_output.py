@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
-from rlaif_ray.output import ShownStream, SurvivingStream, on_one_line, say_as_is, shown
+from rlaif_ray.output import DroppingStream, ShownStream, SurvivingStream, on_one_line, say_as_is, shown
 from rlaif_ray.tracking.progress import ItemProgress, print_columns, print_table
 from tests.endpoint import FakeEndpoint, FaultProxy
 from tests.pace import scaled
@@ -121,6 +121,51 @@ def test_a_pipe_that_stays_full_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
             stream.flush()
         assert time.perf_counter() - began < scaled(2.0)
     os.close(reader)
+
+
+# As a library that was imported before, and one that is imported later.
+LOGS = """
+import logging, os, sys
+early = logging.getLogger("early")
+early.addHandler(logging.StreamHandler())
+from rlaif_ray.output import show_logs_safely, survive_lost_output
+DOOR()
+DOOR()
+logging.getLogger("late").addHandler(logging.StreamHandler(sys.stdout))
+address = "https://bucket.s3.amazonaws.com/x?X-Amz-Signature=" + os.environ["SIGNED"]
+for name in ("early", "late"):
+    logging.getLogger(name).error("GET %s failed", address)
+print("token=" + os.environ["SIGNED"])
+raise ValueError(address)
+"""
+
+
+@pytest.mark.parametrize("door", ["survive_lost_output", "show_logs_safely"])
+def test_what_libraries_log_has_no_secrets(door: str) -> None:
+    """Also through handlers that began before, and in a traceback that nothing catches."""
+    signature = "canary5d1b7c9e0f2a4b6c"
+    environment = os.environ | {"SIGNED": signature}
+    command = [sys.executable, "-c", LOGS.replace("DOOR", door)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and signature not in done.stdout + done.stderr
+    address = "https://bucket.s3.amazonaws.com/x?X-Amz-Signature=***"
+    assert done.stdout == f"GET {address} failed\ntoken=***\n"
+    assert done.stderr.count(address) == 2 and "Traceback" in done.stderr
+
+
+def test_a_log_goes_on_after_a_write_that_failed() -> None:
+    """A pipe that is full for now, a disk that has room later."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with os.fdopen(reader, "rb") as read, os.fdopen(writer, "w", buffering=1) as write:
+        stream = ShownStream(DroppingStream(write))
+        for _ in range(3):
+            assert stream.write("x" * 100_000 + "\n") == 100_001
+        while len(os.read(read.fileno(), 1 << 20)) == 1 << 20:
+            pass
+        stream.write("again token=abcdefgh1234\n")
+        os.set_blocking(reader, False)
+        assert b"again token=***\n" in os.read(read.fileno(), 1 << 20)
 
 
 def test_what_a_terminal_has_no_letters_for(tmp_path: Path) -> None:

@@ -57,7 +57,11 @@ def dashboard() -> Iterator[Dashboard]:
 
 
 def submit(dashboard: Dashboard, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "launch/submit.py", "--address", dashboard.url.removesuffix("/v1")]
+    return run("--address", dashboard.url.removesuffix("/v1"), *words, **environment)
+
+
+def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "launch/submit.py"]
     variables = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "RAY_AUTH_MODE": "disabled", **environment}
     return subprocess.run(
         [*map(str, command), *map(str, words)], env=variables, capture_output=True, text=True, timeout=120, check=False
@@ -140,6 +144,28 @@ def test_other_words_and_variables_are_sent(dashboard: Dashboard) -> None:
     (job,) = dashboard.jobs
     assert json.dumps(job).count("/shared/runs/a b") == 1
     assert job["runtime_env"]["env_vars"]["TOKENIZERS_PARALLELISM"] == "false"
+
+
+DEAD = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("named", "others"),
+    [
+        ("--address", {"RAY_API_SERVER_ADDRESS": DEAD, "RAY_ADDRESS": DEAD}),
+        ("--address", {"RAY_ADDRESS": "127.0.0.1:9"}),
+        ("RAY_API_SERVER_ADDRESS", {"RAY_ADDRESS": DEAD}),
+        ("RAY_ADDRESS", {}),
+    ],
+)
+def test_the_first_that_names_a_dashboard_counts(named: str, others: dict[str, str], dashboard: Dashboard) -> None:
+    """Ray's own client takes the environment's above the one that it is given."""
+    url = dashboard.url.removesuffix("/v1")
+    words = ("--address", url) if named == "--address" else ()
+    given = others if words else others | {named: url}
+    done = run(*words, "--no-wait", "train", "x.yaml", **given)
+    assert done.returncode == 0, done.stderr
+    assert len(dashboard.jobs) == 1
 
 
 def test_a_jobs_log_is_followed_without_codes_and_secrets(dashboard: Dashboard) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlaif_ray.rollout.orphans import end_with_parent
-from rlaif_ray.rollout.weight_transfer import register
+from rlaif_ray.rollout.orphans import ENGINE_PROCESS, end_with_parent
+from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from tests.pace import scaled
+
+ROOT = Path(__file__).parents[3]
 
 PROGRAM = """
 import multiprocessing, time
@@ -67,9 +69,52 @@ def test_a_process_that_nobody_started_so_stays() -> None:
     assert os.getpid()
 
 
-def test_every_process_of_vllm_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the entry point that vLLM loads in each."""
-    called: list[bool] = []
-    monkeypatch.setattr("rlaif_ray.rollout.weight_transfer.end_with_parent", lambda: called.append(True))
+PLUGIN = """
+import multiprocessing, sys, threading
+from rlaif_ray.rollout.weight_transfer import register
+
+def core(told):
     register()
-    assert called == [True]
+    watched = any(thread.name == "end with parent" for thread in threading.enumerate())
+    told.put((watched, type(sys.stdout).__name__))
+
+if __name__ == "__main__":
+    register()
+    context = multiprocessing.get_context("spawn")
+    told = context.SimpleQueue()
+    process = context.Process(target=core, args=(told,))
+    process.start()
+    print(*told.get(), type(sys.stdout).__name__, any(t.name == "end with parent" for t in threading.enumerate()))
+    process.join()
+"""
+SPEC = EngineSpec(
+    model="m",
+    revision=None,
+    trust_remote_code=False,
+    dtype="float32",
+    device="cpu",
+    max_context=8,
+    tensor_parallel=2,
+    gpu_memory_utilization=0.5,
+    kv_cache_gb=1.0,
+    seed=0,
+    threads=1,
+    transfer_backend=None,
+)
+
+
+@pytest.mark.parametrize("whose", ["our engine's", "a user's server's"])
+def test_what_vllm_starts_for_an_engine_ends_with_it_and_nothing_else_does(tmp_path: Path, whose: str) -> None:
+    """By the entry point that every vLLM of this Python environment loads, whoever runs it."""
+    script = tmp_path / "server.py"
+    script.write_text(PLUGIN)
+    (tmp_path / "vllm/distributed/weight_transfer").mkdir(parents=True)  # the real one takes seconds to import
+    (tmp_path / "vllm/distributed/weight_transfer/factory.py").write_text(
+        "class WeightTransferEngineFactory:\n    _registry = {'shm': None}\n"
+    )
+    ours = engine_environment(SPEC) if whose == "our engine's" else {}
+    environment = {name: value for name, value in os.environ.items() if name != ENGINE_PROCESS} | ours
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    expected = "True ShownStream" if ours else "False TextIOWrapper"
+    assert done.stdout == f"{expected} TextIOWrapper False\n", done.stderr

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray._raylet import AuthenticationTokenLoader
 
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.runtime import local_ray
-from rlaif_ray.runtime.local_ray import KEPT_S, LONGEST_PARENT, OWNER, SETTLED_S, private_folder, private_token
+from rlaif_ray.runtime.local_ray import (
+    HOST,
+    KEPT_S,
+    LONGEST_PARENT,
+    OWNER,
+    SETTLED_S,
+    Places,
+    private_places,
+    private_token,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +36,13 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(local_ray, "LONGEST_PARENT", 1000)
     return tmp_path
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    with private_places() as places:
+        assert places == Places(places.folder, None, "")  # nothing was wrong with the folder that is named
+        yield places.folder
 
 
 def make_session(folder: Path) -> Path:
@@ -58,14 +79,21 @@ def test_a_socket_in_it_has_a_path_that_can_be_bound(monkeypatch: pytest.MonkeyP
     long = tmp_path / ("x" * 60)
     long.mkdir()
     parents = {"RAY_TMPDIR": str(long), "TMPDIR": "/var/tmp"}
-    assert local_ray._parent(parents) == Path("/var/tmp")
-    assert local_ray._parent({"RAY_TMPDIR": "/dev/shm", "TMPDIR": "/var/tmp"}) == Path("/dev/shm")
-    assert local_ray._parent({"TMPDIR": "/not/there"}) == local_ray._parent({"TMPDIR": ""}) == Path("/tmp")
+    assert local_ray._parent(parents) == (
+        Path("/var/tmp"),
+        {long: f"RAY_TMPDIR={long}: more than {LONGEST_PARENT} bytes, too long for sockets"},
+    )
+    assert local_ray._parent({"RAY_TMPDIR": "/dev/shm", "TMPDIR": "/var/tmp"}) == (Path("/dev/shm"), {})
+    assert local_ray._parent({"TMPDIR": ""}) == (Path("/tmp"), {})
+    missing = Path("/not/there")
+    told = {missing: "TMPDIR=/not/there: not there or can't be written"}
+    assert local_ray._parent({"TMPDIR": str(missing)}) == (Path("/tmp"), told)
 
 
 def test_no_place_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_ray, "LONGEST_PARENT", 3)
-    with pytest.raises(InputError, match=r"needs a folder .*\(got /var/tmp: more than 3 bytes.*; /tmp: .*Set TMPDIR"):
+    told = r"needs a folder .*\(got TMPDIR=/var/tmp: more than 3 bytes.*; /tmp: .*Set TMPDIR"
+    with pytest.raises(InputError, match=told):
         local_ray._parent({"TMPDIR": "/var/tmp"})
 
 
@@ -106,6 +134,82 @@ def test_what_a_killed_run_left_is_cleared(parent: Path) -> None:
         assert not folder.exists()
 
 
+# ---- Objects that Ray moves to disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A TMPDIR as clusters have it, too long for sockets, beside a short one that is used instead."""
+    long = tmp_path / ("scratch-of-a-job-" * 8)
+    long.mkdir()
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:
+        monkeypatch.setattr(local_ray, "LONGEST_PARENT", len(short))
+        monkeypatch.setenv("RAY_TMPDIR", str(long))
+        monkeypatch.setenv("TMPDIR", short)
+        yield long
+
+
+def test_objects_that_ray_moves_to_disk_go_where_the_user_has_room(long: Path) -> None:
+    with private_places() as places:
+        assert places.spilled is not None and places.spilled.parent == long
+        assert places.folder.parent == Path(os.environ["TMPDIR"])
+        assert stat.S_IMODE(places.spilled.stat().st_mode) == stat.S_IMODE(places.folder.stat().st_mode) == 0o700
+        assert places.note == (
+            f"sockets and logs are below {places.folder.parent} (RAY_TMPDIR={long}: more than "
+            f"{local_ray.LONGEST_PARENT} bytes, too long for sockets); objects that Ray moves to disk go to "
+            f"{places.spilled}"
+        )
+        (places.spilled / "ray_spilled_objects_0a").mkdir()
+    assert list(long.iterdir()) == [] == list(places.folder.parent.iterdir())
+
+
+def test_of_a_run_that_failed_logs_stay_and_objects_go(long: Path) -> None:
+    with pytest.raises(RunError) as caught, private_places() as places:
+        log = make_session(places.folder)
+        assert places.spilled is not None
+        (places.spilled / "ray_spilled_objects_0a").mkdir()
+        raise RunError("lost")
+    assert log.exists() and list(long.iterdir()) == []
+    assert caught.value.__notes__ == [f"Ray's logs: {log.parent}"]
+
+
+@pytest.mark.parametrize("host", [None, "another"])
+def test_objects_that_a_killed_run_left_are_removed_on_its_own_machine(long: Path, host: str | None) -> None:
+    """A lock that another machine holds may not show here."""
+    left = long / "rlaif-abcd_123"
+    (left / "ray_spilled_objects_0a").mkdir(parents=True)
+    left.chmod(0o700)
+    (left / OWNER).touch()
+    (left / HOST).write_text(host or platform.node())
+    age(left, SETTLED_S + 1)
+    with private_places():
+        assert left.exists() == (host is not None)
+
+
+@pytest.mark.parametrize("name", local_ray.SPILLING)
+def test_the_users_own_choice_for_them_counts(long: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "/somewhere")
+    with private_places() as places:
+        assert places.spilled is None and "objects" not in places.note and str(long) in places.note
+
+
+def test_a_folder_without_locks_is_left_out(long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre is mounted without flock."""
+    acquire = local_ray.FileLock.acquire
+
+    def acquire_if_possible(self: Any) -> Any:
+        if str(long) in self.lock_file:
+            raise NotImplementedError("FileSystem does not appear to support flock")
+        return acquire(self)
+
+    monkeypatch.setattr(local_ray.FileLock, "acquire", acquire_if_possible)
+    with private_places() as places:
+        assert places.spilled is None and list(long.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def age(folder: Path, seconds: float) -> None:
     then = time.time() - seconds
     os.utime(folder, (then, then))
@@ -130,7 +234,7 @@ def test_what_is_not_ours_stays(kind: str, parent: Path) -> None:
         age(folder, KEPT_S + 1)
     before = names(parent)
     with private_folder() as mine:
-        assert names(parent) - {mine.name, OWNER} == before - {OWNER}
+        assert names(parent) - {mine.name, OWNER, HOST} == before - {OWNER}
     assert names(parent) == before
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -207,6 +210,21 @@ def test_its_own_when_none_is_named(
     assert folder.parent == tmp_path and not folder.exists() and "RAY_AUTH_MODE" not in os.environ
 
 
+def test_what_ray_moves_to_disk_goes_below_a_tmpdir_that_is_too_long(
+    inits: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:
+        monkeypatch.setattr("rlaif_ray.runtime.local_ray.LONGEST_PARENT", len(short))
+        monkeypatch.setenv("TMPDIR", short)
+        connect(None)
+        started = inits[0]
+        assert started["_temp_dir"].startswith(f"{short}/rlaif-")
+        assert started["object_spilling_directory"].startswith(f"{tmp_path}/rlaif-")
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith("ray: started a local one")
+        assert second.startswith(f"ray: sockets and logs are below {short} (RAY_TMPDIR={tmp_path}: more than")
+
+
 @pytest.mark.parametrize("way", ["cluster.address", "RAY_ADDRESS"])
 def test_the_named_one_is_joined_and_goes_on(
     inits: Calls, head: Head, way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -309,6 +327,51 @@ def test_one_that_asks_for_another_token(
     ):
         connect(head.address)
     assert inits == [] and os.environ.get("RAY_AUTH_MODE") == mode
+
+
+# Ray's own server for ray:// addresses, with what it checks tokens by, and no cluster behind it.
+CLIENT_SERVER = """
+import sys, time
+from ray.util.client.server import proxier
+server = proxier.serve_proxier("127.0.0.1", int(sys.argv[1]), None)
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def client_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Its address; it asks for the token of 64 f."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path = tmp_path_factory.mktemp("server") / "token"
+    path.write_text("f" * 64)
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    command = [sys.executable, "-c", CLIENT_SERVER, str(port)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stdout.readline() == "up\n"
+        yield f"ray://127.0.0.1:{port}"
+        server.kill()
+
+
+@pytest.mark.parametrize("mode", [None, "token"])
+def test_a_token_is_sent_to_rays_own_client_server(
+    client_server: str, inits: Calls, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_token("f" * 64, mode, tmp_path, monkeypatch)
+    connect(client_server)
+    assert [call["RAY_AUTH_MODE"] for call in inits] == ["token"]
+
+
+@pytest.mark.parametrize(("here", "got"), [(None, "none is sent"), ("0" * 64, "it refuses the one that is sent")])
+def test_rays_own_client_server_asks_for_another_token(
+    client_server: str, inits: Calls, here: str | None, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's client tries for half a minute, and says no word of a token."""
+    keep_token(here, None, tmp_path, monkeypatch)
+    with pytest.raises(InputError, match=rf"cluster at {client_server} .*asks for a token \(got: {got}"):
+        connect(client_server)
+    assert inits == []
 
 
 def keep_token(token: str | None, mode: str | None, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
