@@ -294,18 +294,25 @@ def merge(model: type[BaseModel] | None, below: dict[str, Any], above: dict[str,
     return merged
 
 
-def drop_inherited_revisions(
-    model: type[BaseModel], below: Mapping[str, Any], above: Mapping[str, Any], merged: dict[str, Any]
-) -> None:
-    """Where `above` names another model than `below`, and no revision, `below`'s revision was the other one's; what a
-    stage made never has any. Changes `merged`, which merge made of the two."""
+def merge_layer(
+    model: type[BaseModel], values: dict[str, Any], origins: dict[Key, Origin], layer: Layer
+) -> dict[str, Any]:
+    """What a layer says over `values`; its origins go into `origins`.
+
+    Where it names another model, and no revision, the revision below was the other one's and is dropped; what a stage
+    made never has any.
+    """
+    merged = merge(model, values, layer.values)
     for key, owner, inside in fields_of(model, merged):
         if names_of(owner.model_fields[key[-1]]) is not MODEL or "revision" not in owner.model_fields:
             continue
-        new, old = at(above, *key), at(below, *key)
+        new, old = at(layer.values, *key), at(values, *key)
         other = isinstance(new, str) and (new.startswith(STAGE) or old not in (None, new))
-        if other and "revision" not in (at(above, *key[:-1]) or {}):
+        if other and "revision" not in at(layer.values, *key[:-1]):
             inside["revision"] = None
+            origins.pop((*key[:-1], "revision"), None)
+    origins |= layer.origins
+    return merged
 
 
 def _fresh(classes: dict[str | None, type[BaseModel]], kind: Any) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from rlaif_ray.config.layers import (
     Key,
     Origin,
     default_values,
-    drop_inherited_revisions,
-    merge,
+    merge_layer,
     read_file,
     read_overrides,
 )
@@ -43,9 +42,7 @@ def load_job(job: str, files: Sequence[Path], overrides: Sequence[str] = ()) -> 
     problems: list[str] = []
     source = Source(" and ".join(map(str, files)) or "the settings")
     for layer in [*(read_file(Path(file)) for file in files), read_overrides(overrides)]:
-        below, values = values, merge(model, values, layer.values)
-        drop_inherited_revisions(model, below, layer.values, values)
-        origins |= layer.origins
+        values = merge_layer(model, values, origins, layer)
         problems += layer.problems
     if isinstance(values.get("stages"), dict) and "stages" not in model.model_fields:
         place = origins.get(("stages",))

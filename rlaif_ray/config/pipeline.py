@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from rlaif_ray.config.layers import (
     Origin,
     Origins,
     default_values,
-    drop_inherited_revisions,
     merge,
+    merge_layer,
     read_file,
     read_overrides,
 )
@@ -114,10 +114,17 @@ def load_pipeline(files: Sequence[Path], overrides: Sequence[str] = ()) -> Pipel
         origins |= layer.origins
         problems += layer.problems
     source = Source(" and ".join(map(str, files)) or "the settings")
-    own = {key: origin for key, origin in origins.items() if key[0] not in ("shared", "stages")}
+    inner = {key for key, origin in origins.items() if key[:1] in (("shared",), ("stages",)) and origin.unread}
+    own = {key: origin for key, origin in origins.items() if key not in inner}  # of the others the stages know more
     config, wrong = validate(PipelineJob, values, own, cross_checks=not problems, source=source)
     problems += wrong
     if config is None:
+        complain(problems)
+    if config.stages and not any("job" in own for own in config.stages.values()):
+        problems.append(
+            f"no stage of {source.name} has a job (got {', '.join(config.stages)}): its settings may be meant to stand "
+            f"over another file's. Name that file before it, or give each stage a job, such as sft."
+        )
         complain(problems)
     whole = not problems  # whether all sources could be read
     stages = [
@@ -205,9 +212,7 @@ def _stage(
     sources += (stage := [_part(layer, ("stages", name), None) for layer in layers])
     for layer in sources:
         given = {key: value for key, value in layer.values.items() if key not in ("job", "config")}
-        below, values = values, merge(model, values, given)
-        drop_inherited_revisions(model, below, given, values)
-        origins |= layer.origins
+        values = merge_layer(model, values, origins, replace(layer, values=given))
         found += layer.problems
     as_typed(model, values, origins)
     for typed, parts in ((pipeline.shared, shared), (pipeline.stages[name], stage)):
@@ -257,7 +262,7 @@ def _part(layer: Layer, prefix: Key, names: set[str] | None) -> Layer:
 def _unused(pipeline: PipelineJob, origins: Origins) -> Iterator[str]:
     """Sections that are shared and that no stage has."""
     jobs = [JOBS[own["job"]] for own in pipeline.stages.values() if str(own.get("job")) in JOBS]
-    if not jobs:  # told already, and nothing is known of what they read
+    if not jobs:  # told already, and nothing is known of their sections
         return
     known = {name for job in jobs for name in job.model_fields}
     for name in pipeline.shared:

@@ -220,8 +220,10 @@ def test_what_is_missing_names_the_pipeline(folder: Path) -> None:
 
 def test_an_overlay_alone_is_told_so(folder: Path) -> None:
     told = complaint(folder, lambda what: [stage.pop("job") for stage in what["stages"].values()])
-    assert "stages.sft.job must be a job (got nothing)" in told
-    assert "section of no stage" not in told and "None" not in told
+    assert "no stage of" in told and "Name that file before it" in told
+    assert "problems" not in told and "None" not in told
+    told = complaint(folder, lambda what: [stage.update(job="x") for stage in what["stages"].values()])
+    assert "must be a job (got 'x')" in told and "section of no stage" not in told
 
 
 def test_a_pipeline_in_the_place_of_a_job_is_one_problem(folder: Path) -> None:
