@@ -136,7 +136,7 @@ def test_a_value_of_another_type_drops_the_former_ones_keys(folder: Path) -> Non
     ("change", "told"),
     [
         (lambda w: w["stages"]["sft"].update(job="stf"), r"stages.sft.job must be a job .*did you mean 'sft'"),
-        (lambda w: w["stages"]["sft"].pop("job"), r"stages.sft.job must be a job \(got None\)"),
+        (lambda w: w["stages"]["sft"].pop("job"), r"stages.sft.job must be a job \(got nothing\)"),
         (lambda w: w["stages"]["sft"].update(lerner={}), r"stage sft: .*lerner.*learner"),
         (lambda w: w["stages"]["sft"].update(learner={"lr": -1}), r"stage sft: learner.lr .*pipeline.yaml, line \d+"),
         (lambda w: w["stages"]["sft"].update(data={"path": "stage:revis"}), r"names no stage: did you mean 'revise'"),
@@ -185,7 +185,7 @@ def test_a_revision_belongs_to_the_model_that_it_was_given_with(folder: Path) ->
         stage.name: stage.config.policy.revision for stage in load(folder, what).stages if stage.job != "label"
     }
     assert revisions == {"revise": "abc", "sft": "abc", "pairs": None, "rlaif": None, "dpo": None, "rm": "x"}
-    del what["shared"]["policy"]["model"]
+    what["shared"] = {"policy": {"revision": "abc"}}
     what["stages"] = {"sft": what["stages"]["sft"] | {"data": {"path": "x"}, "policy": {"model": "org/base"}}}
     (sft,) = load(folder, what).stages
     assert sft.config.policy.revision == "abc"
