@@ -66,9 +66,10 @@ def greedy_or_warm(key: str, temperature: float) -> Iterator[str]:
 def warm(key: str, temperature: float, needs: str) -> Iterator[str]:
     """Of a temperature that must be above 0: what is wrong where vLLM doesn't sample at it; `needs` says why."""
     if temperature < LEAST_TEMPERATURE:
+        raised = f"vLLM raises what lies below to {LEAST_TEMPERATURE:g} without a word"
         yield (
-            f"{key} must be at least {LEAST_TEMPERATURE:g} (got {temperature:g}): vLLM takes the likeliest token at 0 "
-            f"and raises what lies between to {LEAST_TEMPERATURE:g} without a word, and {needs}. Raise it, or leave it "
+            f"{key} must be at least {LEAST_TEMPERATURE:g} (got {temperature:g}): "
+            f"{raised if temperature else f'at 0 vLLM takes the likeliest token, and {needs}'}. Raise it, or leave it "
             f"out for the default, 1."
         )
 

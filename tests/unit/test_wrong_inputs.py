@@ -158,7 +158,7 @@ CONFIG_LEVEL = [
         says=(
             "sampling.temperature",
             "at least 0.01 (got 0)",
-            "likeliest token at 0",
+            "at 0 vLLM takes the likeliest token",
             "training needs samples",
             "default, 1",
         ),
