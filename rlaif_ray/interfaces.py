@@ -125,8 +125,9 @@ class Learner(Protocol):
         """Goes on from what was saved."""
         ...
 
-    def save_policy(self, folder: str) -> None:
-        """Writes the policy as a Hugging Face folder (safetensors and tokenizer)."""
+    def save_policy(self, folder: str) -> list[str]:
+        """Writes the policy as a Hugging Face folder (safetensors and tokenizer); returns what the user should know
+        of it."""
         ...
 
 

@@ -29,7 +29,7 @@ from rlaif_ray.model_errors import WRONG_VALUES, check_json, one_line, remedy
 from rlaif_ray.output import say
 from rlaif_ray.paths import expand_home
 from rlaif_ray.reward_head import check_head, classifier_class
-from rlaif_ray.vocabulary import check_vocabulary
+from rlaif_ray.vocabulary import check_format, check_vocabulary
 from rlaif_ray.weight_types import WeightTypes, stored_types
 
 if TYPE_CHECKING:
@@ -87,12 +87,15 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> Path | st
         source = _model_folder(text)
     else:
         source = _hub_id(text)
-    if revision is not None and isinstance(source, Path):
-        raise InputError(
-            f"model {text!r} has no revisions (got revision {revision!r}): only Hugging Face Hub ids have. "
-            "Leave the revision out, or name a Hub id."
-        )
+    check_revision(text, revision)
     return source
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """Raises InputError where a model that is not on the Hub is given with a revision."""
+    if revision is not None and (name.startswith("package:") or _is_path(name)):
+        told = f"model {name!r} has no revisions (got revision {revision!r}): only Hugging Face Hub ids have. "
+        raise InputError(f"{told}Leave the revision out, or name a Hub id.")
 
 
 def _is_path(name: str | Path) -> bool:
@@ -267,9 +270,11 @@ def load_tokenizer(
     So pad may equal EOS (it does for SmolLM2): padding is masked by length everywhere, never by token id.
     """
     source = resolve_model(name, revision=revision)
+    check_format(source, revision)
     with _loading("tokenizer", name, source):
+        # Where a Mistral model has two formats, transformers prefers mistral-common's, which lacks half of what we use.
         tokenizer: PreTrainedTokenizerBase = _transformers().AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
+            source, revision=revision, trust_remote_code=trust_remote_code, mistral_format=False
         )
     rows: int | None = None
     if tokenizer.pad_token_id is None:

@@ -1,7 +1,7 @@
 """The number types in which a model's weights are stored. What is trained goes back into them.
 
 A run computes in the precision that its device is fast in; a policy given in bf16 is saved in bf16 all the same, half
-as large as in fp32 and what engines would make of it anyway.
+as large as in fp32 and what engines would make of it anyway. Small updates in fp32 are lost that way: a run says so.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlaif_ray.documents import read_json
 
 if TYPE_CHECKING:
     import torch
 
+CHUNK = 2**24  # numbers that are compared at a time: a large embedding has a hundred times as many
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' and torch's
 
 
@@ -25,6 +28,7 @@ class WeightTypes:
 
     usual: str | None = None  # of most numbers; None: not known
     other: Mapping[str, str] = field(default_factory=dict)  # of single tensors, by name: some stay in fp32
+    folder: Path | None = field(default=None, compare=False)  # with the weights that were given
 
     def of(self, name: str) -> str | None:
         """That of a tensor, by the name that it has in the folder."""
@@ -35,29 +39,79 @@ class WeightTypes:
         """Whether fp32 numbers are rounded to be stored."""
         return self.usual in ("float16", "bfloat16")
 
+    def saved_as(self, precision: Literal["auto", "fp32", "bf16"]) -> WeightTypes:
+        """Those to save in, given these, where a user asks for that one; tensors in fp32 stay so."""
+        if precision == "auto":
+            return self
+        if precision == "fp32":
+            return WeightTypes("float32", folder=self.folder)
+        wide = {name: kind for name, kind in self.other.items() if kind == "float32"} if self.is_narrow else {}
+        return WeightTypes("bfloat16", wide, self.folder)
+
+    def note(self, name: str, saved: WeightTypes, trained: Literal["fp32", "bf16"]) -> list[str]:
+        """What a run says at its start of a policy that was given in these types and goes back into them."""
+        if trained != "fp32" or not self.is_narrow or saved != self:
+            return []
+        return [
+            f"{name} was given in {self.usual} and is trained in fp32: what is saved is rounded to {self.usual}, and "
+            f"small updates may be lost in that. policy.save_precision=fp32 keeps all of them."
+        ]
+
 
 def stored_types(source: Path | str, config: Any, *, revision: str | None = None) -> WeightTypes:
     """Those of a model in a folder, or on the hub as far as it is in the local cache.
 
-    Weights that are no safetensors are taken to have the type that `config`, transformers' of the model, names.
+    Where no weights are at hand they are taken to have the type that `config`, transformers' of the model, names; of
+    those that can't be looked at it is not known.
     """
-    from safetensors import safe_open
-
+    folder = _folder_of(source, revision)
     sizes: Counter[str] = Counter()
     by_name: dict[str, str] = {}
-    for file in sorted(_folder_of(source, revision).glob("*.safetensors")):
+    for file in weight_files(folder):
+        for name, (kind, size) in _tensors_in(file).items():
+            by_name[name] = kind
+            sizes[kind] += size
+    if not sizes:
+        named = getattr(config, "dtype", None) if not folder.is_dir() else None
+        return WeightTypes(str(named).removeprefix("torch.") if named is not None else None)
+    usual = sizes.most_common(1)[0][0]
+    return WeightTypes(usual, {name: kind for name, kind in by_name.items() if kind != usual}, folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers loads: beside them others may have the same weights in another form."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{whole}.index.json"
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if index.is_file():
+            names = read_json(index, dict, lenient=True).get("weight_map", {}).values()
+            return [folder / name for name in sorted(set(names)) if (folder / name).is_file()]
+    return []
+
+
+def _tensors_in(file: Path) -> dict[str, tuple[str, int]]:
+    """Type and count of numbers of every tensor of floating-point numbers in a file; {} where they can't be read."""
+    import torch
+    from safetensors import safe_open
+
+    found: dict[str, tuple[str, int]] = {}
+    if file.suffix == ".safetensors":
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 part = weights.get_slice(name)
-                kind = _NAMES.get(part.get_dtype())
-                if kind is not None:
-                    by_name[name] = kind
-                    sizes[kind] += prod(part.get_shape())
-    if not sizes:
-        named = getattr(config, "dtype", None)
-        return WeightTypes(str(named).removeprefix("torch.") if named is not None else None)
-    usual = sizes.most_common(1)[0][0]
-    return WeightTypes(usual, {name: kind for name, kind in by_name.items() if kind != usual})
+                if (kind := _NAMES.get(part.get_dtype())) is not None:
+                    found[name] = kind, prod(part.get_shape())
+        return found
+    try:
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # an old or odd format: transformers may read it all the same
+        return {}
+    for name, tensor in tensors.items():
+        kind = str(getattr(tensor, "dtype", "")).removeprefix("torch.")
+        if kind in _NAMES.values():
+            found[name] = kind, tensor.numel()
+    return found
 
 
 def _folder_of(source: Path | str, revision: str | None) -> Path:
@@ -80,8 +134,39 @@ def cast(state: dict[str, torch.Tensor], types: WeightTypes) -> bool:
         if kind is not None and tensor.is_floating_point() and tensor.dtype != getattr(torch, kind):
             wanted[name] = getattr(torch, kind)
     largest = torch.finfo(torch.float16).max
-    if any(dtype == torch.float16 and state[name].abs().max() > largest for name, dtype in wanted.items()):
+    half = [state[name] for name, dtype in wanted.items() if dtype == torch.float16]
+    if any(tensor.numel() and tensor.abs().max() > largest for tensor in half):
         return False
     for name, dtype in wanted.items():
         state[name] = state[name].to(dtype)
     return True
+
+
+def rounding(state: Mapping[str, torch.Tensor], types: WeightTypes) -> float | None:
+    """How far rounding to the types moves a trained state, as a share of how far training moved it: both are norms
+    over the tensors that are rounded and were given in the folder. None where there are none.
+
+    Near 1 and above it the model that is saved has little to do with what was trained.
+    """
+    import torch
+    from safetensors import safe_open
+
+    rounded = trained = 0.0
+    known = False
+    files = weight_files(types.folder) if types.folder is not None else []
+    for file in (file for file in files if file.suffix == ".safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                tensor, kind = state.get(name), types.of(name)
+                if tensor is None or kind is None or list(tensor.shape) != weights.get_slice(name).get_shape():
+                    continue
+                if not tensor.is_floating_point() or tensor.dtype == (dtype := getattr(torch, kind)):
+                    continue
+                known = True
+                before = weights.get_tensor(name).flatten().split(CHUNK)
+                for now, then in zip(tensor.detach().cpu().flatten().split(CHUNK), before, strict=True):
+                    rounded += float((now.to(dtype).float() - now).double().square().sum())
+                    trained += float((now - then.float()).double().square().sum())
+    if not known:
+        return None
+    return (rounded / trained) ** 0.5 if trained else 0.0

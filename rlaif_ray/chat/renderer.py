@@ -163,14 +163,18 @@ class ChatRenderer:
         return list(found)
 
     def turn_end(self) -> tuple[int, ...]:
-        """What ends a response in tokens: the control token by which the template ends a turn, else EOS.
+        """What ends a response in tokens: the added token by which the template ends a turn, else EOS.
 
         They differ in most models: Llama 3 ends a turn with <|eot_id|>, Gemma with <end_of_turn>, and a base model that
         has a template has the EOS of its texts. A model that is trained to write it must be sampled to stop at it.
+        In some tokenizers it is an added token like any other and not marked as special.
         """
-        found = self.pattern.match(self.chat.answer.after.lstrip()) if self.chat.source else None
-        if found:
-            return (self.control[found[0]],)
+        if self.chat.source:
+            after = self.chat.answer.after.lstrip()
+            added = {str(token): index for index, token in getattr(self.tokenizer, "added_tokens_decoder", {}).items()}
+            found = [text for text in (added | self.control) if text and after.startswith(text)]
+            if found:
+                return ((added | self.control)[max(found, key=len)],)
         eos = self.tokenizer.eos_token_id
         return () if eos is None else (eos,)
 

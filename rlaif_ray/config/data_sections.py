@@ -19,12 +19,12 @@ from rlaif_ray.config.roles import (
     REVISION_EXAMPLES,
 )
 from rlaif_ray.config.sections import (
-    LEAST_TEMPERATURE,
     Config,
     DataConfig,
     HarmlessSuite,
     Precision,
     greedy_or_warm,
+    warm,
 )
 
 
@@ -36,8 +36,11 @@ class PairSamplingConfig(Config):
     pairs_per_prompt: Annotated[int, Field(ge=1)] | None = 1
     """Drawn from all pairs of a prompt's distinct responses; null: all of them."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE)] = 1.0
-    """vLLM raises lower ones to that without a word."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """The higher, the more unlike the responses."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from warm("sampling.temperature", self.temperature, "a policy's greedy responses are all the same")
 
 
 class ResponseSamplingConfig(Config):

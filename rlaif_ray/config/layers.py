@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from rlaif_ray.documents import STR, YAML_BYTES, kind_of, parse_yaml, read_bytes, scalar_tag
+from rlaif_ray.config.roles import MODEL, names_of
+from rlaif_ray.documents import STR, YAML_BYTES, at, kind_of, parse_yaml, read_bytes, scalar_tag
 from rlaif_ray.errors import DocumentError
 from rlaif_ray.output import first_unsafe
 from rlaif_ray.paths import expand_home
@@ -26,9 +27,11 @@ class Origin:
     place: str  # "train.yaml, line 3", "the override steps=3"
     written: str | None = None  # the text that a number, switch or null was read from; None for what is in quotes
     typed: bool = False  # on the command line, as a whole value
+    unread: str | None = None  # what is wrong with it as YAML: all that it can be is a text, as it was typed
 
 
 Origins = Mapping[Key, Origin]
+STAGE = "stage:"  # a value that begins so is what another stage of a pipeline made
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class _Read:
     values: Any = None  # None when there is none, or it can't be read
     origins: dict[Key, Origin] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    malformed: bool = False  # it is no YAML
 
 
 def _read(text: bytes | str, key: Key, whole: str, place: Callable[[int], str]) -> _Read:
@@ -60,7 +64,8 @@ def _read(text: bytes | str, key: Key, whole: str, place: Callable[[int], str]) 
         remedy = "Mend the indentation, quotes or brackets" if "valid YAML" in str(error) else "Correct or remove it"
         if error.line is None:
             return _Read(problems=[f"{whole} can't be read (it {error}): a YAML text file is needed. Correct it."])
-        return _Read(problems=[f"{place(error.line)} {error}. {remedy} there."])
+        told = f"{place(error.line)} {error}. {remedy} there."
+        return _Read(problems=[told], malformed="valid YAML" in str(error))
     origins = {
         (*key, *below): Origin(place(line), document.written.get(below)) for below, line in document.lines.items()
     }
@@ -148,6 +153,9 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
         key: Key = tuple(name.split("."))
         whole = f"the override {override}"
         read = _Read(text) if _is_plain(text) else _read(text, key, whole, lambda _, whole=whole: whole)  # type: ignore[misc]
+        unread = read.problems[0] if read.malformed and not _has_controls(text) else None
+        if unread is not None:
+            read = _Read(text)
         layer.problems.extend(read.problems)
         if read.problems:
             continue
@@ -160,7 +168,7 @@ def read_overrides(overrides: Sequence[str]) -> Layer:
         layer.origins.update(read.origins)
         layer.origins.update({key[:end]: Origin(whole) for end in range(1, len(key))})
         quoted = own is not None and own.written is None
-        layer.origins[key] = Origin(whole, None if quoted else text, typed=not quoted)
+        layer.origins[key] = Origin(whole, None if quoted else text, typed=not quoted, unread=unread)
     return layer
 
 
@@ -171,14 +179,16 @@ def _is_plain(text: str) -> bool:
     A file's rules would cut `exp #3` at its comment, take `&a hello` for an anchor, `a: b` for a mapping and two lines
     for one.
     """
-    if text.lstrip()[:1] in ("[", "{", "'", '"') or any(
-        ord(character) < 32 and character not in "\t\n\r" for character in text
-    ):
-        return False  # YAML, whatever is wrong with it
+    if text.lstrip()[:1] in ("[", "{", "'", '"') or _has_controls(text):
+        return False  # YAML; what is none can be a text all the same, where the setting is one
     tag = scalar_tag(text)
     if tag == "":
         return bool(text.strip())  # nothing but a comment
     return tag in (None, STR) or text.lstrip()[:1] in "&!*"
+
+
+def _has_controls(text: str) -> bool:
+    return any(ord(character) < 32 and character not in "\t\n\r" for character in text)
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
@@ -281,6 +291,27 @@ def merge(model: type[BaseModel] | None, below: dict[str, Any], above: dict[str,
             old = _fresh(classes, kind)
         kind = kind or old.get("type")
         merged[name] = merge(_pick(classes, kind), old, value)
+    return merged
+
+
+def merge_layer(
+    model: type[BaseModel], values: dict[str, Any], origins: dict[Key, Origin], layer: Layer
+) -> dict[str, Any]:
+    """What a layer says over `values`; its origins go into `origins`.
+
+    Where it names another model, and no revision, the revision below was the other one's and is dropped; what a stage
+    made never has any.
+    """
+    merged = merge(model, values, layer.values)
+    for key, owner, inside in fields_of(model, merged):
+        if names_of(owner.model_fields[key[-1]]) is not MODEL or "revision" not in owner.model_fields:
+            continue
+        new, old = at(layer.values, *key), at(values, *key)
+        other = isinstance(new, str) and (new.startswith(STAGE) or old not in (None, new))
+        if other and "revision" not in at(layer.values, *key[:-1]):
+            inside["revision"] = None
+            origins.pop((*key[:-1], "revision"), None)
+    origins |= layer.origins
     return merged
 
 

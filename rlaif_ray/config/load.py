@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlaif_ray.config.jobs import JOBS
-from rlaif_ray.config.layers import Key, Origin, default_values, merge, read_file, read_overrides
+from rlaif_ray.config.layers import (
+    Key,
+    Origin,
+    default_values,
+    merge_layer,
+    read_file,
+    read_overrides,
+)
 from rlaif_ray.config.problems import Source, validate
 from rlaif_ray.errors import InputError
 from rlaif_ray.paths import expand_home
@@ -33,12 +40,17 @@ def load_job(job: str, files: Sequence[Path], overrides: Sequence[str] = ()) -> 
     values: dict[str, Any] = default_values(model)
     origins: dict[Key, Origin] = {}
     problems: list[str] = []
-    for layer in [*(read_file(Path(file)) for file in files), read_overrides(overrides)]:
-        values = merge(model, values, layer.values)
-        origins |= layer.origins
-        problems += layer.problems
-    # A source that couldn't be read might have set what a cross-check would complain of.
     source = Source(" and ".join(map(str, files)) or "the settings")
+    for layer in [*(read_file(Path(file)) for file in files), read_overrides(overrides)]:
+        values = merge_layer(model, values, origins, layer)
+        problems += layer.problems
+    if isinstance(values.get("stages"), dict) and "stages" not in model.model_fields:
+        place = origins.get(("stages",))
+        raise InputError(
+            f"{source.name} is a pipeline (got stages, {place.place if place else 'in its settings'}), and no config "
+            f"of rlaif {job}. Start it by rlaif pipeline {' '.join(map(str, files))}."
+        )
+    # A source that couldn't be read might have set what a cross-check would complain of.
     config, wrong = validate(model, values, origins, cross_checks=not problems, source=source)
     problems += wrong
     if problems or config is None:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from rlaif_ray.config.jobs import JOBS
-from rlaif_ray.config.layers import Key, Layer, Origin, Origins, default_values, merge, read_file, read_overrides
+from rlaif_ray.config.layers import (
+    STAGE,
+    Key,
+    Layer,
+    Origin,
+    Origins,
+    default_values,
+    merge,
+    merge_layer,
+    read_file,
+    read_overrides,
+)
 from rlaif_ray.config.load import Loaded, complain
-from rlaif_ray.config.problems import Source, validate
+from rlaif_ray.config.problems import Source, as_typed, validate
 from rlaif_ray.config.sections import ClusterConfig, Config
+from rlaif_ray.documents import at
 from rlaif_ray.paths import expand_home
 
-STAGE = "stage:"  # a value that begins so is what another stage made
 OF_THE_PIPELINE = ("run_dir", "output")  # where a stage's results are is not for it to say
 
 # What passes between stages: what a job makes, and which settings take it.
@@ -103,11 +114,24 @@ def load_pipeline(files: Sequence[Path], overrides: Sequence[str] = ()) -> Pipel
         origins |= layer.origins
         problems += layer.problems
     source = Source(" and ".join(map(str, files)) or "the settings")
-    config, wrong = validate(PipelineJob, values, origins, cross_checks=not problems, source=source)
+    inner = {key for key, origin in origins.items() if key[:1] in (("shared",), ("stages",)) and origin.unread}
+    own = {key: origin for key, origin in origins.items() if key not in inner}  # of the others the stages know more
+    config, wrong = validate(PipelineJob, values, own, cross_checks=not problems, source=source)
     problems += wrong
     if config is None:
         complain(problems)
-    stages = [stage for name in config.stages if (stage := _stage(name, config, layers, problems)) is not None]
+    if config.stages and not any("job" in own for own in config.stages.values()):
+        problems.append(
+            f"no stage of {source.name} has a job (got {', '.join(config.stages)}): its settings may be meant to stand "
+            f"over another file's. Name that file before it, or give each stage a job, such as sft."
+        )
+        complain(problems)
+    whole = not problems  # whether all sources could be read
+    stages = [
+        stage
+        for name in config.stages
+        if (stage := _stage(name, config, layers, problems, source=source.name, whole=whole)) is not None
+    ]
     problems += _unused(config, origins)
     if len(stages) == len(config.stages):
         problems += [problem for stage in stages for problem in _reference_problems(stage, stages)]
@@ -154,8 +178,15 @@ def put(values: Any, replacement: Mapping[str, str]) -> Any:
 # ---- Reading stages --------------------------------------------------------------------------------------------------
 
 
-def _stage(name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: list[str]) -> Stage | None:
-    """A stage's config: defaults < its files < what all stages share < its own values; None with problems."""
+def _stage(
+    name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: list[str], *, source: str, whole: bool
+) -> Stage | None:
+    """A stage's config: defaults < its files < what all stages share < its own values; None with problems.
+
+    Args:
+        source: the pipeline's files, for messages.
+        whole: whether all of them could be read.
+    """
     own = pipeline.stages[name]
     job = own.get("job")
     if not (name.replace("-", "").replace("_", "").isalnum() and name.isascii() and len(name) <= 100):
@@ -164,7 +195,8 @@ def _stage(name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: 
         )
         return None
     if not isinstance(job, str) or job not in JOBS:
-        problems.append(f"stages.{name}.job must be a job (got {job!r}): {_choose(str(job), list(JOBS))}")
+        got = "nothing" if job is None else repr(job)
+        problems.append(f"stages.{name}.job must be a job (got {got}): {_choose(str(job), list(JOBS))}")
         return None
     model = JOBS[job]
     files = own.get("config", [])
@@ -176,25 +208,41 @@ def _stage(name: str, pipeline: PipelineJob, layers: Sequence[Layer], problems: 
     origins: dict[Key, Origin] = {}
     sources = [read_file(Path(file)) for file in files]
     sources.append(Layer({"cluster": pipeline.cluster.model_dump(exclude_unset=True)}))
-    sources += [_part(layer, ("shared",), set(model.model_fields)) for layer in layers]
-    sources += [_part(layer, ("stages", name), None) for layer in layers]
-    for source in sources:
-        given = {key: value for key, value in source.values.items() if key not in ("job", "config")}
-        values = merge(model, values, given)
-        origins |= source.origins
-        found += source.problems
+    sources += (shared := [_part(layer, ("shared",), set(model.model_fields)) for layer in layers])
+    sources += (stage := [_part(layer, ("stages", name), None) for layer in layers])
+    for layer in sources:
+        given = {key: value for key, value in layer.values.items() if key not in ("job", "config")}
+        values = merge_layer(model, values, origins, replace(layer, values=given))
+        found += layer.problems
+    as_typed(model, values, origins)
+    for typed, parts in ((pipeline.shared, shared), (pipeline.stages[name], stage)):
+        _write_typed(typed, values, {key: one for part in parts for key, one in part.origins.items()}, origins)
     for key in OF_THE_PIPELINE:
         if values.get(key) is not None and key in {first for first, *_ in origins}:
             found.append(f"{key} is not for a stage to say: the pipeline gives each a folder of its own. Remove it.")
             values[key] = None
-    place = Source(f"stages.{name}, shared" + "".join(f" and {file}" for file in files), f"stages.{name}.")
-    config, wrong = validate(model, values, origins, source=place)
+    place = Source(f"stages.{name} or shared of {source}" + "".join(f", or {f}" for f in files), f"stages.{name}.")
+    config, wrong = validate(model, values, origins, source=place, cross_checks=whole and not found)
     found += wrong
     problems += [f"stage {name}: {problem}" for problem in found]
     if config is None or found:
         return None
     needs = tuple(dict.fromkeys(other for _, other in references(config.model_dump(mode="json"))))
     return Stage(name, job, config, needs)
+
+
+def _write_typed(target: dict[str, Any], values: Any, own: Origins, origins: Origins) -> None:
+    """Writes into what the pipeline keeps of its files what the command line's values are to the stage: texts where
+    its settings are texts. `own` are the origins of the target, `origins` those that counted."""
+    for key, origin in own.items():
+        if not origin.typed or origins.get(key) is not origin:
+            continue
+        inside: Any = target
+        for part in key[:-1]:
+            inside = inside.get(part) if isinstance(inside, dict) else None
+        value = at(values, *key)
+        if isinstance(inside, dict) and key[-1] in inside and not isinstance(value, dict | list):
+            inside[key[-1]] = value
 
 
 def _part(layer: Layer, prefix: Key, names: set[str] | None) -> Layer:
@@ -214,6 +262,8 @@ def _part(layer: Layer, prefix: Key, names: set[str] | None) -> Layer:
 def _unused(pipeline: PipelineJob, origins: Origins) -> Iterator[str]:
     """Sections that are shared and that no stage has."""
     jobs = [JOBS[own["job"]] for own in pipeline.stages.values() if str(own.get("job")) in JOBS]
+    if not jobs:  # told already, and nothing is known of their sections
+        return
     known = {name for job in jobs for name in job.model_fields}
     for name in pipeline.shared:
         if name not in known:
@@ -283,4 +333,6 @@ def _in_order(stages: Sequence[Stage]) -> Iterator[Stage]:
 
 def _choose(got: str, names: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(got, names, n=1)
+    if not names:
+        return "there is none."
     return f"did you mean {nearest[0]!r}?" if nearest else f"choose among {', '.join(names)}."

@@ -70,10 +70,11 @@ def validate(
 
     Pydantic runs a class's cross-checks only once its fields are right. To tell all at once, the values found wrong
     are left out, examples stand in for those that are missing, and the rest is checked again; a cross-check that names
-    one of them is then held back, since it would judge a default in its stead.
+    one of them is then held back, since it would judge a default in its stead. `cross_checks` is False where a source
+    couldn't be read: what it may have set is then not said to be missing either.
     """
     values = copy.deepcopy(values)
-    _as_typed(model, values, origins)
+    as_typed(model, values, origins)
     texts: dict[str, None] = {}
     unsure: set[str] = set()
     gone: set[Key] = set()  # left out; that they are missing then is no news
@@ -81,6 +82,11 @@ def validate(
         texts[secret.text] = None
         unsure.update(secret.unsure)
         _drop(values, secret.drop or ())
+    for key in _unread(model, values, origins):
+        texts[str(origins[key].unread)] = None
+        unsure.add(key[-1])
+        gone.add(key)
+        _drop(values, key)
     for _ in range(_ROUNDS):
         try:
             problems = [*_switches_for_numbers(model, values, origins), *_empty_texts(model, values, origins)]
@@ -159,7 +165,8 @@ def _problems(
         elif detail["type"] == "extra_forbidden":
             yield _unknown_key(model, place, values, origins)
         elif detail["type"] == "missing" and not place.item:
-            yield _missing(place, source)
+            missing = _missing(place, source)
+            yield replace(missing, text="") if unsure is None else missing  # what couldn't be read may have set it
         else:
             yield _wrong_value(detail, place, values, origins)
 
@@ -265,7 +272,7 @@ def _missing(place: _Place, source: Source) -> _Problem:
         text += f"Add it there, or {source.prefix}{dotted}=VALUE to the command{told}"
         return _Problem(text, unsure=(dotted,))
     nested = f"{key[-1]}: {_shown(example).strip(chr(34))}"
-    for part in reversed(key[:-1]):
+    for part in reversed((*filter(None, source.prefix.split(".")), *key[:-1])):
         nested = f"{part}: {{{nested}}}"
     text += f"Add `{nested}` there, or {source.prefix}{dotted}={example} to the command{told}"
     return _Problem(text, fill=(key, example), unsure=(dotted,))
@@ -398,7 +405,7 @@ def _length(field: FieldInfo | None) -> str:
 # --- what is typed, and what pydantic lets pass ---------------------------------------------------------------------
 
 
-def _as_typed(model: type[BaseModel], values: dict[str, Any], origins: Origins) -> None:
+def as_typed(model: type[BaseModel], values: dict[str, Any], origins: Origins) -> None:
     """Gives fields of text what was typed on the command line: `policy.revision=4867e52` is no number.
 
     `null` is null where that may be. So is an empty value, but for fields that say something by an empty text.
@@ -407,11 +414,23 @@ def _as_typed(model: type[BaseModel], values: dict[str, Any], origins: Origins) 
         origin, field = origins.get(key), owner.model_fields[key[-1]]
         if origin is None or not origin.typed or origin.written is None or isinstance(inside[key[-1]], dict | list):
             continue
-        kinds = field.annotation
-        if not (takes(kinds, str) or is_choice_of_words(kinds)) or any(takes(kinds, kind) for kind in (int, bool)):
+        if not _is_text(field.annotation):
             continue
+        kinds = field.annotation
         empty = not origin.written and takes(kinds, type(None)) and MAY_BE_EMPTY not in field.metadata
         inside[key[-1]] = None if empty or origin.written in _NULLS else origin.written
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field takes texts or words, and nothing that could be read off one."""
+    texts = takes(annotation, str) or is_choice_of_words(annotation)
+    return texts and not any(takes(annotation, kind) for kind in (int, bool))
+
+
+def _unread(model: type[BaseModel], values: dict[str, Any], origins: Origins) -> list[Key]:
+    """Of what is no YAML on the command line, the keys of what is no text either."""
+    texts = {key for key, owner, _ in fields_of(model, values) if _is_text(owner.model_fields[key[-1]].annotation)}
+    return [key for key, origin in origins.items() if origin.unread is not None and key not in texts]
 
 
 def _empty_texts(model: type[BaseModel], values: dict[str, Any], origins: Origins) -> Iterator[_Problem]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlaif_ray.config.chat import TemplateArguments, Thoughts
+from rlaif_ray.config.request_body import body_problems
 from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MAY_BE_EMPTY, MODEL, SCORE_TEMPLATE
 
 
@@ -62,6 +63,17 @@ def greedy_or_warm(key: str, temperature: float) -> Iterator[str]:
         )
 
 
+def warm(key: str, temperature: float, needs: str) -> Iterator[str]:
+    """Of a temperature that must be above 0: what is wrong where vLLM doesn't sample at it; `needs` says why."""
+    if temperature < LEAST_TEMPERATURE:
+        raised = f"vLLM raises what lies below to {LEAST_TEMPERATURE:g} without a word"
+        yield (
+            f"{key} must be at least {LEAST_TEMPERATURE:g} (got {temperature:g}): "
+            f"{raised if temperature else f'at 0 vLLM takes the likeliest token, and {needs}'}. Raise it, or leave it "
+            f"out for the default, 1."
+        )
+
+
 class PolicyConfig(Config):
     """The model that is trained; also the frozen reference and the critic's body."""
 
@@ -73,6 +85,8 @@ class PolicyConfig(Config):
     """Run Python code that comes with the model. Off unless you trust its author."""
     precision: Precision = "auto"
     """Compute type of learner and rollout engines; auto: bf16 on GPUs, fp32 on CPUs (where bf16 is emulated)."""
+    save_precision: Annotated[Precision, ADJUSTABLE] = "auto"
+    """Type in which a trained model is saved; auto: that in which its weights were given."""
     attention: Annotated[Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"], HANDLING] = "auto"
     """Learner's attention; auto: packed (no padding) where the model allows it, else padded, with sdpa where that
     computes every term of the model's attention and eager where not. What would give wrong numbers is refused."""
@@ -112,14 +126,15 @@ class SamplingConfig(Config):
     prompts_per_step: Annotated[int, Field(ge=1)] = 16
     samples_per_prompt: Annotated[int, Field(ge=1)] = 2
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE)] = 1.0
-    """vLLM raises lower ones to that without a word."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Logits are divided by it, in sampling and in training."""
     top_p: float = 1.0
     top_k: int = 0
     ignore_eos: bool = False
     """Always sample max_new_tokens (for benchmarks)."""
 
     def _problems(self) -> Iterator[str]:
+        yield from warm("sampling.temperature", self.temperature, "training needs samples and their log-probabilities")
         for name, value, only in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)):
             if value != only:
                 yield (
@@ -220,7 +235,7 @@ class OpenAIJudge(Config):
                 "judge.chat_template_kwargs and judge.extra_body.chat_template_kwargs are the same (got both): one "
                 "would overwrite the other. Keep the first."
             )
-        yield from self._body_problems()
+        yield from body_problems(self)
         if self.max_cost is not None and self.price_in == self.price_out == 0:
             yield (
                 f"judge.max_cost needs judge.price_in or judge.price_out (got max_cost={self.max_cost:g} and no "
@@ -230,32 +245,6 @@ class OpenAIJudge(Config):
             yield (
                 "judge.api_key_env must name an environment variable, in capitals (got something else, not shown as it "
                 "may be the key itself): settings are written into logs. Run export OPENAI_API_KEY=..., and name that."
-            )
-
-    def _body_problems(self) -> Iterator[str]:
-        """Parameters without which an answer could not be read, or not be counted."""
-        body = self.extra_body
-        for name in ("model", "messages", "n", "stream"):
-            if name in body and not (name == "stream" and not body[name]):
-                instead = {"model": "Set judge.model.", "n": "Set label.reasoning.samples."}.get(name, "Remove it.")
-                yield (
-                    f"judge.extra_body can't set {name} (got {body[name]!r}): questions are put, and answers read, by "
-                    f"the run. {instead}"
-                )
-        for name in ("logprobs", "top_logprobs"):
-            if self.answers == "logprobs" and name in body and not body[name]:
-                yield (
-                    f"judge.extra_body can't leave out {name} with judge.answers=logprobs (got {body[name]!r}): the "
-                    f"probability of an answer is read there. Use judge.answers=text, whose labels are hard, or remove "
-                    f"it."
-                )
-        limited = (
-            body.get(self.token_limit, 1) is not None or body.get("max_tokens") or body.get("max_completion_tokens")
-        )
-        if self.max_cost is not None and not limited:
-            yield (
-                f"judge.max_cost needs a limit of tokens (got {self.token_limit}: null in judge.extra_body): an answer "
-                f"could cost any sum. Give judge.extra_body a number, or set judge.token_limit to the endpoint's name."
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,15 +19,13 @@ from rlaif_ray.documents import read_json
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
 from rlaif_ray.learner.packing import Arguments, ModelInput
-from rlaif_ray.weight_types import WeightTypes, cast
+from rlaif_ray.weight_types import WeightTypes, cast, rounding
 from rlaif_ray.writing import replace_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlaif_ray.config.sections import LearnerConfig
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,12 +288,21 @@ def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
 
 
+WORTH_TELLING = 0.1  # share of the update's size: what rounding adds to it, at right angles, then is 0.5%
+Prepare = Callable[[Any, Any, Any], None]  # changes a model's config, its settings for generation, and its tokenizer
+
+
 def save_model_folder(
-    model: Any, tokenizer: Any, state: dict[str, Tensor], folder: Path, types: WeightTypes | None = None
-) -> None:
+    model: Any,
+    load_tokenizer: Callable[[], Any],
+    state: dict[str, Tensor],
+    folder: Path,
+    types: WeightTypes | None = None,
+    prepare: Prepare | None = None,
+) -> list[str]:
     """Writes a Hugging Face folder: `state` is the whole state under checkpoint names (model_state.py), `model` gives
-    class and config. The weights are rounded, in place, to `types`, those of the model that the run was given; without
-    any they stay as they are.
+    class and config, which are saved as `prepare` leaves them. The weights are rounded, in place, to `types`, those of
+    the model that the run was given; without any they stay as they are. Returns what the user should know of that.
 
     Raises:
         NotFiniteError: one of them is no number; nothing is written.
@@ -306,22 +312,37 @@ def save_model_folder(
 
     require_finite_state(state)
     types = types or WeightTypes()
-    if not cast(state, types):
-        log.warning("%s is saved in the type it was trained in: a number in it is too large for fp16.", folder)
-        types = WeightTypes()
-    trained = dict(state)  # transformers empties what it is given, shard by shard
+    trained, saved = state, False
+    notes: list[str] = []
     model.config.use_cache = True  # off while training, on for whoever loads it
     try:
+        lost = rounding(state, types)
+        if not cast(state, types):
+            notes.append(f"{folder} is saved in the type it was trained in: a number in it is too large for fp16.")
+            types = WeightTypes()
+        elif lost is not None and lost > WORTH_TELLING:
+            notes.append(
+                f"{folder} is saved in {types.usual}: rounding moved the weights {lost:.0%} as far as training had. "
+                f"What was measured in training is not what this model does; policy.save_precision=fp32 saves it as it "
+                f"was trained."
+            )
+        trained = dict(state)  # transformers empties what it is given, shard by shard
+        tokenizer = load_tokenizer()
+        if prepare is not None:
+            prepare(model.config, getattr(model, "generation_config", None), tokenizer)
         with _savable_generation(model, folder):
             model.save_pretrained(folder, state_dict=state, save_original_format=False)  # its names: the checkpoint's
+            saved = True
         tokenizer.save_pretrained(folder)
         if types.usual is not None:  # transformers writes the type that the model has here
             _say_type(folder / "config.json", types.usual)
     except OSError:  # no room, no right to write: there is nothing to save either
         raise
     except Exception as error:
-        if not any(folder.glob("*.safetensors")):
+        if not saved:
             folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.glob("*.safetensors*"):  # an earlier save's, or half of this one's
+                file.unlink()
             save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
         raise RunError(
             f"{folder} has the trained weights (*.safetensors), and not all of what belongs to them: transformers "
@@ -332,6 +353,7 @@ def save_model_folder(
         model.config.use_cache = False
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes for the owner alone; models are there to be shared
+    return notes
 
 
 def _say_type(file: Path, kind: str) -> None:
@@ -339,17 +361,29 @@ def _say_type(file: Path, kind: str) -> None:
     replace_text(file, json.dumps(config | {"dtype": kind}, indent=2, sort_keys=True) + "\n")
 
 
-def try_saving(model: Any, load_tokenizer: Callable[[], Any], name: str) -> None:
+def try_saving(model: Any, load_tokenizer: Callable[[], Any], name: str, prepare: Prepare | None = None) -> None:
     """Saves everything but the weights to a folder that is deleted: what can fail at the end fails at the start.
+    What `prepare` changes of the model, it changes in copies.
 
     A tokenizer that can't be loaded is no matter here: a job reads its own before a learner starts.
 
     Raises:
-        InputError: transformers can't save the config or the tokenizer of model `name`.
+        InputError: transformers can't save the config or the tokenizer of model `name`, or `prepare` can't change them.
     """
-    parts = {"config": model.config}
+    parts = {"config": copy.deepcopy(model.config)}
     with suppress(InputError):
         parts["tokenizer"] = load_tokenizer()
+    if prepare is not None and "tokenizer" in parts:
+        try:
+            prepare(parts["config"], copy.deepcopy(getattr(model, "generation_config", None)), parts["tokenizer"])
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the config and tokenizer of model {name} can't be made ready to be saved ({type(error).__name__}: "
+                f"{error}), so what is trained could not be saved whole. Mend them in the model's folder, or use "
+                f"another model."
+            ) from error
     with TemporaryDirectory(prefix="rlaif-model-") as folder:
         for part, what in parts.items():
             try:

@@ -59,21 +59,22 @@ class CausalRank(SupervisedRank[Example]):
     def _readings_of(self, saved: Any, text: Text) -> list[float]:
         return logprobs_of_saved(saved, text)
 
-    def save_model(self, folder: str, center: object = None) -> None:
+    def save_model(self, folder: str, center: object = None) -> list[str]:
         """A Hugging Face folder for AutoModelForCausalLM; under ZeRO-3 all ranks help gather.
 
         Whoever samples from it stops at what it was trained to end a turn with.
         """
+        return self._save_folder(folder)
 
-        def prepare(config: Any, tokenizer: Any) -> None:
-            chat = ChatTemplate(tokenizer, self._job.policy.chat_template_kwargs)
-            stop_at(self._model.generation_config, ChatRenderer(chat).turn_end())
-
-        self._save_folder(folder, prepare)
+    def _prepare(self, config: Any, generation: Any, tokenizer: Any) -> None:
+        chat = ChatTemplate(tokenizer, self._job.policy.chat_template_kwargs)
+        stop_at(generation, ChatRenderer(chat).turn_end())
 
 
 def stop_at(settings: Any, tokens: Sequence[int]) -> None:
-    """Adds the tokens to those at which settings for generation stop."""
+    """Adds the tokens to those at which settings for generation stop; some models of code of their own have none."""
+    if settings is None:
+        return
     known = settings.eos_token_id
     stops = list(known) if isinstance(known, list | tuple) else [] if known is None else [known]
     new = [token for token in tokens if token not in stops]

@@ -100,7 +100,9 @@ class RlRank:
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = ModelState(self._model)
         try_saving(self._model, self._tokenizer, policy.model)
-        self._types = load_types(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+        given = load_types(policy.model, revision=policy.revision, trust_remote_code=policy.trust_remote_code)
+        self._types = given.saved_as(policy.save_precision)
+        self.notes += given.note(policy.model, self._types, precision)
         self._steps, self._critic_steps = Tally(), Tally()
         self._trained = {"policy": self._model} | ({} if self._critic is None else {"critic": self._critic.module})
         require_finite_model(self._model, policy.model)
@@ -226,12 +228,13 @@ class RlRank:
 
     # Files
 
-    def save_policy(self, folder: str) -> None:
-        """Rank 0 writes a Hugging Face folder; under ZeRO-3 all ranks help gather."""
+    def save_policy(self, folder: str) -> list[str]:
+        """Rank 0 writes a Hugging Face folder; under ZeRO-3 all ranks help gather. Returns what the user should know
+        of it."""
         state = self.weights.full_state(keep=self._spec.rank == 0)
         if self._spec.rank != 0:
-            return
-        save_model_folder(self._model, self._tokenizer(), state, Path(folder), self._types)
+            return []
+        return save_model_folder(self._model, self._tokenizer, state, Path(folder), self._types)
 
     def _tokenizer(self) -> Any:
         policy = self._job.policy

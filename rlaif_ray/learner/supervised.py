@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlaif_ray.algorithm.losses import preference_loss
 from rlaif_ray.attention import PACKED, plan_attention
+from rlaif_ray.errors import InputError
 from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.agreement import Readings, read, rewards_of_saved, saved_threads
 from rlaif_ray.learner.checkpoints import RankCheckpoint
@@ -100,8 +101,10 @@ class SupervisedRank(ABC, Generic[Example]):
             batch = build_input([text[:8]], [text[8:]], packed=self._packed, device=self.device)
             try_merge(self._model, lambda: self._engine(batch), policy.model, seed=job.seed)
         ModelState(self._model, merged_entries(self._model))  # raises where not all of it could be saved
-        try_saving(self._model, self._tokenizer, policy.model)
-        self._types = load_types(policy.model, **self._code)
+        try_saving(self._model, self._tokenizer, policy.model, self._prepare)
+        given = load_types(policy.model, **self._code)
+        self._types = given.saved_as(policy.save_precision)
+        self.notes += given.note(policy.model, self._types, precision)
         self.checkpoint = RankCheckpoint({"model": self._engine}, spec.rank)
 
     @abstractmethod
@@ -163,14 +166,17 @@ class SupervisedRank(ABC, Generic[Example]):
         sums["lr"] = float(self._engine.get_lr()[0])  # read before the step, which moves the schedule on
         return sums | self._steps.sums([deepspeed_door.optimizer_step(self._engine)])
 
-    def _save_folder(self, folder: str, prepare: Callable[[Any, Any], None]) -> None:
-        """Rank 0 writes a Hugging Face folder, config and tokenizer as `prepare` leaves them; all ranks help gather."""
+    @abstractmethod
+    def _prepare(self, config: Any, generation: Any, tokenizer: Any) -> None:
+        """Makes a model's config, its settings for generation (None where it has none), and its tokenizer such as they
+        are to be saved."""
+
+    def _save_folder(self, folder: str) -> list[str]:
+        """Rank 0 writes a Hugging Face folder; all ranks help gather. Returns what the user should know of it."""
         state = merged_state(self._model, keep=self._spec.rank == 0)
         if self._spec.rank != 0:
-            return
-        tokenizer = self._tokenizer()
-        prepare(self._model.config, tokenizer)
-        save_model_folder(self._model, tokenizer, state, Path(folder), self._types)
+            return []
+        return save_model_folder(self._model, self._tokenizer, state, Path(folder), self._types, self._prepare)
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self._job.policy.model, **self._code)
@@ -235,6 +241,7 @@ class RewardRank(SupervisedRank[PairExample]):
     """One rank that trains a reward model on pairs."""
 
     _job: RewardModelJob
+    _center: dict[str, float] | None = None  # known once it is trained
 
     def _load(self, name: str, **how: Any) -> Any:
         model, new_head = load_sequence_classifier(name, **how)
@@ -281,7 +288,7 @@ class RewardRank(SupervisedRank[PairExample]):
                 found[i] = (float(reward_a[k]), float(reward_b[k]))
         return found
 
-    def save_model(self, folder: str, center: dict[str, float] | None) -> None:
+    def save_model(self, folder: str, center: dict[str, float] | None) -> list[str]:
         """A Hugging Face folder for `load_sequence_classifier`; under ZeRO-3 all ranks help gather.
 
         transformers' AutoModelForSequenceClassification loads it as well where it knows the model's type.
@@ -289,17 +296,18 @@ class RewardRank(SupervisedRank[PairExample]):
         `center` has the mean and standard deviation of reference rewards; scorers of ours subtract the mean, and
         transformers takes no notice. TRL needs no more than the one label. How conversations were read stays with it.
         """
-
-        def prepare(config: Any, tokenizer: Any) -> None:
-            describe_reward_model(config, tokenizer)
-            config.reward_center = center
-            config.reward_chat_template_kwargs = self._job.policy.chat_template_kwargs
-            config.reward_thoughts = self._job.reward.thoughts
-
-        self._save_folder(folder, prepare)
+        self._center = center
+        notes = self._save_folder(folder)
         if self._spec.rank == 0:
             card = model_card(self._model.config, self._job.policy.model)
             Path(folder, "README.md").write_text(card, encoding="utf-8")
+        return notes
+
+    def _prepare(self, config: Any, generation: Any, tokenizer: Any) -> None:
+        describe_reward_model(config, tokenizer)
+        config.reward_center = self._center
+        config.reward_chat_template_kwargs = self._job.policy.chat_template_kwargs
+        config.reward_thoughts = self._job.reward.thoughts
 
 
 def init_head(model: Any, seed: int) -> None:
@@ -315,10 +323,21 @@ def describe_reward_model(config: Any, tokenizer: Any) -> None:
     """Sets padding in config and tokenizer, and how responses end in config.
 
     transformers' classifiers read the last token that is not padding, so padding must not be what ends a response.
+
+    Raises:
+        InputError: the model has no embedding for what would pad.
     """
     pad = separate_pad_token(tokenizer)
     if pad is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(rows, int) and tokenizer.pad_token_id >= rows:
+        raise InputError(
+            f"a reward model pads with a token that it has an embedding for (got {tokenizer.pad_token!r} with id "
+            f"{tokenizer.pad_token_id} for {rows} rows): its config.json names the token, and other programs look it "
+            f"up. Enlarge the model, by model.resize_token_embeddings({tokenizer.pad_token_id + 1}), or set pad_token "
+            f"in its tokenizer_config.json to one that it has."
+        )
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     config.reward_ends_with_eos = bool(ends_with(tokenizer))
 

@@ -93,7 +93,7 @@ class Guard:
         self._model = described(job.policy.model, config)
         self._bound = bound_for(precision, job.guard.max_gap, device=device, experts=experts_of(config) > 0)
         # What is saved may be rounded: it goes back into the types that the model was given in.
-        narrow = load_types(job.policy.model, **code).is_narrow
+        narrow = load_types(job.policy.model, **code).saved_as(job.policy.save_precision).is_narrow
         self._saved_bound = bound_for("bf16", job.guard.max_gap) if narrow else self._bound
         self._pushed = False
         self._checked = 0  # pushes of which something was read

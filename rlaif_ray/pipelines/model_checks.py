@@ -12,11 +12,12 @@ from typing import Any, Literal
 from rlaif_ray.attention import plan_attention
 from rlaif_ray.config.data_sections import ArmConfig
 from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob, TrainJob
+from rlaif_ray.config.layers import STAGE
 from rlaif_ray.config.sections import Config, JudgeConfig, PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_errors import is_wrong_config
 from rlaif_ray.model_support import engine_refusal
-from rlaif_ray.models import load_config
+from rlaif_ray.models import check_revision, load_config
 from rlaif_ray.rollout.support import unknown_to_vllm
 
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: NVIDIA's, WSL's, AMD's
@@ -43,6 +44,11 @@ def check_models(*jobs: Any, dry_run: bool = False) -> None:
     problems: dict[str, None] = {}
     for job in jobs:
         device = _device(job, dry_run)
+        for key, section in _sections(job, ""):
+            try:
+                _check_revision(section)
+            except InputError as error:
+                problems[f"{key}.revision={section.revision} can't be used: {error}"] = None
         for use in uses(job):
             try:
                 config = _config(use.section)
@@ -54,6 +60,13 @@ def check_models(*jobs: Any, dry_run: bool = False) -> None:
                 problems[f"{use.key}.model={use.section.model} can't be used (got {_type(config)}): {problem}"] = None
     if problems:
         raise InputError("\n".join(problems))
+
+
+def _check_revision(section: Any) -> None:
+    """Of any section with a model, scorers among them, that no other stage of a pipeline makes."""
+    model = getattr(section, "model", None)
+    if isinstance(model, str) and not model.startswith(STAGE):
+        check_revision(model, getattr(section, "revision", None))
 
 
 def uses(job: Any) -> Iterator[Use]:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_ray.config.jobs import EvaluateJob
+from rlaif_ray.config.layers import STAGE
 from rlaif_ray.config.load import Loaded
-from rlaif_ray.config.pipeline import STAGE, Pipeline, Stage, put
+from rlaif_ray.config.pipeline import Pipeline, Stage, put
 from rlaif_ray.config.roles import Setting
 from rlaif_ray.data.identity import Content, changes, file_content, model_content
 from rlaif_ray.documents import at

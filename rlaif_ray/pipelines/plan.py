@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_ray.config.jobs import JOBS, SupervisedJob, TrainJob
-from rlaif_ray.config.layers import read_file, read_overrides
+from rlaif_ray.config.layers import STAGE, read_file, read_overrides
 from rlaif_ray.config.load import load_job
-from rlaif_ray.config.pipeline import STAGE, Pipeline, load_pipeline
+from rlaif_ray.config.pipeline import Pipeline, load_pipeline
 from rlaif_ray.config.sections import PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_config, shape_of_size

@@ -182,7 +182,8 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
     run.checkpoints.wait()
     with track.phase("saving the policy"):
         folder = (run.run_dir / "policy").absolute()
-        learner.save_policy(str(folder))
+        for note in learner.save_policy(str(folder)):
+            track.note(note)
         saved = guard.check_saved(folder, run.checkpoints)
     return track.summary({"job": "train", **run.held_out.summary(), **saved})
 

@@ -117,7 +117,8 @@ class SupervisedRun:
             MismatchError: it is not the model that was trained.
         """
         folder = (self.run_dir / name).absolute()
-        self.learner.save_model(str(folder), center)
+        for note in self.learner.save_model(str(folder), center):
+            self.track.note(note)
         return self.guard.check_saved(folder, self.checkpoints)
 
     def train(self, examples: Sequence[Any], evaluate: Callable[[], dict[str, Any]]) -> None:

@@ -68,6 +68,9 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     return environment
 
 
+MISTRAL = ("mistral", "mistral3", "ministral", "ministral3", "mixtral", "pixtral", "voxtral")
+
+
 def engine_arguments(spec: EngineSpec, config: Any | None = None) -> dict[str, Any]:
     """Arguments of vLLM's `LLM`; pure. `config` is the model's, as transformers gives it, where it knows the model."""
     arguments: dict[str, Any] = {
@@ -98,6 +101,8 @@ def engine_arguments(spec: EngineSpec, config: Any | None = None) -> dict[str, A
         }
     else:
         arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+    if getattr(config, "model_type", None) in MISTRAL:
+        arguments["tokenizer_mode"] = "hf"  # of two formats the one that learner and judges read, see load_tokenizer
     if spec.sleep:
         arguments["enable_sleep_mode"] = True
     if spec.transfer_backend is not None:

@@ -196,8 +196,9 @@ class LearnerActor(Actor):
         beside: dict[str, Any] = self._learner.checkpoint.load(folder)
         return beside
 
-    def save_policy(self, folder: str) -> None:
-        self._learner.save_policy(folder)
+    def save_policy(self, folder: str) -> list[str]:
+        notes: list[str] = self._learner.save_policy(folder)
+        return notes
 
     def readings(self, text: Text) -> Readings:
         found: Readings = self._learner.readings(text)
@@ -224,8 +225,9 @@ class LearnerActor(Actor):
         losses: dict[int, float] = self._learner.losses(examples, plan)
         return losses
 
-    def save_model(self, folder: str, center: dict[str, float] | None) -> None:
-        self._learner.save_model(folder, center)
+    def save_model(self, folder: str, center: dict[str, float] | None) -> list[str]:
+        notes: list[str] = self._learner.save_model(folder, center)
+        return notes
 
     def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]], bool]:
         """(name, dtype, shape) of all that a push sends, the names that go together, whether buffers are among it."""

@@ -231,8 +231,8 @@ class LearnerGroup:
     def load_checkpoint(self, folder: StoredFolder) -> None:
         self._updates = int(self._ranks.load_checkpoint(folder)["updates"])
 
-    def save_policy(self, folder: str) -> None:
-        self._ranks.all("save_policy", folder)
+    def save_policy(self, folder: str) -> list[str]:
+        return [note for notes in self._ranks.all("save_policy", folder) for note in notes]
 
     def readings(self, text: Text) -> Readings:
         return self._ranks.readings(text)
@@ -298,8 +298,9 @@ class SupervisedGroup(Generic[Example]):
     def load_checkpoint(self, folder: StoredFolder) -> None:
         self._ranks.load_checkpoint(folder)
 
-    def save_model(self, folder: str, center: dict[str, float] | None = None) -> None:
-        self._ranks.all("save_model", folder, center)
+    def save_model(self, folder: str, center: dict[str, float] | None = None) -> list[str]:
+        """Returns what the user should know of it."""
+        return [note for notes in self._ranks.all("save_model", folder, center) for note in notes]
 
     def readings(self, text: Text) -> Readings:
         return self._ranks.readings(text)

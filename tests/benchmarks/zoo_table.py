@@ -144,7 +144,7 @@ def adapted(folder: Path) -> tuple[str, float, float]:
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad(), TemporaryDirectory() as scratch:
-        save_model_folder(model, make_tokenizer(None), merged_state(model, keep=True), Path(scratch))
+        save_model_folder(model, lambda: make_tokenizer(None), merged_state(model, keep=True), Path(scratch))
         saved = load_causal_lm(scratch, dtype=torch.float32, attention="eager").eval()
         return ", ".join(sorted(names)), plan.trained / total, float((read(saved) - read(model)).abs().max())
 

@@ -58,6 +58,7 @@ SAME_LEVEL |= {
 }
 SAME_LEVEL |= {("documents", "errors"), ("storage", "documents"), ("storage", "paths"), ("model_errors", "documents")}
 SAME_LEVEL |= {("output", "secrecy"), ("vocabulary", "errors"), ("secrecy", "errors"), ("secrecy", "documents")}
+SAME_LEVEL |= {("weight_types", "documents")}
 
 DOOR = {"ray": "runtime", "vllm": "rollout", "deepspeed": "learner", "wandb": "tracking"}
 LIGHT = {"cli", "config", "errors"}  # no heavy library anywhere in them, not even in a function

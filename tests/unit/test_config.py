@@ -495,6 +495,16 @@ def test_resolved_yaml_loads_as_the_same_config(write: Write, text: str) -> None
     assert load([resolved(loaded, write)]).config == loaded.config
 
 
+@pytest.mark.parametrize("text", ["'tis the season", '"Hi" he said', "[x] y", "{a"])
+def test_a_text_may_begin_as_yaml_does(write: Write, text: str) -> None:
+    loaded = load([write("")], [f"data.system={text}", f"run_dir={text}"])
+    assert (loaded.config.data.system, loaded.config.run_dir) == (text, text)
+    for key in ("learner.lr", "rollout.engine_kwargs.x"):
+        with pytest.raises(InputError, match=r"valid YAML") as caught:
+            load([write("")], [f"{key}={text}"])
+        assert "problems" not in str(caught.value)
+
+
 def test_resolved_yaml_says_every_value_and_its_origin(write: Write) -> None:
     loaded = load([write("")], ["data.system=a\nb"])
     text = resolved(loaded, write).read_text()

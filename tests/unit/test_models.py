@@ -158,6 +158,15 @@ def test_a_missing_pad_token_becomes_eos(broken: Path) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
 
 
+def test_mistral_folders_of_both_formats_have_the_usual_tokenizer(broken: Path) -> None:
+    edit_json(broken / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
+    (broken / "tekken.json").write_text("{}")  # transformers would read this one, with mistral-common installed
+    assert load_tokenizer(broken).added_tokens_decoder
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"needs its tokenizer in Hugging Face's format \(got tekken.json alone"):
+        load_tokenizer(broken)
+
+
 def test_a_tokenizer_that_cannot_end_is_refused(broken: Path) -> None:
     edit_json(broken / "tokenizer_config.json", pad_token=None, eos_token=None)
     with pytest.raises(InputError, match="eos_token"):
@@ -193,6 +202,27 @@ def test_a_token_for_what_is_no_text_needs_no_embedding(broken: Path) -> None:
     tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
     tokenizer.save_pretrained(broken)
     assert len(load_tokenizer(broken)) == 321
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_token_that_only_pads_needs_no_embedding(broken: Path, ends: bool) -> None:
+    tokenizer: Any = load_tokenizer(broken)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"} | ({"eos_token": "[PAD]"} if ends else {}))
+    tokenizer.save_pretrained(broken)
+    if ends:
+        with pytest.raises(InputError, match=r"got '\[PAD\]' with id 320 for 320 rows"):
+            load_tokenizer(broken)
+    else:
+        assert load_tokenizer(broken).pad_token_id == 320
+
+
+def test_a_reward_model_needs_an_embedding_for_its_padding(broken: Path) -> None:
+    from rlaif_ray.learner.supervised import describe_reward_model
+
+    tokenizer: Any = load_tokenizer(broken)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(InputError, match=r"got '\[PAD\]' with id 320 for 320 rows"):
+        describe_reward_model(load_config(broken), tokenizer)
 
 
 def test_more_embeddings_than_tokens_are_fine(broken: Path) -> None:

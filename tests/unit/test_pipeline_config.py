@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from rlaif_ray.config.load import load_job
 from rlaif_ray.config.pipeline import Pipeline, load_pipeline
+from rlaif_ray.config.resolved import resolved_yaml
 from rlaif_ray.errors import FeedbackError, InputError, RunError
 from rlaif_ray.pipelines.chat_date import pipeline_date
 from rlaif_ray.pipelines.pipeline import (
@@ -134,7 +136,7 @@ def test_a_value_of_another_type_drops_the_former_ones_keys(folder: Path) -> Non
     ("change", "told"),
     [
         (lambda w: w["stages"]["sft"].update(job="stf"), r"stages.sft.job must be a job .*did you mean 'sft'"),
-        (lambda w: w["stages"]["sft"].pop("job"), r"stages.sft.job must be a job \(got None\)"),
+        (lambda w: w["stages"]["sft"].pop("job"), r"stages.sft.job must be a job \(got nothing\)"),
         (lambda w: w["stages"]["sft"].update(lerner={}), r"stage sft: .*lerner.*learner"),
         (lambda w: w["stages"]["sft"].update(learner={"lr": -1}), r"stage sft: learner.lr .*pipeline.yaml, line \d+"),
         (lambda w: w["stages"]["sft"].update(data={"path": "stage:revis"}), r"names no stage: did you mean 'revise'"),
@@ -172,6 +174,71 @@ def test_all_problems_are_told_at_once(folder: Path) -> None:
     message = complaint(folder, change)
     assert "3 problems" in message
     assert all(part in message for part in ("stage sft: learner.lr", "stage pairs: sampling.temp", "stages.dpo.job"))
+
+
+def test_a_revision_belongs_to_the_model_that_it_was_given_with(folder: Path) -> None:
+    what = values(folder)
+    what["shared"]["policy"] = {"model": "org/base", "revision": "abc"}
+    what["stages"]["dpo"]["policy"] = {"model": "org/other"}
+    what["stages"]["rm"]["policy"] = {"model": "org/other", "revision": "x"}
+    revisions = {
+        stage.name: stage.config.policy.revision for stage in load(folder, what).stages if stage.job != "label"
+    }
+    assert revisions == {"revise": "abc", "sft": "abc", "pairs": None, "rlaif": None, "dpo": None, "rm": "x"}
+    what["shared"] = {"policy": {"revision": "abc"}}
+    what["stages"] = {"sft": what["stages"]["sft"] | {"data": {"path": "x"}, "policy": {"model": "org/base"}}}
+    (sft,) = load(folder, what).stages
+    assert sft.config.policy.revision == "abc"
+
+
+def test_what_was_typed_as_text_loads_again(folder: Path) -> None:
+    typed = ["shared.policy.revision=4867e52", "shared.policy.model=org/base", "stages.pairs.data.column=1e5"]
+    typed += ["stages.revise.data.system='tis the season", "stages.sft.learner.lr=1e-7"]
+    pipeline = load(folder, None, *typed)
+    assert pipeline.config.shared["policy"]["revision"] == "4867e52"
+    assert pipeline.config.stages["pairs"]["data"]["column"] == "1e5"
+    assert pipeline.config.stages["sft"]["learner"]["lr"] == 1e-7
+    (folder / "again.yaml").write_text(resolved_yaml(pipeline, {}, None))
+    again = load_pipeline([folder / "again.yaml"])
+    assert again.stages == pipeline.stages and again.config == pipeline.config
+    by_name = {stage.name: stage.config for stage in again.stages}
+    assert by_name["revise"].data.system == "'tis the season"
+
+
+def test_what_is_no_text_and_no_yaml_is_one_problem(folder: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(folder, None, "stages.sft.learner.lr=[1")
+    assert "valid YAML" in str(caught.value) and "problems" not in str(caught.value)
+
+
+def test_what_is_missing_names_the_pipeline(folder: Path) -> None:
+    told = complaint(folder, lambda what: what["stages"]["sft"].pop("data"))
+    file = folder / "pipeline.yaml"
+    assert f"stage sft: data.path must be set (got nothing from stages.sft or shared of {file})" in told
+    assert "Add `stages: {sft: {data: {path: " in told
+
+
+def test_an_overlay_alone_is_told_so(folder: Path) -> None:
+    told = complaint(folder, lambda what: [stage.pop("job") for stage in what["stages"].values()])
+    assert "no stage of" in told and "Name that file before it" in told
+    assert "problems" not in told and "None" not in told
+    told = complaint(folder, lambda what: [stage.update(job="x") for stage in what["stages"].values()])
+    assert "must be a job (got 'x')" in told and "section of no stage" not in told
+
+
+def test_a_pipeline_in_the_place_of_a_job_is_one_problem(folder: Path) -> None:
+    load(folder)
+    with pytest.raises(InputError) as caught:
+        load_job("train", [folder / "pipeline.yaml"])
+    assert "is a pipeline (got stages" in str(caught.value) and "rlaif pipeline " in str(caught.value)
+    assert "problems" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [lambda file: load_job("train", [file]), lambda file: load_pipeline([file])])
+def test_of_a_file_that_is_not_there_nothing_is_missing(folder: Path, read: Callable[[Path], Any]) -> None:
+    with pytest.raises(InputError) as caught:
+        read(folder / "no.yaml")
+    assert "does not exist" in str(caught.value) and "must be set" not in str(caught.value)
 
 
 # ---- Addresses -------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ DECLARED = {
         *("EngineConfig.max_context", "RewardModelFeedback.max_context", "OpenAIJudge.base_url"),
         *("OpenAIJudge.max_prompt_chars", "LearnerConfig.nonfinite", "LearnerConfig.nonfinite_limit"),
         "PreferenceDataConfig.limit",  # of pairs to label
+        "PolicyConfig.save_precision",
     },
 }
 

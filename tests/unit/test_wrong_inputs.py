@@ -152,7 +152,17 @@ CONFIG_LEVEL = [
     ),
     Wrong("top_p", "sampling: {top_p: 0.9}", says=("sampling.top_p must be 1", "got 0.9", "temperature instead")),
     Wrong("top_k", "sampling: {top_k: 50}", says=("sampling.top_k must be 0", "got 50", "temperature instead")),
-    Wrong("temperature 0", "sampling: {temperature: 0}", says=("sampling.temperature", "at least 0.01", "default, 1")),
+    Wrong(
+        "temperature 0",
+        "sampling: {temperature: 0}",
+        says=(
+            "sampling.temperature",
+            "at least 0.01 (got 0)",
+            "at 0 vLLM takes the likeliest token",
+            "training needs samples",
+            "default, 1",
+        ),
+    ),
     Wrong("temperature that vLLM raises", "sampling: {temperature: 0.001}", says=("at least 0.01", "vLLM raises")),
     Wrong(
         "no room for a prompt",

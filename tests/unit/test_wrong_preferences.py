@@ -53,6 +53,23 @@ CASES = [
         ("sampling.temperature must be 0 or at least 0.01 (got 0.009)", "greedy"),
         job="sample",
     ),
+    Wrong(
+        "greedy responses to compare",
+        "sampling: {temperature: 0}",
+        (),
+        ("sampling.temperature must be at least 0.01 (got 0)", "greedy responses are all the same"),
+        job="pairs",
+    ),
+    label(
+        "no end of an answer",
+        "judge: {type: openai, model: m, price_in: 1, max_cost: 1, extra_body: {max_completion_tokens: -1}}",
+        ("judge.extra_body.max_completion_tokens must be null or a whole number of at least 1 (got -1)",),
+    ),
+    label(
+        "a limit in quotes",
+        "judge: {type: openai, model: m, extra_body: {max_tokens: '256'}}",
+        ("judge.extra_body.max_tokens must be null or a whole number of at least 1 (got '256')",),
+    ),
     label("unknown judge type", "judge: {type: gpt}", ("judge.type must be one of vllm, openai, longer",)),
     label("key of another judge", "judge: {type: longer, model: x}", ("judge.model", "judge.type=vllm")),
     label(

@@ -168,6 +168,15 @@ def test_a_turn_ends_as_the_template_ends_it(family: str, eos: str | None) -> No
     assert said == (TURN_ENDS[family] if by_template or eos is None else eos)
 
 
+def test_a_turn_ends_with_an_added_token_that_is_not_special() -> None:
+    """As Phi 3's <|end|> in some of its tokenizers; the longest one, where one begins as another does."""
+    tokenizer = tokenizer_of("phi-3")
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.add_tokens(["<|end|>", "<|end|>x", "<|en"], special_tokens=False)
+    assert "<|end|>" not in ChatRenderer(tokenizer).control
+    assert tokenizer.decode(ChatRenderer(tokenizer).turn_end()) == "<|end|>"
+
+
 def test_without_a_template_a_text_ends_with_eos() -> None:
     tokenizer = tokenizer_of("chatml")
     tokenizer.chat_template = None

@@ -227,7 +227,7 @@ def test_what_is_trained_is_what_is_saved(
     adapted = {f"{path}.weight" for path in plan.layers} | set(plan.experts)
     changed = {key for key, weight in merged_weights(model).items() if not torch.equal(weight, before[key])}
     assert changed and changed <= adapted
-    save_model_folder(model, make_tokenizer(None), merged_state(model, keep=True), tmp_path)
+    save_model_folder(model, lambda: make_tokenizer(None), merged_state(model, keep=True), tmp_path)
     saved, report = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -263,7 +263,7 @@ def test_a_reward_model_of_any_decoder(
     try_merge(model, lambda: module(batch), name, seed=0)
     learn(model, lambda: module(batch) @ torch.tensor([1.0, -1.0]))
     rewards = module(batch).detach()
-    save_model_folder(model, make_tokenizer(None), merged_state(model, keep=True), tmp_path)
+    save_model_folder(model, lambda: make_tokenizer(None), merged_state(model, keep=True), tmp_path)
     saved, new = load_sequence_classifier(tmp_path, dtype=torch.float32, attention="eager")
     assert not new
     for i in (0, 1):

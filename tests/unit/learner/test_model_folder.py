@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.engine import RankSpec, save_model_folder, try_saving
+from rlaif_ray.learner.finetune import stop_at
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.models import load_causal_lm
 from tests.jobs import embedded
@@ -66,7 +67,7 @@ def test_settings_for_generation_are_kept(given: dict[str, Any], kept: dict[str,
     model = model_with(tmp_path / "start", **given)
     try_saving(model, lambda: make_tokenizer(None), "start")
     target = tmp_path / "target"
-    save_model_folder(model, make_tokenizer(None), ModelState(model).full_state(keep=True), target)
+    save_model_folder(model, lambda: make_tokenizer(None), ModelState(model).full_state(keep=True), target)
     found = json.loads((target / "generation_config.json").read_text())
     assert found == found | given | kept
     assert weights_are_whole(model, target)
@@ -80,9 +81,51 @@ def test_what_cannot_be_saved_costs_no_weights(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the tokenizer of model start can't be saved \(TypeError: Object of type"):
         try_saving(model, Unsavable, "start")
     with pytest.raises(RunError, match=r"target has the trained weights.*TypeError: Object of type.*tokenizer"):
-        save_model_folder(model, Unsavable(), ModelState(model).full_state(keep=True), target)
+        save_model_folder(model, Unsavable, ModelState(model).full_state(keep=True), target)
     assert weights_are_whole(model, target)
     assert (target / "config.json").exists()
+
+
+def no_tokenizer() -> Any:
+    raise InputError("the model's folder is gone")
+
+
+def no_template(config: Any, generation: Any, tokenizer: Any) -> None:
+    raise AttributeError("'NoneType' object has no attribute 'eos_token_id'")
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "prepare", "cast"])
+def test_whatever_fails_at_the_save_costs_no_weights(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_with(tmp_path / "start")
+    target = tmp_path / "target"
+    model.save_pretrained(target)  # what an earlier end of the run left there
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    if what == "cast":
+        monkeypatch.setattr("rlaif_ray.learner.engine.cast", lambda *_: no_template(None, None, None))
+    load = no_tokenizer if what == "tokenizer" else lambda: make_tokenizer(None)
+    state = ModelState(model).full_state(keep=True)
+    with pytest.raises(RunError, match="target has the trained weights"):
+        save_model_folder(model, load, state, target, prepare=no_template)
+    assert weights_are_whole(model, target)
+
+
+def test_what_is_prepared_at_the_end_is_tried_at_the_start(tmp_path: Path) -> None:
+    model = model_with(tmp_path / "start", eos_token_id=2)
+
+    def prepare(config: Any, generation: Any, tokenizer: Any) -> None:
+        config.note, generation.eos_token_id = "x", 3
+
+    try_saving(model, lambda: make_tokenizer(None), "start", prepare)
+    assert not hasattr(model.config, "note") and model.generation_config.eos_token_id == 2  # only tried
+    with pytest.raises(InputError, match=r"model start can't be made ready .*NoneType"):
+        try_saving(model, lambda: make_tokenizer(None), "start", no_template)
+
+
+def test_a_model_without_settings_for_generation_stops_nowhere_else() -> None:
+    stop_at(None, (3,))
 
 
 def test_a_config_that_cannot_be_saved_costs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +135,7 @@ def test_a_config_that_cannot_be_saved_costs_no_weights(tmp_path: Path, monkeypa
     with pytest.raises(InputError, match="the config of model start"):
         try_saving(model, lambda: make_tokenizer(None), "start")
     with pytest.raises(RunError, match=r"target has the trained weights"):
-        save_model_folder(model, make_tokenizer(None), ModelState(model).full_state(keep=True), target)
+        save_model_folder(model, lambda: make_tokenizer(None), ModelState(model).full_state(keep=True), target)
     assert weights_are_whole(model, target)
 
 

@@ -105,7 +105,7 @@ def logprobs(model: Any) -> Tensor:
 def test_a_saved_folder_computes_what_was_trained(name: str, tmp_path: Path) -> None:
     model = build(name)
     state = ModelState(model)
-    save_model_folder(model, make_tokenizer(None), state.full_state(keep=True), tmp_path)
+    save_model_folder(model, lambda: make_tokenizer(None), state.full_state(keep=True), tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no dict)
     assert {name: shape for name, _, shape in state.metadata()} == saved

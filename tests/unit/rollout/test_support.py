@@ -72,6 +72,12 @@ SPEC = EngineSpec(
 )
 
 
+def test_mistral_engines_read_the_tokenizer_that_learner_and_judges_read() -> None:
+    config = transformers.MistralConfig()
+    assert engine_arguments(SPEC, config)["tokenizer_mode"] == "hf"
+    assert "tokenizer_mode" not in engine_arguments(SPEC)
+
+
 def test_the_users_engine_arguments_win() -> None:
     from dataclasses import replace
 
