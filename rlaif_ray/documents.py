@@ -198,8 +198,7 @@ def _is_deep(data: bytes) -> bool:
     not grow with the data."""
     if data.count(b"[") + data.count(b"{") <= DEPTH:
         return False
-    start, in_string = 0, False
-    unclosed: bytes | None = b""
+    start, in_string, unclosed = 0, False, b""
     while start < len(data):
         block = data[start : start + _BLOCK]
         backslashes = len(block) - len(block.rstrip(b"\\"))
@@ -209,9 +208,10 @@ def _is_deep(data: bytes) -> bool:
         parts = block.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
         outside = b"".join(parts[in_string::2])  # of strings
         in_string ^= len(parts) % 2 == 0
-        unclosed = _unclosed(unclosed + outside.translate(_ONE_KIND, _NO_BRACKETS))
-        if unclosed is None:
+        left = _unclosed(unclosed + outside.translate(_ONE_KIND, _NO_BRACKETS))
+        if left is None:
             return True
+        unclosed = left
     return False
 
 

@@ -448,7 +448,7 @@ def test_a_hub_id_that_is_not_there(hub: dict[str, Any]) -> None:
         raise ConnectionError("no\nroute")
 
     hub["load"] = load
-    with pytest.raises(InputError, match=r"'me/pairs' are neither a file here, .*\(got: no route\)"):
+    with pytest.raises(InputError, match=r"'me/pairs' are neither a file here .*\(got: no route\)"):
         check_readable("me/pairs")
 
 
