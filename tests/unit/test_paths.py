@@ -13,11 +13,10 @@ from rlaif_ray.config.load import load_job
 from rlaif_ray.config.pipeline import load_pipeline
 from rlaif_ray.errors import CheckpointError, InputError
 from rlaif_ray.evaluation.report.runs import _stage_folders
-from rlaif_ray.pipelines.checkpoint import Checkpoints
+from rlaif_ray.pipelines.checkpoint import _steps
 from rlaif_ray.storage import Place, StoredFolder
 from rlaif_ray.tracking.wandb_run import keep_run_id
 from tests.jobs import embedded
-from tests.unit.pipelines.test_checkpoint import job
 
 NAMES = [
     "../x",
@@ -77,7 +76,7 @@ def test_a_report_opens_no_stage_elsewhere(name: str, tmp_path: Path) -> None:
 def test_a_checkpoint_names_no_file_elsewhere(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no"):
         StoredFolder(Place(str(tmp_path)), {}).file(name)
-    assert Checkpoints(job(), Place(str(tmp_path / "nowhere")))._steps() == []
+    assert _steps(Place(str(tmp_path / "nowhere"))) == []
 
 
 def test_a_wandb_id_from_a_checkpoint_is_one_of_ours(name: str, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class TestFolders:
         stored(final, a=b"1")
         path = tmp_path / "step-1" / MANIFEST
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
-        with pytest.raises(CheckpointError, match=r"is of format 1, and this rlaif_ray reads 2: go on with"):
+        with pytest.raises(CheckpointError, match=r"is of format 1, and this rlaif_ray reads 3: go on with"):
             open_folder(final)
 
     @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "x/../../a", "", "..", "a\0b"])

@@ -454,7 +454,7 @@ class TestSecrets:
         config = {
             "sampling": {"max_new_tokens": 64, "prompt_tokens": 3, "monkey": "m"},
             "learner": {"tokens_per_micro_batch": 4096},
-            "judge": {"api_key": "a", "hfToken": "b", "headers": {"Authorization": "Bearer c"}, "api_keys": ["d"]},
+            "judge": {"api_key": "x1", "hfToken": "b", "headers": {"Authorization": "Bearer c"}, "api_keys": ["d"]},
             "password": "e",
             "client-secret": {"inner": ["f", 7]},
             "token": None,

@@ -162,7 +162,7 @@ def started(spec: RankSpec, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["train", "sft"])
 def test_every_learner_tries_before_its_first_step(kind: str, one_rank: RankProcesses) -> None:
     (said,) = one_rank.run(started, kind)
-    assert "the tokenizer of model" in said and "can't be saved" in said
+    assert "tokenizer of model" in said and "can't be " in said
 
 
 # Checkpoints with quantised weights, which transformers turns back when it saves
