@@ -178,7 +178,7 @@ def test_no_cluster_answers(folder: Path, config: Path) -> None:
     program = finish_train(config, f"cluster.address={address}", run_dir=run_dir)
     assert program.exit_code == 2
     assert program.left_over == []
-    assert program.stderr.startswith(f"rlaif: no Ray cluster answers at cluster.address={address}")
+    assert program.stderr.startswith(f"rlaif: no Ray cluster answers at {address} (named by cluster.address)")
     assert "cluster.address=local" in program.stderr and len(program.stderr.splitlines()) == 1
     assert {path.name: path.read_text() for path in run_dir.iterdir()} == {"metrics.jsonl": '{"step": 1}\n'}
 
