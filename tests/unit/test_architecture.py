@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -282,3 +283,9 @@ def test_function_lengths_are_counted() -> None:
 @pytest.mark.parametrize("call", ["print(x)", "typer.echo(x)", "Console(file=f)", "sys.stderr.write(x)"])
 def test_other_doors_to_the_terminal_are_found(call: str) -> None:
     assert unshown(f"def f():\n    {call}\n") == [2]
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Folders of tests are no packages: pytest would take one file for the other, and run neither."""
+    names = Counter(path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py"))
+    assert {name for name, count in names.items() if count > 1} == set()
