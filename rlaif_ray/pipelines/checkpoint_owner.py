@@ -88,8 +88,9 @@ class Ownership:
             CheckpointError: it can't be written.
         """
         found, known_as = self._found(), _run_id(self._run_dir)
-        run = known_as if known_as and not (found and self._take_over) else None
-        run = run or (found.run if found and not self._take_over else uuid.uuid4().hex)
+        run = known_as or (found.run if found else None)
+        if run is None or (found is not None and self._take_over):  # the run that had the place keeps its id
+            run = uuid.uuid4().hex
         process = f"process {os.getpid()} on {socket.gethostname()}"
         self._session = uuid.uuid4().hex
         since = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
-import select
 import subprocess
 import sys
 import threading
@@ -23,6 +21,7 @@ from rlaif_ray.output import DroppingStream, ShownStream, SurvivingStream, on_on
 from rlaif_ray.tracking.progress import ItemProgress, print_columns, print_table
 from tests.endpoint import FakeEndpoint, FaultProxy
 from tests.pace import scaled
+from tests.terminal import on_a_terminal
 
 # Sets a title, clears the screen, hides, links, reverses the reading order, and is invisible.
 POISON = (
@@ -295,24 +294,6 @@ with ItemProgress(poison, 2, "rows") as progress:
     progress.advance(2)
 print_table(poison, [(poison, poison), *((secret, secret) for secret in SECRETS)])
 """
-
-
-def on_a_terminal(*command: str, **variables: str) -> bytes:
-    """What a program writes to a terminal."""
-    variables = {"COLUMNS": "110"} | variables
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execve(command[0], command, {**os.environ, **variables, "TERM": "xterm-256color"})
-    seen = b""
-    while select.select([terminal], [], [], 60)[0]:
-        try:
-            seen += os.read(terminal, 65536)
-        except OSError:  # closed by the program's end
-            break
-    os.close(terminal)
-    assert os.waitpid(pid, 0)[1] == 0, seen
-    return seen
 
 
 def test_a_terminal_draws_and_texts_do_not(tmp_path: Path) -> None:

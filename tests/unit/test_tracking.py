@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import signal
 import struct
 import subprocess
@@ -26,6 +24,7 @@ from rlaif_ray.secrecy import without_secrets
 from rlaif_ray.tracking import Tracker, open_tracker, print_summary
 from rlaif_ray.tracking.files import keep_rows
 from rlaif_ray.tracking.memory import PeakMemory
+from tests.terminal import on_a_terminal
 
 OFF = TrackingConfig(wandb="disabled")
 ROOT = Path(__file__).resolve().parents[2]
@@ -425,19 +424,7 @@ class TestProgress:
                         metrics.add({{"reward/mean": 0.25}})
                         time.sleep(0.6)
         """
-        pid, terminal = pty.fork()
-        if pid == 0:
-            os.chdir(ROOT)
-            environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110"}
-            os.execve(sys.executable, [sys.executable, "-c", program], environment)
-        seen = b""
-        while select.select([terminal], [], [], 60)[0]:
-            try:
-                seen += os.read(terminal, 65536)
-            except OSError:  # closed by the program's end
-                break
-        os.close(terminal)
-        assert os.waitpid(pid, 0)[1] == 0
+        seen = on_a_terminal(sys.executable, "-c", program, TERM="xterm")
         text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", seen.decode())
         assert re.search(r"\[0:0\d\] a \[note\]", text)
         assert "a library's line" in text

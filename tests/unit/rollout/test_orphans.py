@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from rlaif_ray.rollout.orphans import ENGINE_PROCESS, end_with_parent
-from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
+from rlaif_ray.rollout.vllm_engine import engine_environment
 from tests.pace import scaled
+from tests.unit.rollout.test_support import SPEC
 
 ROOT = Path(__file__).parents[3]
 
@@ -87,20 +89,6 @@ if __name__ == "__main__":
     print(*told.get(), type(sys.stdout).__name__, any(t.name == "end with parent" for t in threading.enumerate()))
     process.join()
 """
-SPEC = EngineSpec(
-    model="m",
-    revision=None,
-    trust_remote_code=False,
-    dtype="float32",
-    device="cpu",
-    max_context=8,
-    tensor_parallel=2,
-    gpu_memory_utilization=0.5,
-    kv_cache_gb=1.0,
-    seed=0,
-    threads=1,
-    transfer_backend=None,
-)
 
 
 @pytest.mark.parametrize("whose", ["our engine's", "a user's server's"])
@@ -112,7 +100,7 @@ def test_what_vllm_starts_for_an_engine_ends_with_it_and_nothing_else_does(tmp_p
     (tmp_path / "vllm/distributed/weight_transfer/factory.py").write_text(
         "class WeightTransferEngineFactory:\n    _registry = {'shm': None}\n"
     )
-    ours = engine_environment(SPEC) if whose == "our engine's" else {}
+    ours = engine_environment(replace(SPEC, tensor_parallel=2)) if whose == "our engine's" else {}
     environment = {name: value for name, value in os.environ.items() if name != ENGINE_PROCESS} | ours
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
