@@ -32,6 +32,7 @@ LOCK, CPU_LOCK = ROOT / "requirements" / "gpu.lock", ROOT / "requirements" / "cp
 PYTHONS = ("3.11", "3.12")
 PLATFORM = "x86_64-manylinux_2_31"
 EXTRAS = ("gpu", "s3")
+UV = find_uv_bin()  # once, before there are threads: it reads Python's build variables, which they would load twice
 ROUNDS = 4  # until all Pythons have the same versions
 HEADER = """\
 # What cluster/Containerfile installs on GPU nodes, on Linux x86_64 with CUDA 13 and Python 3.11 or 3.12:
@@ -128,7 +129,7 @@ def resolved(constraints: Mapping[str, str]) -> dict[str, Pin]:
 
 def resolve(python: str, constraints: Mapping[str, str]) -> dict[str, Pin]:
     """On one Python."""
-    command = [find_uv_bin(), "--quiet", "pip", "compile", "pyproject.toml", "--format=pylock.toml", "--no-header"]
+    command = [UV, "--quiet", "pip", "compile", "pyproject.toml", "--format=pylock.toml", "--no-header"]
     command += [f"--python-version={python}", f"--python-platform={PLATFORM}", *(f"--extra={name}" for name in EXTRAS)]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.writelines(f"{name}{what}\n" for name, what in constraints.items())

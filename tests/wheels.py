@@ -11,7 +11,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import tomllib
 import urllib.error
@@ -20,6 +19,8 @@ import zipfile
 from functools import cache, cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from uv import find_uv_bin
 
 from rlaif_ray.models import cache_folder
 from tests.pace import scaled
@@ -41,15 +42,20 @@ def uv(*arguments: str, text: str = "", folder: Path | None = None) -> str:
         NoIndexError: no index answers.
         AssertionError: any other failure, with uv's words.
     """
-    command = [str(Path(sys.executable).parent / "uv"), "--quiet", "pip", *arguments]
+    command = [find_uv_bin(), "--quiet", "pip", *arguments]
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run(
             command, input=text, cwd=folder or empty, capture_output=True, text=True, timeout=scaled(240)
         )
+    answered(done)
+    return done.stdout
+
+
+def answered(done: subprocess.CompletedProcess[str]) -> None:
+    """Raises what `uv` raises, of a program that ran it."""
     if done.returncode and any(words in done.stderr for words in NO_INDEX):
         raise NoIndexError(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 class Wheel:
