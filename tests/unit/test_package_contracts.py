@@ -8,8 +8,10 @@ that a new use is checked without a new line here. None of this runs vLLM.
 from __future__ import annotations
 
 import ast
-import sys
+import inspect
+import selectors
 import tomllib
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
@@ -18,11 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from torch.nn.attention.varlen import varlen_attn
 
 from rlaif_ray.rollout import weight_transfer
 from rlaif_ray.rollout.support import _GENERATING
 from rlaif_ray.rollout.vllm_engine import SLEEPING, EngineSpec, engine_arguments, engine_environment
-from tests.signatures import Class, Found, Function, Module, Sources, signature, takes
+from tests.signatures import Class, Found, Function, Sources, signature, takes
 from tests.uses import ROOT, Use, calls_on, uses
 from tests.wheels import NoIndexError, wheel
 
@@ -42,14 +45,17 @@ def bound(package: str, operator: str) -> str:
     return version
 
 
+def in_folder(folder: Path) -> Callable[[str], str | None]:
+    return lambda name: (folder / name).read_text() if (folder / name).is_file() else None
+
+
 @cache
 def sources(package: str, which: str) -> Sources:
     """Of the installed release, of the oldest that pyproject.toml allows, or of the newest."""
     if which == "installed":
         spec = find_spec(package)
         assert spec is not None and spec.origin is not None
-        folder = Path(spec.origin).parents[1]
-        return Sources(lambda name: (folder / name).read_text() if (folder / name).is_file() else None)
+        return Sources(in_folder(Path(spec.origin).parents[1]))
     asked = f"{package}=={bound(package, '>=')}" if which == "oldest" else str(supported(package))
     try:
         return Sources(wheel(asked).read)
@@ -135,6 +141,19 @@ def test_what_we_import_call_and_subclass_is_there(vllm: Sources) -> None:
     found = uses("vllm")
     assert len(found) > 30 and {use.name for use in found} >= {"LLM", "SamplingParams", "WeightTransferEngine"}
     assert [f"{use.place}: {why}" for use in found if (why := missing(vllm, use)) is not None] == []
+
+
+OTHERS = ["torch", "transformers", "peft", "datasets"]
+
+
+@pytest.mark.parametrize("which", ["installed", pytest.param("oldest", marks=LONG)])
+@pytest.mark.parametrize("package", OTHERS)
+def test_what_we_use_of_other_packages_is_in_the_oldest_that_we_allow(package: str, which: str) -> None:
+    """From within them: what they offer at their top is partly made at run time, and is not read here."""
+    here = sources(package, which)
+    found = [use for use in uses(package) if use.module != package]
+    assert found
+    assert [f"{use.place}: {why}" for use in found if (why := missing(here, use)) is not None] == []
 
 
 @pytest.mark.parametrize(
@@ -399,23 +418,19 @@ def test_the_account_of_a_reload_has_what_we_read(vllm: Sources) -> None:
 
 
 def test_this_reader_agrees_with_python() -> None:
-    """Signatures read from source against those of the imported classes."""
-    import inspect
-
-    from vllm.distributed.weight_transfer import base, nccl_common
-    from vllm.logprobs import Logprob
-
-    here = sources("vllm", "installed")
-    for owner, name in ((base, "WeightTransferUpdateRequest"), (nccl_common, "NCCLWeightTransferInitInfo")):
-        real = inspect.signature(getattr(owner, name)).parameters
-        fields = Class(defined(here, owner.__name__, name)).fields
-        assert fields == {key: value.default is not value.empty for key, value in real.items()}
-    assert list(Class(defined(here, "vllm.logprobs", "Logprob")).fields) == list(Logprob.__dataclass_fields__)
-    assert Class(defined(here, f"{TRANSFER}.base", "WeightTransferEngine")).abstract == set(
-        base.WeightTransferEngine.__abstractmethods__
-    )
-    found = defined(here, f"{TRANSFER}.nccl_common", "trainer_init").node
+    """What it reads from sources against what the imported modules say."""
+    ours = Class(defined(Sources(in_folder(ROOT)), EngineSpec.__module__, "EngineSpec")).fields
+    real = inspect.signature(EngineSpec).parameters
+    assert ours == {name: each.default is not each.empty for name, each in real.items()}
+    library = Sources(in_folder(Path(selectors.__file__).parent))
+    for name in ("BaseSelector", "SelectSelector"):  # the second inherits and implements, over two more classes
+        read = Class(defined(library, "selectors", name))
+        assert read.abstract == set(getattr(selectors, name).__abstractmethods__)
+        assert {method for method in read.attributes if not method.startswith("_")} <= set(
+            dir(selectors.SelectSelector)
+        )
+    found = defined(sources("torch", "installed"), "torch.nn.attention.varlen", "varlen_attn").node
     assert isinstance(found, Function)
-    real = inspect.signature(nccl_common.trainer_init).parameters
-    assert list(signature(found).parameters) == list(real)
-    assert isinstance(here.module("vllm"), Module) and "vllm" in sys.modules
+    for name, each in inspect.signature(varlen_attn).parameters.items():
+        read_one = signature(found).parameters[name]
+        assert (read_one.kind, read_one.default is each.empty) == (each.kind, each.default is each.empty)
