@@ -1,7 +1,7 @@
 """Runs the steps of steps.py one after the other: each within its time, logged whatever becomes of the others.
 
-Needs nothing but Python: it must say what failed where nothing can be imported. After every step, and before it, $OUT
-holds a complete account: summary.jsonl (a line for the run, then one a step), summary.txt (the same to read) and log.txt.
+Needs nothing but Python: it must say what failed where nothing can be imported. Before and after every step $OUT holds a
+complete account: summary.jsonl (a line for the run, then one a step), summary.txt (the same to read) and log.txt.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all steps (default %(default)g)")
     parser.add_argument("--from", dest="start", metavar="STEP", help="leave out the steps before this one")
-    parser.add_argument(
-        "--only", nargs="+", metavar="STEP", help="steps by name; checks and figures name all of a kind"
-    )
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps; checks, figures: all of a kind")
     parser.add_argument("--list", action="store_true", help="say which steps there are, and run none")
     parser.add_argument("--steps", type=Path, help="a JSON file of other steps, to try this script")
     return parser.parse_args()
