@@ -1,7 +1,7 @@
 """Runs the steps of steps.py one after the other: each within its time, logged whatever becomes of the others.
 
-Needs nothing but Python: it must say what failed where nothing can be imported. Before and after every step $OUT holds a
-complete account: summary.jsonl (a line for the run, then one a step), summary.txt (the same to read) and log.txt.
+Needs nothing but Python: it must say what failed where nothing can be imported. Before and after every step $OUT holds
+a complete account: summary.jsonl (a line for the run, then one a step), summary.txt (the same to read) and log.txt.
 """
 
 from __future__ import annotations

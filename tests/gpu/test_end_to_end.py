@@ -1,4 +1,4 @@
-"""The job of configs/cluster/1gpu.yaml on one GPU: its layout, with models, prompts and lengths small enough to wait for.
+"""The job of configs/cluster/1gpu.yaml on one GPU: its layout, with small models, prompts and lengths.
 
 Rollout engine, judge and learner share the GPU, weights go by IPC, and nobody says how large a KV cache is.
 """
