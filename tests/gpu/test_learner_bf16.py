@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -107,11 +107,22 @@ def train(run: Run) -> dict[str, Any]:
 
 
 @cache
+def pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+
+
+@cache
 def started() -> dict[Run, Future[dict[str, Any]]]:
     """All runs, a few at a time."""
     gpu_model()  # here, so that no child need
-    pool = ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    return {run: pool.submit(train, run) for run in RUNS}
+    return {run: pool().submit(train, run) for run in RUNS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended() -> Iterator[None]:
+    """Runs that no test asked for are not waited for."""
+    yield
+    pool().shutdown(wait=False, cancel_futures=True)
 
 
 def trained(stage: int, budget: int = 4096, **options: bool) -> dict[str, Any]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,7 +168,7 @@ def test_steps_without_time_are_said(tmp_path: Path) -> None:
 
 def test_an_endless_log_is_shortened(tmp_path: Path) -> None:
     assert (
-        run(tmp_path, [step("talks", "echo begin; yes | head -c 5000000; echo end"), step("next", "echo after")])[0]
+        run(tmp_path, [step("talks", "echo begin; yes | head -c 2000000; echo end"), step("next", "echo after")])[0]
         == 0
     )
     log = (tmp_path / "out" / "log.txt").read_text()
@@ -215,6 +219,54 @@ def test_the_runner_needs_nothing_but_python() -> None:
                 top = module.partition(".")[0]
                 own = module in ("tests.gpu.record", "tests.gpu.steps", "tests.gpu.quarter_hour")
                 assert top in sys.stdlib_module_names or own, (name, module)
+
+
+def test_what_was_carried_is_unpacked(tmp_path: Path) -> None:
+    """With a kit of one file, as the kit's own unpack.sh leaves it, and one more wheel."""
+    kit, extras, site = tmp_path / ".gpukit" / "t1-1", tmp_path / ".gpuextras", tmp_path / "site"
+    kit.mkdir(parents=True)
+    extras.mkdir()
+    site.mkdir()
+    (kit / "unpack.sh").write_text('echo "export A=1" > "$GPUKIT_SITE/.env"; echo "shell text"; echo "parts: $@" >&2\n')
+    with zipfile.ZipFile(extras / "more-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("more_of_it.py", "X = 1\n")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+
+    def unpack() -> str:
+        done = subprocess.run(
+            ["bash", str(ROOT / "tests" / "gpu" / "unpack.sh")],
+            cwd=tmp_path,
+            env=os.environ | {"GPUKIT_SITE": str(site), "PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    assert "1 parts of the kit and 1 more wheels" in unpack()
+    assert (site / "more_of_it.py").exists()
+    (here,) = distributions(path=[str(site)])
+    points = {(e.group, e.name, e.value) for e in here.entry_points}
+    assert ("vllm.general_plugins", "rlaif_ray", "rlaif_ray.rollout.weight_transfer:register") in points
+    shutil.rmtree(kit.parent)  # a later command carries nothing
+    assert "unpacked before" in unpack()
+    shutil.rmtree(site)
+    assert "no kit was carried" in unpack()
+
+
+def test_a_check_without_a_gpu_fails_under_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere it is skipped, which the script would take for passed."""
+    from tests.gpu import conftest
+
+    if conftest.why_not() is None:
+        pytest.skip("there is a GPU")
+    marks: list[Any] = []
+    check: Any = SimpleNamespace(path=conftest.HERE / "test_x.py", add_marker=marks.append)
+    conftest.pytest_collection_modifyitems([check])
+    assert [m.name for m in marks] == ["gpu", "skip"]
+    monkeypatch.setenv("RLAIF_GPU_REQUIRED", "1")
+    with pytest.raises(pytest.UsageError, match="needs a GPU"):
+        conftest.pytest_collection_modifyitems([check])
 
 
 # ---- The tables in the READMEs ---------------------------------------------------------------------------------------
