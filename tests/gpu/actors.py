@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GPUS_PER_ACTOR = 0.45
 BACKEND: Any = "shm" if REHEARSAL else "ipc"
-TIMEOUT_S = 400.0
+TIMEOUT_S = 1500.0 if REHEARSAL else 400.0
 
 
 def make_job(model: str, **learner: Any) -> TrainJob:

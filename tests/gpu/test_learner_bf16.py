@@ -22,6 +22,7 @@ pytestmark = pytest.mark.gpu
 
 UPDATES = 6
 STAGES = [0, 2, 3]
+TIMEOUT_S = 3600 if REHEARSAL else 400
 WORKERS = 1 if REHEARSAL else 4  # the models are small, and most of the time processes start
 SHORT = random_samples([60, 7, 90, 33], [[48, 12], [20, 20], [48, 1], [5, 30]], seed=5)
 # Rounded to bf16, as ZeRO-3 once had it, the frequencies of rotary embeddings are off by radians at such positions.
@@ -126,7 +127,7 @@ def ended() -> Iterator[None]:
 
 
 def trained(stage: int, budget: int = 4096, **options: bool) -> dict[str, Any]:
-    return started()[Run(stage, budget, **options)].result(timeout=400)
+    return started()[Run(stage, budget, **options)].result(timeout=TIMEOUT_S)
 
 
 def mean_gap(a: Sequence[float], b: Sequence[float]) -> float:
