@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 BUDGET_S = 560.0  # of a command on the borrowed machine, which may take 600
 ENDING_S = 5.0  # that a step has to end itself before it is killed
 KEPT_LOG = 2**20  # bytes of a step's output: its beginning and its end
+DETAILS = {"benchmark", "rounds_s", "share", "options", "model", "device", "cpus"}  # of figures: in summary.jsonl alone
 RAY_LOGS = Path("/tmp/ray/session_latest/logs")
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -229,7 +230,8 @@ def last_line(log: Path, start: int) -> str:
         file.seek(start)
         lines = file.read().decode(errors="replace").strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    return (failed or lines or [""])[-1].strip()[:300]
+    said = [line for line in lines if not line.startswith("{")]  # records have a place of their own
+    return (failed or said or [""])[-1].strip()[:300]
 
 
 def shorten(log: Path, start: int) -> None:
@@ -308,7 +310,7 @@ class Account:
         head += [f"{name} {version}" for name, version in self.versions.items()]
         figures = [r["figure"] for line in self.lines for r in line.get("records", ()) if "figure" in r]
         rows = [self.row(k) for k in range(len(self.lines))]
-        shown = [" ".join(f"{k}={v}" for k, v in figure.items()) for figure in figures]
+        shown = [" ".join(f"{k}={v}" for k, v in figure.items() if k not in DETAILS) for figure in figures]
         return "\n".join([*head, "", *rows, *(["", *shown] if shown else [])])
 
     def _write(self) -> None:

@@ -75,7 +75,7 @@ def test_later_steps_run_and_are_logged_when_earlier_ones_fail_or_hang(tmp_path:
     mark = f"7{os.getpid()}.25"  # seconds of a sleep that only this test starts
     seen = tmp_path / "seen"
     steps = [
-        step("good", """echo well; echo '{"figure": {"name": "speed", "value": 7}}' >> "$RLAIF_GPU_RECORDS" """),
+        step("good", """echo well; echo '{"figure": {"name": "speed", "value": 7}}' | tee -a "$RLAIF_GPU_RECORDS" """),
         step("bad", "echo something; echo 'FAILED test_x - boom'; echo 1 failed; exit 3"),
         # One that takes no SIGTERM, and has started a daemon in a session of its own.
         step("hangs", f"trap '' TERM; setsid sleep {mark} & echo stuck; sleep {mark}; sleep {mark}", usual=1, limit=1),
@@ -85,6 +85,7 @@ def test_later_steps_run_and_are_logged_when_earlier_ones_fail_or_hang(tmp_path:
     assert code == 1
     assert states(tmp_path) == {"good": "passed", "bad": "failed", "hangs": "timed out", "after": "passed"}
     good, bad, hangs, after = lines(tmp_path)
+    assert good["note"] == "well"
     assert good["records"] == [{"figure": {"name": "speed", "value": 7}}]
     assert (bad["exit"], bad["note"]) == (3, "FAILED test_x - boom")
     assert hangs["exit"] is None and hangs["note"] == "stuck" and after["note"] == "end"
