@@ -48,7 +48,7 @@ def smaller(folder: Path) -> dict[str, Any]:
         "feedback": {"judge": {"model": gpu_model(), "min_answer_mass": 0.0, **engine}, "template": str(template)},
         "algorithm": {"kl": {"coef": 0.01}},
         "learner": {"lr": 1e-3},
-        "cluster": {"address": "local", "device": CLUSTER_DEVICE},
+        "cluster": {"address": "local", "device": CLUSTER_DEVICE, **({"start_timeout_s": 3000} if REHEARSAL else {})},
         "checkpoint": {"every": 2},
         "evaluation": {"held_out": {"path": str(prompts), "limit": 2}},
         "tracking": {"wandb": "disabled"},

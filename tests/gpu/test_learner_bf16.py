@@ -152,7 +152,7 @@ def test_long_prompts_give_the_log_probabilities_of_fp32() -> None:
     )
     assert mean_gap(whole, exact) < (1e-4 if REHEARSAL else 0.05)
     assert mean_gap(sharded, whole) < (1e-5 if REHEARSAL else 0.01)
-    assert saving == sharded
+    assert mean_gap(saving, sharded) < (1e-5 if REHEARSAL else 0.01)
 
 
 @pytest.mark.parametrize("saving", [False, True], ids=["plain", "checkpointing"])

@@ -82,7 +82,8 @@ def test_a_judge_reads_after_waking_what_transformers_says(pair: Pair) -> None:
     before = judged(pair)
     fall_asleep(pair, 1)
     wake(pair)
-    assert judged(pair) == before
+    for again, found in zip(judged(pair), before, strict=True):
+        assert again == pytest.approx(found, abs=0.02)
     model = AutoModelForCausalLM.from_pretrained(gpu_model(), dtype=torch.float32).to(DEVICE).eval()
     gaps = []
     for prompt, found in zip(PROMPTS, before, strict=True):
