@@ -71,6 +71,7 @@ class Planned:
     proposals: tuple[tuple[Change, ...], ...]
     sync: Sync | None
     checkpoint: CheckpointCost | None
+    host_bytes: int | None  # of a node's memory, where it is known
 
 
 def make_plan(
@@ -112,16 +113,15 @@ def make_plan(
             "fits": fits,
             "gpu_bytes": machine.gpu_bytes,
             "gpus_per_node": gpus_per_node,
-            "host_bytes": host_bytes,
             "nodes": max((len(phase.nodes) for one in planned for phase in one.plan.phases), default=0),
             "jobs": [_as_values(one) for one in planned],
-            "assumed": [_assumptions(machine)],
+            "assumed": [_assumptions(machine, planned)],
         }
         say_as_is(json.dumps(told, indent=1))
     else:
         for one in planned:
             _show(one, machine)
-        say(f"{'It fits.' if fits else 'It does not fit.'} {_assumptions(machine)}")
+        say(f"{'It fits.' if fits else 'It does not fit.'} {_assumptions(machine, planned)}")
     return fits
 
 
@@ -144,7 +144,8 @@ def _planned(
         size = shapes(job.policy).parameters * precision_bytes(job.policy.precision, device)
         sync = Sync(backend, size, speeds.sync or BANDWIDTH[backend])
     actors = [one for phase in plan.phases for one in phase.actors]
-    return Planned(name, kind, device, plan, named, sync, checkpoint_cost(job, actors, device, speeds.disk))
+    checkpoint = checkpoint_cost(job, actors, device, speeds.disk)
+    return Planned(name, kind, device, plan, named, sync, checkpoint, machine.host_bytes)
 
 
 def is_for_here(cluster: ClusterConfig) -> bool:
@@ -269,12 +270,13 @@ def _as_values(one: Planned) -> dict[str, Any]:
         "job": one.job,
         "device": one.device,
         "fits": one.plan.fits,
+        "host_bytes": one.host_bytes,
         "phases": [
             {
                 "name": phase.name,
                 "gpus": phase.gpus,
                 "nodes": list(phase.nodes),
-                "host_bytes_per_node": list(phase.host),
+                "host": list(phase.host),
                 "shared": [list(roles) for roles in phase.shared],
                 "actors": [_actor_values(actors) for actors in phase.actors],
                 "problems": [problem.text for problem in phase.problems],
@@ -325,7 +327,7 @@ def _show(one: Planned, machine: Machine) -> None:
             say(f"{title}: nothing on GPUs\n")
             continue
         print_columns(title, ("per GPU", *(actors.need.role for actors in phase.actors)), _rows(phase, one.device))
-        for line in _lines(phase, machine, one.device):
+        for line in _lines(phase, machine, one):
             say(line)
     if one.sync is not None:
         sync = one.sync
@@ -366,7 +368,7 @@ def _rows(phase: Phase, device: Device) -> list[tuple[str, ...]]:
     return rows
 
 
-def _lines(phase: Phase, machine: Machine, device: Device) -> list[str]:
+def _lines(phase: Phase, machine: Machine, one: Planned) -> list[str]:
     lines = []
     for actors in phase.actors:
         role, memory = actors.need.role, actors.memory
@@ -376,33 +378,32 @@ def _lines(phase: Phase, machine: Machine, device: Device) -> list[str]:
             lines.append(f"  {role:<14} {held['kv_tokens']} tokens of KV cache: {cache}")
         for part, count in memory.otherwise.items():
             lines.append(f"  {role:<14} {part} with the other gradient_checkpointing: {_gb(count)}")
-    if device == "cuda":
+    if one.device == "cuda":
         nodes = [", ".join(f"{count} {role}" for role, count in node.items()) for node in phase.nodes]
         alike = {text: nodes.count(text) for text in nodes}
         told = "; ".join(f"{count} x ({text})" for text, count in alike.items())
         count = f"{phase.gpus:g} GPU{'s' if phase.gpus != 1 else ''}"
         lines.append(f"  bundles        {count} on nodes of {machine.gpus_per_node}: {told}")
         lines += [f"  on one GPU     {' + '.join(roles)}" for roles in phase.shared]
-    lines += list(dict.fromkeys(f"  host memory    {_host_line(parts)}" for parts in phase.host))
+    lines += list(dict.fromkeys(f"  host memory    {_host_line(parts, one.host_bytes)}" for parts in phase.host))
     return lines + [f"  DOES NOT FIT   {problem.text}" for problem in phase.problems]
 
 
-def _host_line(parts: Parts) -> str:
+def _host_line(parts: Parts, host_bytes: int | None) -> str:
     told = ", ".join(f"{part} {_gb(size)}" for part, size in parts.items())
-    return f"{_gb(sum(parts.values()))} a node: {told}"
+    of = "" if host_bytes is None else f" of {_gb(host_bytes)}"
+    return f"{_gb(sum(parts.values()))}{of} a node: {told}"
 
 
 def _gb(count: int) -> str:
     return f"{count / GIB:.2f} GB"
 
 
-def _assumptions(machine: Machine) -> str:
-    host = "not given, so not checked (--host-memory)"
-    if machine.host_bytes is not None:
-        host = f"{machine.host_bytes / GIB:g} GB a node"
+def _assumptions(machine: Machine, planned: Sequence[Planned]) -> str:
+    unknown = any(one.host_bytes is None for one in planned)
     return (
-        f"GPUs of {machine.gpu_bytes / GIB:g} GB (2^30 bytes), {machine.gpus_per_node} a node; host memory {host}. "
-        f"Weights, gradients and optimizer states are exact; activations, workspace, processes and CUDA's own are "
-        f"estimates. Prompts of up to {machine.prompt_tokens} tokens where the config doesn't say, packed samples in "
-        f"the learner."
+        f"GPUs of {machine.gpu_bytes / GIB:g} GB (2^30 bytes), {machine.gpus_per_node} a node. Weights, gradients and "
+        f"optimizer states are exact; activations, workspace, processes and CUDA's own are estimates. Prompts of up to "
+        f"{machine.prompt_tokens} tokens where the config doesn't say, packed samples in the learner."
+        f"{' Host memory is checked with --host-memory alone.' if unknown else ''}"
     )

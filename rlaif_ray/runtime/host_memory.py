@@ -57,8 +57,8 @@ def _actor(job: Any, one: Actors, device: Device) -> Parts:
     workers = one.need.workers
     processes = workers + 1 if workers > 1 else 1  # tensor-parallel workers are processes of their own
     parts = {"processes": processes * PROCESS_BYTES[device]}
-    if device == "cpu":
-        parts["models"] = one.memory.total * workers
+    if device == "cpu":  # of a learner what it always holds: how full its micro-batches get, the plan can't say
+        parts["models"] = (one.memory.resting if one.kind == "learner" else one.memory.total) * workers
     if one.kind == "engine" and device == "cuda":
         cfg = job.rollout if one.need.role == "rollout" else sections(job)[one.need.role][0]
         if cfg.sleep:
