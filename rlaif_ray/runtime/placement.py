@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.jobs import EvaluateJob, LabelJob, PairsJob, ReviseJob, SampleJob, SupervisedJob, TrainJob
@@ -110,15 +111,13 @@ def slots_of(needs: Sequence[Need], cluster: ClusterConfig, device: Literal["cpu
     shared = [need for need in needs if need.workers == 1] if cluster.shares_gpus(device) else []
     gpus = shared_gpus(shared, cluster.tenants_per_gpu)
     bundle_of = {one: bundle for bundle, tenants in enumerate(gpus) for one in tenants}
+    others = count(len(gpus))
     slots = []
     for need in needs:
         for index in range(need.actors):
-            bundle = bundle_of.setdefault((need.role, index), len(bundle_of) + len(gpus))
+            bundle = bundle_of[need.role, index] if (need.role, index) in bundle_of else next(others)
             slots.append(Slot(need.role, index, *_share(cluster, device, need.workers), bundle))
-    if shared:
-        slots.sort(key=lambda slot: slot.index)
-    number = {bundle: k for k, bundle in enumerate(dict.fromkeys(slot.bundle for slot in slots))}
-    return [replace(slot, bundle=number[slot.bundle]) for slot in slots]
+    return sorted(slots, key=lambda slot: slot.index) if shared else slots
 
 
 def shared_gpus(needs: Sequence[Need], tenants: int) -> list[list[tuple[str, int]]]:
@@ -129,11 +128,12 @@ def shared_gpus(needs: Sequence[Need], tenants: int) -> list[list[tuple[str, int
     where nobody has the same role.
     """
     ranks = max((need.actors for need in needs if need.role == "learner"), default=0)
-    count = max(ranks, -(-sum(need.actors for need in needs) // tenants))
-    gpus: list[list[tuple[str, int]]] = [[] for _ in range(count)]
+    gpus: list[list[tuple[str, int]]] = [
+        [] for _ in range(max(ranks, -(-sum(need.actors for need in needs) // tenants)))
+    ]
     for need in sorted(needs, key=lambda need: PAIRED.index(need.role) if need.role in PAIRED else len(PAIRED)):
         for index in range(need.actors):
-            room = [k for k in range(count) if len(gpus[k]) < tenants]
+            room = [k for k, there in enumerate(gpus) if len(there) < tenants]
             taken = {k for k in room if any(role == need.role for role, _ in gpus[k])}
             best = min(room, key=lambda k: (k != index, k in taken, k))
             gpus[best].append((need.role, index))

@@ -24,6 +24,12 @@ ENGINE_KWARGS: dict[str, Any] = (
     {} if REHEARSAL else {"attention_backend": "FLASH_ATTN", "enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 )
 SHARE: dict[str, Any] = {"gpu_memory_utilization": 0.15, "kv_cache_gb": 0.2, "engine_kwargs": ENGINE_KWARGS}
+# The same without a size of the cache: engines of a job that share a GPU get theirs from the plan of memory.
+PLANNED_SHARE = {
+    "gpu_memory_utilization": 0.15,
+    "engine_kwargs": {key: value for key, value in ENGINE_KWARGS.items() if key != "kv_cache_memory_bytes"},
+    **({"kv_cache_gb": 0.2} if REHEARSAL else {}),
+}
 CONTEXT = 2048
 
 

@@ -1,4 +1,4 @@
-"""The main job on one GPU: rollout engine, judge and learner share it, weights go by IPC."""
+"""The main job on one GPU: rollout engine, judge and learner share it as the plan of memory says, weights go by IPC."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.device import CLUSTER_DEVICE, PRECISION, REHEARSAL, SHARE, gpu_model
+from tests.gpu.device import CLUSTER_DEVICE, PLANNED_SHARE, PRECISION, REHEARSAL, gpu_model
 
 pytestmark = pytest.mark.gpu
 
@@ -45,10 +45,10 @@ def test_three_steps(tmp_path: Path) -> None:
                 "policy": {"model": gpu_model(), "precision": PRECISION},
                 "data": {"path": str(prompts)},
                 "sampling": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 16},
-                "rollout": SHARE,
+                "rollout": PLANNED_SHARE,
                 "feedback": {
                     "type": "judge",
-                    "judge": {"model": gpu_model(), "min_answer_mass": 0.0, **SHARE},
+                    "judge": {"model": gpu_model(), "min_answer_mass": 0.0, **PLANNED_SHARE},
                     "template": str(template),
                 },
                 "algorithm": {"type": "ppo", "minibatches": 2},

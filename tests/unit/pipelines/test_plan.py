@@ -199,7 +199,7 @@ def test_a_job_without_actors_fits(tmp_path: Path) -> None:
 
 
 def test_on_cpus_of_this_machine_its_memory_counts() -> None:
-    """24 ranks of 70 billion weights are on one node there, and take terabytes; elsewhere the flag says what nodes have."""
+    """24 ranks of 70 billion weights take terabytes there, on one node; of others the flag says what they have."""
     arguments = [CONFIGS / "cluster/nodes.yaml", "cluster.device=cpu"]
     code, told = as_json(*arguments)
     (job,) = told["jobs"]
@@ -236,8 +236,8 @@ def test_a_checkpoint_that_takes_longer_than_its_grace_is_told() -> None:
     result = rlaif_plan(file)
     assert result.exit_code == 0
     assert (
-        "checkpoint     788.50 GB, 423 s at 2 GB/s; after a SIGTERM checkpoint.grace_s=90 may be too short: use 900, and "
-        "930 for RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal and terminationGracePeriodSeconds" in result.stdout
+        "checkpoint     788.50 GB, 423 s at 2 GB/s; after a SIGTERM checkpoint.grace_s=90 may be too short: use 900, "
+        "and 930 for RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal and terminationGracePeriodSeconds" in result.stdout
     )
     enough = rlaif_plan(file, "checkpoint.grace_s=900").stdout
     assert "423 s at 2 GB/s, within checkpoint.grace_s=900 after a SIGTERM" in enough

@@ -56,9 +56,8 @@ def test_an_engine_with_a_gpu_of_its_own_is_left_to_vllm() -> None:
     ],
 )
 def test_what_the_config_says_stays(fields: dict[str, Any], utilization: float | None, cache: int | None) -> None:
-    arguments = engine_arguments(planned(replace(SPEC, gpu_memory_utilization=0.9, **fields), LLAMA_8B, 80 * GIB)) | {
-        "worker_extension_cls": None
-    }
+    spec = replace(SPEC, **{"gpu_memory_utilization": 0.9, **fields})
+    arguments = engine_arguments(planned(spec, LLAMA_8B, 80 * GIB))
     held = 2 * 8_030_261_248 + 16384 * 2 * 51_200 + 2 * 4 * 1024 * 128_256 + CUDA_BYTES
     if utilization is None:  # with its size given, it wants no more than it takes to be free
         assert cache is not None
