@@ -150,11 +150,12 @@ def _share(cluster: ClusterConfig, device: str, workers: int) -> tuple[float, fl
 
 def bundles_of(slots: Sequence[Slot]) -> list[Bundle]:
     """The bundles, by their numbers."""
-    found = []
-    for number in range(max((slot.bundle for slot in slots), default=-1) + 1):
-        own = tuple(slot for slot in slots if slot.bundle == number)
-        found.append(Bundle(sum(slot.cpus for slot in own), math.ceil(own[0].gpus), own))
-    return found
+    tenants: dict[int, list[Slot]] = {}
+    for slot in slots:
+        tenants.setdefault(slot.bundle, []).append(slot)
+    return [
+        Bundle(sum(slot.cpus for slot in own), math.ceil(own[0].gpus), tuple(own)) for _, own in sorted(tenants.items())
+    ]
 
 
 def totals(slots: Sequence[Slot]) -> dict[str, float]:

@@ -4,6 +4,7 @@ will, and who shares one loads on it in turn."""
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ def ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # vLLM for CPU sets it in a process that imports it
         start(ray)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this module
     yield ray
     ray.shutdown()
 
