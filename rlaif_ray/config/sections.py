@@ -345,6 +345,9 @@ class LearnerConfig(Config):
     tokens_per_micro_batch: Annotated[int, Field(ge=1), HANDLING] = 4096
     """A micro-batch holds as many samples of similar length as fit this budget; it never changes the result."""
     gradient_checkpointing: Annotated[bool, HANDLING] = False
+    logits_chunk: Annotated[Annotated[int, Field(ge=1)] | None, HANDLING] = 4096
+    """Tokens whose logits are held at a time. A micro-batch that predicts more computes its logits in chunks, and again
+    in the backward pass. Models that do more to their logits than scale or cap them hold all. null: all."""
     nonfinite: Annotated[Literal["stop", "skip"], ADJUSTABLE] = "stop"
     """Where loss or gradient are NaN or infinite: stop ends the run; skip leaves that update out, and counts it."""
     nonfinite_limit: Annotated[int, Field(ge=1), ADJUSTABLE] = 3

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.documents import read_json
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
+from rlaif_ray.learner.head import head_of
 from rlaif_ray.learner.packing import Arguments, ModelInput
 from rlaif_ray.weight_types import WeightTypes, cast, rounding
 from rlaif_ray.writing import replace_text
@@ -241,13 +243,24 @@ def backward(engine: Any, loss: Tensor, *, last: bool) -> None:
 class CausalPolicy(torch.nn.Module):
     """A causal language model that computes logits only where a completion token is predicted."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, logits_chunk: int | None = None) -> None:
+        """`logits_chunk`: so many rows of logits are held at a time (learner/head.py); None: all."""
         super().__init__()
         self.model = model
         self._arguments = Arguments(model)
+        self.head = None if logits_chunk is None else head_of(model, logits_chunk)
 
-    def forward(self, batch: ModelInput) -> Tensor:
-        """(M, V) logits of the completion tokens."""
+    def forward(self, batch: ModelInput, temperature: float | None = None) -> Any:
+        """With a temperature (M,) log-probabilities of the completion tokens and (M,) entropies, which carry no
+        gradient; without one (M, V) logits."""
+        if temperature is None:
+            return self._logits(batch)
+        if self.head is None:
+            return token_logprobs_and_entropy(self._logits(batch), batch.targets, temperature)
+        logprobs, entropy = self.head.scores(batch, temperature)
+        return logprobs, entropy.detach()
+
+    def _logits(self, batch: ModelInput) -> Tensor:
         if not self._arguments.choose_logits:
             every: Tensor = self.model(**self._arguments.of(batch)).logits
             return every[batch.rows, batch.columns]
