@@ -326,11 +326,26 @@ class MixtureFeedback(Config):
 FeedbackConfig = Annotated[JudgeFeedback | RewardModelFeedback | MixtureFeedback, Field(discriminator="type")]
 
 
+class OffloadConfig(Config):
+    """What a learner rank keeps in its node's memory instead of on its GPU (ZeRO-Offload, Ren et al. 2101.06840)."""
+
+    optimizer: Literal["none", "cpu"] = "none"
+    """cpu: optimizer states, fp32 weights and gradients; AdamW then runs on the node's cores. From zero_stage 1 on."""
+    parameters: Literal["none", "cpu"] = "none"
+    """cpu: weights that are not at work, also those of the reference. With zero_stage 3."""
+    pin_memory: bool = True
+    """Page-locked memory: transfers are fast, and run beside the computation. false: where that is scarce."""
+
+
 class LearnerConfig(Config):
     """DeepSpeed training."""
 
     ranks: Annotated[int, Field(ge=1), LAYOUT] = 1
     zero_stage: Annotated[Literal[0, 1, 2, 3], LAYOUT] = 0
+    offload: Annotated[OffloadConfig, LAYOUT] = Field(default_factory=OffloadConfig)
+    hpz_partition_size: Annotated[int, Field(ge=1), LAYOUT] = 1
+    """Ranks that hold a second copy of the weights among them, for the backward pass (ZeRO++ hpZ, Wang et al.
+    2306.10209): with the ranks of a node, its weights come from that node alone. With zero_stage 3; 1: none."""
     lr: Annotated[float, Field(gt=0)] = 1e-6
     critic_lr: Annotated[float, Field(gt=0)] | None = None
     """Default: lr."""
@@ -354,6 +369,34 @@ class LearnerConfig(Config):
     """With skip: so many updates left out one after the other end the run."""
     deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed config we produce."""
+
+    def _problems(self) -> Iterator[str]:
+        stage = self.zero_stage
+        if self.offload.optimizer == "cpu" and stage == 0:
+            yield (
+                "learner.offload.optimizer=cpu needs learner.zero_stage of at least 1 (got 0): DeepSpeed offloads what "
+                "ZeRO has divided. Raise it, or remove the offload."
+            )
+        if self.offload.parameters == "cpu" and stage < 3:
+            yield (
+                f"learner.offload.parameters=cpu needs learner.zero_stage=3 (got {stage}): below, each rank computes "
+                f"with weights that it holds whole. Raise it, or use learner.offload.optimizer=cpu alone."
+            )
+        if self.hpz_partition_size > 1 and stage < 3:
+            yield (
+                f"learner.hpz_partition_size above 1 needs learner.zero_stage=3 (got {self.hpz_partition_size} with "
+                f"stage {stage}): below, weights are not divided. Raise the stage, or remove it."
+            )
+        if self.ranks % self.hpz_partition_size:
+            yield (
+                f"learner.hpz_partition_size must divide learner.ranks (got {self.hpz_partition_size} and "
+                f"{self.ranks}): each group of ranks holds all weights. Use the number of GPUs of a node."
+            )
+        if self.hpz_partition_size > 1 and self.offload.parameters == "cpu":
+            yield (
+                "learner.hpz_partition_size and learner.offload.parameters=cpu contradict each other (got both): one "
+                "keeps more weights at hand, the other fewer. Remove one of them."
+            )
 
 
 class WeightSyncConfig(Config):

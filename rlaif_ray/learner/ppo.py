@@ -76,11 +76,7 @@ class RlRank:
                 )
             return model if job.learner.zero_stage == 3 else model.to(self.device)
 
-        train: dict[str, Any] = {
-            "total_steps": job.optimizer_steps,
-            "precision": precision,
-            "sharded": job.learner.zero_stage == 3,
-        }
+        train: dict[str, Any] = {"total_steps": job.optimizer_steps, "precision": precision}
         self._model = load(load_causal_lm, plan.implementation)
         policy_module = CausalPolicy(self._model, job.learner.logits_chunk)
         self._policy = self._trainable(policy_module, self._model, lr=job.learner.lr, **train)
@@ -94,13 +90,8 @@ class RlRank:
             sharded=job.learner.zero_stage == 3,
         )
         self._packed = attention == PACKED
-        how: dict[str, Any] = {
-            "packed": self._packed,
-            "device": self.device,
-            "precision": precision,
-            "sharded": job.learner.zero_stage == 3,
-        }
-        settle_head(policy_module, self._policy, name=policy.model, **how)
+        where: dict[str, Any] = {"device": self.device, "precision": precision, "sharded": job.learner.zero_stage == 3}
+        settle_head(policy_module, self._policy, name=policy.model, packed=self._packed, **where)
         self.notes = [note] if note else []  # to be told once
         self._critic, self._reference = None, None
         if needs_critic(job.algorithm):
