@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -92,8 +93,6 @@ def join_ranks(spec: RankSpec, timeout_s: float) -> torch.device:
 
 def _store(spec: RankSpec, timeout: Any) -> Any:
     """Where the ranks find each other. Torch's own would listen on every interface, this on the address alone."""
-    import socket
-
     options: dict[str, Any] = {}
     if spec.rank == 0:
         family = socket.AF_INET6 if ":" in spec.address else socket.AF_INET
@@ -131,10 +130,14 @@ def _sharding(plain: Any) -> Any:
     type has the right one anyway. Parameters are cast as before: DeepSpeed shards one type.
     """
     from deepspeed.runtime.zero import DeepSpeedTensorOverride
+    from deepspeed.utils import groups
 
     class Sharding(plain):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{"tensor_overrides": [DeepSpeedTensorOverride.device], **kwargs})
+            # hpZ's groups of ranks, which DeepSpeed makes for the first model and refuses to make for a second one.
+            group = groups._get_zero_param_intra_parallel_group()
+            ours = {"tensor_overrides": [DeepSpeedTensorOverride.device], "zero_param_parallel_group": group}
+            super().__init__(*args, **ours | kwargs)
 
         def _post_init_method(self, module: torch.nn.Module) -> None:
             for parameter in module.parameters(recurse=False):
@@ -171,6 +174,10 @@ def trainable_engine(
     """A DeepSpeed engine with AdamW and our schedule. Call `train_step_boundary` before each backward."""
     import deepspeed
 
+    if cfg.offload.optimizer == "cpu":
+        use_host_threads()
+    # Its fused kernel is vectorised and parallel on CPUs as well, so it is also what steps offloaded states: nothing is
+    # compiled at the start, as for DeepSpeed's own, and a checkpoint holds the same states.
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
         lr=lr,
@@ -191,6 +198,23 @@ def trainable_engine(
         dist_init_required=False,
     )
     return engine
+
+
+def use_host_threads() -> None:
+    """Has this process compute on its share of the node's cores, for an optimizer that is offloaded to them.
+
+    Ray leaves a process that has a GPU a single thread. A collective: all ranks call it.
+    """
+    if torch.distributed.get_backend() != "nccl":  # ranks on CPUs have their threads from the start
+        return
+    nodes: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(nodes, socket.gethostname())
+    torch.set_num_threads(share_of_cores(len(os.sched_getaffinity(0)), nodes, torch.distributed.get_rank()))
+
+
+def share_of_cores(cores: int, nodes: Sequence[str], rank: int) -> int:
+    """Threads of a rank: its node's cores over the ranks there; `nodes` has each rank's node."""
+    return max(1, cores // nodes.count(nodes[rank]))
 
 
 def frozen_engine(module: torch.nn.Module, cfg: LearnerConfig, *, precision: Literal["fp32", "bf16"]) -> Any:

@@ -488,8 +488,20 @@ def single(request: pytest.FixtureRequest, one_rank: RankProcesses) -> tuple[flo
 LARGE_JOBS = {"gradient_checkpointing": True, "logits_chunk": 4}  # what long contexts need; as are all shipped files
 
 
+OFFLOADED = {"offload": {"optimizer": "cpu"}}
+ALL_OFFLOADED = {"offload": {"optimizer": "cpu", "parameters": "cpu"}}
+
+
 @pytest.mark.parametrize(
-    ("stage", "settings"), [(0, {}), (1, {}), (2, {}), (3, {}), pytest.param(3, LARGE_JOBS, id="3-large-jobs")]
+    ("stage", "settings"),
+    [
+        *((stage, {}) for stage in range(4)),
+        pytest.param(3, LARGE_JOBS, id="3-large-jobs"),
+        pytest.param(1, OFFLOADED, id="1-offload"),
+        pytest.param(2, OFFLOADED, id="2-offload"),
+        pytest.param(3, OFFLOADED, id="3-offload"),
+        pytest.param(3, ALL_OFFLOADED, id="3-offload-all"),
+    ],
 )
 def test_two_ranks_equal_one(
     stage: int, settings: dict[str, Any], single: tuple[float, dict[str, Any]], two_ranks: RankProcesses
