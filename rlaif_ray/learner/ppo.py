@@ -92,7 +92,7 @@ class RlRank:
         self._packed = attention == PACKED
         where: dict[str, Any] = {"device": self.device, "precision": precision, "sharded": job.learner.zero_stage == 3}
         settle_head(policy_module, self._policy, name=policy.model, packed=self._packed, **where)
-        self.notes = [note] if note else []  # to be told once
+        self.notes = [*([note] if note else []), *deepspeed_door.hpz_notes(job.learner)]  # to be told once
         self._critic, self._reference = None, None
         if needs_critic(job.algorithm):
             body = load(load_backbone, attention)

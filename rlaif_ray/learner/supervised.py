@@ -95,7 +95,7 @@ class SupervisedRank(ABC, Generic[Example]):
         )
         self._packed = attention == PACKED
         self._settle()
-        self.notes = [note] if note else []  # to be told once
+        self.notes = [*([note] if note else []), *deepspeed_door.hpz_notes(job.learner)]  # to be told once
         if job.training.lora is not None:
             tokens = torch.Generator().manual_seed(job.seed)
             text = torch.randint(self._model.config.get_text_config().vocab_size, (16,), generator=tokens).tolist()

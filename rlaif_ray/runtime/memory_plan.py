@@ -254,9 +254,9 @@ class Zero:
 
     def gradients(self, model: Trained) -> int:
         """Those that micro-batches add up; in stage 1 they are whole until the step."""
-        if self.offloaded:  # those that add up in another type than the weights' stay until the step in stages 1 and 2
-            kept = self.stage < 3 and self.gradient_bytes != self.weight_bytes
-            return self._share(model.trainable, 1) * self.gradient_bytes if kept else 0
+        if self.offloaded and self.stage > 1:  # in stage 2 those that add up in another type stay until the step
+            kept = self.stage == 2 and self.gradient_bytes != self.weight_bytes
+            return self._share(model.trainable, 2) * self.gradient_bytes if kept else 0
         return self._share(model.trainable, 2) * self.gradient_bytes
 
     def optimizer(self, model: Trained) -> int:
@@ -272,13 +272,13 @@ class Zero:
     def on_host(self, model: Trained) -> dict[str, int]:
         """Bytes of a rank in its node's memory, by what is offloaded.
 
-        With the optimizer: master weights, two moments and the gradients of its step in fp32; the gradients that
-        micro-batches add up; and in stages 1 and 2 a copy of the new weights, on their way back.
+        With the optimizer: master weights, two moments and the gradients of its step in fp32; in stages 1 and 2 a copy
+        of the new weights, on their way back; and from stage 2 on the gradients that micro-batches add up.
         """
         found = {}
         share = self._share(model.trainable, 1)
         if self.offloaded and share:
-            copies = self.gradient_bytes if self.stage == 3 else 2 * self.weight_bytes
+            copies = {1: self.weight_bytes, 2: 2 * self.weight_bytes, 3: self.gradient_bytes}[self.stage]
             found["optimizer"] = share * (4 + 8 + 4 + copies)
         if self.weights_offloaded:
             found["parameters"] = self._share(model.all, 3) * self.weight_bytes
