@@ -320,7 +320,7 @@ def zero_of(learner: Any, precision: Literal["fp32", "bf16"]) -> Zero:
 
 
 def _is_offloaded(zero: dict[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
+    return bool((zero.get(key) or {}).get("device", "none") != "none")
 
 
 def trained_models(job: Any, shape: ModelShape) -> dict[str, Trained]:
