@@ -1,4 +1,4 @@
-"""What depends on where a learner's ranks lie: threads of an offloaded optimizer, and whether hpZ's groups are whole."""
+"""What depends on where a learner's ranks lie: threads of an offloaded optimizer, and whether hpZ's groups hold."""
 
 from __future__ import annotations
 
