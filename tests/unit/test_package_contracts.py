@@ -95,6 +95,9 @@ def missing(sources: Sources, use: Use) -> str | None:
     if found is None:
         return f"{use.module} has no {use.name}"
     bound = False
+    if use.attribute and isinstance(found.node, ast.AnnAssign) and isinstance(found.node.annotation, ast.Name):
+        # An object: its methods are those of the class that it is annotated with.
+        found = found.module.find(found.node.annotation.id) or found
     if use.attribute and isinstance(found.node, ast.Module):
         inner = found.module.find(use.attribute)
         if inner is None:
@@ -166,6 +169,10 @@ def test_what_we_use_of_other_packages_is_in_the_oldest_that_we_allow(package: s
         ("from vllm import LLM\nLLM()", "missing a required argument: 'model'"),
         (f"from {TRANSFER}.nccl_common import trainer_init\ntrainer_init()", "missing a required argument"),
         ("from vllm.model_executor.model_loader.reload import layerwise\nlayerwise.no_such", "has no no_such"),
+        (
+            "from vllm.platforms import current_platform\ncurrent_platform.get_device_total_memory(device=0)",
+            "unexpected keyword argument 'device'",
+        ),
         (
             f"from {TRANSFER}.factory import WeightTransferEngineFactory as F\n"
             "F.register_engine('shm', 'module', 'Engine', kind=1)",
