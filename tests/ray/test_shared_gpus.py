@@ -203,10 +203,11 @@ def test_who_shares_a_gpu_loads_on_it_in_turn(ray: Any, monkeypatch: pytest.Monk
             (gpu, _, ended), (other, began, _) = first["rollout", k], first["judge", k]
             assert gpu == other and began >= ended
 
+        lost = {role: replicas.lost for role, replicas in groups.items()}
         for replicas in groups.values():  # both on the same GPU, as when it runs out of memory
             ray.kill(replicas.usable()[0].actor)
         deadline = time.monotonic() + scaled(120)
-        while any(r.lost < 1 or len(r.usable()) < 2 for r in groups.values()):
+        while any(r.lost == lost[role] or len(r.usable()) < 2 for role, r in groups.items()):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         again = times(ray, groups)
