@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from rlaif_ray.rollout.nccl import is_disabled
 from rlaif_ray.rollout.weight_transfer import additive_checksum, register
 
 register()
@@ -43,3 +44,15 @@ class WorkerExtension:
         if sent is not None and {str(p.dtype).removeprefix("torch.") for p in held} != set(sent):
             return None
         return additive_checksum(held)
+
+    def transfer_is_disabled(self) -> bool:
+        """Whether vLLM joined an NCCL group with a communicator that sends and receives nothing."""
+        return is_disabled(getattr(self.weight_transfer_engine, "model_update_group", None))
+
+    def leave_transfer(self) -> None:
+        """Destroys the communicator of the NCCL group that it has joined, if any. vLLM only drops it when another one
+        takes its place, and NCCL keeps its memory and threads for one that is dropped."""
+        group = getattr(self.weight_transfer_engine, "model_update_group", None)
+        if group is not None:
+            self.weight_transfer_engine.model_update_group = None
+            group.destroy()

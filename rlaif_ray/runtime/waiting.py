@@ -46,6 +46,13 @@ def gather(refs: Sequence[Any], *, who: str, timeout_s: float, ranks: Sequence[W
     return list(ray.get(list(refs)))
 
 
+def raise_failures(refs: Sequence[Any], *, who: str, ranks: Sequence[Watched] = ()) -> None:
+    """Raises what `gather` would by now; waits for no answer."""
+    for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0)[0]:
+        _raise_failure(ref, who, ranks)
+    _raise_loss(who, ranks)
+
+
 def _raise_failure(ref: Any, who: str, ranks: Sequence[Watched]) -> None:
     try:
         ray.get(ref)
