@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,11 @@ from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT
 from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, written
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, precision_bytes
+from rlaif_ray.runtime.sync_plan import Route, routes
 from rlaif_ray.runtime.weight_sync import choose_backend
 from rlaif_ray.tracking.progress import print_columns
 
 PROMPT_TOKENS = 2048  # of the longest prompt, where neither rollout.max_context nor data.max_prompt_tokens is set
-# GB/s (10^9) of a weight sync where none is given: a network of 200 Gbit/s between nodes; copies within one GPU's
-# memory; shared memory on a CPU, as tests/benchmarks measured it on two cores.
-BANDWIDTH = {"nccl": 25.0, "ipc": 300.0, "shm": 0.6}
 PIPELINE = "pipeline"
 NAMED = {"alignment": "evaluate", "best-of-n": "sample"}  # what else a job's file may be called
 
@@ -39,11 +37,7 @@ class Sync:
 
     backend: str
     bytes: int
-    bandwidth: float  # GB/s
-
-    @property
-    def seconds(self) -> float:
-        return self.bytes / (self.bandwidth * 1e9)
+    routes: tuple[Route, ...]  # the links that it can go by
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +114,10 @@ def _planned(
     if isinstance(job, TrainJob):
         backend = choose_backend(job.weight_sync, job.cluster, device)
         size = shapes(job.policy).parameters * precision_bytes(job.policy.precision, device)
-        sync = Sync(backend, size, bandwidth or BANDWIDTH[backend])
+        phase = plan.phases[0]  # it has no other
+        sharded = job.learner.zero_stage == 3
+        ways = routes(size, backend, phase.nodes, ranks=job.learner.ranks, sharded=sharded, bandwidth=bandwidth)
+        sync = Sync(backend, size, tuple(ways))
     return Planned(name, kind, device, plan, named, sync)
 
 
@@ -257,8 +254,7 @@ def _as_values(one: Planned) -> dict[str, Any]:
         and {
             "backend": one.sync.backend,
             "bytes": one.sync.bytes,
-            "gb_per_s": one.sync.bandwidth,
-            "seconds": one.sync.seconds,
+            "routes": [asdict(route) for route in one.sync.routes],
         },
     }
 
@@ -292,7 +288,7 @@ def _show(one: Planned, machine: Machine) -> None:
             say(line)
     if one.sync is not None:
         sync = one.sync
-        took = f"{sync.seconds:.2f} s by {sync.backend} at {sync.bandwidth:g} GB/s"
+        took = "; ".join(f"{route.seconds:.2f} s by {route.by} at {route.gb_per_s:g} GB/s" for route in sync.routes)
         say(f"  weight sync    {_gb(sync.bytes)} a step, {took}")
     for changes in one.proposals:
         say(f"  would fit      {' '.join(f'{key}={written(value)}' for key, value in changes)}")

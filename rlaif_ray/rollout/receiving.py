@@ -26,13 +26,14 @@ def update_messages(buckets: Sequence[Bucket], sources: tuple[Source, ...]) -> I
     try:
         for number, bucket in enumerate(buckets):
             reading.wait_staged(number + 1)
-            yield _message(bucket, [source.slots[number % len(source.slots)] for source in sources])
+            yield message_of(bucket, [source.slots[number % len(source.slots)] for source in sources])
             reading.taken(number + 1)
     finally:
         reading.close()
 
 
-def _message(bucket: Bucket, slots: Sequence[Any]) -> dict[str, Any]:
+def message_of(bucket: Bucket, slots: Sequence[Any]) -> dict[str, Any]:
+    """vLLM's message of a bucket that is staged there: one slot of each rank that the engine reads (board.Source)."""
     if isinstance(slots[0], str):
         return {**bucket.described(), "path": slots[0], "offsets": list(bucket.offsets)}
     handles = {uuid: handle for slot in slots for uuid, handle in slot.items()}  # a worker takes that of its own GPU
