@@ -55,6 +55,7 @@ class Staging:
     def offer(self, size: int, readers: int) -> list[Source]:
         """Prepares a push of buckets of up to `size` bytes: what to tell each of its readers. Without any it stages
         nothing."""
+        self.fail()  # what is left of a push that broke off
         if readers == 0:
             return []
         slots = tuple(slot.reserve(size) for slot in self.slots)
