@@ -11,7 +11,8 @@ import torch
 
 from rlaif_ray.rollout.board import Board, Source
 from rlaif_ray.rollout.buckets import Bucket
-from rlaif_ray.rollout.weight_transfer import Slot, additive_checksum
+from rlaif_ray.rollout.checksum import MODULUS, checksum
+from rlaif_ray.rollout.weight_transfer import Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +107,7 @@ def send_all(weights: Weights, buckets: Sequence[Bucket], sender: Sender | None,
 
     A sender that is broken off on the way sends no more, and this rank still gathers to the end: its peers do.
     """
-    checksum = 0
+    total = 0
     # Each bucket's `gathered` leaves out gradients and puts back what it found, but not one inside the other here.
     with torch.no_grad(), ExitStack() as held:
         try:
@@ -114,7 +115,7 @@ def send_all(weights: Weights, buckets: Sequence[Bucket], sender: Sender | None,
                 with ExitStack() as gathering:
                     tensors = gathering.enter_context(weights.gathered(bucket.names))
                     if counted:
-                        checksum += additive_checksum(tensors)
+                        total += checksum(bucket.names, tensors)
                     if sender is None:
                         continue
                     sender.wait()
@@ -128,4 +129,4 @@ def send_all(weights: Weights, buckets: Sequence[Bucket], sender: Sender | None,
             if sender is not None:
                 sender.fail()
             raise
-    return checksum % 2**63
+    return total % MODULUS

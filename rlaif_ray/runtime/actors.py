@@ -104,8 +104,8 @@ class EngineActor(Actor):
         """Loads a whole push, bucket by bucket, as the learner makes them ready (rollout/receiving.py)."""
         self._engine.update_all(buckets, sources)
 
-    def finish_update(self, version: int) -> list[int | None]:
-        checksums: list[int | None] = self._engine.finish_update(version)
+    def finish_update(self, version: int) -> list[int]:
+        checksums: list[int] = self._engine.finish_update(version)
         return checksums
 
 
@@ -244,10 +244,10 @@ class LearnerActor(Actor):
         notes: list[str] = self._learner.save_model(folder, center)
         return notes
 
-    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]], bool]:
-        """(name, dtype, shape) of all that a push sends, the names that go together, whether buffers are among it."""
+    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]]]:
+        """(name, dtype, shape) of all that a push sends, and the names that go together."""
         weights = self._learner.weights
-        return weights.metadata(), weights.groups(), weights.has_buffers
+        return weights.metadata(), weights.groups()
 
     # The sending end of the weight sync. What is asked of it while it sends goes by the concurrency group HEALTH.
 

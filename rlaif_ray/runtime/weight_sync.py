@@ -65,16 +65,9 @@ def must_share_gpus(ranks: list[list[Gpu]], engines: list[tuple[str, list[Gpu]]]
             )
 
 
-def differs(found: list[int | None], checksum: int, *, received: bool, has_buffers: bool) -> bool:
-    """Whether an engine's checksums, one a worker, say that it has other weights than the learner.
-
-    `received`: they are of the bytes that came, else of the parameters that the engine holds. Of those, workers of a
-    tensor-parallel engine each hold a part, and replicate some; what is a buffer here may be a parameter there; and
-    None says that vLLM keeps them in another form. Then the engine's own count of what was loaded, which failed if
-    something was not, and the guard's log-probabilities are all there is.
-    """
-    if not received and (has_buffers or len(found) > 1 or None in found):
-        return False
+def differs(found: list[int], checksum: int) -> bool:
+    """Whether an engine's checksums, one a worker, say that other bytes came than the learner sent: every worker
+    receives every tensor whole, before it takes its part."""
     return any(c != checksum for c in found)
 
 
@@ -99,7 +92,7 @@ class Sync:
         self._learner, self._rollouts = learner, rollouts
         self._ranks = learner.actors
         self._backend, self._workers, self._timeout_s = backend, engine_workers, timeout_s
-        metadata, groups, self._has_buffers = self._of_ranks([self._ranks[0].weight_metadata.remote()])[0]
+        metadata, groups = self._of_ranks([self._ranks[0].weight_metadata.remote()])[0]
         self._buckets = make_buckets(groups, metadata, cfg.bucket_mb * 2**20)
         self._shared_buckets = ray.put(self._buckets)
         self._bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in metadata)
@@ -263,7 +256,7 @@ class Sync:
             raise
         version = self._version
         for engine, found in self._of_engines(engines, lambda e: e.finish_update.remote(version)):
-            if differs(found, checksum, received=self._backend == "shm", has_buffers=self._has_buffers):
+            if differs(found, checksum):
                 raise StaleWeightsError(
                     f"{engine.watched.name} has other weights than the learner after the sync to version {version} "
                     f"(checksums {found}, learner {checksum}): it must not sample. Report this with the model's name."

@@ -22,8 +22,8 @@ import torch
 from rlaif_ray.config.sections import WeightSyncConfig
 from rlaif_ray.errors import RunError
 from rlaif_ray.learner.model_state import ModelState
+from rlaif_ray.rollout.checksum import MODULUS, checksum
 from rlaif_ray.rollout.vllm_engine import VllmEngine
-from rlaif_ray.rollout.weight_transfer import additive_checksum
 from rlaif_ray.runtime import weight_sync
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor
 from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
@@ -126,7 +126,7 @@ class Llm:
                 segment = torch.from_file(info["path"], shared=True, size=size, dtype=torch.uint8)
                 start = info["offsets"][k]
                 tensor = segment[start : start + tensor.numel() * tensor.element_size()].view(dtype).view(shape)
-            self.checksum += additive_checksum([tensor])
+            self.checksum += checksum([info["names"][k]], [tensor])
 
     def finish_weight_update(self) -> None: ...
     def reset_prefix_cache(self) -> None: ...
@@ -137,16 +137,16 @@ class Llm:
             if self.group is not None:
                 self.group.destroy()
                 self.group, self.destroyed = None, self.destroyed + 1
-        told = {"not_loaded": [], "received_checksum": self.checksum % 2**63, "transfer_is_disabled": False}
+        told = {"not_loaded": [], "received_checksum": self.checksum % MODULUS, "transfer_is_disabled": False}
         return [told.get(name)]
 
 
 def hold_an_engine(actor: Any, backend: str) -> None:
     """Puts the real VllmEngine around the double."""
     engine: Any = object.__new__(VllmEngine)
-    engine._llm, engine._sent, engine._asleep, engine._parts = Llm(backend), set(), set(), {}
+    engine._llm, engine._asleep, engine._parts = Llm(backend), set(), {}
     engine._spec = SimpleNamespace(transfer_backend=backend, model="a double", sleep=False)
-    engine._broken, engine.busy_since, engine.weight_version, engine._keeps_bits = None, None, -1, True
+    engine._broken, engine.busy_since, engine.weight_version = None, None, -1
     actor._engine = engine
 
 
@@ -257,7 +257,7 @@ class World:
         report = self.sync.push(version)
 
         def held(actor: Any) -> tuple[int, int]:
-            return actor._engine.weight_version, actor._engine._llm.checksum % 2**63
+            return actor._engine.weight_version, actor._engine._llm.checksum % MODULUS
 
         serving = self.replicas.serving()
         found = ray.get([replica.actor.__ray_call__.remote(held) for replica in serving], timeout=scaled(60))
