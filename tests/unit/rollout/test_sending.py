@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.errors import EngineError
+from rlaif_ray.rollout import nccl
 from rlaif_ray.rollout.board import Board, Reading, Source
 from rlaif_ray.rollout.buckets import Bucket, largest, lay_out, make_buckets
 from rlaif_ray.rollout.nccl import Gate, GivenUpError, NcclSender, is_disabled, pass_gate
@@ -259,7 +260,8 @@ def test_an_error_of_nccls_own_ends_the_push() -> None:
     assert group.aborted.is_set()
 
 
-def test_giving_a_group_up_sends_back_whoever_waits_at_its_gate() -> None:
+def test_giving_a_group_up_sends_back_whoever_waits_at_its_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "CONNECT_S", 0.5)
     gate = Gate("127.0.0.1")
     sender = NcclSender(gate, lambda world_size: pytest.fail("not all have come"))
     with ThreadPoolExecutor(3) as pool:
