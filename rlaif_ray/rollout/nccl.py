@@ -30,6 +30,7 @@ DISABLED = (
     "VLLM_DISABLE_PYNCCL unset."
 )
 _ARRIVED, _OPEN = "arrived", "open"
+_BROKEN_OFF = "the learner gave it up"
 
 
 class GivenUpError(EngineError):
@@ -110,25 +111,26 @@ class NcclSender:
         self._failure: BaseException | None = None
         self._stream: Any = None
 
-    def open(self, engines: int, world_size: int) -> bool:
-        """Meets so many engines, whose workers and this rank are `world_size`; False when it was broken off.
+    def open(self, engines: int, world_size: int) -> str | None:
+        """Meets so many engines, whose workers and this rank are `world_size`; why it didn't come about, else None.
 
         Raises:
             RunError: NCCL can't be used.
         """
         try:
             if not self._gate.open_for(engines):
-                return False
+                return _BROKEN_OFF
             meeting = threading.Thread(target=self._meet, args=(world_size,), daemon=True)
             meeting.start()
             while meeting.is_alive():
                 meeting.join(LOOK_S)
                 if self._broken_off.is_set():
-                    return False  # the thread stays: nothing ends it while a member is missing
-            self._raise_failure()
+                    return _BROKEN_OFF  # the thread stays: nothing ends it while a member is missing
+            if self._failure is not None:  # such as a port that another program took meanwhile
+                return f"the learner's end failed ({type(self._failure).__name__}: {self._failure})"
             if is_disabled(self._group):
                 raise RunError(DISABLED)
-            return True
+            return None
         finally:
             self._gate.close()
 

@@ -256,15 +256,15 @@ class LearnerActor(Actor):
         from rlaif_ray.rollout import nccl
 
         self.close_senders()
-        address, port = self.rendezvous()
-        gate = nccl.Gate(address)
+        gate = nccl.Gate(self.rendezvous()[0])
+        address, port = self.rendezvous()  # while the gate has its port: else this could be the same
         self._sender = nccl.NcclSender(gate, lambda world_size: nccl.communicator(address, port, world_size))
         return {"gate": (address, gate.port), "address": address, "port": port}
 
-    def meet(self, engines: int, world_size: int) -> bool:
-        """Joins that group, with so many engines and their workers; False when it was broken off."""
-        met: bool = self._sender.open(engines, world_size)
-        return met
+    def meet(self, engines: int, world_size: int) -> str | None:
+        """Joins that group, with so many engines and their workers; else why it didn't."""
+        why: str | None = self._sender.open(engines, world_size)
+        return why
 
     def offer(self, backend: Literal["shm", "ipc"], size: int, readers: int) -> list[Source]:
         """Prepares a push of buckets of up to `size` bytes that so many engines read from this rank's memory: what to

@@ -12,7 +12,7 @@ import ray
 from rlaif_ray.errors import EngineError, InputError, LearnerLostError, RunError, StaleWeightsError
 from rlaif_ray.rollout.buckets import largest, make_buckets, tensor_bytes
 from rlaif_ray.runtime.supervision import HEALTH, POLL_S
-from rlaif_ray.runtime.waiting import gather, raise_failures
+from rlaif_ray.runtime.waiting import gather, so_far
 from rlaif_ray.types import SyncReport
 
 if TYPE_CHECKING:
@@ -195,13 +195,13 @@ class Sync:
                 "world_size": world_size,
             }
             joining[engine.actor.init_transfer.remote(info, told["gate"])] = engine
-        [met], joined = self._together([opening], joining, lambda engine: self._break_off(), all_or_none=True)
+        [why], joined = self._together([opening], joining, lambda engine: self._break_off(), all_or_none=True)
         lost = [f"{engine.watched.name} {engine.watched.lost}" for engine in engines if not engine.usable]
         back = [f"{engine.watched.name}: {said}" for engine, said in joined.items() if said is not None]
-        if met and not lost and not back:
+        if why is None and not lost and not back:
             return None
         self._of_ranks([self._break_off()])  # also where the group came about and lost a member since
-        return "; ".join(lost or back) or "the learner gave it up"
+        return "; ".join([*lost, *back, *([] if why is None else [why])])
 
     def _answering(self, engines: list[Replica]) -> list[Replica]:
         """Those that answer now: one silent member would hold up a whole NCCL group."""
@@ -340,12 +340,14 @@ class Sync:
             of_ranks: refs.
             of_engines: engines by ref; an answer but None says why an engine left.
             give_up: called with each engine that is lost or has left, so that nobody waits for it.
-            all_or_none: one that is lost takes the others along: they have `GIVE_UP_S` to end by themselves.
+            all_or_none: one that is lost or has left, a rank too, which then says a text, takes the others along: they
+                have `GIVE_UP_S` to end by themselves.
 
         Raises:
             LearnerLostError: a rank is lost.
         """
         answers: dict[Replica, Any] = {}
+        gone: list[str] = []
         waiting, deadline = dict(of_engines), time.monotonic() + self._timeout_s
         reason = f"did not take part in a weight sync within {self._timeout_s:g} s"
         while waiting:
@@ -361,10 +363,13 @@ class Sync:
                     answers[engine] = self._rollouts.replicas.answer(engine, ref, POLL_S)
                 if answers.get(engine, "lost") is not None:
                     give_up(engine)
-                    if all_or_none and deadline > time.monotonic() + GIVE_UP_S:
-                        deadline = time.monotonic() + GIVE_UP_S
-                        reason = f"was in an NCCL group that broke when {engine.watched.name} was lost"
-            raise_failures(of_ranks, who=WHO, ranks=self._learner.ranks)
+                    gone.append(engine.watched.name)
+            said = so_far(of_ranks, who=WHO, ranks=self._learner.ranks)
+            if any(isinstance(one, str) for one in said):
+                gone.append("the learner's end")
+            if all_or_none and gone and deadline > time.monotonic() + GIVE_UP_S:
+                deadline = time.monotonic() + GIVE_UP_S
+                reason = f"was in an NCCL group that broke when {gone[0]} was lost"
         return self._of_ranks(of_ranks), answers
 
     def close(self) -> None:
@@ -377,5 +382,5 @@ class Sync:
         closing = [rank.close_senders.remote() for rank in self._ranks]
         if self._backend == "nccl":
             leaving = [engine.actor.leave_transfer.remote() for engine in self._connected if engine.usable]
-            ray.wait(leaving, num_returns=len(leaving), timeout=timeout_s) if leaving else None
+            ray.wait([*leaving, closing[0]], num_returns=len(leaving) + 1, timeout=timeout_s)
         gather(closing, who="learner (close weight sync)", timeout_s=timeout_s)

@@ -6,7 +6,6 @@ The double of NCCL keeps its worst habit: a member that is gone is waited for, b
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
@@ -197,6 +196,7 @@ def local_ray() -> Iterator[None]:
         options: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
         ray.init(address="local", num_cpus=4, object_store_memory=100 * 2**20, **options)
         yield
+        IDLE.clear()
         ray.shutdown()
 
 
@@ -211,6 +211,9 @@ def ranks(local_ray: None) -> list[Any]:
     refs = [actor.__ray_call__.remote(hold_a_model, rank) for rank, actor in enumerate(actors)]
     ray.get(refs, timeout=scaled(240))
     return actors
+
+
+IDLE: list[Any] = []  # engine actors that no test uses now
 
 
 class World:
@@ -242,7 +245,7 @@ class World:
         return Counted(actor, self.calls) if self.count else actor
 
     def _launch(self, k: int) -> tuple[Any, Any]:
-        actor = spawn(EngineActor)
+        actor = IDLE.pop() if IDLE else spawn(EngineActor)
         return self._counted(actor), actor.__ray_call__.remote(hold_an_engine, self.backend)
 
     def tell(self, k: int, place: str, what: str) -> None:
@@ -269,9 +272,11 @@ class World:
         return list(ray.get(calls, timeout=scaled(60)))
 
     def end(self) -> None:
-        self.sync.close()
+        """Engines that live serve the next test: starting them is what takes time here."""
+        if hasattr(self, "sync"):
+            self.sync.close()
         self.watch.stop()
-        self.replicas.stop()
+        IDLE.extend(replica.actor.actor if self.count else replica.actor for replica in self.replicas.usable())
 
 
 @pytest.fixture
@@ -314,7 +319,7 @@ def test_calls_of_a_push_follow_the_actors_and_not_the_buckets(world: Callable[.
     assert counted == [engines | {"send_all": 6} | ({"offer": 6} if backend == "shm" else {})] * 2
 
 
-@pytest.mark.parametrize("what", ["die", "raise"])
+@pytest.mark.parametrize("what", ["die", pytest.param("raise", marks=pytest.mark.long)])
 def test_an_engine_lost_while_it_loads_leaves_the_others_their_weights(world: Callable[..., World], what: str) -> None:
     """By shared memory. Its slot is free at once for the others."""
     one = world("shm", 3)
@@ -337,9 +342,7 @@ def test_an_engine_that_dies_before_the_gate_is_left_out_of_the_group(world: Cal
     assert one.push(1) == survivors and one.replicas.lost <= 1
     one.replicas.wait_started()
     assert one.push(2) == NAMES  # the group is made anew for it
-    assert one.llms(lambda llm: llm.destroyed) in itertools.permutations([1, 1, 0]) or one.llms(
-        lambda llm: llm.destroyed
-    ) == [1, 1, 0]
+    assert one.llms(lambda llm: llm.destroyed) == [1, 1, 0]  # communicators of the group before
 
 
 def test_an_engine_lost_at_the_start_of_a_push_is_left_out_of_its_broadcast(world: Callable[..., World]) -> None:
@@ -350,7 +353,7 @@ def test_an_engine_lost_at_the_start_of_a_push_is_left_out_of_its_broadcast(worl
     assert one.push(2) == NAMES - {"rollout engine 0"}
 
 
-@pytest.mark.parametrize("what", ["raise", "die"])
+@pytest.mark.parametrize("what", ["raise", pytest.param("die", marks=pytest.mark.long)])
 def test_an_engine_lost_inside_the_broadcast_is_no_end_of_the_run(world: Callable[..., World], what: str) -> None:
     one = world("nccl", 2)
     one.connect()
@@ -365,6 +368,7 @@ def test_an_engine_lost_inside_the_broadcast_is_no_end_of_the_run(world: Callabl
     assert one.push(3) == NAMES - {"rollout engine 2"}  # the learner is as it was
 
 
+@pytest.mark.long
 def test_a_group_that_never_comes_about_ends_the_run(world: Callable[..., World]) -> None:
     one = world("nccl", 1)
     one.tell(0, "behind the gate", "raise")

@@ -213,7 +213,7 @@ def opened(group: Any) -> NcclSender:
     sender = NcclSender(gate, lambda world_size: group)
     engine = threading.Thread(target=pass_gate, args=("127.0.0.1", gate.port))
     engine.start()
-    assert sender.open(1, 2)
+    assert sender.open(1, 2) is None
     engine.join(WAIT_S)
     return sender
 
@@ -271,7 +271,7 @@ def test_giving_a_group_up_sends_back_whoever_waits_at_its_gate(monkeypatch: pyt
         assert not any(one.done() for one in (opening, *waiting))
         began = time.monotonic()
         sender.break_off()
-        assert opening.result(WAIT_S) is False
+        assert opening.result(WAIT_S) == "the learner gave it up"
         for one in waiting:
             with pytest.raises(GivenUpError, match="gave the group up"):
                 one.result(WAIT_S)
@@ -297,9 +297,20 @@ def test_the_learner_leaves_a_rendezvous_that_a_member_never_joins() -> None:
         time.sleep(0.1)
         assert not opening.done()
         sender.break_off()
-        assert opening.result(WAIT_S) is False
+        assert opening.result(WAIT_S) == "the learner gave it up"
     ended.set()
     assert group.aborted.wait(WAIT_S)  # one that came about after all is destroyed
+
+
+def test_a_rendezvous_that_fails_on_the_learners_side_says_why() -> None:
+    def connect(world_size: int) -> Any:
+        raise OSError("address already in use")
+
+    gate = Gate("127.0.0.1")
+    sender = NcclSender(gate, connect)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pass_gate, "127.0.0.1", gate.port)
+        assert sender.open(1, 2) == "the learner's end failed (OSError: address already in use)"
 
 
 @pytest.mark.engine
