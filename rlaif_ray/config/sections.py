@@ -148,6 +148,9 @@ class SamplingConfig(Config):
         return self.prompts_per_step * self.samples_per_prompt
 
 
+CPU_KV_CACHE_GB = 1.0  # of an engine on CPUs, where nothing is said
+
+
 class EngineConfig(Config):
     """A group of vLLM engines."""
 
@@ -156,8 +159,9 @@ class EngineConfig(Config):
     max_context: Annotated[Annotated[int, Field(ge=8)] | None, ADJUSTABLE] = None
     """Tokens of prompt and completion together; default: what the model and job need."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), HANDLING] = 0.85
-    kv_cache_gb: Annotated[float, Field(gt=0), HANDLING] = 1.0
-    """KV cache of an engine on CPU."""
+    kv_cache_gb: Annotated[Annotated[float, Field(gt=0)] | None, HANDLING] = None
+    """KV cache of an engine, on each of its GPUs; default: 1 on CPUs, on GPUs what weights and workspace leave of
+    gpu_memory_utilization."""
     sleep: Annotated[bool, HANDLING] = False
     """Between calls the engine gives its GPU memory back, weights to the host's memory, for others of the same GPU. A
     lost one starts again in the next phase of its role, which then waits for it."""
@@ -389,7 +393,8 @@ class ClusterConfig(Config):
     cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """Ray's logical CPUs per actor; default 1 on GPUs, 0.25 on CPUs (phases take turns)."""
     gpus_per_actor: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """GPUs of an engine without tensor parallelism and of a learner rank; below 1 they share one (colocated)."""
+    """GPUs of an engine without tensor parallelism and of a learner rank. From 0.5 down they share one (colocated): as
+    many as these shares fit into it, three at 0.3. The job's GPUs are its own, whole."""
     threads_per_actor: Annotated[int, Field(ge=1)] | None = None
     """Compute threads of each actor on CPU; default: all cores of its node, shared among the ranks of a learner."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
@@ -403,9 +408,14 @@ class ClusterConfig(Config):
     object_store_gb: Annotated[float, Field(gt=0)] = 0.3
     """Of a local Ray."""
 
+    @property
+    def tenants_per_gpu(self) -> int:
+        """Actors that share a GPU, at most."""
+        return int(1 / self.gpus_per_actor + 1e-6)
+
     def shares_gpus(self, device: Literal["cpu", "cuda"]) -> bool:
         """Whether actors of several roles are on one GPU."""
-        return device == "cuda" and self.gpus_per_actor < 1
+        return device == "cuda" and self.tenants_per_gpu > 1
 
 
 class CheckpointConfig(Config):

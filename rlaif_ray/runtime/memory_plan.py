@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.algorithms import PpoConfig, ReinforceConfig
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.config.jobs import EvaluateJob, ReviseJob, RewardModelJob, SftJob, SupervisedJob, TrainJob
 from rlaif_ray.config.sections import (
+    CPU_KV_CACHE_GB,
     EngineConfig,
     JudgeConfig,
     JudgeFeedback,
@@ -28,6 +29,9 @@ from rlaif_ray.config.sections import (
 )
 from rlaif_ray.model_shapes import ModelShape
 from rlaif_ray.runtime.placement import Need, job_needs
+
+if TYPE_CHECKING:
+    from rlaif_ray.rollout.vllm_engine import EngineSpec
 
 Device = Literal["cpu", "cuda"]
 Shapes = Callable[[Any], ModelShape]  # of a section with model, revision and trust_remote_code
@@ -50,6 +54,7 @@ class Machine:
     gpus_per_node: int
     judge_context: int  # tokens of a judge's engines where the config doesn't say
     prompt_tokens: int  # longest prompt, where the config doesn't say
+    host_bytes: int | None = None  # memory of a node; None where that isn't known
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +168,15 @@ def engine_tokens(job: Any, cfg: EngineConfig, machine: Machine) -> int:
 
 
 def engine_memory(
-    cfg: EngineConfig, shape: ModelShape, context: int, machine: Machine, weight_bytes: int, device: Device
+    cfg: EngineConfig | EngineSpec,
+    shape: ModelShape,
+    context: int,
+    machine: Machine,
+    weight_bytes: int,
+    device: Device,
 ) -> Memory:
-    """Of each GPU of a vLLM engine: what is left of its share after weights and workspace is KV cache.
+    """Of each GPU of a vLLM engine: what is left of its share after weights and workspace is KV cache, unless the
+    config says how much that is.
 
     It fits when that holds one sequence of `context` tokens, which is vLLM's own condition.
     """
@@ -184,17 +195,26 @@ def engine_memory(
     kv_bytes = 1 if str(kwargs.get("kv_cache_dtype", "")).startswith("fp8") else weight_bytes
     token = 2 * shape.layers * max(1, -(-shape.kv_heads // parallel)) * shape.head_dim * kv_bytes
     used = sum(parts.values())
-    if device == "cuda":
-        share = int(machine.gpu_bytes * float(kwargs.get("gpu_memory_utilization", cfg.gpu_memory_utilization)))
-        cache = share - used
-    else:
-        cache = int(cfg.kv_cache_gb * GIB)
-        share = used + cache
+    share = int(machine.gpu_bytes * float(kwargs.get("gpu_memory_utilization", cfg.gpu_memory_utilization)))
+    said = said_cache(cfg, device)
+    cache = share - used if said is None else said
+    reserved = share if said is None else used + cache
+    limit = machine.gpu_bytes if device == "cuda" and said is not None else reserved
     tokens = max(0, cache // token)
     parts["KV cache"] = max(cache, context * token)
     holds = {"kv_tokens": tokens, "context": context, "sequences": tokens // context}
     # Asleep it has neither weights nor KV cache there, but what runs of it stays.
-    return Memory(parts, share, parts["workspace"] if cfg.sleep else share, share, holds, {})
+    return Memory(parts, reserved, parts["workspace"] if cfg.sleep else reserved, limit, holds, {})
+
+
+def said_cache(cfg: EngineConfig | EngineSpec, device: Device) -> int | None:
+    """Bytes of KV cache on each GPU that the config asks for; None where they follow from its share of a GPU."""
+    said = cfg.engine_kwargs.get("kv_cache_memory_bytes")
+    if said is not None:
+        return int(said)
+    if cfg.kv_cache_gb is None and device == "cuda":
+        return None
+    return int((cfg.kv_cache_gb or CPU_KV_CACHE_GB) * GIB)
 
 
 def scorer_memory(cfg: RewardModelFeedback, shape: ModelShape, machine: Machine, device: Device) -> Memory:

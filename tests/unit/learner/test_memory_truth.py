@@ -11,7 +11,8 @@ from rlaif_ray.config.jobs import SftJob, TrainJob
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.model_shapes import ModelShape, shape_of_config
 from rlaif_ray.models import load_config
-from rlaif_ray.runtime.memory_plan import GIB, Machine, learner_memory, trained_models
+from rlaif_ray.runtime.host_memory import rank_state
+from rlaif_ray.runtime.memory_plan import GIB, Machine, learner_memory, trained_models, zero_of
 from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses
 from tests.tiny import cached_tiny_model
@@ -91,6 +92,33 @@ def test_a_rank_holds_what_was_planned(ranks: tuple[int, RankProcesses], stage: 
         assert rank["reference"]["weights"] == parts["reference"]
         # Its head of 65 can't be halved: ZeRO pads what it shards to 16 bytes of each tensor.
         assert sum(rank["critic"].values()) == pytest.approx(parts["critic"], abs=3 * 5 * 16)
+
+
+def copied(spec: RankSpec, job: TrainJob) -> int:
+    """Bytes of the tensors that a rank copies for a checkpoint after a step of policy and critic, without its random
+    numbers and what DeepSpeed counts its steps in."""
+    from rlaif_ray.learner import engine as door
+    from rlaif_ray.learner.ppo import RlRank
+
+    rank = RlRank(job, spec, job.policy.precision)  # type: ignore[arg-type]
+    batch = rank._input([(5, 6, 7)], [(8, 9, 10, 11)], [0])
+    for engine in (rank._policy, rank._critic):
+        door.backward(engine, engine(batch).float().pow(2).mean(), last=True)
+        door.optimizer_step(engine)
+    rank.checkpoint.copy()
+    states = [state for name, state in rank.checkpoint._copied.items() if not name.startswith("rank-")]
+    return sum(tensor.nbytes for state in states for tensor in state.tensors.values() if tensor.dim() > 0)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_rank_copies_what_was_planned(ranks: tuple[int, RankProcesses], stage: int) -> None:
+    count, processes = ranks
+    job = rl_job(count, stage, "bf16")
+    zero, shape = zero_of(job.learner, "bf16"), shape_of(job)
+    each, first = rank_state(zero, trained_models(job, shape))
+    for k, bytes_copied in enumerate(processes.run(copied, job)):
+        # Padding to 16 bytes of each tensor, and buffers.
+        assert bytes_copied == pytest.approx(each + (first if k == 0 else 0), abs=4096)
 
 
 @pytest.mark.parametrize("tied", [True, False])
