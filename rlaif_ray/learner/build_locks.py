@@ -45,7 +45,8 @@ def watch_waits() -> None:
     """From now on, whoever in this process waits for another's build ends with an error when that one is gone."""
     from torch.utils import file_baton
 
-    file_baton.FileBaton.wait = _wait  # type: ignore[method-assign]
+    baton: Any = file_baton.FileBaton
+    baton.wait = _wait
 
 
 def _wait(baton: Any) -> None:

@@ -61,11 +61,11 @@ class _Verified(WeightTransferEngine[Any, Any]):
 
     def start_weight_update(self) -> None:
         self._received = Received()
-        super().start_weight_update()
+        super().start_weight_update()  # type: ignore[safe-super, unused-ignore]
 
     def receive_weights(self, update_info: Any) -> None:
         with self._received.by(self.model):
-            super().receive_weights(update_info)
+            super().receive_weights(update_info)  # type: ignore[safe-super, unused-ignore]
 
     @property
     def received_checksum(self) -> int:

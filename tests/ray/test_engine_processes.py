@@ -36,6 +36,7 @@ WORKERS = 2
 def local_ray() -> Iterator[None]:
     assert not ray.is_initialized()
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+    options["_system_config"] = {"worker_niceness": 0}  # four processes start: on a busy machine Ray's 15 starves them
     ray.init(address="local", num_cpus=2, object_store_memory=2**27, **options)
     yield
     ray.shutdown()
