@@ -41,7 +41,7 @@ class Gate:
     """The learner's side of the gate."""
 
     def __init__(self, address: str) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined, unused-ignore]
 
         self._store: Any = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         self.port = int(self._store.port)
@@ -66,7 +66,7 @@ def pass_gate(address: str, port: int) -> None:
     Raises:
         GivenUpError: the learner has given the group up, or is gone.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined, unused-ignore]
 
     timeout = timedelta(seconds=CONNECT_S)
     try:

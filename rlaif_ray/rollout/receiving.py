@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from rlaif_ray.rollout.board import Reading, Source
@@ -10,7 +10,7 @@ from rlaif_ray.rollout.buckets import Bucket
 from rlaif_ray.rollout.ipc import handle_of
 
 
-def update_messages(buckets: Sequence[Bucket], sources: tuple[Source, ...]) -> Iterator[dict[str, Any]]:
+def update_messages(buckets: Sequence[Bucket], sources: tuple[Source, ...]) -> Generator[dict[str, Any]]:
     """A message for every bucket; asking for the next one says that the one before is loaded.
 
     Without `sources` the weights come by a broadcast, whose order all know: a message only describes it. To be closed

@@ -280,7 +280,7 @@ class LearnerActor(Actor):
         from rlaif_ray.rollout.weight_transfer import IpcSlot, ShmSlot
 
         if self._sender is None:
-            slot = {"shm": ShmSlot, "ipc": IpcSlot}[backend]
+            slot: type[Any] = ShmSlot if backend == "shm" else IpcSlot
             self._sender = Staging([slot(), slot()])
         sources: list[Source] = self._sender.offer(size, readers)
         return sources
