@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,11 @@ from rlaif_ray.config.sections import CPU_KV_CACHE_GB
 from rlaif_ray.errors import EngineError, InputError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_config
+from rlaif_ray.rollout.board import Source
+from rlaif_ray.rollout.buckets import Bucket
+from rlaif_ray.rollout.nccl import DISABLED, pass_gate
 from rlaif_ray.rollout.orphans import ENGINE_PROCESS
+from rlaif_ray.rollout.receiving import update_messages
 from rlaif_ray.rollout.support import state_arguments
 from rlaif_ray.rollout.weight_transfer import ENGINES, stale_message
 from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
@@ -341,9 +345,25 @@ class VllmEngine:
 
     # Weight updates, in vLLM's order: init once; then start, update any number of times, finish.
 
-    def init_transfer(self, init_info: dict[str, Any]) -> None:
+    def init_transfer(self, init_info: dict[str, Any], gate: tuple[str, int] | None = None) -> None:
+        """Joins the weight transfer. An NCCL group makes its members meet at the `gate` (address, port) first.
+
+        Raises:
+            GivenUpError: the group was given up before it was made; this engine is as it was.
+            EngineError: it could not join.
+        """
+        if gate is not None:
+            self.leave_transfer()
+            pass_gate(*gate)
         with self._working("to join the weight transfer"):
             self._llm.init_weight_transfer_engine({"init_info": init_info})
+            if gate is not None and any(self._llm.collective_rpc("transfer_is_disabled")):
+                raise RuntimeError(DISABLED)
+
+    def leave_transfer(self) -> None:
+        """Destroys the communicators of an NCCL group; one that was aborted by others can't be left in order."""
+        with self._working("to leave the weight transfer"):
+            self._llm.collective_rpc("leave_transfer")
 
     def start_update(self) -> None:
         self.weight_version = -1  # an update that breaks half way leaves an engine that must not sample
@@ -352,8 +372,16 @@ class VllmEngine:
             self._llm.start_weight_update()
 
     def update(self, update_info: dict[str, Any]) -> None:
+        """Loads one bucket, as vLLM's update message describes it."""
         with self._working("to load weights"):
             self._llm.update_weights({"update_info": update_info})
+
+    def update_all(self, buckets: Sequence[Bucket], sources: tuple[Source, ...]) -> None:
+        """Loads a whole push, bucket by bucket (receiving.py). While it waits for one it is idle: whether the learner
+        still moves, others watch."""
+        with closing(update_messages(buckets, sources)) as messages:
+            for message in messages:
+                self.update(message)
 
     def finish_update(self, version: int) -> list[int]:
         """Makes the new weights current; returns each worker's checksum of what it received.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlaif_ray.rollout.nccl import is_disabled
 from rlaif_ray.rollout.weight_transfer import register
 
 register()
@@ -25,3 +26,15 @@ class WorkerExtension:
         It does not show what the engine computes: for that its log-probabilities must be compared with the learner's.
         """
         return int(self.weight_transfer_engine.received_checksum)
+
+    def transfer_is_disabled(self) -> bool:
+        """Whether vLLM joined an NCCL group with a communicator that sends and receives nothing."""
+        return is_disabled(getattr(self.weight_transfer_engine, "model_update_group", None))
+
+    def leave_transfer(self) -> None:
+        """Destroys the communicator of the NCCL group that it has joined, if any. vLLM only drops it when another one
+        takes its place, and NCCL keeps its memory and threads for one that is dropped."""
+        group = getattr(self.weight_transfer_engine, "model_update_group", None)
+        if group is not None:
+            self.weight_transfer_engine.model_update_group = None
+            group.destroy()

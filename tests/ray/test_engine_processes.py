@@ -17,9 +17,10 @@ import pytest
 import ray
 
 from rlaif_ray.learner.model_state import ModelState
-from rlaif_ray.rollout.checksum import MODULUS, checksum
+from rlaif_ray.rollout.buckets import largest, make_buckets
+from rlaif_ray.rollout.sending import Staging, send_all
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
-from rlaif_ray.rollout.weight_transfer import ShmSender
+from rlaif_ray.rollout.weight_transfer import ShmSlot
 from rlaif_ray.runtime.actors import EngineActor
 from tests.benchmarks import zoo_push
 from tests.pace import scaled
@@ -59,10 +60,10 @@ def test_a_tensor_parallel_engine_receives_whole_tensors_and_ends_with_its_actor
     ray.get(actor.start.remote(spec), timeout=scaled(300))
 
     ray.get(actor.init_transfer.remote({}), timeout=scaled(60))
-    slots = [ShmSender(), ShmSender()]
+    sender = Staging([ShmSlot(), ShmSlot()])
     for version in (1, 2):  # the second finds segments that are large enough, and used again
         zoo_push.change(model, seed=version)
-        found, sent = pushed(actor, ModelState(model), slots, version)
+        found, sent = pushed(actor, ModelState(model), sender, version)
         assert found == [sent] * WORKERS
     said = ray.get(actor.__ray_call__.remote(lambda a: zoo_push.engine_logprobs(a._engine, text)), timeout=scaled(60))
     assert zoo_push.gap(said, zoo_push.learner_logprobs(model, text)) < zoo_push.BOUND
@@ -76,16 +77,14 @@ def test_a_tensor_parallel_engine_receives_whole_tensors_and_ends_with_its_actor
     assert_gone(processes)
 
 
-def pushed(actor: Any, state: ModelState, slots: list[ShmSender], version: int) -> tuple[list[int], int]:
+def pushed(actor: Any, state: ModelState, sender: Staging, version: int) -> tuple[list[int], int]:
     """The engine's checksums, and the learner's, after a push of a layer group a message, in two slots by turns."""
+    buckets = make_buckets(state.groups(), state.metadata(), 0)
     ray.get(actor.start_update.remote(), timeout=scaled(60))
-    sent = 0
-    for k, names in enumerate(state.groups()):
-        with state.gathered(names) as tensors:
-            sent += checksum(names, tensors)
-            message = slots[k % 2].stage(names, tensors)
-        ray.get(actor.update.remote(message), timeout=scaled(60))
-    return ray.get(actor.finish_update.remote(version), timeout=scaled(60)), sent % MODULUS
+    loading = actor.update_all.remote(buckets, tuple(sender.offer(largest(buckets), 1)))
+    sent = send_all(state, buckets, sender, counted=True)
+    ray.get(loading, timeout=scaled(60))
+    return ray.get(actor.finish_update.remote(version), timeout=scaled(60)), sent
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:

@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from rlaif_ray.errors import EngineError, StaleWeightsError
 from rlaif_ray.rollout.checksum import MODULUS, checksum
 from rlaif_ray.rollout.vllm_engine import EngineSpec, VllmEngine
-from rlaif_ray.rollout.weight_transfer import ENGINES, describe, register, with_handles_of_all
+from rlaif_ray.rollout.weight_transfer import ENGINES, register
 from rlaif_ray.rollout.worker_extension import WorkerExtension
 from rlaif_ray.runtime.weight_sync import differs
 from tests.unit.rollout import test_reload
@@ -86,6 +86,18 @@ class Gpu:
     def rebuild(self, *args: Any) -> Tensor:
         CALLS.append(f"open {args[7].decode()} on {args[6]}")
         return torch.as_strided(self.exported[args[7]], args[1], args[2], args[3])
+
+
+def describe(names: list[str], tensors: list[Tensor]) -> dict[str, Any]:
+    """The part of an update message that both transports share."""
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
+    return {"names": names, "dtype_names": dtypes, "shapes": [list(tensor.shape) for tensor in tensors]}
+
+
+def merged(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """One message with the handles of every rank: a worker takes those of its own GPU."""
+    each = zip(*(message["ipc_handles"] for message in messages), strict=True)  # by tensor
+    return {**messages[0], "ipc_handles": [{k: v for one in ranks for k, v in one.items()} for ranks in each]}
 
 
 class Group:
@@ -187,7 +199,7 @@ class Pushed:
                 spoil(staged[-1])
             handles = [{f"GPU-{rank}": gpu.export(tensor)} for tensor in staged]
             messages.append({**describe(names, staged), "ipc_handles": handles})
-        self.engine.update(with_handles_of_all(messages))
+        self.engine.update(merged(messages))
         for gpu in self.gpus:  # the learner fills its slots with the next bucket
             for tensor in gpu.exported.values():
                 tensor.fill_(-3.0)
