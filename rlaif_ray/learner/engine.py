@@ -6,8 +6,9 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -181,14 +182,33 @@ def trainable_engine(
         optimizer,
         lambda step: learning_rate_factor(step, warmup=cfg.warmup_steps, total=total_steps, schedule=cfg.schedule),
     )
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=deepspeed_config(cfg, precision=precision),
-        dist_init_required=False,
-    )
+    with redirect_stdout(StringIO()):  # its optimizer of stage 1 in bf16 prints what memory is in use
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(cfg, precision=precision),
+            dist_init_required=False,
+        )
+    if engine.dp_world_size == 1 and not engine.zero_optimization_partition_gradients():
+        engine.enable_backward_allreduce = engine.zero_optimization() and not _sums_in_fp32(engine.optimizer)
+    keep_master(engine)
     return engine
+
+
+def _sums_in_fp32(optimizer: Any) -> bool:
+    """Whether this is DeepSpeed's optimizer for stage 1 in bf16."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    return isinstance(optimizer, BF16_Optimizer)
+
+
+def keep_master(engine: Any) -> None:
+    """Tells the module's parts that compute with fp32 weights what those are now. A collective in bf16."""
+    if engine.bfloat16_enabled():
+        for part in engine.module.modules():
+            if isinstance(part, MasterLinear):
+                part.keep_master()
 
 
 def frozen_engine(module: torch.nn.Module, cfg: LearnerConfig, *, precision: Literal["fp32", "bf16"]) -> Any:
@@ -217,6 +237,7 @@ def optimizer_step(engine: Any) -> Stepped:
         engine.optimizer.overflow = not bool(norm.isfinite())  # where DeepSpeed looks whether a step was taken
     with _no_update(engine.optimizer) if norm is not None and engine.optimizer.overflow else nullcontext():
         engine.step()
+    keep_master(engine)
     norm = engine.get_global_grad_norm() if norm is None else norm
     return Stepped(float(norm) if norm is not None else 0.0, bool(engine.was_step_applied()))
 
@@ -258,6 +279,32 @@ class CausalPolicy(torch.nn.Module):
         return picked
 
 
+class MasterLinear(torch.nn.Linear):
+    """A linear layer that computes in fp32, in bf16 with the fp32 weights that the optimizer steps.
+
+    DeepSpeed casts every parameter to bf16, and ZeRO-3 shards one type: here the bf16 parameters carry the gradient,
+    and the numbers come from their masters. A value of 100 would else be off by 0.25 for its bias alone.
+    """
+
+    _masters: tuple[Tensor, ...] | None = None  # fp32 weight and bias; None: the parameters are fp32 themselves
+
+    def keep_master(self) -> None:
+        """Looks what the fp32 weights are, after the optimizer's step. A collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        self._masters = tuple(safe_get_full_fp32_param(parameter) for parameter in (self.weight, self.bias))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., out) fp32."""
+        weight, bias = self.weight.float(), self.bias.float()
+        if self._masters is not None:
+            weight, bias = (
+                parameter + (master - parameter.detach())
+                for parameter, master in zip((weight, bias), self._masters, strict=True)
+            )
+        return torch.nn.functional.linear(input.float(), weight, bias)
+
+
 class Critic(torch.nn.Module):
     """The policy's body with one output per token: the value of the state before it."""
 
@@ -266,7 +313,7 @@ class Critic(torch.nn.Module):
         self.body = body
         self._arguments = Arguments(body)
         config = body.config.get_text_config()
-        self.head = torch.nn.Linear(config.hidden_size, 1, dtype=body.dtype)
+        self.head = MasterLinear(config.hidden_size, 1, dtype=body.dtype)
         # Zero, not random: the first advantages are then the returns themselves rather than a random baseline.
         with full_weights([self.head.weight, self.head.bias]):
             torch.nn.init.zeros_(self.head.weight)
@@ -276,7 +323,7 @@ class Critic(torch.nn.Module):
         """(M,) fp32 values."""
         hidden = self.body(**self._arguments.of(batch)).last_hidden_state
         values: Tensor = self.head(hidden[batch.rows, batch.columns])
-        return values[:, 0].float()
+        return values[:, 0]
 
 
 def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:

@@ -52,9 +52,12 @@ def measured(spec: RankSpec, job: TrainJob) -> dict[str, dict[str, int]]:
     found = {}
     for name, engine in (("policy", rank._policy), ("critic", rank._critic)):
         loss = engine(batch).float().pow(2).mean()
-        stage, optimizer = job.learner.zero_stage, engine.optimizer
+        stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
         door.backward(engine, loss, last=stage > 1)  # stages 0 and 1 keep whole gradients until the last micro-batch
-        if stage < 2:
+        if engine.bfloat16_enabled() and stage == 1:
+            assert all(p.grad is None for p in engine.module.parameters())
+            gradients = optimizer.fp32_groups_gradients_flat
+        elif stage < 2:
             gradients = [p.grad for p in engine.module.parameters()]
         elif stage == 2:
             gradients = [g for group in optimizer.averaged_gradients.values() for g in group]
@@ -66,6 +69,8 @@ def measured(spec: RankSpec, job: TrainJob) -> dict[str, dict[str, int]]:
         door.optimizer_step(engine)
         if stage == 3:
             masters = optimizer.fp32_partitioned_groups_flat
+        elif engine.bfloat16_enabled() and stage == 1:
+            masters = optimizer.fp32_groups_flat_partition
         elif stage > 0:
             masters = optimizer.single_partition_of_fp32_groups
         else:
