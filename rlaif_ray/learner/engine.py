@@ -190,8 +190,8 @@ def trainable_engine(
             config=deepspeed_config(cfg, precision=precision),
             dist_init_required=False,
         )
-    if engine.dp_world_size == 1 and not engine.zero_optimization_partition_gradients():
-        engine.enable_backward_allreduce = engine.zero_optimization() and not _sums_in_fp32(engine.optimizer)
+    if engine.dp_world_size == 1 and _sums_in_fp32(engine.optimizer):
+        engine.enable_backward_allreduce = False  # a pass over all gradients, for nothing
     keep_master(engine)
     return engine
 
@@ -235,6 +235,11 @@ def optimizer_step(engine: Any) -> Stepped:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         engine.optimizer.overflow = not bool(norm.isfinite())  # where DeepSpeed looks whether a step was taken
+    if _sums_in_fp32(engine.optimizer):
+        # DeepSpeed leaves out of norm and clipping what had no gradient on this rank, such as an expert that no token
+        # met; others may have had one, which is in the sum by now.
+        for flags in engine.optimizer.fp32_groups_has_gradients:
+            flags[:] = [True] * len(flags)
     with _no_update(engine.optimizer) if norm is not None and engine.optimizer.overflow else nullcontext():
         engine.step()
     keep_master(engine)

@@ -134,15 +134,15 @@ def make_samples(args: Any, vocabulary: int) -> Samples:
 
 
 def make_experience(rank: RlRank, prompts: Any, completions: Any, plan: RankPlan) -> Experience:
-    """What an update needs, with random advantages and returns."""
+    """What an update needs, with random advantages and returns; also for a rank without critic or reference."""
     import torch
 
     from rlaif_ray.types import Experience
 
     found = rank.annotate(prompts, completions, plan, with_policy=True)
 
-    def table(name: str) -> torch.Tensor:
-        return torch.stack([found[i][name] for i in range(len(prompts))])
+    def table(name: str) -> Any:
+        return torch.stack([found[i][name] for i in range(len(prompts))]) if name in found[0] else None
 
     shape = len(prompts), len(completions[0])
     generator = torch.Generator().manual_seed(0)

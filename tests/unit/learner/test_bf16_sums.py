@@ -24,7 +24,8 @@ STAGES = [0, 1, 2, 3]
 
 
 class Given(torch.nn.Module):
-    """Its output's gradient is its input. In two parts, so that ranks share neither evenly."""
+    """Its output's gradient is its input. In two parts, so that ranks share neither evenly; for a short input the first
+    alone is used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class Given(torch.nn.Module):
         self.second = torch.nn.Parameter(torch.zeros(1000))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.first, self.second]) @ x
+        return self.first @ x if len(x) == len(self.first) else torch.cat([self.first, self.second]) @ x
 
 
 def gradients(rank: int) -> list[Tensor]:
@@ -78,6 +79,30 @@ def test_small_gradients_add_up(request: pytest.FixtureRequest, count: int, stag
         torch.testing.assert_close(weights.double(), expected, rtol=2e-6, atol=0)
         assert norm == pytest.approx(float(total.norm()), rel=1e-5)
         assert "FP16" not in kind
+
+
+def step_of_some(spec: RankSpec, cfg: LearnerConfig) -> tuple[Tensor, float]:
+    """One step to which rank 0 gives gradients of the first parameter alone; the weights after it and the norm."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from rlaif_ray.learner import engine as door
+
+    door.join_ranks(spec, 60.0)
+    engine = door.trainable_engine(Given(), cfg, lr=EPS, total_steps=1, precision="bf16")
+    x = torch.full((SIZE - 1000,), 3.0) if spec.rank == 0 else torch.full((SIZE,), 4.0)
+    door.backward(engine, engine(x.bfloat16()), last=True)
+    stepped = door.optimizer_step(engine)
+    return torch.cat([safe_get_full_fp32_param(p).clone() for p in engine.module.parameters()]), stepped.norm
+
+
+def test_a_parameter_that_one_rank_alone_used_counts_on_all(two_ranks: RankProcesses) -> None:
+    cfg = learner(1, 2, eps=EPS, betas=(0.0, 0.0)).model_copy(update={"grad_clip": 1.0})
+    total = torch.cat([torch.full((SIZE - 1000,), 3.5), torch.full((1000,), 2.0)])  # means of 3 and 4, of 0 and 4
+    norm = float(total.norm())
+    clipped = total / norm
+    for weights, found in two_ranks.run(step_of_some, cfg):
+        assert found == pytest.approx(norm, rel=1e-5)
+        torch.testing.assert_close(weights, -EPS * clipped / (clipped + EPS), rtol=1e-4, atol=0)
 
 
 # ---- The critic's head -----------------------------------------------------------------------------------------------
