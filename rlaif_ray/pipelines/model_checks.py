@@ -17,8 +17,8 @@ from rlaif_ray.config.sections import Config, JudgeConfig, PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_errors import is_wrong_config
 from rlaif_ray.model_support import engine_refusal
-from rlaif_ray.precision import chosen_precision
 from rlaif_ray.models import check_revision, load_config
+from rlaif_ray.precision import chosen_precision
 from rlaif_ray.rollout.support import unknown_to_vllm
 
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: NVIDIA's, WSL's, AMD's

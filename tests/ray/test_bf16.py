@@ -1,4 +1,4 @@
-"""`rlaif train` in bf16 from end to end, with the arithmetic of GPUs: fp32 weights in the learner, bf16 everywhere else.
+"""`rlaif train` in bf16 from end to end, with the arithmetic of GPUs: fp32 weights in the learner, else bf16.
 
 CPUs without AMX emulate bf16: slowly, and with the same numbers.
 """

@@ -67,7 +67,10 @@ stages:
     policy: {{model: 'stage:sft'}}
     data: {{path: 'package:train', limit: 130}}
     sampling: {{samples_per_prompt: 2, max_new_tokens: 6}}
-    feedback: {{type: judge, template: helpful, judge: {{model: {model}, precision: fp32, kv_cache_gb: 0.2, min_answer_mass: 0}}}}
+    feedback:
+      type: judge
+      template: helpful
+      judge: {{model: {model}, precision: fp32, kv_cache_gb: 0.2, min_answer_mass: 0}}
   evaluate:
     job: evaluate
     arms:
