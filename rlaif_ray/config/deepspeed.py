@@ -30,7 +30,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": learner.grad_clip,
-        "zero_optimization": _zero(used_stage(learner.zero_stage, precision)),
+        "zero_optimization": _zero(learner, used_stage(learner.zero_stage, precision)),
         "zero_allow_untested_optimizer": True,  # ours comes from torch, DeepSpeed tests its own
         "zero_force_ds_cpu_optimizer": False,  # so it may also be offloaded
         "steps_per_print": 2**31 - 1,
@@ -54,7 +54,7 @@ def used_stage(stage: int, precision: Literal["fp32", "bf16"]) -> int:
     return max(stage, 1) if precision == "bf16" else stage
 
 
-def _zero(stage: int) -> dict[str, Any]:
+def _zero(learner: LearnerConfig, stage: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if stage >= 1:
         zero |= {"reduce_bucket_size": _BUCKET_ELEMENTS, "allgather_bucket_size": _BUCKET_ELEMENTS}
@@ -64,6 +64,12 @@ def _zero(stage: int) -> dict[str, Any]:
             # We gather layer by layer when we save and sync; a gathered copy of the whole model may not fit.
             "stage3_gather_16bit_weights_on_model_save": False,
         }
+    offload = learner.offload
+    for name, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+        if device != "none":
+            zero[name] = {"device": device, "pin_memory": offload.pin_memory}
+    if learner.hpz_partition_size > 1:
+        zero["zero_hpz_partition_size"] = learner.hpz_partition_size
     return zero
 
 

@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from rlaif_ray.errors import CheckpointError
-from rlaif_ray.learner.engine import keep_master
+from rlaif_ray.learner.mixed_precision import keep_master
 from rlaif_ray.learner.state_files import SUFFIX, HostState, copy_to_host, read_state
 from rlaif_ray.storage import StoredFolder, told
 

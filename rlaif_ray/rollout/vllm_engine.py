@@ -14,6 +14,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from rlaif_ray.chat.thoughts import thought_tokens, written_text
+from rlaif_ray.config.sections import CPU_KV_CACHE_GB
 from rlaif_ray.errors import EngineError, InputError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_config
@@ -40,11 +41,13 @@ class EngineSpec:
     max_context: int  # tokens, prompt and completion together
     tensor_parallel: int
     gpu_memory_utilization: float
-    kv_cache_gb: float
+    kv_cache_gb: float | None  # of each GPU; None: CPU_KV_CACHE_GB on CPUs, on GPUs what is left
     seed: int
     threads: int  # compute threads on CPU
     transfer_backend: str | None  # weight transfer; None for an engine whose weights never change
     sleep: bool = False  # between calls it gives its GPU memory back
+    shares_gpu: bool = False  # with engines and learner ranks in other processes
+    kv_cache_bytes: int | None = None  # as planned for a GPU that is shared
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,13 +97,18 @@ def engine_arguments(spec: EngineSpec, config: Any | None = None) -> dict[str, A
         arguments |= {
             "enforce_eager": True,
             "block_size": CPU_BLOCK_SIZE,
-            "kv_cache_memory_bytes": int(spec.kv_cache_gb * 2**30),
+            "kv_cache_memory_bytes": int((spec.kv_cache_gb or CPU_KV_CACHE_GB) * 2**30),
             # vLLM can't rewind a seeded CPU generator after a partial prefill ("CPU Generator does not use offset").
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(BATCHED_TOKENS, spec.max_context),
         }
     else:
+        # What it takes of the GPU at most, and what vLLM wants to find free there at its start.
         arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+        if spec.kv_cache_gb is not None:
+            arguments["kv_cache_memory_bytes"] = int(spec.kv_cache_gb * 2**30)
+        elif spec.kv_cache_bytes is not None:
+            arguments["kv_cache_memory_bytes"] = spec.kv_cache_bytes
     if getattr(config, "model_type", None) in MISTRAL:
         arguments["tokenizer_mode"] = "hf"  # of two formats the one that learner and judges read, see load_tokenizer
     if spec.sleep:
@@ -108,6 +116,14 @@ def engine_arguments(spec: EngineSpec, config: Any | None = None) -> dict[str, A
     if spec.transfer_backend is not None:
         arguments["weight_transfer_config"] = {"backend": spec.transfer_backend}
     return arguments | state_arguments(config) | spec.engine_kwargs
+
+
+def gpu_bytes() -> int:
+    """Memory of this process's GPU, in all. Asks the driver, so that it takes none of it."""
+    with _collector_paused():
+        from vllm.platforms import current_platform
+
+    return int(current_platform.get_device_total_memory())
 
 
 def _config(spec: EngineSpec) -> Any | None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.config.sections import LearnerConfig
-from rlaif_ray.learner.engine import MasterLinear, RankSpec
+from rlaif_ray.learner.engine import RankSpec
+from rlaif_ray.learner.mixed_precision import MasterLinear
 from tests.learner_ranks import RankProcesses
 
 pytestmark = pytest.mark.slow
