@@ -112,10 +112,11 @@ class TrainJob(Config):
                 f"(got {', '.join(given)}): nothing else can be asked whether a response is harmless. Leave it out and "
                 f"use rlaif evaluate after training, or add a judge of weight 0 to a mixture."
             )
-        if algorithm.importance is not None and algorithm.old_logprobs == "sampler":
+        importance = algorithm.importance
+        if importance is not None and importance.when == "always" and algorithm.old_logprobs == "sampler":
             yield (
-                "algorithm.importance needs algorithm.old_logprobs learner or auto (got sampler): the weights compare "
-                "the learner's log-probabilities with the sampler's. Set old_logprobs=learner."
+                "algorithm.importance.when=always needs algorithm.old_logprobs learner or auto (got sampler): the "
+                "weights compare the learner's log-probabilities with the sampler's. Set old_logprobs=learner."
             )
 
 

@@ -30,7 +30,8 @@ class PolicyConfig(Config):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
     precision: Precision = "auto"
-    """Compute type of learner and rollout engines; auto: bf16 on GPUs, fp32 on CPUs (where bf16 is emulated)."""
+    """Compute type of learner and rollout engines; auto: bf16 on GPUs and on CPUs with AMX, fp32 on other CPUs, which
+    emulate bf16. In bf16 the learner keeps weights, optimizer states and sums of gradients in fp32."""
     save_precision: Annotated[Precision, ADJUSTABLE] = "auto"
     """Type in which a trained model is saved; auto: that in which its weights were given."""
     attention: Annotated[Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"], HANDLING] = "auto"

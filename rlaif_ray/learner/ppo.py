@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlaif_ray.algorithm import kl, losses
 from rlaif_ray.attention import PACKED, plan_attention
-from rlaif_ray.config.algorithms import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
+from rlaif_ray.config.algorithms import AlgorithmConfig, GrpoConfig, ImportanceConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
@@ -58,6 +58,7 @@ class RlRank:
         """Joins its peers and loads the models; all ranks do so together."""
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
         self._spec, self._job, self._precision = spec, job, precision
+        self._importance = job.algorithm.importance_in(precision)
         torch.manual_seed(job.seed)
         random.seed(job.seed)
         register_packed_attention()
@@ -214,10 +215,14 @@ class RlRank:
         # DeepSpeed averages over ranks; our denominators are global already. A place-holder adds nothing.
         scale = self._spec.world_size / token_count if micro else 0.0
         logprobs, entropy = self._logprobs(self._policy, batch)
-        loss, ratio, clipped = policy_loss(self._job.algorithm, logprobs, flat, experience.kl_coef)
+        loss, ratio, clipped, weights_clipped = policy_loss(
+            self._job.algorithm, logprobs, flat, experience.kl_coef, self._importance
+        )
         deepspeed_door.backward(self._policy, loss.sum() * scale, last=last)
         if micro:
             _add(sums, tokens=len(loss), policy_loss=loss, entropy=entropy, clipped=clipped)
+            if weights_clipped is not None:
+                _add(sums, importance_clipped=weights_clipped)
             if first:
                 gap = (logprobs.detach() - flat.sampler_logprobs).abs()
                 _add(sums, first_tokens=len(loss), gap=gap)
@@ -278,9 +283,10 @@ class _Flat:
 
 
 def policy_loss(
-    algorithm: AlgorithmConfig, logprobs: Tensor, flat: Any, kl_coef: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token, (M,): the algorithm's loss, the ratio to the sampling policy, and where it was clipped (bool)."""
+    algorithm: AlgorithmConfig, logprobs: Tensor, flat: Any, kl_coef: float, importance: ImportanceConfig | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Per token, (M,): the algorithm's loss, the ratio to the sampling policy, and where it was clipped (bool); with
+    importance weights, within these bounds, also where they were (bool)."""
     if isinstance(algorithm, ReinforceConfig):
         loss = losses.reinforce_policy_loss(logprobs, flat.advantages)
         ratio = torch.exp((logprobs - flat.logprobs).detach())
@@ -288,12 +294,15 @@ def policy_loss(
     else:
         loss, ratio, clipped = losses.ppo_policy_loss(logprobs, flat.logprobs, flat.advantages, algorithm.clip)
         ratio = ratio.detach()
-    if algorithm.importance is not None:
-        bounds = algorithm.importance
-        loss = loss * losses.truncated_importance_weight(flat.logprobs, flat.sampler_logprobs, bounds.low, bounds.high)
+    weights_clipped = None
+    if importance is not None:
+        weights, weights_clipped = losses.truncated_importance_weight(
+            flat.logprobs, flat.sampler_logprobs, importance.low, importance.high
+        )
+        loss = loss * weights
     if isinstance(algorithm, GrpoConfig) and kl_coef > 0:
         loss = loss + kl_coef * kl.kl_estimate(logprobs, flat.ref_logprobs, algorithm.kl.estimator)
-    return loss, ratio, clipped
+    return loss, ratio, clipped, weights_clipped
 
 
 def _add(sums: Sums, **terms: Tensor | int) -> None:

@@ -19,6 +19,7 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.model_errors import is_wrong_config
 from rlaif_ray.model_support import engine_refusal
 from rlaif_ray.models import check_revision, load_config
+from rlaif_ray.precision import chosen_precision
 from rlaif_ray.rollout.support import unknown_to_vllm
 
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: NVIDIA's, WSL's, AMD's
@@ -120,6 +121,8 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
             return str(error)
     if use.sampled:
         precision = getattr(use.section, "precision", "auto")
+        if device is not None:
+            precision = chosen_precision(precision, device)
         return _unsampled(config, device, takes_weights=use.trained, precision=precision)
     return None
 

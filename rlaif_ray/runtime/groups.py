@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import ray
 import torch
@@ -182,15 +182,13 @@ class Ranks:
 class LearnerGroup:
     """The Learner over ranks: plans who computes what, and puts results together again."""
 
-    def __init__(self, ranks: list[Watched], job: TrainJob, precision: str) -> None:
+    def __init__(self, ranks: list[Watched], job: TrainJob, precision: Literal["fp32", "bf16"]) -> None:
         self._ranks = Ranks(ranks, job.cluster.call_timeout_s)
         self.ranks, self.actors = ranks, self._ranks.actors
         self._job = job
         choice = job.algorithm.old_logprobs
-        self._own_logprobs = (
-            choice == "learner"
-            or (choice == "auto" and precision != "fp32")
-            or (choice == "auto" and job.algorithm.importance is not None)
+        self._own_logprobs = choice == "learner" or (
+            choice == "auto" and (precision != "fp32" or job.algorithm.importance_in(precision) is not None)
         )
         self._updates = 0  # iterations so far: seeds the shuffling of minibatches
 
@@ -421,6 +419,8 @@ def _update_metrics(parts: list[dict[str, float]], *, steps: int, experience: Ex
         "policy/lr": parts[0]["lr"],
         "rollout/logprob_gap": total("gap") / first,
     }
+    if "importance_clipped" in parts[0]:
+        metrics["policy/importance_clipped"] = total("importance_clipped") / tokens
     if experience.values is not None and experience.returns is not None:
         metrics |= {
             "value/loss": total("value_loss") / tokens,

@@ -206,8 +206,8 @@ CONFIG_LEVEL = [
     ),
     Wrong(
         "importance without the learner's log-probabilities",
-        "algorithm: {importance: {}, old_logprobs: sampler}",
-        says=("algorithm.importance needs", "got sampler", "Set old_logprobs=learner"),
+        "algorithm: {importance: {when: always}, old_logprobs: sampler}",
+        says=("algorithm.importance.when=always needs", "got sampler", "Set old_logprobs=learner"),
     ),
 ]
 
