@@ -331,6 +331,9 @@ class LearnerConfig(Config):
 
     ranks: Annotated[int, Field(ge=1), LAYOUT] = 1
     zero_stage: Annotated[Literal[0, 1, 2, 3], LAYOUT] = 0
+    sequence_parallel: Annotated[int, Field(ge=1), HANDLING] = 1
+    """Ranks that compute one micro-batch together, each a part of every sequence (Ulysses): for contexts of 32k tokens
+    and more. It divides ranks and the model's attention heads; never changes the result."""
     lr: Annotated[float, Field(gt=0)] = 1e-6
     critic_lr: Annotated[float, Field(gt=0)] | None = None
     """Default: lr."""
@@ -351,6 +354,18 @@ class LearnerConfig(Config):
     """With skip: so many updates left out one after the other end the run."""
     deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed config we produce."""
+
+    @property
+    def groups(self) -> int:
+        """Micro-batches that are computed side by side: ranks, or groups of ranks."""
+        return self.ranks // self.sequence_parallel
+
+    def _problems(self) -> Iterator[str]:
+        if self.ranks % self.sequence_parallel:
+            yield (
+                f"learner.sequence_parallel must divide learner.ranks={self.ranks} (got {self.sequence_parallel}): "
+                f"ranks compute in groups of that size. Use a divisor, or another number of ranks."
+            )
 
 
 class WeightSyncConfig(Config):
