@@ -189,9 +189,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: SequenceGroup) -> Tensor:
         ctx.rank = group.rank
-        found = own.new_empty((group.size * len(own),))
-        torch.distributed.all_gather_into_tensor(found, own.contiguous(), group=group.process_group)
-        return found.view(group.size, len(own))
+        found = own.new_empty((group.size, len(own)))
+        torch.distributed.all_gather(list(found.unbind()), own.contiguous(), group=group.process_group)
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
