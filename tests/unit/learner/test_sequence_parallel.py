@@ -290,3 +290,223 @@ def test_ranks_together_equal_one(
     for i, expected in single["values"].items():
         assert expected.abs().max() > 1e-2
         torch.testing.assert_close(values[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rank_without_any_logits(one_rank: RankProcesses, two_ranks: RankProcesses) -> None:
+    """One sample with one completion token: one rank has its logits, and the other helps to compute them."""
+    for attention in ("packed", "sdpa"):
+        policy = {"attention": attention}
+        want = one_rank.run(rl_run, job_of(TrainJob, 1, 1, policy=policy), experience_of(SINGLE), SINGLE)[0]
+        job = job_of(TrainJob, 2, 2, stage=2, policy=policy)
+        results = two_ranks.run(rl_run, job, experience_of(SINGLE), SINGLE)
+        assert results[0]["plan"] == results[1]["plan"] == ((0,),)
+        torch.testing.assert_close(results[0]["found"][0], want["found"][0], rtol=0, atol=1e-5)
+        assert_same_gradients(results, want)
+
+
+TURNS = [SftExample(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+PAIRS = [
+    PairExample(PROMPTS[i], COMPLETIONS[i], COMPLETIONS[-1 - i], p_a) for i, p_a in enumerate([0.0, 1.0, 0.3, 0.8, 0.5])
+]
+SUPERVISED: dict[str, tuple[type[Any], list[Any]]] = {
+    "sft": (SftJob, TURNS),
+    "dpo": (DpoJob, [DpoExample(pair, -30.0, -31.0) for pair in PAIRS]),
+    "reward": (RewardModelJob, PAIRS),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "fields"),
+    [
+        ("sft", 4, {"stage": 3}),
+        ("sft", 2, {"stage": 1, "policy": {"attention": "sdpa"}}),
+        ("dpo", 2, {"stage": 2, "learner": {"gradient_checkpointing": True}}),
+        ("reward", 2, {"stage": 3}),
+        ("reward", 4, {"policy": {"attention": "sdpa"}}),
+    ],
+    ids=["sft-two-groups", "sft-padded", "dpo", "reward", "reward-padded-two-groups"],
+)
+def test_supervised_jobs_too(
+    kind: str,
+    ranks: int,
+    fields: dict[str, Any],
+    one_rank: RankProcesses,
+    two_ranks: RankProcesses,
+    four_ranks: RankProcesses,
+) -> None:
+    job, examples = SUPERVISED[kind]
+    want = one_rank.run(supervised_run, kind, job_of(job, 1, 1), examples)[0]
+    processes = two_ranks if ranks == 2 else four_ranks
+    results = processes.run(supervised_run, kind, job_of(job, ranks, 2, **fields), examples)
+    said = {i: values for result in results for i, values in result["said"].items()}
+    assert sorted(said) == list(range(len(examples)))
+    for i, values in said.items():
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(want["said"][i]), rtol=1e-6, atol=2e-5)
+    assert_same_gradients(results, want)
+    assert_sums_once(results, want)
+
+
+# Checkpoints, and the guard's readings
+
+
+def saved_after_a_step(spec: RankSpec, job: SftJob, folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """This rank's files of a checkpoint after the first of two steps, and the weights after the second."""
+    rank = supervised_rank(spec, "sft", job)
+    plan = own_plan(spec, job, range(len(TURNS)), [len(e) for e in TURNS])
+    rank.train(TURNS, plan)
+    rank.checkpoint.copy({})
+    files = rank.checkpoint.write(Place(folder))
+    rank.train(TURNS, plan)
+    return files, full_weights(rank)
+
+
+def resumed(spec: RankSpec, job: SftJob, folder: Any) -> dict[str, Tensor]:
+    rank = supervised_rank(spec, "sft", job)
+    rank.checkpoint.load(folder)
+    rank.train(TURNS, own_plan(spec, job, range(len(TURNS)), [len(e) for e in TURNS]))
+    return full_weights(rank)
+
+
+def test_a_run_goes_on_with_ranks_by_themselves(two_ranks: RankProcesses, tmp_path: Path) -> None:
+    """No state of an optimizer knows which ranks compute together."""
+    adam = {"lr": 1e-2, "eps": 1e-3, "betas": (0.9, 0.99), "gradient_checkpointing": True}
+    place = Place(str(tmp_path / ".partial-step-1-x"))
+    saved = two_ranks.run(saved_after_a_step, job_of(SftJob, 2, 2, stage=3, learner=adam), place.address)
+    from rlaif_ray.storage import StoredFolder
+
+    files = {name: file for own, _ in saved for name, file in own.items()}
+    publish(StoredFolder(place, files), Place(str(tmp_path / "step-1")))
+    stored, _ = open_folder(Place(str(tmp_path / "step-1")))
+    for together in (2, 1):
+        ended = two_ranks.run(resumed, job_of(SftJob, 2, together, stage=3, learner=adam), stored)
+        for name, weight in saved[0][1].items():
+            torch.testing.assert_close(ended[0][name], weight, rtol=0, atol=0 if together == 2 else 1e-5)
+
+
+def readings(spec: RankSpec, kind: str, job: Any, text: Text) -> Any:
+    from rlaif_ray.learner.ppo import RlRank
+
+    rank = RlRank(job, spec, "fp32") if kind == "train" else supervised_rank(spec, kind, job)
+    return rank.readings(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("train", {"stage": 3}), ("reward", {"stage": 2, "policy": {"attention": "sdpa"}})]
+)
+def test_the_guard_compares_split_rows_with_whole_ones(
+    kind: str, fields: dict[str, Any], one_rank: RankProcesses, two_ranks: RankProcesses
+) -> None:
+    """`together` is computed by all ranks, `alone` by each of them, without any exchange."""
+    job = {"train": TrainJob, "reward": RewardModelJob}[kind]
+    text = Text(tuple(PROMPTS), tuple(COMPLETIONS))
+    want = one_rank.run(readings, kind, job_of(job, 1, 1), text)[0]
+    for found in two_ranks.run(readings, kind, job_of(job, 2, 2, **fields), text):
+        assert found.packed == ("policy" not in fields)
+        assert found.together == pytest.approx(want.alone, abs=2e-5)
+        assert found.alone == pytest.approx(want.alone, abs=2e-5)
+
+
+# Other architectures
+
+LONGER = random_samples([9, 20, 2], [[4, 1, 14], [12], [3]], seed=1)
+REFUSED = {  # why
+    "gemma2": "to be eager",
+    "gpt_oss": "to be eager",
+    "bloom": "to be eager",
+    "gptj": "to be eager",
+    "stablelm": "other attention than its own",
+    "nemotron": "ends in",
+    "lfm2": "conv layers carry a state",
+    "qwen3_next": "linear_attention layers carry a state",
+    "recurrent_gemma": "recurrent layers carry a state",
+    "granitemoehybrid": "mamba layers carry a state",
+    "mamba": "linear_attention layers carry a state",
+    "deepseek_v32": "",
+    "doge": "",
+}
+SHARED = {
+    "llama": "rlaif_packed",
+    "qwen2_window": "rlaif_packed",
+    "deepseek_v3": "rlaif_packed",
+    "gpt2": "rlaif_packed",
+    "arcee": "rlaif_packed",
+    "llama4_text": "rlaif_padded",
+}
+
+
+def settled(spec: RankSpec, name: str) -> tuple[str, Tensor | None]:
+    """The attention, and log-probabilities of other samples than the probe's; or why ranks can't share sequences."""
+    from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+    from rlaif_ray.attention import PACKED, plan_attention
+    from rlaif_ray.errors import InputError
+    from rlaif_ray.learner.engine import CausalPolicy, join_ranks
+    from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
+    from rlaif_ray.learner.probe import settle_attention, settle_split
+    from rlaif_ray.learner.sequence_parallel import sequence_group
+    from tests.zoo import zoo_config, zoo_model
+
+    device = join_ranks(spec, 60.0)
+    register_packed_attention()
+    group = sequence_group(spec.world_size)
+    plan = plan_attention("auto", zoo_config(name), name)
+    model = zoo_model(name, plan.implementation)
+    policy = CausalPolicy(model)
+
+    def run(batch: ModelInput) -> Tensor:
+        own = group.split(batch, model)
+        return own.whole(token_logprobs_and_entropy(policy(own), own.targets, 1.0)[0])
+
+    how: dict[str, Any] = {"name": name, "device": device, "precision": "fp32"}
+    try:
+        attention, _ = settle_attention(plan, model, run, **how)
+        attention = settle_split(group, attention, plan, model, run, **how)
+    except InputError as error:
+        return str(error), None
+    with torch.no_grad():
+        return attention, run(build_input(*LONGER, packed=attention == PACKED, device=device))
+
+
+@pytest.mark.parametrize("name", [*SHARED, *REFUSED])
+def test_other_architectures_are_right_or_refused(name: str, two_ranks: RankProcesses) -> None:
+    """Two heads that share one key-value head, windows, latent attention, experts, chunks."""
+    from tests.zoo import zoo_model
+
+    for attention, found in two_ranks.run(settled, name):
+        if name in REFUSED:
+            assert found is None
+            assert f"learner.sequence_parallel=2 is wrong for {name}: " in attention and REFUSED[name] in attention
+            continue
+        assert attention == SHARED[name]
+        with torch.no_grad():
+            expected = torch.cat(plain_logprobs(zoo_model(name), *LONGER))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def long_rope(spec: RankSpec, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+    from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+    from rlaif_ray.attention import PACKED
+    from rlaif_ray.learner.engine import CausalPolicy, join_ranks
+    from rlaif_ray.learner.packing import build_input, register_packed_attention
+    from rlaif_ray.learner.sequence_parallel import sequence_group
+    from tests.unit.learner.test_rope_lengths import longrope_model
+
+    device = join_ranks(spec, 60.0)
+    register_packed_attention()
+    model = longrope_model(PACKED)
+    with torch.no_grad():
+        batch = build_input([prompt], [completion], packed=True, device=device)
+        own = sequence_group(spec.world_size).split(batch, model)
+        return own.whole(token_logprobs_and_entropy(CausalPolicy(model)(own), own.targets, 1.0)[0])
+
+
+@pytest.mark.parametrize("length", [24, 25, 26])
+def test_all_ranks_take_the_rope_factors_of_the_whole_sample(length: int, two_ranks: RankProcesses) -> None:
+    """Beyond 24 tokens there are other ones, and of 25 positions one rank alone has the last."""
+    from tests.unit.learner.test_rope_lengths import longrope_model
+
+    (prompt,), (completion,) = random_samples([6], [[length - 5]], seed=3)  # the last token is not computed
+    with torch.no_grad():
+        logits = longrope_model("eager")(input_ids=torch.tensor([[*prompt, *completion[:-1]]]), use_cache=False).logits
+    expected = torch.log_softmax(logits[0, 5:], -1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+    for found in two_ranks.run(long_rope, prompt, completion):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
