@@ -332,8 +332,7 @@ class LearnerConfig(Config):
     ranks: Annotated[int, Field(ge=1), LAYOUT] = 1
     zero_stage: Annotated[Literal[0, 1, 2, 3], LAYOUT] = 0
     sequence_parallel: Annotated[int, Field(ge=1), HANDLING] = 1
-    """Ranks that compute one micro-batch together, each a part of every sequence (Ulysses): for contexts of 32k tokens
-    and more. It divides ranks and the model's attention heads; never changes the result."""
+    """Ranks that compute each sequence together (Ulysses), for 32k tokens and more; no result depends on it."""
     lr: Annotated[float, Field(gt=0)] = 1e-6
     critic_lr: Annotated[float, Field(gt=0)] | None = None
     """Default: lr."""

@@ -49,7 +49,7 @@ DECLARED = {
         *("MixtureFeedback.min_scored_fraction", "LabelConfig.min_labeled_fraction"),
         *("RevisionConfig.min_revised_fraction", "RewardModelFeedback.replicas"),
         *("RewardModelFeedback.tokens_per_batch", "LearnerConfig.tokens_per_micro_batch"),
-        *("LearnerConfig.gradient_checkpointing", "*Job.min_done_fraction"),
+        *("LearnerConfig.gradient_checkpointing", "LearnerConfig.sequence_parallel", "*Job.min_done_fraction"),
     },
     LAYOUT: {"LearnerConfig.ranks", "LearnerConfig.zero_stage"},
     ADJUSTABLE: {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.probe import Text
 from rlaif_ray.learner.supervised import PairExample
-from rlaif_ray.storage import Place, open_folder, publish
+from rlaif_ray.storage import Place, StoredFolder, open_folder, publish
 from rlaif_ray.types import Experience
 from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses, full_weights, make_experience, plain_logprobs, random_samples
@@ -145,6 +146,35 @@ def supervised_rank(spec: RankSpec, kind: str, job: Any) -> Any:
 
     ranks: dict[str, Any] = {"sft": SftRank, "dpo": DpoRank, "reward": RewardRank}
     return ranks[kind](job, spec, "fp32", total_steps=4)
+
+
+# Who computes what
+
+
+def test_each_rank_is_given_its_groups_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the groups that a run uses, in place of whose actors stand lists."""
+    from rlaif_ray.runtime import groups
+
+    monkeypatch.setattr(groups.ray, "put", lambda value: value)
+    monkeypatch.setattr(groups.Ranks, "gather", lambda self, verb, refs: refs)
+    job = job_of(SftJob, 4, 2)
+    group = groups.SftGroup([], job)
+    given: list[list[Any]] = [[] for _ in range(4)]
+
+    def actor(rank: int) -> Any:
+        return SimpleNamespace(losses=SimpleNamespace(remote=lambda shared, plan: given[rank].append(plan)))
+
+    group.actors = [actor(rank) for rank in range(4)]
+    group._planned("losses", TURNS)
+    plans = [plan for (plan,) in given]
+    assert plans[0] == plans[1] and plans[2] == plans[3]
+    told = [i for plan in (plans[0], plans[2]) for micro in plan for i in micro]
+    assert sorted(told) == list(range(len(TURNS))) and len(plans[0]) == len(plans[2])
+
+    learner = groups.LearnerGroup([], job_of(TrainJob, 4, 2), "fp32")
+    shared = learner._plan(range(len(PROMPTS)), PROMPTS, COMPLETIONS)
+    assert shared[0] == shared[1] and shared[2] == shared[3] and len(shared) == 4
+    assert sorted(i for k in (0, 2) for micro in shared[k] for i in micro) == list(range(len(PROMPTS)))
 
 
 # The exchange
@@ -372,8 +402,6 @@ def test_a_run_goes_on_with_ranks_by_themselves(two_ranks: RankProcesses, tmp_pa
     adam = {"lr": 1e-2, "eps": 1e-3, "betas": (0.9, 0.99), "gradient_checkpointing": True}
     place = Place(str(tmp_path / ".partial-step-1-x"))
     saved = two_ranks.run(saved_after_a_step, job_of(SftJob, 2, 2, stage=3, learner=adam), place.address)
-    from rlaif_ray.storage import StoredFolder
-
     files = {name: file for own, _ in saved for name, file in own.items()}
     publish(StoredFolder(place, files), Place(str(tmp_path / "step-1")))
     stored, _ = open_folder(Place(str(tmp_path / "step-1")))
