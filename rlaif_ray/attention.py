@@ -105,8 +105,10 @@ def split_refusal(requested: str, config: Any, ranks: int) -> str | None:
     others = sorted(_layer_kinds(config) - ATTENTION_LAYERS - {"mlp", "moe", "chunked_attention"})
     if others:
         return f"its {' and '.join(others)} layers carry a state from token to token, which {setting} would cut. Use 1."
-    if requested == "eager" or (_never_packed(config) and padded_kernel(config) == "eager"):
-        return f"{setting} needs packed attention or sdpa, and its attention is to be eager. Use 1."
+    only_eager = bool(_never_packed(config)) and padded_kernel(config) == "eager"
+    if requested in ("eager", "flash_attention_2") or only_eager:
+        kernel = "eager" if only_eager else requested
+        return f"{setting} needs packed attention or sdpa, and its attention is to be {kernel}. Use 1."
     return None
 
 

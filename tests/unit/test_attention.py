@@ -76,9 +76,11 @@ def test_whose_sequences_ranks_can_share(
     assert found == why if why is None else why in str(found)
 
 
-def test_eager_attention_asked_for_is_not_shared() -> None:
+@pytest.mark.parametrize("requested", ["eager", "flash_attention_2"])
+def test_other_attention_asked_for_is_not_shared(requested: str) -> None:
     assert split_refusal("sdpa", zoo_config("llama"), 2) is None
-    assert "needs packed attention or sdpa" in str(split_refusal("eager", zoo_config("llama"), 2))
+    told = str(split_refusal(requested, zoo_config("llama"), 2))
+    assert "needs packed attention or sdpa" in told and f"is to be {requested}" in told
     assert split_refusal("eager", zoo_config("llama"), 1) is None
 
 
