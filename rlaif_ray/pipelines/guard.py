@@ -120,7 +120,7 @@ class Guard:
         samples = zip(self._text.prompts, self._text.completions, strict=True)
         prompts = [Prompt(f"guard-{i}", (), (*start, *rest)) for i, (start, rest) in enumerate(samples)]
         settings = GenerationSettings(1, GENERATED, 1.0, seed=0, ignore_eos=True, prompt_logprobs=True)
-        engine_gap = packing_gap = 0.0
+        gaps: list[tuple[float, float]] = []  # of engine and packing to the model alone
         read: dict[Text, Readings] = {}
         for name, completions in rollouts.generate_on_each(prompts, settings).items():
             # Engines on unlike devices may draw unlike tokens; most often all have drawn the same.
@@ -129,18 +129,49 @@ class Guard:
                 read[text] = self._learner.readings(text)
             found, together = read[text], self._layout(read[text])
             self._check_numbers(found.alone, f"weight version {version}", trained=version > 0)
-            readings = {ENGINE: engine_readings(self._text, completions), together: found.together, ALONE: found.alone}
-            comparison = compare(readings, self._bound)
+            comparison = self._compared(completions, found)
             if not comparison.agrees:
-                raise MismatchError(self._message(comparison, f"weight version {version}, {name}", together))
-            engine_gap = max(engine_gap, comparison.gaps[ENGINE, ALONE])
-            packing_gap = max(packing_gap, comparison.gaps[together, ALONE])
+                self._ask_again(rollouts, name, (prompts, settings), comparison, f"weight version {version}, {name}")
+                continue
+            gaps.append((comparison.gaps[ENGINE, ALONE], comparison.gaps[together, ALONE]))
             if name in serving:
                 self._seen[name] = serving[name]
-        if not read:  # nobody answered: the next push is checked in the place of this one
+        if not gaps:  # no engine is left that answered: the next push is checked in the place of this one
             return {}
         self._checked += 1
-        return {"guard/engine_gap": engine_gap, "guard/packing_gap": packing_gap}
+        of_engines, of_packing = zip(*gaps, strict=True)
+        return {"guard/engine_gap": max(of_engines), "guard/packing_gap": max(of_packing)}
+
+    def _compared(self, completions: Sequence[Completion], found: Readings) -> Comparison:
+        own = engine_readings(self._text, completions)
+        return compare({ENGINE: own, self._layout(found): found.together, ALONE: found.alone}, self._bound)
+
+    def _ask_again(
+        self,
+        rollouts: EngineGroup,
+        name: str,
+        request: tuple[list[Prompt], GenerationSettings],
+        first: Comparison,
+        when: str,
+    ) -> None:
+        """A program that computes another model does so again. An engine that doesn't has a fault of its own, such as
+        broken memory: it is lost, and another takes its place.
+
+        Raises:
+            MismatchError: it differs again, or it is the learner that differs.
+        """
+        comparison = first
+        if first.odd == ENGINE:
+            completions = rollouts.generate_on_each(*request).get(name)
+            if completions is None:  # it is gone meanwhile
+                return
+            found = self._learner.readings(with_drawn(self._text, completions))
+            comparison = self._compared(completions, found)
+            if comparison.agrees:
+                gaps = f"off by {first.worst:.3g} {self._unit}, then by {comparison.worst:.2g}"
+                rollouts.lose(name, f"computed one text in two ways under the same weights ({gaps})")
+                return
+        raise MismatchError(self._message(comparison, when, comparison.names[1]))
 
     def check_update(self, metrics: Mapping[str, float], experience: Experience) -> None:
         """After the first update: the rollouts, and the reference, against the policy that was updated.

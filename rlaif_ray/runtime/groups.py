@@ -81,6 +81,12 @@ class EngineGroup:
         """Completions of all prompts by every replica that serves, by its name; without those that are lost over it."""
         return self.replicas.ask_each(lambda engine: engine.generate.remote(prompts, settings))
 
+    def lose(self, name: str, reason: str) -> None:
+        """The replica of this name is not to be trusted: it ends, and another takes its place."""
+        for replica in self.replicas.serving():
+            if replica.watched.name == name:
+                replica.watched.lose(reason)
+
     def incarnations(self) -> dict[str, int]:
         """Which one in its place each replica that serves is, by its name: one that replaces another counts on."""
         return {replica.watched.name: replica.incarnation for replica in self.replicas.serving()}

@@ -16,7 +16,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 
 from rlaif_ray.errors import EngineError, InputError, LearnerLostError, Preempted, ReplicasLostError, RunError
 from rlaif_ray.runtime.actors import Actor
-from rlaif_ray.runtime.groups import in_runs
+from rlaif_ray.runtime.groups import EngineGroup, in_runs
 from rlaif_ray.runtime.replicas import Replicas
 from rlaif_ray.runtime.supervision import HEALTH, Limits, Watch, Watched, death, end_process, is_of_the_node
 from rlaif_ray.runtime.waiting import gather
@@ -170,6 +170,14 @@ def test_an_engine_that_broke_is_replaced_as_if_it_had_died(two: Doublers) -> No
     assert two.quarantined == 1
     two.until(lambda: two.lost == 2 and len(two.serving()) == 2, 30)
     assert sum("failed (it broke); starting another" in note for note in two.notes) == 2
+
+
+def test_one_that_is_not_trusted_is_replaced(two: Doublers) -> None:
+    name = two.serving()[1].watched.name
+    EngineGroup(two).lose(name, "computed one text in two ways")
+    two.until(lambda: two.lost == 1, 5)
+    assert any(note.startswith(f"{name} computed one text in two ways") for note in two.notes)
+    two.until(lambda: len(two.serving()) == 2, 30)
 
 
 def test_an_error_that_is_no_engines_ends_the_call(two: Doublers) -> None:

@@ -34,6 +34,7 @@ def a_machine_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr("rlaif_ray.runtime.local_ray.LONGEST_PARENT", 1000)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test's may be there
     yield tmp_path
     monkeypatch.undo()
     tokens_reloaded()
