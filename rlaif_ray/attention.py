@@ -90,6 +90,9 @@ def plan_attention(requested: str, config: Any, name: str) -> AttentionPlan:
     return AttentionPlan(kernel, packing, reason, required=requested == "packed")
 
 
+WITHOUT_SPLIT = "Use learner.sequence_parallel=1."
+
+
 def split_refusal(requested: str, config: Any, ranks: int) -> str | None:
     """Why so many ranks can't compute sequences of a model together (learner.sequence_parallel), and what works; None
     where nothing is known to speak against it: learner/probe.py tries it on the loaded model."""
@@ -104,11 +107,11 @@ def split_refusal(requested: str, config: Any, ranks: int) -> str | None:
         return f"{setting} must divide its {keys} key-value heads, or be a multiple of them. Use another one."
     others = sorted(_layer_kinds(config) - ATTENTION_LAYERS - {"mlp", "moe", "chunked_attention"})
     if others:
-        return f"its {' and '.join(others)} layers carry a state from token to token, which {setting} would cut. Use 1."
+        return f"its {' and '.join(others)} layers need whole rows, which {setting} divides. {WITHOUT_SPLIT}"
     only_eager = bool(_never_packed(config)) and padded_kernel(config) == "eager"
     if requested in ("eager", "flash_attention_2") or only_eager:
         kernel = "eager" if only_eager else requested
-        return f"{setting} needs packed attention or sdpa, and its attention is to be {kernel}. Use 1."
+        return f"{setting} needs packed attention or sdpa, and its attention is to be {kernel}. {WITHOUT_SPLIT}"
     return None
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
-from rlaif_ray.attention import PACKED, AttentionPlan, split_refusal
+from rlaif_ray.attention import PACKED, WITHOUT_SPLIT, AttentionPlan, split_refusal
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.packing import ModelInput, build_input, observed_packing
 from rlaif_ray.learner.sequence_parallel import PADDED, SequenceGroup
@@ -215,13 +215,10 @@ def settle_split(
             model.set_attn_implementation(PADDED)
             attention = PADDED
         else:
-            problem = "its class does not support other attention than its own"
+            problem = f"its class does not support other attention than its own. {WITHOUT_SPLIT}"
     problem = problem or _split_problem(attention, plan, model, run, device, precision)
     if problem:
-        raise InputError(
-            f"learner.sequence_parallel={sequence.size} is wrong for {name}: {problem.rstrip('.')}. Its ranks can't "
-            f"share a sequence so. Without it use learner.sequence_parallel=1."
-        )
+        raise InputError(f"learner.sequence_parallel={sequence.size} is wrong for {name}: {problem}")
     return attention
 
 
@@ -236,7 +233,7 @@ def _split_problem(
         try:
             together = laid_out_outputs(run, text, packed=attention == PACKED, device=device)
         except (InputError, *BROKEN) as error:
-            return f"a forward pass of its parts ends in {type(error).__name__}: {error}"
+            return f"a forward pass of its parts ends in {type(error).__name__}: {error}. {WITHOUT_SPLIT}"
     gap = compare(together, alone)
     log.info("rows split over ranks against each sample alone: mean %.1e, worst %.1e", gap.mean, gap.worst)
-    return "" if gap.within(precision) else f"split, its numbers are off by up to {gap.worst:.2g}"
+    return "" if gap.within(precision) else f"split, its numbers are off by up to {gap.worst:.2g}. {WITHOUT_SPLIT}"

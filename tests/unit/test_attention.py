@@ -60,9 +60,9 @@ def test_auto(name: str, kernel: str, packing: str, reason: str) -> None:
         ("arcee", None, None, 2, None),  # found out once it is loaded
         ("llama4_text", None, None, 2, None),
         ("gemma2", None, None, 2, "its attention is to be eager"),
-        ("lfm2", None, None, 2, "its conv layers carry a state"),
-        ("mamba", None, None, 2, "its linear_attention layers carry a state"),
-        ("granitemoehybrid", None, None, 2, "its mamba layers carry a state"),
+        ("lfm2", None, None, 2, "its conv layers need whole rows"),
+        ("mamba", None, None, 2, "its linear_attention layers need whole rows"),
+        ("granitemoehybrid", None, None, 2, "its linear_attention layers need whole rows"),
         ("mamba", None, None, 1, None),
     ],
 )
