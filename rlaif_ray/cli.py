@@ -215,6 +215,15 @@ def plan(
     ] = None,
     gpu_memory: Annotated[float, typer.Option("--gpu-memory", min=1, help="GB (2^30 bytes) of a GPU.")] = 80.0,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 8,
+    host_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--host-memory",
+            min=1,
+            help="GB of a node's own memory; without it that is checked only for a job on this machine's CPUs.",
+            show_default=False,
+        ),
+    ] = None,
     bandwidth: Annotated[
         float | None,
         typer.Option(
@@ -224,6 +233,9 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    disk_bandwidth: Annotated[
+        float, typer.Option("--disk-bandwidth", min=0.001, help="GB/s of the storage of checkpoints.")
+    ] = 2.0,
     model_params: Annotated[
         list[str] | None,
         typer.Option(
@@ -235,7 +247,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Where a config's actors go and what they hold on each GPU, before anything starts; also of a pipeline's stages.
+    """Where a config's actors go and what they hold, before anything starts; also of a pipeline's stages.
 
     Needs no GPU and no network. Exit code 0: it fits; 1: it doesn't, and the nearest settings that do are shown;
     2: wrong input.
@@ -250,7 +262,9 @@ def plan(
             job=job,
             gpu_memory=gpu_memory,
             gpus_per_node=gpus_per_node,
+            host_memory=host_memory,
             bandwidth=bandwidth,
+            disk_bandwidth=disk_bandwidth,
             model_params=model_params or (),
             as_json=as_json,
         )

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.template import ChatTemplate
 from rlaif_ray.learner.agreement import logprobs_of_saved
 from rlaif_ray.learner.engine import CausalPolicy
+from rlaif_ray.learner.head import settle_head
 from rlaif_ray.learner.packing import ModelInput, build_input
 from rlaif_ray.learner.supervised import Sums, SupervisedRank
 from rlaif_ray.models import load_causal_lm
@@ -50,7 +50,12 @@ class CausalRank(SupervisedRank[Example]):
         return load_causal_lm(name, **how)
 
     def _module(self, model: Any) -> torch.nn.Module:
-        return CausalPolicy(model)
+        return CausalPolicy(model, self._job.learner.logits_chunk)
+
+    def _settle(self) -> None:
+        sharded = self._job.learner.zero_stage == 3
+        how: dict[str, Any] = {"device": self.device, "precision": self._precision, "sharded": sharded}
+        settle_head(self._learner, self._engine, name=self._job.policy.model, packed=self._packed, **how)
 
     def _probed(self, batch: ModelInput) -> Tensor:
         return self._scored(batch)[0]
@@ -58,7 +63,7 @@ class CausalRank(SupervisedRank[Example]):
     def _scored(self, batch: ModelInput) -> tuple[Tensor, Tensor]:
         """(M,) log-probabilities and (M,) entropies of the tokens that are trained on."""
         own = self._sequence.split(batch, self._model)
-        logprobs, entropy = token_logprobs_and_entropy(self._engine(own), own.targets, 1.0)
+        logprobs, entropy = self._engine(own, 1.0)
         return own.whole(logprobs), own.whole(entropy)
 
     def _readings_of(self, saved: Any, text: Text) -> list[float]:

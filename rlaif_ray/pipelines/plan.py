@@ -4,16 +4,19 @@ needs neither GPU nor network."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from rlaif_ray.config.jobs import JOBS, SupervisedJob, TrainJob
 from rlaif_ray.config.layers import STAGE, read_file, read_overrides
 from rlaif_ray.config.load import load_job
 from rlaif_ray.config.pipeline import Pipeline, load_pipeline
-from rlaif_ray.config.sections import PolicyConfig
+from rlaif_ray.config.sections import ClusterConfig, PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_config, shape_of_size
 from rlaif_ray.models import load_config, resolve_model
@@ -21,7 +24,9 @@ from rlaif_ray.output import say, say_as_is
 from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT
 from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, written
+from rlaif_ray.runtime.host_memory import CheckpointCost, Parts, checkpoint_cost
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, precision_bytes
+from rlaif_ray.runtime.session import named_cluster
 from rlaif_ray.runtime.weight_sync import choose_backend
 from rlaif_ray.tracking.progress import print_columns
 
@@ -29,6 +34,7 @@ PROMPT_TOKENS = 2048  # of the longest prompt, where neither rollout.max_context
 # GB/s (10^9) of a weight sync where none is given: a network of 200 Gbit/s between nodes; copies within one GPU's
 # memory; shared memory on a CPU, as tests/benchmarks measured it on two cores.
 BANDWIDTH = {"nccl": 25.0, "ipc": 300.0, "shm": 0.6}
+DISK = 2.0  # GB/s of the storage of checkpoints, in all: a shared file system over one fast network link
 PIPELINE = "pipeline"
 NAMED = {"alignment": "evaluate", "best-of-n": "sample"}  # what else a job's file may be called
 
@@ -47,6 +53,14 @@ class Sync:
 
 
 @dataclass(frozen=True, slots=True)
+class Speeds:
+    """In GB/s (10^9)."""
+
+    sync: float | None  # of a weight sync; None: BANDWIDTH
+    disk: float  # of the storage of checkpoints
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
     """A job, or a stage of a pipeline, with its plan."""
 
@@ -56,6 +70,8 @@ class Planned:
     plan: Plan
     proposals: tuple[tuple[Change, ...], ...]
     sync: Sync | None
+    checkpoint: CheckpointCost | None
+    host_bytes: int | None  # of a node's memory, where it is known
 
 
 def make_plan(
@@ -65,7 +81,9 @@ def make_plan(
     job: str | None = None,
     gpu_memory: float = 80.0,
     gpus_per_node: int = 8,
+    host_memory: float | None = None,
     bandwidth: float | None = None,
+    disk_bandwidth: float = DISK,
     model_params: Sequence[str] = (),
     as_json: bool = False,
 ) -> bool:
@@ -74,7 +92,9 @@ def make_plan(
     Raises:
         InputError: the config is wrong, or it can't be told which job it is of or how large a model is.
     """
-    machine = Machine(int(gpu_memory * GIB), gpus_per_node, JUDGE_CONTEXT, PROMPT_TOKENS)
+    host_bytes = None if host_memory is None else int(host_memory * GIB)
+    machine = Machine(int(gpu_memory * GIB), gpus_per_node, JUDGE_CONTEXT, PROMPT_TOKENS, host_bytes)
+    speeds = Speeds(bandwidth, disk_bandwidth)
     job = job or job_of(files, overrides)
     if job not in (*JOBS, PIPELINE):
         raise InputError(f"--job must be a job (got {job!r}): choose among {', '.join([*JOBS, PIPELINE])}.")
@@ -86,7 +106,7 @@ def make_plan(
     else:
         jobs = [(job, job, load_job(job, files, overrides).config)]
     prefix = "stages.{}." if job == PIPELINE else ""
-    planned = [_planned(name, kind, cfg, machine, shapes, bandwidth, prefix) for name, kind, cfg in jobs]
+    planned = [_planned(name, kind, cfg, machine, shapes, speeds, prefix) for name, kind, cfg in jobs]
     fits = all(one.plan.fits for one in planned)
     if as_json:
         told = {
@@ -95,20 +115,22 @@ def make_plan(
             "gpus_per_node": gpus_per_node,
             "nodes": max((len(phase.nodes) for one in planned for phase in one.plan.phases), default=0),
             "jobs": [_as_values(one) for one in planned],
-            "assumed": [_assumptions(machine)],
+            "assumed": [_assumptions(machine, planned)],
         }
         say_as_is(json.dumps(told, indent=1))
     else:
         for one in planned:
             _show(one, machine)
-        say(f"{'It fits.' if fits else 'It does not fit.'} {_assumptions(machine)}")
+        say(f"{'It fits.' if fits else 'It does not fit.'} {_assumptions(machine, planned)}")
     return fits
 
 
 def _planned(
-    name: str, kind: str, job: Any, machine: Machine, shapes: ShapeFinder, bandwidth: float | None, prefix: str
+    name: str, kind: str, job: Any, machine: Machine, shapes: ShapeFinder, speeds: Speeds, prefix: str
 ) -> Planned:
     device: Device = "cpu" if job.cluster.device == "cpu" else "cuda"
+    if machine.host_bytes is None and is_for_here(job.cluster):
+        machine = replace(machine, host_bytes=psutil.virtual_memory().total)
 
     def replan(changed: Any) -> Plan:
         return plan_job(changed, machine, shapes, device)
@@ -120,8 +142,15 @@ def _planned(
     if isinstance(job, TrainJob):
         backend = choose_backend(job.weight_sync, job.cluster, device)
         size = shapes(job.policy).parameters * precision_bytes(job.policy.precision, device)
-        sync = Sync(backend, size, bandwidth or BANDWIDTH[backend])
-    return Planned(name, kind, device, plan, named, sync)
+        sync = Sync(backend, size, speeds.sync or BANDWIDTH[backend])
+    actors = [one for phase in plan.phases for one in phase.actors]
+    checkpoint = checkpoint_cost(job, actors, device, speeds.disk)
+    return Planned(name, kind, device, plan, named, sync, checkpoint, machine.host_bytes)
+
+
+def is_for_here(cluster: ClusterConfig) -> bool:
+    """Whether the job would run on the CPUs of this machine, whose memory is known. Its GPUs are never looked for."""
+    return cluster.device == "cpu" and named_cluster(cluster.address, os.environ) is None
 
 
 # ---- Which job, which model ------------------------------------------------------------------------------------------
@@ -241,11 +270,13 @@ def _as_values(one: Planned) -> dict[str, Any]:
         "job": one.job,
         "device": one.device,
         "fits": one.plan.fits,
+        "host_bytes": one.host_bytes,
         "phases": [
             {
                 "name": phase.name,
                 "gpus": phase.gpus,
                 "nodes": list(phase.nodes),
+                "host": list(phase.host),
                 "shared": [list(roles) for roles in phase.shared],
                 "actors": [_actor_values(actors) for actors in phase.actors],
                 "problems": [problem.text for problem in phase.problems],
@@ -259,6 +290,14 @@ def _as_values(one: Planned) -> dict[str, Any]:
             "bytes": one.sync.bytes,
             "gb_per_s": one.sync.bandwidth,
             "seconds": one.sync.seconds,
+        },
+        "checkpoint": one.checkpoint
+        and {
+            "bytes": one.checkpoint.bytes,
+            "gb_per_s": one.checkpoint.bandwidth,
+            "seconds": one.checkpoint.seconds,
+            "grace_s": one.checkpoint.grace_s,
+            "needed_grace_s": one.checkpoint.needed_grace_s,
         },
     }
 
@@ -288,17 +327,29 @@ def _show(one: Planned, machine: Machine) -> None:
             say(f"{title}: nothing on GPUs\n")
             continue
         print_columns(title, ("per GPU", *(actors.need.role for actors in phase.actors)), _rows(phase, one.device))
-        for line in _lines(phase, machine, one.device):
+        for line in _lines(phase, machine, one):
             say(line)
     if one.sync is not None:
         sync = one.sync
         took = f"{sync.seconds:.2f} s by {sync.backend} at {sync.bandwidth:g} GB/s"
         say(f"  weight sync    {_gb(sync.bytes)} a step, {took}")
+    if one.checkpoint is not None:
+        say(f"  checkpoint     {_checkpoint_line(one.checkpoint)}")
     for changes in one.proposals:
         say(f"  would fit      {' '.join(f'{key}={written(value)}' for key, value in changes)}")
     if not one.plan.fits and not one.proposals:
         say("  would fit      no one or two settings make it fit: use a smaller model, or GPUs with more memory")
     say()
+
+
+def _checkpoint_line(cost: CheckpointCost) -> str:
+    took = f"{_gb(cost.bytes)}, {cost.seconds:.0f} s at {cost.bandwidth:g} GB/s"
+    if cost.enough:
+        return f"{took}, within checkpoint.grace_s={cost.grace_s:g} after a SIGTERM"
+    return (
+        f"{took}; after a SIGTERM checkpoint.grace_s={cost.grace_s:g} may be too short: use {cost.needed_grace_s}, and "
+        f"{cost.cluster_grace_s} for RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal and terminationGracePeriodSeconds"
+    )
 
 
 def _rows(phase: Phase, device: Device) -> list[tuple[str, ...]]:
@@ -317,7 +368,7 @@ def _rows(phase: Phase, device: Device) -> list[tuple[str, ...]]:
     return rows
 
 
-def _lines(phase: Phase, machine: Machine, device: Device) -> list[str]:
+def _lines(phase: Phase, machine: Machine, one: Planned) -> list[str]:
     lines = []
     for actors in phase.actors:
         role, memory = actors.need.role, actors.memory
@@ -327,22 +378,32 @@ def _lines(phase: Phase, machine: Machine, device: Device) -> list[str]:
             lines.append(f"  {role:<14} {held['kv_tokens']} tokens of KV cache: {cache}")
         for part, count in memory.otherwise.items():
             lines.append(f"  {role:<14} {part} with the other gradient_checkpointing: {_gb(count)}")
-    if device == "cuda":
+    if one.device == "cuda":
         nodes = [", ".join(f"{count} {role}" for role, count in node.items()) for node in phase.nodes]
         alike = {text: nodes.count(text) for text in nodes}
         told = "; ".join(f"{count} x ({text})" for text, count in alike.items())
-        lines.append(f"  bundles        {phase.gpus:g} GPUs on nodes of {machine.gpus_per_node}: {told}")
+        count = f"{phase.gpus:g} GPU{'s' if phase.gpus != 1 else ''}"
+        lines.append(f"  bundles        {count} on nodes of {machine.gpus_per_node}: {told}")
         lines += [f"  on one GPU     {' + '.join(roles)}" for roles in phase.shared]
+    lines += list(dict.fromkeys(f"  host memory    {_host_line(parts, one.host_bytes)}" for parts in phase.host))
     return lines + [f"  DOES NOT FIT   {problem.text}" for problem in phase.problems]
+
+
+def _host_line(parts: Parts, host_bytes: int | None) -> str:
+    told = ", ".join(f"{part} {_gb(size)}" for part, size in parts.items())
+    of = "" if host_bytes is None else f" of {_gb(host_bytes)}"
+    return f"{_gb(sum(parts.values()))}{of} a node: {told}"
 
 
 def _gb(count: int) -> str:
     return f"{count / GIB:.2f} GB"
 
 
-def _assumptions(machine: Machine) -> str:
+def _assumptions(machine: Machine, planned: Sequence[Planned]) -> str:
+    unknown = any(one.host_bytes is None for one in planned)
     return (
         f"GPUs of {machine.gpu_bytes / GIB:g} GB (2^30 bytes), {machine.gpus_per_node} a node. Weights, gradients and "
-        f"optimizer states are exact; activations, workspace and CUDA's own are estimates. Prompts of up to "
+        f"optimizer states are exact; activations, workspace, processes and CUDA's own are estimates. Prompts of up to "
         f"{machine.prompt_tokens} tokens where the config doesn't say, packed samples in the learner."
+        f"{' Host memory is checked with --host-memory alone.' if unknown else ''}"
     )

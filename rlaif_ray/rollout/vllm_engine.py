@@ -14,12 +14,13 @@ from typing import Any
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from rlaif_ray.chat.thoughts import thought_tokens, written_text
+from rlaif_ray.config.sections import CPU_KV_CACHE_GB
 from rlaif_ray.errors import EngineError, InputError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_config
 from rlaif_ray.rollout.orphans import ENGINE_PROCESS
-from rlaif_ray.rollout.support import keeps_state, state_arguments
-from rlaif_ray.rollout.weight_transfer import SHM_BACKEND, stale_message
+from rlaif_ray.rollout.support import state_arguments
+from rlaif_ray.rollout.weight_transfer import ENGINES, stale_message
 from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
 
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes: the finer, the more of a prefix is shared
@@ -40,11 +41,13 @@ class EngineSpec:
     max_context: int  # tokens, prompt and completion together
     tensor_parallel: int
     gpu_memory_utilization: float
-    kv_cache_gb: float
+    kv_cache_gb: float | None  # of each GPU; None: CPU_KV_CACHE_GB on CPUs, on GPUs what is left
     seed: int
     threads: int  # compute threads on CPU
     transfer_backend: str | None  # weight transfer; None for an engine whose weights never change
     sleep: bool = False  # between calls it gives its GPU memory back
+    shares_gpu: bool = False  # with engines and learner ranks in other processes
+    kv_cache_bytes: int | None = None  # as planned for a GPU that is shared
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,20 +97,33 @@ def engine_arguments(spec: EngineSpec, config: Any | None = None) -> dict[str, A
         arguments |= {
             "enforce_eager": True,
             "block_size": CPU_BLOCK_SIZE,
-            "kv_cache_memory_bytes": int(spec.kv_cache_gb * 2**30),
+            "kv_cache_memory_bytes": int((spec.kv_cache_gb or CPU_KV_CACHE_GB) * 2**30),
             # vLLM can't rewind a seeded CPU generator after a partial prefill ("CPU Generator does not use offset").
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(BATCHED_TOKENS, spec.max_context),
         }
     else:
+        # What it takes of the GPU at most, and what vLLM wants to find free there at its start.
         arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+        if spec.kv_cache_gb is not None:
+            arguments["kv_cache_memory_bytes"] = int(spec.kv_cache_gb * 2**30)
+        elif spec.kv_cache_bytes is not None:
+            arguments["kv_cache_memory_bytes"] = spec.kv_cache_bytes
     if getattr(config, "model_type", None) in MISTRAL:
         arguments["tokenizer_mode"] = "hf"  # of two formats the one that learner and judges read, see load_tokenizer
     if spec.sleep:
         arguments["enable_sleep_mode"] = True
     if spec.transfer_backend is not None:
-        arguments["weight_transfer_config"] = {"backend": spec.transfer_backend}
+        arguments["weight_transfer_config"] = {"backend": ENGINES[spec.transfer_backend][0]}
     return arguments | state_arguments(config) | spec.engine_kwargs
+
+
+def gpu_bytes() -> int:
+    """Memory of this process's GPU, in all. Asks the driver, so that it takes none of it."""
+    with _collector_paused():
+        from vllm.platforms import current_platform
+
+    return int(current_platform.get_device_total_memory())
 
 
 def _config(spec: EngineSpec) -> Any | None:
@@ -171,12 +187,8 @@ class VllmEngine:
             from rlaif_ray.rollout.weight_transfer import register
 
         register()
-        config = _config(spec)
-        # Of such layers vLLM keeps -exp(A_log) in the place of A_log. A model without a config may have them.
-        self._keeps_bits = config is not None and not keeps_state(config)
-        self._sent: set[str] = set()  # types of the tensors in the update under way
         try:
-            self._llm = LLM(**engine_arguments(spec, config))
+            self._llm = LLM(**engine_arguments(spec, _config(spec)))
         except Exception as error:
             raise EngineError(f"vLLM could not start with {spec.model}: {type(error).__name__}: {error}") from error
         self._tokenizer = self._llm.get_tokenizer()
@@ -335,18 +347,16 @@ class VllmEngine:
 
     def start_update(self) -> None:
         self.weight_version = -1  # an update that breaks half way leaves an engine that must not sample
-        self._sent.clear()
         with self._working("to begin an update"):
             self._wake("weights")  # the KV cache is not needed before the next call, which comes soon
             self._llm.start_weight_update()
 
     def update(self, update_info: dict[str, Any]) -> None:
-        self._sent |= set(update_info["dtype_names"])
         with self._working("to load weights"):
             self._llm.update_weights({"update_info": update_info})
 
-    def finish_update(self, version: int) -> list[int | None]:
-        """Makes the new weights current; returns each worker's checksum of them, None where it can't be compared.
+    def finish_update(self, version: int) -> list[int]:
+        """Makes the new weights current; returns each worker's checksum of what it received.
 
         Raises:
             StaleWeightsError: vLLM's loader left parameters as they were.
@@ -354,11 +364,9 @@ class VllmEngine:
         with self._working("to end an update"):
             stale = sorted({name for names in self._llm.collective_rpc("not_loaded") for name in names})
             self._llm.finish_weight_update()
-            if stale and self._sent:
+            if stale:
                 raise StaleWeightsError(stale_message(self._spec.model, stale))
             self._llm.reset_prefix_cache()
-            checksums = self._llm.collective_rpc("received_checksum", args=(sorted(self._sent),))
+            checksums = self._llm.collective_rpc("received_checksum")
         self.weight_version = version
-        if not self._keeps_bits and self._spec.transfer_backend != SHM_BACKEND:
-            return [None] * len(checksums)
         return list(checksums)

@@ -11,7 +11,9 @@ from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
 from rlaif_ray.errors import EngineError
 from rlaif_ray.models import resolve_model
 from rlaif_ray.output import show_logs_safely
+from rlaif_ray.runtime.engine_cache import with_planned_cache
 from rlaif_ray.runtime.supervision import Beat, beat_of
+from rlaif_ray.runtime.turns import await_turn
 
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import RewardModelFeedback
@@ -68,11 +70,13 @@ class EngineActor(Actor):
     def _dead_part(self) -> str | None:
         return None if self._engine is None else self._engine.dead_part()
 
-    def start(self, spec: EngineSpec, *after: Any) -> None:
-        """Loads the model; resolved here, since another node has its own cache. Ray waits for `after` first."""
-        from rlaif_ray.rollout.vllm_engine import VllmEngine
+    def start(self, spec: EngineSpec, ahead: Sequence[Any] = ()) -> None:
+        """Loads the model, once those `ahead` on its GPU have; resolved here, since another node has its own cache."""
+        from rlaif_ray.rollout.vllm_engine import VllmEngine, gpu_bytes
 
-        self._engine = VllmEngine(replace(spec, model=str(resolve_model(spec.model, revision=spec.revision))))
+        await_turn(ahead)
+        spec = replace(spec, model=str(resolve_model(spec.model, revision=spec.revision)))
+        self._engine = VllmEngine(with_planned_cache(spec, gpu_bytes) if spec.shares_gpu else spec)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
         completions: list[Completion] = self._engine.generate(prompts, settings)
@@ -91,8 +95,8 @@ class EngineActor(Actor):
     def update(self, update_info: dict[str, Any]) -> None:
         self._engine.update(update_info)
 
-    def finish_update(self, version: int) -> list[int | None]:
-        checksums: list[int | None] = self._engine.finish_update(version)
+    def finish_update(self, version: int) -> list[int]:
+        checksums: list[int] = self._engine.finish_update(version)
         return checksums
 
 
@@ -107,11 +111,14 @@ class RewardModelActor(Actor):
         threads: int,
         shares_gpu: bool,
         date: str | None,
+        ahead: Sequence[Any] = (),
     ) -> None:
+        """Loads the model, once those `ahead` on its GPU have."""
         import torch
 
         from rlaif_ray.feedback.reward_model import RewardModelScorer
 
+        await_turn(ahead)
         torch.set_num_threads(threads)
         self._shares_gpu = shares_gpu
         self._scorer = RewardModelScorer(cfg, device=device, precision=precision, date=date)
@@ -150,12 +157,12 @@ class LearnerActor(Actor):
         spec: RankSpec,
         precision: Literal["fp32", "bf16"],
         total_steps: int | None = None,
-        *after: Any,
+        ahead: Sequence[Any] = (),
     ) -> list[str]:
-        """Loads what the job (one of config/jobs.py) trains; `total_steps` where they follow from the data.
-
-        Returns what the user should be told of how it was loaded. Ray waits for `after` first.
+        """Loads what the job (one of config/jobs.py) trains, once those `ahead` on its GPU have; `total_steps` where
+        they follow from the data. Returns what the user should be told of how it was loaded.
         """
+        await_turn(ahead)
         timeout_s = job.cluster.start_timeout_s
         self._learner: Any
         if isinstance(job, TrainJob):
@@ -229,10 +236,10 @@ class LearnerActor(Actor):
         notes: list[str] = self._learner.save_model(folder, center)
         return notes
 
-    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]], bool]:
-        """(name, dtype, shape) of all that a push sends, the names that go together, whether buffers are among it."""
+    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]]]:
+        """(name, dtype, shape) of all that a push sends, and the names that go together."""
         weights = self._learner.weights
-        return weights.metadata(), weights.groups(), weights.has_buffers
+        return weights.metadata(), weights.groups()
 
     def open_senders(self, backend: str, options: dict[str, Any]) -> None:
         """Opens this end of the transport, with two places for buckets where one is filled while one is read.
@@ -252,22 +259,22 @@ class LearnerActor(Actor):
 
     def stage(self, names: list[str], slot: int) -> tuple[dict[str, Any], int] | None:
         """Gathers a bucket (all ranks) and stages it (those that send): the update message and the checksum."""
-        from rlaif_ray.rollout.weight_transfer import additive_checksum
+        from rlaif_ray.rollout.checksum import checksum
 
         with self._learner.weights.gathered(names) as tensors:
             if not self._senders:
                 return None
-            return self._senders[slot].stage(names, tensors), additive_checksum(tensors)
+            return self._senders[slot].stage(names, tensors), checksum(names, tensors)
 
     def broadcast(self, names: list[str]) -> int | None:
         """Gathers a bucket (all ranks) and broadcasts it (rank 0) to engines that are receiving; its checksum."""
-        from rlaif_ray.rollout.weight_transfer import additive_checksum
+        from rlaif_ray.rollout.checksum import checksum
 
         with self._learner.weights.gathered(names) as tensors:
             if not self._senders:
                 return None
             self._senders[0].broadcast(tensors)
-            return additive_checksum(tensors)
+            return checksum(names, tensors)
 
     def release(self, slot: int) -> None:
         """The engines have taken the bucket staged in `slot`."""

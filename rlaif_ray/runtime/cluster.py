@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -23,9 +24,11 @@ from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGrou
 from rlaif_ray.runtime.loopback import loopback_environment
 from rlaif_ray.runtime.memory_plan import sections
 from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, wait_for_place
+from rlaif_ray.runtime.places import require_places
 from rlaif_ray.runtime.replicas import Replicas
 from rlaif_ray.runtime.session import open_session
 from rlaif_ray.runtime.supervision import HEALTH, START_TRIES, Limits, Watch, Watched
+from rlaif_ray.runtime.turns import Turns
 from rlaif_ray.runtime.waiting import gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 
@@ -54,6 +57,7 @@ def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iter
                 choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
             check_sleep(job, device)
             slots = actor_slots(job, device)
+            require_places(job, slots, device)
             group = reserve(slots, job.cluster.start_timeout_s, note=say, leave=leave) if slots else None
             cluster = Cluster(job, device, slots, group)
             yield cluster
@@ -123,7 +127,7 @@ class Cluster:
         self._replicas: list[Replicas] = []
         self._ranks: list[Watched] = []
         self._starting: list[Any] = []  # of the ranks
-        self._sleepers: list[Any] = []  # starts of engines that sleep once they are up: others of their GPUs wait
+        self._turns = Turns(slots)
         self._sync: Sync | None = None
         self._note: Callable[[str], None] = say  # before there is a display
         self._leave: Callable[[], bool] = lambda: False
@@ -153,9 +157,11 @@ class Cluster:
             environment |= {"OMP_NUM_THREADS": str(self._threads(len(slots))), "CUDA_VISIBLE_DEVICES": ""}
         threads, shares_gpu = self._threads(len(slots)), self._job.cluster.shares_gpus(self.device)
 
-        def launch(k: int) -> tuple[Any, Any]:
+        def launch(k: int) -> tuple[Any, ...]:
             actor = self._spawn(RewardModelActor, slots[k], environment)
-            return actor, actor.start.remote(cfg, self.device, precision, threads, shares_gpu, self._job.chat_date)
+            given = (cfg, self.device, precision, threads, shares_gpu, self._job.chat_date)
+            ref, ahead = self._turns.start(slots[k], lambda ahead: actor.start.remote(*given, ahead))
+            return actor, ref, *ahead
 
         return ScorerGroup(self._replicate(role, len(slots), launch))
 
@@ -174,19 +180,17 @@ class Cluster:
             threads=self._threads(1),
             transfer_backend=transfer,
             sleep=cfg.sleep,
+            shares_gpu=cfg.tensor_parallel == 1 and self._job.cluster.shares_gpus(self.device),
             engine_kwargs=cfg.engine_kwargs,
         )
 
     def _start_engines(self, role: str, spec: EngineSpec) -> EngineGroup:
         slots = self._of(role)
-        first = list(self._sleepers)
 
-        def launch(k: int) -> tuple[Any, Any]:
+        def launch(k: int) -> tuple[Any, ...]:
             actor = self._spawn(EngineActor, slots[k], engine_environment(spec))
-            ref = actor.start.remote(spec, *(first if self._sleepers else []))
-            if spec.sleep:
-                self._sleepers.append(ref)
-            return actor, ref
+            ref, ahead = self._turns.start(slots[k], lambda ahead: actor.start.remote(spec, ahead))
+            return actor, ref, *ahead
 
         takes_weights = spec.transfer_backend is not None
         return EngineGroup(
@@ -197,7 +201,7 @@ class Cluster:
         self,
         role: str,
         count: int,
-        launch: Callable[[int], tuple[Any, Any]],
+        launch: Callable[[int], tuple[Any, ...]],
         *,
         takes_weights: bool = False,
         takes_turns: bool = False,
@@ -242,8 +246,8 @@ class Cluster:
             for rank in range(len(slots))
         ]
         self._starting = [
-            rank.actor.start.remote(job, spec, precision, total_steps, *self._sleepers)
-            for rank, spec in zip(self._ranks, specs, strict=True)
+            self._turns.start(slot, partial(rank.actor.start.remote, job, spec, precision, total_steps))[0]
+            for rank, spec, slot in zip(self._ranks, specs, slots, strict=True)
         ]
         return self._ranks, job, precision
 
@@ -300,7 +304,6 @@ class Cluster:
         """Until every actor started so far is ready: they load side by side."""
         for replicas in self._replicas:
             replicas.wait_started()
-        self._sleepers = []
         told = gather(self._starting, who="learner ranks (start)", timeout_s=self._limits.start_s, ranks=self._ranks)
         self._starting = []
         for note in told[0] if told else []:  # each rank says the same
@@ -349,7 +352,7 @@ class Cluster:
         return self._job.cluster.threads_per_actor or max(1, (os.cpu_count() or 1) // sharing)
 
     def _spawn(self, actor_class: type, slot: Slot, environment: dict[str, str]) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(self._group, self._slots.index(slot))
+        strategy = PlacementGroupSchedulingStrategy(self._group, slot.bundle)
         options: dict[str, Any] = {"num_cpus": slot.cpus, "scheduling_strategy": strategy}
         if slot.gpus:
             options["num_gpus"] = slot.gpus

@@ -13,8 +13,10 @@ from pydantic import ValidationError
 
 from rlaif_ray.config.jobs import EvaluateJob
 from rlaif_ray.config.sections import EngineConfig, RewardModelFeedback
+from rlaif_ray.runtime.host_memory import Parts, node_memory
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, Shapes, phases, sections
-from rlaif_ray.runtime.placement import Slot, actor_slots
+from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, slots_of, totals
+from rlaif_ray.runtime.places import layout_problems
 
 MOST_RANKS = 256  # of a proposal
 MOST_PROPOSALS = 4
@@ -36,8 +38,9 @@ class Phase:
 
     name: str  # "" where a job has one phase
     actors: tuple[Actors, ...]
-    nodes: tuple[dict[str, int], ...]  # bundles by role, node by node
-    gpus: float  # that Ray hands out, in all
+    nodes: tuple[dict[str, int], ...]  # actors by role, node by node
+    host: tuple[Parts, ...]  # bytes of each node's own memory, by what they are for
+    gpus: float  # that Ray reserves, in all
     shared: tuple[tuple[str, ...], ...]  # roles that share a GPU, each set of roles once
     problems: tuple[Problem, ...]
 
@@ -64,9 +67,13 @@ def plan_job(job: Any, machine: Machine, shapes: Shapes, device: Device) -> Plan
         slots = _slots(job, actors, device)
         nodes, tenants = place(slots, machine.gpus_per_node)
         shared = tuple(dict.fromkeys(tuple(sorted(one)) for one in tenants if len(one) > 1))
-        problems = () if device == "cpu" else tuple(_problems(actors, shared, machine))
-        gpus = round(sum(slot.gpus for slot in slots), 6)
-        found.append(Phase(name, tuple(actors), tuple(nodes), gpus, shared, problems))
+        host = node_memory(job, actors, nodes, device)
+        problems = list(_host_problems(nodes, host, machine))
+        if device == "cuda":
+            problems += [Problem(*one) for one in layout_problems(job, slots, device)]
+            problems += _problems(actors, shared, machine)
+        gpus = totals(slots)["GPU"]
+        found.append(Phase(name, tuple(actors), tuple(nodes), host, gpus, shared, tuple(problems)))
     return Plan(tuple(found))
 
 
@@ -74,41 +81,28 @@ def _slots(job: Any, actors: Sequence[Actors], device: Device) -> list[Slot]:
     """As runtime/placement.py has them; an evaluation's arms and judge are jobs of their own there."""
     if not isinstance(job, EvaluateJob) or any(one.kind == "scorer" for one in actors):
         return actor_slots(job, device)
-    (one,) = actors
-    gpus = float(one.need.workers) if one.need.workers > 1 else job.cluster.gpus_per_actor
-    return [Slot(one.need.role, k, 1.0, gpus if device == "cuda" else 0.0) for k in range(one.need.actors)]
+    return slots_of([one.need for one in actors], job.cluster, device)
 
 
 def place(slots: Sequence[Slot], gpus_per_node: int) -> tuple[list[dict[str, int]], list[list[str]]]:
-    """(bundles by role on each node, roles on each GPU in use), as Ray packs them: few nodes, the largest bundles
-    first; a share of a GPU goes to the fullest GPU that has room."""
-    nodes: list[dict[str, int]] = []
-    free: list[list[float]] = []  # share of each GPU of each node
-    tenants: dict[tuple[int, int], list[str]] = {}
-    for slot in sorted(slots, key=lambda slot: -slot.gpus if slot.gpus > 1 else -min(slot.gpus, 1.0)):
-        for node in range(len(nodes) + 1):
-            if node == len(nodes):
-                nodes.append({})
-                free.append([1.0] * max(gpus_per_node, int(slot.gpus)))
-            chosen = _room(free[node], slot.gpus)
-            if chosen is not None:
-                break
-        for gpu in chosen or ():
-            free[node][gpu] -= min(slot.gpus, 1.0)
-            tenants.setdefault((node, gpu), []).append(slot.role)
-        nodes[node][slot.role] = nodes[node].get(slot.role, 0) + 1
-    return nodes, list(tenants.values())
+    """(actors by role on each node, roles on each GPU in use), as Ray packs bundles: on few nodes, the largest first.
 
-
-def _room(free: Sequence[float], gpus: float) -> list[int] | None:
-    """GPUs of a node for a bundle; None where there is no room."""
-    if gpus == 0:
-        return []
-    if gpus >= 1:
-        whole = [k for k, left in enumerate(free) if left > 1 - 1e-6][: int(gpus)]
-        return whole if len(whole) == int(gpus) else None
-    fitting = [k for k, left in enumerate(free) if left > gpus - 1e-6]
-    return [min(fitting, key=lambda k: free[k])] if fitting else None
+    A bundle that no node can hold is on one that is large enough.
+    """
+    bundles = sorted(bundles_of(slots), key=lambda bundle: -bundle.gpus)
+    nodes: list[Counter[str]] = []
+    free: list[int] = []
+    tenants: list[list[str]] = []
+    for bundle in bundles:
+        node = next((k for k, left in enumerate(free) if left >= bundle.gpus), len(nodes))
+        if node == len(nodes):
+            nodes.append(Counter())
+            free.append(max(gpus_per_node, bundle.gpus))
+        free[node] -= bundle.gpus
+        roles = [slot.role for slot in bundle.slots]
+        nodes[node].update(roles)
+        tenants += [list(roles) for _ in range(bundle.gpus)]
+    return [dict(node) for node in nodes], tenants
 
 
 def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machine: Machine) -> Iterator[Problem]:
@@ -129,18 +123,29 @@ def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machi
             of = "its share of a GPU" if one.kind == "engine" else "a GPU without what the allocator loses"
             yield Problem((role,), f"{role} needs {_gb(memory.total)} on each GPU, more than {of}, {_gb(memory.limit)}")
     for roles in shared:
-        counts = Counter(roles)
-        if counts["learner"] > 1:
-            yield Problem(("learner",), f"{counts['learner']} learner ranks share a GPU, which NCCL refuses")
-            continue
         tenants = [by_role[role] for role in roles]
         learning = sum(t.memory.reserved if t.kind == "learner" else t.memory.resting for t in tenants)
         others = sum(t.memory.resting if t.kind == "learner" else t.memory.reserved for t in tenants)
         if max(learning, others) > machine.gpu_bytes:
             yield Problem(
-                tuple(counts),
+                tuple(dict.fromkeys(roles)),
                 f"{' + '.join(roles)} take {_gb(max(learning, others))} of the GPU that they share, which has "
                 f"{_gb(machine.gpu_bytes)}",
+            )
+
+
+def _host_problems(nodes: Sequence[dict[str, int]], host: Sequence[Parts], machine: Machine) -> Iterator[Problem]:
+    if machine.host_bytes is None:
+        return
+    told = set()
+    for node, parts in zip(nodes, host, strict=True):
+        total, largest = sum(parts.values()), max(parts, key=lambda part: parts[part])
+        if total > machine.host_bytes and str(node) not in told:
+            told.add(str(node))  # once for nodes that are alike
+            yield Problem(
+                tuple(node),
+                f"a node with {', '.join(f'{count} {role}' for role, count in node.items())} needs {_gb(total)} of "
+                f"host memory, most of it for {largest} ({_gb(parts[largest])}), and has {_gb(machine.host_bytes)}",
             )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlaif_ray.config.jobs import EvaluateJob, LabelJob, PairsJob, ReviseJob, SampleJob, SupervisedJob, TrainJob
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from rlaif_ray.config.sections import ClusterConfig, FeedbackConfig
 
 CPU_SHARE = 0.25  # logical CPUs per actor on CPU: phases take turns on the same cores
+RAY_UNITS = 10_000  # in which Ray counts a GPU
+PAIRED = ("learner", "rollout")  # roles of which the k-th of one and the k-th of the other belong together
 POLL_S = 1.0
 NOTE_S = 5.0  # between two notes of what is waited for
 
@@ -31,12 +35,27 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One actor's place: one bundle of the placement group."""
+    """One actor's place: a bundle of the placement group, or a share of one."""
 
     role: str
     index: int  # within its role
     cpus: float
-    gpus: float
+    gpus: float  # below 1: its share of the one GPU of the bundle
+    bundle: int  # actors that share a GPU have the same
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What Ray reserves on one node at once: whole GPUs, so that it can't find shares of several to be one's room."""
+
+    cpus: float
+    gpus: int
+    slots: tuple[Slot, ...]  # who is in it
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """As Ray takes them."""
+        return {"CPU": self.cpus, **({"GPU": float(self.gpus)} if self.gpus else {})}
 
 
 def job_needs(job: Any) -> list[Need]:
@@ -79,17 +98,46 @@ def actor_slots(job: Any, device: Literal["cpu", "cuda"]) -> list[Slot]:
     """Every actor of the job, in the order of its needs; where they share GPUs, one of each role after the other.
 
     Ray fills nodes with bundles as they come. On CPUs those between whom weights go through shared memory come first,
-    so that they get one node. Ray fills a GPU in the same way, so that it gets an engine and a learner rank of the same
-    index, and never two ranks of the learner, which NCCL refuses.
+    so that they get one node.
     """
-    slots = [
-        Slot(need.role, index, *_share(job.cluster, device, need.workers))
-        for need in job_needs(job)
-        for index in range(need.actors)
-    ]
+    needs = job_needs(job)
     if device == "cpu":
-        return sorted(slots, key=lambda slot: slot.role not in ("rollout", "learner"))
-    return sorted(slots, key=lambda slot: slot.index) if job.cluster.shares_gpus(device) else slots
+        needs = sorted(needs, key=lambda need: need.role not in ("rollout", "learner"))
+    return slots_of(needs, job.cluster, device)
+
+
+def slots_of(needs: Sequence[Need], cluster: ClusterConfig, device: Literal["cpu", "cuda"]) -> list[Slot]:
+    """Every actor of these needs, each in a bundle of its own unless it shares a GPU."""
+    shared = [need for need in needs if need.workers == 1] if cluster.shares_gpus(device) else []
+    gpus = shared_gpus(shared, cluster.tenants_per_gpu)
+    bundle_of = {one: bundle for bundle, tenants in enumerate(gpus) for one in tenants}
+    others = count(len(gpus))
+    slots = []
+    for need in needs:
+        for index in range(need.actors):
+            bundle = bundle_of[need.role, index] if (need.role, index) in bundle_of else next(others)
+            slots.append(Slot(need.role, index, *_share(cluster, device, need.workers), bundle))
+    return sorted(slots, key=lambda slot: slot.index) if shared else slots
+
+
+def shared_gpus(needs: Sequence[Need], tenants: int) -> list[list[tuple[str, int]]]:
+    """(role, index) of the actors on each GPU, at most so many; as few GPUs as that takes, one for each learner rank.
+
+    NCCL refuses two ranks on a GPU, and by IPC an engine gets its weights from the rank on its own: the k-th rank and
+    the k-th engine get the k-th GPU. Others go to the k-th where there is room, else to the first that has some, best
+    where nobody has the same role.
+    """
+    ranks = max((need.actors for need in needs if need.role == "learner"), default=0)
+    gpus: list[list[tuple[str, int]]] = [
+        [] for _ in range(max(ranks, -(-sum(need.actors for need in needs) // tenants)))
+    ]
+    for need in sorted(needs, key=lambda need: PAIRED.index(need.role) if need.role in PAIRED else len(PAIRED)):
+        for index in range(need.actors):
+            room = [k for k, there in enumerate(gpus) if len(there) < tenants]
+            taken = {k for k in room if any(role == need.role for role, _ in gpus[k])}
+            best = min(room, key=lambda k: (k != index, k in taken, k))
+            gpus[best].append((need.role, index))
+    return gpus
 
 
 def _share(cluster: ClusterConfig, device: str, workers: int) -> tuple[float, float]:
@@ -97,12 +145,23 @@ def _share(cluster: ClusterConfig, device: str, workers: int) -> tuple[float, fl
     if device == "cpu":
         return (CPU_SHARE if cluster.cpus_per_actor is None else cluster.cpus_per_actor), 0.0
     cpus = 1.0 if cluster.cpus_per_actor is None else cluster.cpus_per_actor
-    return cpus, float(workers) if workers > 1 else cluster.gpus_per_actor
+    return cpus, float(workers) if workers > 1 else RAY_UNITS // cluster.tenants_per_gpu / RAY_UNITS
 
 
-def totals(slots: list[Slot]) -> dict[str, float]:
-    """Resources of all slots together."""
-    return {"CPU": sum(s.cpus for s in slots), "GPU": sum(s.gpus for s in slots)}
+def bundles_of(slots: Sequence[Slot]) -> list[Bundle]:
+    """The bundles, by their numbers."""
+    tenants: dict[int, list[Slot]] = {}
+    for slot in slots:
+        tenants.setdefault(slot.bundle, []).append(slot)
+    return [
+        Bundle(sum(slot.cpus for slot in own), math.ceil(own[0].gpus), tuple(own)) for _, own in sorted(tenants.items())
+    ]
+
+
+def totals(slots: Sequence[Slot]) -> dict[str, float]:
+    """Resources of all bundles together."""
+    bundles = bundles_of(slots)
+    return {"CPU": sum(b.cpus for b in bundles), "GPU": float(sum(b.gpus for b in bundles))}
 
 
 def placement_table(job: Any) -> str:
@@ -126,7 +185,7 @@ def reserve(
     note: Callable[[str], None] = lambda text: None,
     leave: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """A placement group with one bundle per slot, ready to use; `note` and `leave` as in `wait_for_place`.
+    """A placement group with the bundles of these slots, ready to use; `note` and `leave` as in `wait_for_place`.
 
     Raises:
         PlacementError: the cluster didn't give it in time.
@@ -134,8 +193,7 @@ def reserve(
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    bundles = [{"CPU": s.cpus, **({"GPU": s.gpus} if s.gpus else {})} for s in slots]
-    group = placement_group(bundles, strategy="PACK")
+    group = placement_group([bundle.resources for bundle in bundles_of(slots)], strategy="PACK")
     try:
         wait_for_place(group, slots, timeout_s, note=note, leave=leave)
     except BaseException:

@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rlaif_ray.errors import EngineError, Preempted, ReplicasLostError, RlaifError, RunError
 from rlaif_ray.runtime.supervision import POLL_S, START_TRIES, Limits, Watch, Watched, death, is_of_the_node
+from rlaif_ray.runtime.turns import unfinished
 
 TRIES = 2  # losses under one request before it is in quarantine
 
@@ -31,6 +32,7 @@ class Replica:
 
     watched: Watched
     starting: Any  # ref of its start; None once it is ready
+    ahead: list[Any]  # starts on its GPU that it waits for before its own
     began: float = field(default_factory=time.monotonic)
     incarnation: int = 0  # how many others were in its place before
     serving: bool = False  # may be asked; with weights to take, only once it has them
@@ -52,7 +54,7 @@ class Replicas:
         self,
         role: str,
         count: int,
-        launch: Callable[[int], tuple[Any, Any]],
+        launch: Callable[[int], tuple[Any, ...]],
         *,
         watch: Watch,
         limits: Limits,
@@ -60,7 +62,8 @@ class Replicas:
         takes_turns: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`launch(k)` starts the k-th and returns the actor and the ref of its start.
+        """`launch(k)` starts the k-th and returns the actor, the ref of its start, and the refs of other starts that it
+        waits for before: its time to start begins once they have ended.
 
         With `takes_weights` a replica serves only once `admit`, which whoever brings the weights sets, has let it.
         With `takes_turns` others use its memory while these have no work: one starts only while they have, and the work
@@ -83,10 +86,10 @@ class Replicas:
         watch.every_beat(self.look_after)
 
     def _start(self, k: int, incarnation: int = 0) -> Replica:
-        actor, ref = self._launch(k)
+        actor, ref, *ahead = self._launch(k)
         watched = Watched(f"{self.role} {k}", actor, self._limits.silent_s)
         self._watch.add(watched)
-        return Replica(watched, ref, incarnation=incarnation)
+        return Replica(watched, ref, ahead, incarnation=incarnation)
 
     # Their life
 
@@ -122,6 +125,8 @@ class Replicas:
                         f"folder."
                     )
                 self._await_starts()
+                if any(r.ahead for r in self._replicas):
+                    deadline = time.monotonic() + self._limits.start_s + POLL_S
 
     def _await_starts(self) -> None:
         """Sees who has started, at the latest after a moment."""
@@ -140,6 +145,8 @@ class Replicas:
     def _see_start(self, k: int, replica: Replica) -> None:
         if replica.starting is None or replica.watched.lost is not None:
             return
+        if replica.ahead:
+            replica.ahead, replica.began = unfinished(replica.ahead), time.monotonic()
         late = time.monotonic() - replica.began > self._limits.start_s
         if not late and not ray.wait([replica.starting], timeout=0)[0]:
             return

@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--zero-stage", type=int, choices=[0, 1, 2, 3], default=0)
     parser.add_argument("--tokens-per-micro-batch", type=int, default=4096)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--policy-alone", action="store_true", help="no critic and no reference")
     parser.add_argument("--matmul", type=int, default=2048, help="side of the square matrices of the yardstick")
     args = parser.parse_args()
     with json_output() as emit:
@@ -58,7 +60,7 @@ def measure(args: Any) -> dict[str, Any]:
     experience = make_experience(rank, prompts, completions, plan)
     new_tokens = sum(map(len, completions))
     sides: dict[str, Callable[[], Any]] = {
-        "annotate": lambda: rank.annotate(prompts, completions, plan, with_policy=False),
+        "annotate": lambda: rank.annotate(prompts, completions, plan, with_policy=args.policy_alone),
         "update": lambda: rank.update(experience, [(new_tokens, plan)]),
     }
     yardstick = Matmul(args.matmul, rank.device, torch.float32 if args.precision == "fp32" else torch.bfloat16)
@@ -110,8 +112,8 @@ def start_rank(args: Any) -> RlRank:
     job = make_job(
         args,
         policy={"precision": args.precision, "attention": args.attention},
-        algorithm={"type": "ppo"},
-        learner={"zero_stage": args.zero_stage},
+        algorithm={"type": "rloo", "kl": {"coef": 0.0}} if args.policy_alone else {"type": "ppo"},
+        learner={"zero_stage": args.zero_stage, "gradient_checkpointing": args.gradient_checkpointing},
     )
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -142,7 +144,7 @@ def make_experience(rank: RlRank, prompts: Any, completions: Any, plan: RankPlan
     found = rank.annotate(prompts, completions, plan, with_policy=True)
 
     def table(name: str) -> torch.Tensor:
-        return torch.stack([found[i][name] for i in range(len(prompts))])
+        return torch.stack([found[i].get(name, found[i]["policy"]) for i in range(len(prompts))])
 
     shape = len(prompts), len(completions[0])
     generator = torch.Generator().manual_seed(0)
@@ -187,9 +189,11 @@ class Size:
 
 
 def flops(rank: RlRank, prompts: Any, completions: Any, plan: RankPlan) -> dict[str, dict[str, float]]:
-    """FLOPs of one annotate (reference and critic forward) and one update (policy and critic, both ways)."""
+    """FLOPs of one annotate (reference and critic forward; of a policy alone, that) and one update (policy and critic,
+    both ways). What gradient checkpointing computes again is not counted."""
     tokens = token_counts(rank, prompts, completions, plan)
-    policy, critic = _size(rank._policy.module), _size(rank._critic.module)  # type: ignore[union-attr]
+    policy = _size(rank._policy.module)
+    critic = _size(rank._critic.module) if rank._critic is not None else Size(0, 0, 0)
 
     def count(language_model: Size, per_parameter: int) -> dict[str, float]:
         strict = (language_model.body + critic.body) * tokens["tokens_computed"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GPUS_PER_ACTOR = 0.45
 BACKEND: Any = "shm" if REHEARSAL else "ipc"
-TIMEOUT_S = 400.0
+TIMEOUT_S = 1500.0 if REHEARSAL else 400.0
 
 
 def make_job(model: str, **learner: Any) -> TrainJob:
@@ -91,7 +91,7 @@ def _spawn(actor_class: type, environment: dict[str, str]) -> Any:
 
     from rlaif_ray.runtime.supervision import HEALTH
 
-    carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE",) if k in os.environ}
+    carried = {k: os.environ[k] for k in ("HF_HUB_OFFLINE", "VLLM_USE_V2_MODEL_RUNNER") if k in os.environ}
     options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment | carried}}
     options["concurrency_groups"] = {HEALTH: 1}
     if not REHEARSAL:
@@ -187,6 +187,14 @@ def running_pair(engines: EngineGroup, *, model: str | None = None, **learner: A
     job = make_job(model or gpu_model(), **learner)
     with running_learner(job) as group, connected(group, engines, job) as sync:
         yield Pair(job, group, engines, sync)
+
+
+def inside(engines: EngineGroup, function: Any) -> Any:
+    """`function` of the engine, run in its process. Nothing runs there meanwhile."""
+    import ray
+
+    (actor,) = engines.actors
+    return ray.get(actor.__ray_call__.remote(lambda self: function(self._engine)), timeout=TIMEOUT_S)
 
 
 def _prompts() -> list[Prompt]:

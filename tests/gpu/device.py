@@ -20,17 +20,22 @@ CLUSTER_DEVICE = "cpu" if REHEARSAL else "gpu"
 PRECISION: Any = "fp32" if REHEARSAL else "bf16"
 
 # A fixed key-value cache, so that no engine mistakes what its neighbours take for its own; no FlashInfer in the kit.
-ENGINE_KWARGS: dict[str, Any] = (
-    {} if REHEARSAL else {"attention_backend": "FLASH_ATTN", "enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+KIT: dict[str, Any] = {} if REHEARSAL else {"attention_backend": "FLASH_ATTN"}
+ENGINE_KWARGS: dict[str, Any] = {} if REHEARSAL else {**KIT, "enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+# As engines run by default; a few graphs are enough to see.
+GRAPHS: dict[str, Any] = (
+    {} if REHEARSAL else {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
 )
 SHARE: dict[str, Any] = {"gpu_memory_utilization": 0.15, "kv_cache_gb": 0.2, "engine_kwargs": ENGINE_KWARGS}
 CONTEXT = 2048
 
 
-def gpu_model(folder: Path | None = None, *, tied: bool = True, dtype: torch.dtype | None = None) -> str:
+def gpu_model(
+    folder: Path | None = None, *, tied: bool = True, dtype: torch.dtype | None = None, hidden: int = 256
+) -> str:
     """A small random Llama in the tests' type with heads of 64, which every flash kernel takes; made once a machine.
 
-    Its greedy tokens follow from the weights: an engine with stale ones shows.
+    Its greedy tokens follow from the weights: an engine with stale ones shows. With `hidden` it is as large as wanted.
     """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -49,15 +54,15 @@ def gpu_model(folder: Path | None = None, *, tied: bool = True, dtype: torch.dty
         }
         config = LlamaConfig(
             vocab_size=320,
-            hidden_size=256,
-            intermediate_size=512,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 128,
             head_dim=64,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=tied,
-            initializer_range=0.1,
+            initializer_range=1.6 * hidden**-0.5,
             **ids,
         )
         with torch.random.fork_rng(devices=[]):
@@ -68,7 +73,7 @@ def gpu_model(folder: Path | None = None, *, tied: bool = True, dtype: torch.dty
         tokenizer.save_pretrained(target)
 
     root = Path(tempfile.gettempdir()) / f"rlaif-ray-gpu-{os.getuid()}"
-    name = f"{'tied' if tied else 'untied'}-{str(dtype).removeprefix('torch.')}"
+    name = f"{'tied' if tied else 'untied'}-{hidden}-{str(dtype).removeprefix('torch.')}"
     return str(build_folder_once(folder or root / name, build))
 
 

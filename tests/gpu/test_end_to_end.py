@@ -1,17 +1,22 @@
-"""The main job on one GPU: rollout engine, judge and learner share it, weights go by IPC."""
+"""The job of configs/cluster/1gpu.yaml on one GPU: its layout, with small models, prompts and lengths.
+
+Rollout engine, judge and learner share the GPU, weights go by IPC, and nobody says how large a KV cache is.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.gpu.device import CLUSTER_DEVICE, PRECISION, REHEARSAL, SHARE, gpu_model
+from tests.gpu.device import CLUSTER_DEVICE, KIT, PRECISION, REHEARSAL, gpu_model
 
 pytestmark = pytest.mark.gpu
 
+LAYOUT = Path(__file__).parents[2] / "configs" / "cluster" / "1gpu.yaml"
 STEPS = 3
 
 # Short: the tiny tokenizer needs about a token per letter.
@@ -27,55 +32,55 @@ TEMPLATE = {
 }
 
 
+def smaller(folder: Path) -> dict[str, Any]:
+    """What is laid over the layout: nothing of where actors are placed or what memory they take."""
+    prompts = folder / "prompts.jsonl"
+    rows = ["Name a colour.", "Why is the sky blue?", "Write a line about rain.", "What is 2 + 2?", "Say hello."]
+    prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    template = folder / "template.yaml"
+    template.write_text(json.dumps(TEMPLATE))  # JSON is YAML
+    engine = {"engine_kwargs": KIT, **({"kv_cache_gb": 0.2} if REHEARSAL else {})}  # on a CPU it must be said
+    return {
+        "policy": {"model": gpu_model(), "precision": PRECISION},
+        "data": {"path": str(prompts)},
+        "sampling": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 16},
+        "rollout": engine,
+        "feedback": {"judge": {"model": gpu_model(), "min_answer_mass": 0.0, **engine}, "template": str(template)},
+        "algorithm": {"kl": {"coef": 0.01}},
+        "learner": {"lr": 1e-3},
+        "cluster": {"address": "local", "device": CLUSTER_DEVICE, **({"start_timeout_s": 3000} if REHEARSAL else {})},
+        "checkpoint": {"every": 2},
+        "evaluation": {"held_out": {"path": str(prompts), "limit": 2}},
+        "tracking": {"wandb": "disabled"},
+        "steps": STEPS,
+        "run_dir": str(folder / "run"),
+    }
+
+
 def test_three_steps(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from rlaif_ray.config.load import load_job
     from rlaif_ray.pipelines.rl import train_rl
 
-    prompts = tmp_path / "prompts.jsonl"
-    rows = ["Name a colour.", "Why is the sky blue?", "Write a line about rain.", "What is 2 + 2?", "Say hello."]
-    prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
-    template = tmp_path / "template.yaml"
-    template.write_text(json.dumps(TEMPLATE))  # JSON is YAML
-    config = tmp_path / "train.yaml"
-    config.write_text(
-        json.dumps(
-            {
-                "policy": {"model": gpu_model(), "precision": PRECISION},
-                "data": {"path": str(prompts)},
-                "sampling": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 16},
-                "rollout": SHARE,
-                "feedback": {
-                    "type": "judge",
-                    "judge": {"model": gpu_model(), "min_answer_mass": 0.0, **SHARE},
-                    "template": str(template),
-                },
-                "algorithm": {"type": "ppo", "minibatches": 2},
-                "learner": {"lr": 1e-3, "zero_stage": 2},
-                "cluster": {"address": "local", "device": CLUSTER_DEVICE, "gpus_per_actor": 0.3},
-                "checkpoint": {"every": 2},
-                "evaluation": {"held_out": {"path": str(prompts), "limit": 2}},
-                "tracking": {"wandb": "disabled"},
-                "steps": STEPS,
-                "run_dir": str(tmp_path / "run"),
-            }
-        )
-    )
-    job = load_job("train", [config])
-    job.run_dir.mkdir(parents=True)
-    train_rl(job)
+    over = tmp_path / "smaller.yaml"
+    over.write_text(json.dumps(smaller(tmp_path)))
+    loaded = load_job("train", [LAYOUT, over])
+    for engine in (loaded.config.rollout, loaded.config.feedback.judge):
+        assert "kv_cache_memory_bytes" not in engine.engine_kwargs
+    assert loaded.config.cluster.gpus_per_actor < 1 or REHEARSAL
+    train_rl(loaded)
 
-    lines = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (loaded.run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "policy/loss" in line]
     assert len(steps) == STEPS
     for number, line in enumerate(steps, 1):
         assert line["weights/version"] == number
         assert line["feedback/scored_fraction"] == 1.0
-        for name in ("policy/loss", "value/loss", "policy/grad_norm", "kl/mean", "reward/mean"):
+        for name in ("policy/loss", "policy/grad_norm", "kl/mean", "reward/mean"):
             assert math.isfinite(line[name]), (name, line)
         # An engine with stale weights would be far off after the first step at this learning rate.
         assert line["rollout/logprob_gap"] < (1e-3 if REHEARSAL else 0.1)
     assert steps[-1]["policy/grad_norm"] > 0
-    AutoModelForCausalLM.from_pretrained(job.run_dir / "policy")
-    assert list((job.run_dir / "checkpoints").glob("step-*"))
+    AutoModelForCausalLM.from_pretrained(loaded.run_dir / "policy")
+    assert list((loaded.run_dir / "checkpoints").glob("step-*"))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlaif_ray.runtime.groups import EngineGroup
-from tests.gpu.actors import Pair, engine_spec, greedy_tokens, local_ray, running_engine, running_pair
-from tests.gpu.device import REHEARSAL, gpu_model
+from tests.gpu.actors import Pair, engine_spec, greedy_tokens, inside, local_ray, running_engine, running_pair
+from tests.gpu.device import GRAPHS, REHEARSAL, gpu_model
 
 pytestmark = pytest.mark.gpu
 
@@ -24,8 +24,12 @@ def model(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engines(model: str) -> Iterator[EngineGroup]:
-    with local_ray(), running_engine(engine_spec(model)) as group:
-        yield group
+    """As engines run by default on a GPU: CUDA graphs, and vLLM's V2 model runner."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not REHEARSAL:
+            patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        with local_ray(), running_engine(engine_spec(model, **GRAPHS)) as group:
+            yield group
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +100,13 @@ def test_completions_carry_the_version(pair: Pair) -> None:
     assert {c.weight_version for c in completions} == {41}
 
 
-def test_repeated_syncs_do_not_leak(pair: Pair) -> None:
-    """A push stages and frees: after the first, free GPU memory stays where it is."""
-    import torch
-
+def test_graphs_and_the_v2_model_runner_are_in_use(engines: EngineGroup) -> None:
     if REHEARSAL:
-        pytest.skip("reads GPU memory")
-    pair.sync.push(50)
-    before = torch.cuda.mem_get_info()[0]
-    for version in range(51, 61):
-        pair.sync.push(version)
-    assert before - torch.cuda.mem_get_info()[0] < 64 * 2**20
+        pytest.skip("a CPU has neither")
+
+    def used(engine: object) -> tuple[str, bool]:
+        config = engine._llm.llm_engine.vllm_config  # type: ignore[attr-defined]
+        return config.compilation_config.cudagraph_mode.name, config.use_v2_model_runner
+
+    mode, v2 = inside(engines, used)
+    assert mode != "NONE" and v2

@@ -7,14 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from tests.gpu.actors import TIMEOUT_S, Pair, engine_spec, local_ray, running_engine, running_pair
+from tests.gpu.actors import (
+    PROMPTS,
+    Pair,
+    engine_spec,
+    inside,
+    local_ray,
+    running_engine,
+    running_pair,
+)
 from tests.gpu.device import gpu_model
 
 pytestmark = pytest.mark.gpu
+
+CANDIDATES = (5, 77, 200, 310)
 
 
 @pytest.fixture(scope="module", params=["told", "of itself"])
@@ -28,31 +37,23 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         yield connected
 
 
-def inside(pair: Pair, function: Any) -> Any:
-    """`function` of the engine, run in its process. Nothing runs there meanwhile."""
-    import ray
-
-    (actor,) = pair.engines.actors
-    return ray.get(actor.__ray_call__.remote(lambda self: function(self._engine)), timeout=TIMEOUT_S)
-
-
 def fall_asleep(pair: Pair, level: int) -> int:
     """Bytes of GPU memory that this frees; of one that is asleep already, those it took when it woke."""
     import torch
 
-    if inside(pair, lambda engine: engine._spec.sleep):
+    if inside(pair.engines, lambda engine: engine._spec.sleep):
         asleep = torch.cuda.mem_get_info()[0]
-        inside(pair, lambda engine: engine._wake("weights", "kv_cache"))
+        inside(pair.engines, lambda engine: engine._wake("weights", "kv_cache"))
         taken = int(asleep - torch.cuda.mem_get_info()[0])
-        inside(pair, lambda engine: engine._sleep())
+        inside(pair.engines, lambda engine: engine._sleep())
         return taken
     before = torch.cuda.mem_get_info()[0]
-    inside(pair, lambda engine: engine._llm.sleep(level) and None)
+    inside(pair.engines, lambda engine: engine._llm.sleep(level) and None)
     return int(torch.cuda.mem_get_info()[0] - before)
 
 
 def wake(pair: Pair) -> None:
-    inside(pair, lambda engine: None if engine._spec.sleep else engine._llm.wake_up() and None)
+    inside(pair.engines, lambda engine: None if engine._spec.sleep else engine._llm.wake_up() and None)
 
 
 def test_level_1_wakes_as_it_was(pair: Pair) -> None:
@@ -60,6 +61,37 @@ def test_level_1_wakes_as_it_was(pair: Pair) -> None:
     assert fall_asleep(pair, 1) > 2**29, "sleeping must free the key-value cache of 1 GiB"
     wake(pair)
     assert pair.greedy() == said
+
+
+def judged(pair: Pair) -> list[tuple[float, ...]]:
+    """What a judge reads: log-probabilities of a few next tokens after each prompt."""
+    from rlaif_ray.types import TokenQuery
+
+    answers = pair.engines.token_logprobs([TokenQuery(p.tokens, CANDIDATES) for p in PROMPTS])
+    assert all(answer.failure is None for answer in answers)
+    return [answer.logprobs for answer in answers]
+
+
+def test_a_judge_reads_after_waking_what_transformers_says(pair: Pair) -> None:
+    """Of the weights on disk, which the first push has sent unchanged; before an update moves them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.gpu.device import DEVICE
+
+    before = judged(pair)
+    fall_asleep(pair, 1)
+    wake(pair)
+    for again, found in zip(judged(pair), before, strict=True):
+        assert again == pytest.approx(found, abs=0.02)
+    model = AutoModelForCausalLM.from_pretrained(gpu_model(), dtype=torch.float32).to(DEVICE).eval()
+    gaps = []
+    for prompt, found in zip(PROMPTS, before, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt.tokens], device=DEVICE)).logits[0, -1]
+        exact = logits.float().log_softmax(-1)[list(CANDIDATES)].tolist()
+        gaps += [abs(a - b) for a, b in zip(found, exact, strict=True)]
+    assert sum(gaps) / len(gaps) < 0.06
 
 
 @pytest.mark.parametrize("level", [1, 2])

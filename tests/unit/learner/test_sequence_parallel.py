@@ -464,7 +464,6 @@ SHARED = {
 
 def settled(spec: RankSpec, name: str) -> tuple[str, Tensor | None]:
     """The attention, and log-probabilities of other samples than the probe's; or why ranks can't share sequences."""
-    from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
     from rlaif_ray.attention import PACKED, plan_attention
     from rlaif_ray.errors import InputError
     from rlaif_ray.learner.engine import CausalPolicy, join_ranks
@@ -482,7 +481,7 @@ def settled(spec: RankSpec, name: str) -> tuple[str, Tensor | None]:
 
     def run(batch: ModelInput) -> Tensor:
         own = group.split(batch, model)
-        return own.whole(token_logprobs_and_entropy(policy(own), own.targets, 1.0)[0])
+        return own.whole(policy(own, 1.0)[0])
 
     how: dict[str, Any] = {"name": name, "device": device, "precision": "fp32"}
     try:
@@ -511,7 +510,6 @@ def test_other_architectures_are_right_or_refused(name: str, two_ranks: RankProc
 
 
 def long_rope(spec: RankSpec, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
-    from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
     from rlaif_ray.attention import PACKED
     from rlaif_ray.learner.engine import CausalPolicy, join_ranks
     from rlaif_ray.learner.packing import build_input, register_packed_attention
@@ -524,7 +522,7 @@ def long_rope(spec: RankSpec, prompt: Sequence[int], completion: Sequence[int]) 
     with torch.no_grad():
         batch = build_input([prompt], [completion], packed=True, device=device)
         own = sequence_group(spec.world_size).split(batch, model)
-        return own.whole(token_logprobs_and_entropy(CausalPolicy(model)(own), own.targets, 1.0)[0])
+        return own.whole(CausalPolicy(model)(own, 1.0)[0])
 
 
 @pytest.mark.parametrize("length", [24, 25, 26])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -20,9 +21,9 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 PIPELINES = [[CONFIGS / "pipelines/8gpu.yaml"], [CONFIGS / "pipelines/8gpu.yaml", CONFIGS / "pipelines/nodes.yaml"]]
 REFERENCE = [[file] for file in sorted((CONFIGS / "reference").glob("*.yaml"))]
 CLUSTER = {  # GPUs that Ray hands out, and nodes
-    "1gpu": (0.99, [{"rollout": 1, "judge": 1, "learner": 1}]),
+    "1gpu": (1, [{"rollout": 1, "judge": 1, "learner": 1}]),
     "8gpu": (8, [{"judge": 1, "rollout": 2, "learner": 4}]),
-    "8gpu-colocated": (7.92, [{"rollout": 8, "judge": 8, "learner": 8}]),
+    "8gpu-colocated": (8, [{"rollout": 8, "judge": 8, "learner": 8}]),
     "nodes": (40, [{"rollout": 1}, {"judge": 1}, {"learner": 8}, {"learner": 8}, {"learner": 8}]),
 }
 
@@ -197,11 +198,53 @@ def test_a_job_without_actors_fits(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "label: nothing on GPUs" in result.stdout
 
 
-def test_on_cpus_bytes_are_told_and_nothing_is_refused() -> None:
-    code, told = as_json(CONFIGS / "cluster/nodes.yaml", "cluster.device=cpu")
-    learner = told["jobs"][0]["phases"][0]["actors"][-1]
-    assert code == 0 and learner["bytes_per_gpu"]["weights"] == -(-70_553_706_496 // 24) * 4
+def test_on_cpus_of_this_machine_its_memory_counts() -> None:
+    """24 ranks of 70 billion weights take terabytes there, on one node; of others the flag says what they have."""
+    arguments = [CONFIGS / "cluster/nodes.yaml", "cluster.device=cpu"]
+    code, told = as_json(*arguments)
+    (job,) = told["jobs"]
+    learner = job["phases"][0]["actors"][-1]
+    assert code == 1 and learner["bytes_per_gpu"]["weights"] == -(-70_553_706_496 // 24) * 4
     assert "CUDA" not in learner["bytes_per_gpu"]
+    assert job["host_bytes"] == psutil.virtual_memory().total
+    (problem,) = job["phases"][0]["problems"]
+    assert problem.startswith("a node with 1 rollout, 24 learner, 1 judge needs ") and "host memory" in problem
+    assert as_json(*arguments, "--host-memory", 100_000)[0] == 0
+    elsewhere = as_json(*arguments, "cluster.address=head:6379")
+    assert (elsewhere[0], elsewhere[1]["jobs"][0]["host_bytes"]) == (0, None)
+
+
+def test_host_memory_of_gpu_nodes_is_what_the_flag_says() -> None:
+    file = CONFIGS / "cluster/nodes.yaml"
+    code, told = as_json(file)
+    assert code == 0 and told["jobs"][0]["host_bytes"] is None
+    assert "Host memory is checked with --host-memory alone." in told["assumed"][0]
+    short = rlaif_plan(file, "--host-memory", 256)
+    assert short.exit_code == 1
+    assert (
+        "DOES NOT FIT   a node with 8 learner needs 279.1 GB of host memory, most of it for checkpoint" in short.stdout
+    )
+    assert (
+        "host memory    279.13 GB of 256.00 GB a node: processes 16.00 GB, checkpoint copies 262.83 GB" in short.stdout
+    )
+    assert as_json(file, "--host-memory", 280)[0] == 0
+
+
+def test_a_checkpoint_that_takes_longer_than_its_grace_is_told() -> None:
+    """12 bytes of 70.6 billion parameters at 2 GB/s: 423 s, and one that is under way ends first."""
+    file = CONFIGS / "cluster/nodes.yaml"
+    result = rlaif_plan(file)
+    assert result.exit_code == 0
+    assert (
+        "checkpoint     788.50 GB, 423 s at 2 GB/s; after a SIGTERM checkpoint.grace_s=90 may be too short: use 900, "
+        "and 930 for RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal and terminationGracePeriodSeconds" in result.stdout
+    )
+    enough = rlaif_plan(file, "checkpoint.grace_s=900").stdout
+    assert "423 s at 2 GB/s, within checkpoint.grace_s=900 after a SIGTERM" in enough
+    _, told = as_json(file, "--disk-bandwidth", 20)
+    cost = told["jobs"][0]["checkpoint"]
+    assert cost["bytes"] == 24 * 12 * -(-70_553_706_496 // 24) and cost["seconds"] == pytest.approx(42.3, abs=0.1)
+    assert (cost["gb_per_s"], cost["grace_s"], cost["needed_grace_s"]) == (20, 90, 120)
 
 
 def test_no_network_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import pytest
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
 from rlaif_ray.errors import InputError
-from rlaif_ray.runtime.placement import Slot, actor_slots, placement_table, totals
+from rlaif_ray.runtime.placement import Bundle, Slot, actor_slots, bundles_of, placement_table, totals
+from rlaif_ray.runtime.places import layout_problems, unplaceable
 from rlaif_ray.runtime.weight_sync import Metadata, choose_backend, make_buckets, tensor_bytes
 from tests.jobs import embedded
 
@@ -41,16 +42,16 @@ GPU_SHARED_BUT_PARALLEL = job(rollout={"tensor_parallel": 2}, cluster={"gpus_per
         pytest.param(
             CPU_DEFAULT,
             "cpu",
-            [Slot("rollout", 0, 0.25, 0), Slot("learner", 0, 0.25, 0), Slot("judge", 0, 0.25, 0)],
+            [Slot("rollout", 0, 0.25, 0, 0), Slot("learner", 0, 0.25, 0, 1), Slot("judge", 0, 0.25, 0, 2)],
             id="cpu",
         ),
         pytest.param(
             CPU_LARGER,
             "cpu",
             [
-                *(Slot("rollout", k, 2.0, 0) for k in range(2)),
-                *(Slot("learner", k, 2.0, 0) for k in range(2)),
-                *(Slot("judge", k, 2.0, 0) for k in range(3)),
+                *(Slot("rollout", k, 2.0, 0, k) for k in range(2)),
+                *(Slot("learner", k, 2.0, 0, 2 + k) for k in range(2)),
+                *(Slot("judge", k, 2.0, 0, 4 + k) for k in range(3)),
             ],
             id="cpu-larger",
         ),
@@ -58,11 +59,11 @@ GPU_SHARED_BUT_PARALLEL = job(rollout={"tensor_parallel": 2}, cluster={"gpus_per
             GPU_DEFAULT,
             "cuda",
             [
-                Slot("rollout", 0, 1, 1),
-                Slot("rollout", 1, 1, 1),
-                Slot("judge", 0, 1, 1),
-                Slot("learner", 0, 1, 1),
-                Slot("learner", 1, 1, 1),
+                Slot("rollout", 0, 1, 1, 0),
+                Slot("rollout", 1, 1, 1, 1),
+                Slot("judge", 0, 1, 1, 2),
+                Slot("learner", 0, 1, 1, 3),
+                Slot("learner", 1, 1, 1, 4),
             ],
             id="gpu",
         ),
@@ -70,23 +71,23 @@ GPU_SHARED_BUT_PARALLEL = job(rollout={"tensor_parallel": 2}, cluster={"gpus_per
             GPU_TENSOR_PARALLEL,
             "cuda",
             [
-                Slot("rollout", 0, 1, 2),
-                Slot("judge", 0, 1, 4),
-                Slot("judge", 1, 1, 4),
-                *(Slot("learner", k, 1, 1) for k in range(4)),
+                Slot("rollout", 0, 1, 2, 0),
+                Slot("judge", 0, 1, 4, 1),
+                Slot("judge", 1, 1, 4, 2),
+                *(Slot("learner", k, 1, 1, 3 + k) for k in range(4)),
             ],
             id="gpu-tensor-parallel",
         ),
         pytest.param(
             GPU_SHARED,
             "cuda",
-            [Slot("rollout", 0, 1, 0.3), Slot("judge", 0, 1, 0.3), Slot("learner", 0, 1, 0.3)],
+            [Slot("rollout", 0, 1, 0.3333, 0), Slot("judge", 0, 1, 0.3333, 0), Slot("learner", 0, 1, 0.3333, 0)],
             id="gpu-shared",
         ),
         pytest.param(
             GPU_SHARED_BUT_PARALLEL,
             "cuda",
-            [Slot("rollout", 0, 0, 2), Slot("judge", 0, 0, 0.5), Slot("learner", 0, 0, 0.5)],
+            [Slot("rollout", 0, 0, 2, 1), Slot("judge", 0, 0, 0.5, 0), Slot("learner", 0, 0, 0.5, 0)],
             id="gpu-shared-but-parallel",
         ),
     ],
@@ -102,7 +103,7 @@ def test_actor_slots(config: TrainJob, device: Any, slots: list[Slot]) -> None:
         (CPU_LARGER, "cpu", {"CPU": 14.0, "GPU": 0.0}),  # 7 x 2
         (GPU_DEFAULT, "cuda", {"CPU": 5.0, "GPU": 5.0}),
         (GPU_TENSOR_PARALLEL, "cuda", {"CPU": 7.0, "GPU": 14.0}),  # 2 + 2 x 4 + 4
-        (GPU_SHARED, "cuda", {"CPU": 3.0, "GPU": 0.9}),
+        (GPU_SHARED, "cuda", {"CPU": 3.0, "GPU": 1.0}),
         (GPU_SHARED_BUT_PARALLEL, "cuda", {"CPU": 0.0, "GPU": 3.0}),
     ],
 )
@@ -124,8 +125,89 @@ def test_placement_table() -> None:
         ["rollout", "1", "1", "2", "org/policy"],
         ["judge", "2", "1", "0.5", "org/judge"],
         ["learner", "4", "1", "0.5", "org/policy"],
-        ["total", "7", "7", "5"],
+        ["total", "7", "7", "6"],  # ranks must not share: four GPUs, and the engine's two
     ]
+
+
+def grouped(config: TrainJob) -> list[str]:
+    """Who is in each bundle: letters of the roles, with their index."""
+    bundles = bundles_of(actor_slots(config, "cuda"))
+    return [" ".join(sorted(f"{slot.role[0]}{slot.index}" for slot in bundle.slots)) for bundle in bundles]
+
+
+@pytest.mark.parametrize(
+    ("share", "rollouts", "judges", "ranks", "bundles"),
+    [
+        # 0.4 is a half: two fit. Eight of them are on four whole GPUs.
+        (0.4, {"replicas": 4}, {"replicas": 0}, 4, ["l0 r0", "l1 r1", "l2 r2", "l3 r3"]),
+        (0.33, {"replicas": 2}, {"replicas": 2}, 2, ["j0 l0 r0", "j1 l1 r1"]),
+        (0.34, {"replicas": 1}, {"replicas": 1}, 1, ["l0 r0", "j0"]),  # two fit, not three
+        (0.5, {"replicas": 2}, {"replicas": 1}, 3, ["l0 r0", "l1 r1", "j0 l2"]),  # ranks with their engines
+        (0.33, {"replicas": 4}, {"replicas": 1}, 4, ["j0 l0 r0", "l1 r1", "l2 r2", "l3 r3"]),  # never two ranks
+        (0.25, {"replicas": 1}, {"replicas": 5}, 1, ["j0 j2 l0 r0", "j1 j3 j4"]),
+        (0.5, {"tensor_parallel": 4}, {"replicas": 2}, 2, ["j0 l0", "j1 l1", "r0"]),
+        (0.7, {"replicas": 1}, {"replicas": 1}, 1, ["r0", "j0", "l0"]),  # nothing else fits beside it
+    ],
+)
+def test_who_shares_a_gpu(share: float, rollouts: Any, judges: Any, ranks: int, bundles: list[str]) -> None:
+    feedback = judge(**judges)
+    if not judges["replicas"]:
+        feedback = {"type": "mixture", "scorers": {"short": {"scorer": {"type": "length", "target_tokens": 9}}}}
+    made = job(rollout=rollouts, feedback=feedback, learner={"ranks": ranks}, cluster={"gpus_per_actor": share})
+    assert grouped(made) == bundles
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.4, 0.33, 0.3, 0.25, 0.2, 0.1, 0.05])
+def test_shares_of_a_gpu_fit_into_it_as_ray_counts(share: float) -> None:
+    """Ray counts ten-thousandths: three thirds of its own rounding would be more than one."""
+    cluster = ClusterConfig(gpus_per_actor=share)
+    (slot,) = [slot for slot in actor_slots(job(cluster=cluster.model_dump()), "cuda") if slot.role == "learner"]
+    units = round(slot.gpus * 10_000)
+    assert units == slot.gpus * 10_000 and units >= share * 10_000 - 34
+    assert cluster.tenants_per_gpu * units <= 10_000 < (cluster.tenants_per_gpu + 1) * units
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "no_more", "refused"),
+    [
+        ([1, 1, 1, 1], [2, 2], False, None),
+        ([1, 1, 1, 1], [2, 1], False, None),  # a node may come
+        ([1, 1, 1, 1], [2, 1], True, "needs 4 GPUs (this machine has 3)"),
+        ([2, 2, 1], [3, 3], False, None),
+        ([2, 2, 1], [1, 1, 1, 3], False, "2 times 2 GPUs on one node are needed for r0, r1 (got nodes with 1, 1, 1, 3"),
+        ([8], [4, 4], False, "1 times 8 GPUs on one node"),
+        ([8], [4], False, None),
+        ([0, 0], [], True, None),
+    ],
+)
+def test_what_can_never_be_placed(gpus: list[int], nodes: list[int], no_more: bool, refused: str | None) -> None:
+    bundles = [Bundle(1.0, count, (Slot(f"r{k}", 0, 1.0, count, k),)) for k, count in enumerate(gpus)]
+    found = unplaceable(bundles, nodes, no_more)
+    assert len(found) == (refused is not None)
+    assert refused is None or refused in found[0]
+
+
+SHARED = {"gpus_per_actor": 0.33}
+
+
+@pytest.mark.parametrize(
+    ("sections", "refused"),
+    [
+        ({"cluster": SHARED}, None),
+        ({"rollout": {"replicas": 2}, "cluster": SHARED}, "none with engine 1"),
+        ({"rollout": {"replicas": 2}, "learner": {"ranks": 2}, "cluster": SHARED}, None),
+        ({"rollout": {"tensor_parallel": 2}, "cluster": SHARED}, "got rollout.tensor_parallel=2, rollout.replicas=1"),
+        ({"weight_sync": {"backend": "nccl"}, "cluster": SHARED}, "nccl needs a GPU of its own"),
+        ({"weight_sync": {"backend": "nccl"}, "rollout": {"tensor_parallel": 2}, "cluster": SHARED}, None),
+        ({"rollout": {"replicas": 2}}, None),
+    ],
+)
+def test_weights_must_have_a_way(sections: dict[str, Any], refused: str | None) -> None:
+    made = job(**sections)
+    texts = [text for _, text in layout_problems(made, actor_slots(made, "cuda"), "cuda")]
+    assert len(texts) == (refused is not None)
+    assert refused is None or refused in texts[0]
+    assert not list(layout_problems(made, actor_slots(made, "cpu"), "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +216,7 @@ def test_placement_table() -> None:
         ("auto", 1.0, "cpu", "shm"),
         ("auto", 0.5, "cpu", "shm"),
         ("auto", 1.0, "cuda", "nccl"),
+        ("auto", 0.7, "cuda", "nccl"),  # nothing else fits on a GPU of which one takes 0.7
         ("auto", 0.5, "cuda", "ipc"),  # learner and engine share a GPU, on which NCCL refuses two ranks
         ("shm", 1.0, "cpu", "shm"),
         ("ipc", 1.0, "cuda", "ipc"),
