@@ -323,7 +323,12 @@ class CausalPolicy(torch.nn.Module):
             every: Tensor = self.model(**self._arguments.of(batch)).logits
             return every[batch.rows, batch.columns]
         packed = batch.attention_mask is None
-        keep = batch.columns if packed else torch.arange(int(batch.columns.min()), int(batch.columns.max()) + 1)
+        if packed:
+            keep = batch.columns
+        elif len(batch.columns) == 0:  # of a short row split over ranks, one may have no completion token
+            keep = torch.zeros(1, dtype=torch.int64)
+        else:
+            keep = torch.arange(int(batch.columns.min()), int(batch.columns.max()) + 1)
         logits = self.model(**self._arguments.of(batch), logits_to_keep=keep.to(batch.tokens.device)).logits
         picked: Tensor = logits[0] if packed else logits[batch.rows, batch.columns - keep[0].to(batch.columns.device)]
         return picked
