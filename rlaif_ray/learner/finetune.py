@@ -12,8 +12,8 @@ from torch import Tensor
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.template import ChatTemplate
 from rlaif_ray.learner.agreement import logprobs_of_saved
-from rlaif_ray.learner.engine import CausalPolicy
 from rlaif_ray.learner.head import settle_head
+from rlaif_ray.learner.modules import CausalPolicy
 from rlaif_ray.learner.packing import ModelInput, build_input
 from rlaif_ray.learner.supervised import Sums, SupervisedRank
 from rlaif_ray.models import load_causal_lm

@@ -372,7 +372,7 @@ class Arguments:
         """
         if longest_exact(self._config) is not None:
             check_length(self._config, self._config.name_or_path, int(batch.positions.max()) + 1)
-        found = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
+        found: dict[str, Any] = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
         if "position_ids" in self._names:
             found["position_ids"] = batch.positions
         elif batch.attention_mask is None:

@@ -14,7 +14,7 @@ from rlaif_ray.config.base import Config
 from rlaif_ray.config.data_sections import ArmConfig
 from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob, TrainJob
 from rlaif_ray.config.layers import STAGE
-from rlaif_ray.config.sections import JudgeConfig, PolicyConfig
+from rlaif_ray.config.sections import JudgeConfig, PolicyConfig, Precision
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_errors import is_wrong_config
 from rlaif_ray.model_support import engine_refusal
@@ -126,7 +126,7 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
         except InputError as error:
             return str(error)
     if use.sampled:
-        precision = getattr(use.section, "precision", "auto")
+        precision: Precision = getattr(use.section, "precision", "auto")
         if device is not None:
             precision = chosen_precision(precision, device)
         return _unsampled(config, device, takes_weights=use.trained, precision=precision)

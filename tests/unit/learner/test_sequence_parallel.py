@@ -466,7 +466,8 @@ def settled(spec: RankSpec, name: str) -> tuple[str, Tensor | None]:
     """The attention, and log-probabilities of other samples than the probe's; or why ranks can't share sequences."""
     from rlaif_ray.attention import PACKED, plan_attention
     from rlaif_ray.errors import InputError
-    from rlaif_ray.learner.engine import CausalPolicy, join_ranks
+    from rlaif_ray.learner.engine import join_ranks
+    from rlaif_ray.learner.modules import CausalPolicy
     from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
     from rlaif_ray.learner.probe import settle_attention, settle_split
     from rlaif_ray.learner.sequence_parallel import sequence_group
@@ -511,7 +512,8 @@ def test_other_architectures_are_right_or_refused(name: str, two_ranks: RankProc
 
 def long_rope(spec: RankSpec, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
     from rlaif_ray.attention import PACKED
-    from rlaif_ray.learner.engine import CausalPolicy, join_ranks
+    from rlaif_ray.learner.engine import join_ranks
+    from rlaif_ray.learner.modules import CausalPolicy
     from rlaif_ray.learner.packing import build_input, register_packed_attention
     from rlaif_ray.learner.sequence_parallel import sequence_group
     from tests.unit.learner.test_rope_lengths import longrope_model
