@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from rlaif_ray.config.sections import Config
+from rlaif_ray.config.base import Config
 
 Job = TypeVar("Job", bound=Config)
 

@@ -1,7 +1,12 @@
-"""Log-probabilities of sampled tokens, and reductions over masked tokens."""
+"""Log-probabilities of sampled tokens, from logits or from hidden states, and reductions over masked tokens.
+
+Letters: N tokens, V vocabulary, h hidden.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,6 +105,159 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_NV[rows].mul_(-scaled_N[rows, None])
         grad_NV.scatter_(1, targets_N[:, None], at_target_N[:, None].to(grad_NV.dtype))
         return grad_NV, None, None
+
+
+# ---- From hidden states: the logits of all tokens never stand side by side ------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRule:
+    """What a model does to the products of its output head, in this order, element by element."""
+
+    scale: float = 1.0  # they are multiplied by it (Cohere; Granite divides)
+    softcap: float | None = None  # c * tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2)
+
+    def apply_(self, products: Tensor) -> Tensor:
+        """The logits, in the place of the products and in their type, as transformers' models compute them."""
+        if self.scale != 1.0:
+            products.mul_(self.scale)
+        if self.softcap is not None:
+            products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return products
+
+    def apply(self, products: Tensor) -> Tensor:
+        """The logits, as `apply_`; autograd sees every operation."""
+        logits = products if self.scale == 1.0 else products * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def head_logprobs_and_entropy(
+    hidden_Nh: Tensor,
+    weight_Vh: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    temperature: float,
+    *,
+    rule: LogitRule,
+    chunk: int,
+) -> Tensor:
+    """What `token_logprobs_and_entropy` gives of the logits rule(hidden weight^T + bias), `chunk` rows at a time.
+
+    Up to `chunk` rows the logits stand side by side, and backward finds them there. With more, no more than `chunk` of
+    them exist at any time: each chunk's are computed, read and dropped, and computed again in backward, which costs one
+    more product with the head. The weight's gradient adds up in the weight's type, rounded once a chunk.
+
+    Args:
+        hidden_Nh: (N, h) the states that predict the targets.
+        weight_Vh: (V, h) the output head, of the states' type.
+        bias_V: (V,), where the head has one.
+        targets_N: (N,) int64 in [0, V).
+        temperature: the sampler's.
+        rule: what the model does to the head's products.
+        chunk: rows of logits that are held at a time, at least 1.
+
+    Returns:
+        (2, N): the log-probabilities, in nats, and the entropies, through which no gradient flows.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive to score tokens (got {temperature})")
+    assert hidden_Nh.dim() == 2 and targets_N.shape == hidden_Nh.shape[:1], (hidden_Nh.shape, targets_N.shape)
+    if len(hidden_Nh) <= chunk:
+        products = torch.nn.functional.linear(hidden_Nh, weight_Vh, bias_V)
+        return torch.stack(token_logprobs_and_entropy(rule.apply(products), targets_N, temperature))
+    scores: Tensor = _ChunkedHead.apply(hidden_Nh, weight_Vh, bias_V, targets_N, temperature, rule, chunk)
+    return scores
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """One function for all chunks, not a checkpoint around each: whoever gathers a sharded weight (ZeRO-3) for a call
+    of the head does so once a pass, on every rank, however many chunks a rank's tokens make."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_Nh: Tensor,
+        weight_Vh: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        temperature: float,
+        rule: LogitRule,
+        chunk: int,
+    ) -> Tensor:
+        pieces = []
+        for rows in _even_chunks(len(hidden_Nh), chunk):
+            logits = rule.apply_(torch.nn.functional.linear(hidden_Nh[rows], weight_Vh, bias_V))
+            pieces.append(torch.stack(_score_rows(logits, targets_N[rows], temperature, keep_probs=False)))
+            del logits  # before the next chunk's are made
+        scores_2N = torch.cat(pieces, 1)
+        # The head itself, no view of it: what a ZeRO-3 parameter holds in backward is gathered again by then.
+        ctx.save_for_backward(hidden_Nh, weight_Vh, bias_V, targets_N, scores_2N[0].clone())
+        ctx.temperature, ctx.rule, ctx.chunk = temperature, rule, chunk
+        return scores_2N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_2N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_Nh, weight_Vh, bias_V, targets_N, logprobs_N = ctx.saved_tensors
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        hidden_grad = torch.empty_like(hidden_Nh) if for_hidden else None
+        weight_grad = torch.zeros_like(weight_Vh) if for_weight else None
+        bias_grad = torch.zeros_like(bias_V) if for_bias else None
+        for rows in _even_chunks(len(hidden_Nh), ctx.chunk):
+            logits = ctx.rule.apply_(torch.nn.functional.linear(hidden_Nh[rows], weight_Vh, bias_V))
+            grad = _logits_to_gradient(
+                logits, targets_N[rows], logprobs_N[rows], grad_2N[0, rows], ctx.temperature, ctx.rule
+            )
+            if hidden_grad is not None:
+                torch.mm(grad, weight_Vh, out=hidden_grad[rows])
+            if weight_grad is not None:
+                weight_grad.addmm_(grad.t(), hidden_Nh[rows])
+            if bias_grad is not None:
+                bias_grad += grad.sum(0)
+            del logits, grad
+        return hidden_grad, weight_grad, bias_grad, None, None, None, None
+
+
+def _even_chunks(rows: int, chunk: int) -> list[slice]:
+    """As few chunks as possible, of about the same size, at most `chunk` rows each."""
+    count = -(-rows // chunk)
+    bounds = [rows * k // count for k in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
+
+
+def _logits_to_gradient(
+    logits_NV: Tensor, targets_N: Tensor, logprobs_N: Tensor, grad_N: Tensor, temperature: float, rule: LogitRule
+) -> Tensor:
+    """(N, V) gradient by the head's products, in the place of the logits; grad_N: (N,) by the log-probabilities.
+
+    (onehot(target) - softmax(logits / temperature)) / temperature, times the derivative of the rule: its scale, and
+    1 - (logit / c)^2 for a soft cap. fp32 as in `_score_rows`, rounded once.
+    """
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    coefficient_N = grad_N.to(dtype) * (rule.scale / temperature)
+    unused_N = grad_N == 0
+    shape = min(len(logits_NV), CHUNK_ROWS), logits_NV.shape[1]
+    scratch, result = (torch.empty(shape, dtype=dtype, device=logits_NV.device) for _ in range(2))
+    for start in range(0, len(logits_NV), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        logits = logits_NV[rows]
+        work, gradient = scratch[: len(logits)], result[: len(logits)]
+        torch.softmax(work.copy_(logits).div_(temperature), dim=-1, out=gradient)
+        gradient.mul_(-coefficient_N[rows, None])
+        # 1 - p from log p: for confident tokens p itself has lost the difference.
+        at_target = -torch.expm1(logprobs_N[rows]) * coefficient_N[rows]
+        gradient.scatter_(1, targets_N[rows, None], at_target[:, None])
+        if rule.softcap is not None:
+            gradient.mul_(work.copy_(logits).div_(rule.softcap).square_().neg_().add_(1.0))
+        gradient.masked_fill_(unused_N[rows, None], 0.0)  # 0 * NaN is NaN: rows that nothing depends on are emptied
+        logits.copy_(gradient)
+    return logits_NV
+
+
+# ---- Masked tokens ---------------------------------------------------------------------------------------------------
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlaif_ray.config.sections import Config
+from rlaif_ray.config.base import Config
 
 
 class KlConfig(Config):

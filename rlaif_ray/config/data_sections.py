@@ -1,4 +1,5 @@
-"""Sections of the jobs that make data and of those that learn from it: pairs, labels, revisions, reward models."""
+"""Sections of the jobs that make data and of those that learn from it: pairs, labels, revisions, reward models; and of
+what is measured with a policy."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlaif_ray.config.base import Config, greedy_or_warm, warm
 from rlaif_ray.config.chat import TemplateArguments, Thoughts
 from rlaif_ray.config.roles import (
     ADJUSTABLE,
@@ -17,15 +19,9 @@ from rlaif_ray.config.roles import (
     MODEL,
     PREFERENCE_TEMPLATE,
     REVISION_EXAMPLES,
+    SCORE_TEMPLATE,
 )
-from rlaif_ray.config.sections import (
-    Config,
-    DataConfig,
-    HarmlessSuite,
-    Precision,
-    greedy_or_warm,
-    warm,
-)
+from rlaif_ray.config.sections import DataConfig, Precision
 
 
 class PairSamplingConfig(Config):
@@ -250,6 +246,52 @@ class WinRateConfig(Config):
     against A."""
     resamples: Annotated[int, Field(ge=100)] = 2000
     """Of prompts, for the 95% interval."""
+
+
+class HeldOutConfig(Config):
+    """Prompts never trained on, answered before and after."""
+
+    path: Annotated[str | None, DATA] = None
+    """As data.path; null: no held-out evaluation."""
+    split: str = "train"
+    column: str = "prompt"
+    limit: Annotated[int, Field(ge=2)] = 64
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
+
+
+class HarmlessSuite(Config):
+    """Share of responses that are judged harmless, one at a time (Lee et al. 2309.00267, section 3), and beside it the
+    share of safe requests that are turned away: refusing everything must not win."""
+
+    prompts: DataConfig
+    """Requests, some of which could do harm."""
+    safe: DataConfig | None = None
+    """Safe requests, best such as sound unsafe."""
+    template: Annotated[str, SCORE_TEMPLATE] = "no_harm"
+    """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
+    refusal_template: Annotated[str, SCORE_TEMPLATE] = "refusal"
+    """Above `threshold` a request counts as turned away."""
+    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Of a score, from -1 (an expected 1) to 1 (an expected 10)."""
+
+
+class EvaluationConfig(Config):
+    """What is measured with the current policy, by what trains it. How far the judge agrees with people is not: it
+    doesn't change in training, and `rlaif evaluate` measures it once."""
+
+    held_out: HeldOutConfig = HeldOutConfig()
+    harmless: HarmlessSuite | None = None
+    """Asked of the judge that trains the policy, of a mixture the first; samples as held_out has them."""
+    every: Annotated[int, Field(ge=0), HANDLING] = 0
+    """Steps between held-out evaluations during training; 0: only before and after."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.every and self.held_out.path is None and self.harmless is None:
+            yield (
+                f"evaluation.every needs evaluation.held_out.path or evaluation.harmless (got every={self.every} and "
+                f"neither): there is nothing to measure. Add evaluation.held_out.path=held_out.jsonl, prompts that "
+                f"are never trained on."
+            )
 
 
 class HarmlessConfig(HarmlessSuite):

@@ -27,7 +27,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": 1,
         "gradient_clipping": learner.grad_clip,
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},  # a NaN is no step, in bf16 too
-        "zero_optimization": _zero(learner.zero_stage),
+        "zero_optimization": _zero(learner),
         "zero_allow_untested_optimizer": True,  # ours comes from torch, DeepSpeed tests its own
         "zero_force_ds_cpu_optimizer": False,  # so it may also be offloaded
         "steps_per_print": 2**31 - 1,
@@ -36,7 +36,8 @@ def deepspeed_config(
     return _merged(config, learner.deepspeed_overrides)
 
 
-def _zero(stage: int) -> dict[str, Any]:
+def _zero(learner: LearnerConfig) -> dict[str, Any]:
+    stage = learner.zero_stage
     zero: dict[str, Any] = {"stage": stage}
     if stage >= 1:
         zero |= {"reduce_bucket_size": _BUCKET_ELEMENTS, "allgather_bucket_size": _BUCKET_ELEMENTS}
@@ -46,6 +47,12 @@ def _zero(stage: int) -> dict[str, Any]:
             # We gather layer by layer when we save and sync; a gathered copy of the whole model may not fit.
             "stage3_gather_16bit_weights_on_model_save": False,
         }
+    offload = learner.offload
+    for name, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+        if device != "none":
+            zero[name] = {"device": device, "pin_memory": offload.pin_memory}
+    if learner.hpz_partition_size > 1:
+        zero["zero_hpz_partition_size"] = learner.hpz_partition_size
     return zero
 
 

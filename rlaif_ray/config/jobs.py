@@ -8,10 +8,12 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from rlaif_ray.config.algorithms import AlgorithmConfig, PpoConfig
+from rlaif_ray.config.base import Config, not_file_names
 from rlaif_ray.config.chat import ChatDate
 from rlaif_ray.config.data_sections import (
     ArmConfig,
     DpoConfig,
+    EvaluationConfig,
     HarmlessConfig,
     HelpfulConfig,
     LabelConfig,
@@ -28,10 +30,8 @@ from rlaif_ray.config.roles import ADJUSTABLE, HANDLING
 from rlaif_ray.config.sections import (
     CheckpointConfig,
     ClusterConfig,
-    Config,
     DataConfig,
     EngineConfig,
-    EvaluationConfig,
     FeedbackConfig,
     GuardConfig,
     LearnerConfig,
@@ -42,7 +42,6 @@ from rlaif_ray.config.sections import (
     SamplingConfig,
     TrackingConfig,
     WeightSyncConfig,
-    not_file_names,
 )
 
 

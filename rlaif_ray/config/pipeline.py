@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from rlaif_ray.config.base import Config
 from rlaif_ray.config.jobs import JOBS
 from rlaif_ray.config.layers import (
     STAGE,
@@ -25,7 +26,7 @@ from rlaif_ray.config.layers import (
 )
 from rlaif_ray.config.load import Loaded, complain
 from rlaif_ray.config.problems import Source, as_typed, validate
-from rlaif_ray.config.sections import ClusterConfig, Config
+from rlaif_ray.config.sections import ClusterConfig
 from rlaif_ray.documents import at
 from rlaif_ray.paths import expand_home
 

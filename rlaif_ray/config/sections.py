@@ -7,71 +7,17 @@ each, and name every key they read: the loader holds a cross-check back while on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
+from rlaif_ray.config.base import Config, warm
 from rlaif_ray.config.chat import TemplateArguments, Thoughts
 from rlaif_ray.config.request_body import body_problems
 from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MAY_BE_EMPTY, MODEL, SCORE_TEMPLATE
 
-
-class Config(BaseModel):
-    """Base of every config class: unknown keys are errors, values can't change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @model_validator(mode="after")
-    def _cross_checks(self) -> Self:
-        problems = list(self._problems())
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-    def _problems(self) -> Iterator[str]:
-        """What does not fit together, a line each."""
-        return iter(())
-
-
-NAME_BYTES = 100  # of a name that files are named by
-
-
-def not_file_names(key: str, names: Iterable[str]) -> Iterator[str]:
-    """Of names that results are kept under: what keeps them from being a file's name, or has them be one elsewhere."""
-    for name in names:
-        if not re.fullmatch(r"\w[^/\\\x00-\x1f]*", name) or len(name.encode("utf-8", "replace")) > NAME_BYTES:
-            yield (
-                f"{key} must have names that can be a file's (got {name[:40]!r}): what belongs to them is kept in "
-                f"files of that name. Use at most {NAME_BYTES} letters, digits, - and _."
-            )
-
-
 Precision = Literal["auto", "fp32", "bf16"]
-
-LEAST_TEMPERATURE = 0.01  # of sampling
-
-
-def greedy_or_warm(key: str, temperature: float) -> Iterator[str]:
-    """Of a temperature that may be 0: what is wrong where it is neither that nor one that vLLM samples at."""
-    if 0 < temperature < LEAST_TEMPERATURE:
-        yield (
-            f"{key} must be 0 or at least {LEAST_TEMPERATURE:g} (got {temperature:g}): vLLM raises what lies between "
-            f"to {LEAST_TEMPERATURE:g} without a word. Use 0 for greedy responses."
-        )
-
-
-def warm(key: str, temperature: float, needs: str) -> Iterator[str]:
-    """Of a temperature that must be above 0: what is wrong where vLLM doesn't sample at it; `needs` says why."""
-    if temperature < LEAST_TEMPERATURE:
-        raised = f"vLLM raises what lies below to {LEAST_TEMPERATURE:g} without a word"
-        yield (
-            f"{key} must be at least {LEAST_TEMPERATURE:g} (got {temperature:g}): "
-            f"{raised if temperature else f'at 0 vLLM takes the likeliest token, and {needs}'}. Raise it, or leave it "
-            f"out for the default, 1."
-        )
 
 
 class PolicyConfig(Config):
@@ -330,11 +276,26 @@ class MixtureFeedback(Config):
 FeedbackConfig = Annotated[JudgeFeedback | RewardModelFeedback | MixtureFeedback, Field(discriminator="type")]
 
 
+class OffloadConfig(Config):
+    """What a learner rank keeps in its node's memory instead of on its GPU (ZeRO-Offload, Ren et al. 2101.06840)."""
+
+    optimizer: Literal["none", "cpu"] = "none"
+    """cpu: optimizer states, fp32 weights and gradients; AdamW then runs on the node's cores. From zero_stage 1 on."""
+    parameters: Literal["none", "cpu"] = "none"
+    """cpu: weights that are not at work, also those of the reference. With zero_stage 3."""
+    pin_memory: bool = True
+    """Page-locked memory: transfers are fast, and run beside the computation. false: where that is scarce."""
+
+
 class LearnerConfig(Config):
     """DeepSpeed training."""
 
     ranks: Annotated[int, Field(ge=1), LAYOUT] = 1
     zero_stage: Annotated[Literal[0, 1, 2, 3], LAYOUT] = 0
+    offload: Annotated[OffloadConfig, LAYOUT] = Field(default_factory=OffloadConfig)
+    hpz_partition_size: Annotated[int, Field(ge=1), LAYOUT] = 1
+    """Ranks that hold a second copy of the weights among them, for the backward pass (ZeRO++ hpZ, Wang et al.
+    2306.10209): with the ranks of a node, its weights come from that node alone. With zero_stage 3; 1: none."""
     lr: Annotated[float, Field(gt=0)] = 1e-6
     critic_lr: Annotated[float, Field(gt=0)] | None = None
     """Default: lr."""
@@ -349,12 +310,43 @@ class LearnerConfig(Config):
     tokens_per_micro_batch: Annotated[int, Field(ge=1), HANDLING] = 4096
     """A micro-batch holds as many samples of similar length as fit this budget; it never changes the result."""
     gradient_checkpointing: Annotated[bool, HANDLING] = False
+    logits_chunk: Annotated[Annotated[int, Field(ge=1)] | None, HANDLING] = 4096
+    """Tokens whose logits are held at a time. A micro-batch that predicts more computes its logits in chunks, and again
+    in the backward pass. Models that do more to their logits than scale or cap them hold all. null: all."""
     nonfinite: Annotated[Literal["stop", "skip"], ADJUSTABLE] = "stop"
     """Where loss or gradient are NaN or infinite: stop ends the run; skip leaves that update out, and counts it."""
     nonfinite_limit: Annotated[int, Field(ge=1), ADJUSTABLE] = 3
     """With skip: so many updates left out one after the other end the run."""
     deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed config we produce."""
+
+    def _problems(self) -> Iterator[str]:
+        stage = self.zero_stage
+        if self.offload.optimizer == "cpu" and stage == 0:
+            yield (
+                "learner.offload.optimizer=cpu needs learner.zero_stage of at least 1 (got 0): DeepSpeed offloads what "
+                "ZeRO has divided. Raise it, or remove the offload."
+            )
+        if self.offload.parameters == "cpu" and stage < 3:
+            yield (
+                f"learner.offload.parameters=cpu needs learner.zero_stage=3 (got {stage}): below, each rank computes "
+                f"with weights that it holds whole. Raise it, or use learner.offload.optimizer=cpu alone."
+            )
+        if self.hpz_partition_size > 1 and stage < 3:
+            yield (
+                f"learner.hpz_partition_size above 1 needs learner.zero_stage=3 (got {self.hpz_partition_size} with "
+                f"stage {stage}): below, weights are not divided. Raise the stage, or remove it."
+            )
+        if self.ranks % self.hpz_partition_size:
+            yield (
+                f"learner.hpz_partition_size must divide learner.ranks (got {self.hpz_partition_size} and "
+                f"{self.ranks}): each group of ranks holds all weights. Use the number of GPUs of a node."
+            )
+        if self.hpz_partition_size > 1 and self.offload.parameters == "cpu":
+            yield (
+                "learner.hpz_partition_size and learner.offload.parameters=cpu contradict each other (got both): one "
+                "keeps more weights at hand, the other fewer. Remove one of them."
+            )
 
 
 class WeightSyncConfig(Config):
@@ -438,52 +430,6 @@ class CheckpointConfig(Config):
     whoever's it was."""
     grace_s: Annotated[float, Field(gt=0)] = 90.0
     """After SIGTERM (a preempted node, a stopped job) the run writes a checkpoint, and ends within so many seconds."""
-
-
-class HeldOutConfig(Config):
-    """Prompts never trained on, answered before and after."""
-
-    path: Annotated[str | None, DATA] = None
-    """As data.path; null: no held-out evaluation."""
-    split: str = "train"
-    column: str = "prompt"
-    limit: Annotated[int, Field(ge=2)] = 64
-    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
-
-
-class HarmlessSuite(Config):
-    """Share of responses that are judged harmless, one at a time (Lee et al. 2309.00267, section 3), and beside it the
-    share of safe requests that are turned away: refusing everything must not win."""
-
-    prompts: DataConfig
-    """Requests, some of which could do harm."""
-    safe: DataConfig | None = None
-    """Safe requests, best such as sound unsafe."""
-    template: Annotated[str, SCORE_TEMPLATE] = "no_harm"
-    """A score template, or a YAML file of your own; above `threshold` a response counts as harmless."""
-    refusal_template: Annotated[str, SCORE_TEMPLATE] = "refusal"
-    """Above `threshold` a request counts as turned away."""
-    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Of a score, from -1 (an expected 1) to 1 (an expected 10)."""
-
-
-class EvaluationConfig(Config):
-    """What is measured with the current policy, by what trains it. How far the judge agrees with people is not: it
-    doesn't change in training, and `rlaif evaluate` measures it once."""
-
-    held_out: HeldOutConfig = HeldOutConfig()
-    harmless: HarmlessSuite | None = None
-    """Asked of the judge that trains the policy, of a mixture the first; samples as held_out has them."""
-    every: Annotated[int, Field(ge=0), HANDLING] = 0
-    """Steps between held-out evaluations during training; 0: only before and after."""
-
-    def _problems(self) -> Iterator[str]:
-        if self.every and self.held_out.path is None and self.harmless is None:
-            yield (
-                f"evaluation.every needs evaluation.held_out.path or evaluation.harmless (got every={self.every} and "
-                f"neither): there is nothing to measure. Add evaluation.held_out.path=held_out.jsonl, prompts that "
-                f"are never trained on."
-            )
 
 
 class TrackingConfig(Config):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.algorithm.losses import ipo_loss, preference_loss
 from rlaif_ray.learner.finetune import CausalRank
 from rlaif_ray.learner.packing import build_input
@@ -72,7 +71,7 @@ class DpoRank(CausalRank[DpoExample]):
         prompts = [pair.prompt for pair in pairs for _ in (0, 1)]
         responses = [response for pair in pairs for response in (pair.response_a, pair.response_b)]
         batch = build_input(prompts, responses, packed=self._packed, device=self.device)
-        logprobs, _ = token_logprobs_and_entropy(self._engine(batch), batch.targets, 1.0)
+        logprobs, _ = self._engine(batch, 1.0)
         totals = torch.stack([part.sum() for part in logprobs.split([len(response) for response in responses])])
         return totals[0::2], totals[1::2]
 

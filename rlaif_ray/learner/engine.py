@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.documents import read_json
 from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.build_locks import free_build_locks, watch_waits
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
+from rlaif_ray.learner.head import head_of
 from rlaif_ray.learner.packing import Arguments, ModelInput
 from rlaif_ray.weight_types import WeightTypes, cast, rounding
 from rlaif_ray.writing import replace_text
@@ -93,8 +96,6 @@ def join_ranks(spec: RankSpec, timeout_s: float) -> torch.device:
 
 def _store(spec: RankSpec, timeout: Any) -> Any:
     """Where the ranks find each other. Torch's own would listen on every interface, this on the address alone."""
-    import socket
-
     options: dict[str, Any] = {}
     if spec.rank == 0:
         family = socket.AF_INET6 if ":" in spec.address else socket.AF_INET
@@ -132,10 +133,14 @@ def _sharding(plain: Any) -> Any:
     type has the right one anyway. Parameters are cast as before: DeepSpeed shards one type.
     """
     from deepspeed.runtime.zero import DeepSpeedTensorOverride
+    from deepspeed.utils import groups
 
     class Sharding(plain):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{"tensor_overrides": [DeepSpeedTensorOverride.device], **kwargs})
+            # hpZ's groups of ranks, which DeepSpeed makes for the first model and refuses to make for a second one.
+            group = groups._get_zero_param_intra_parallel_group()
+            ours = {"tensor_overrides": [DeepSpeedTensorOverride.device], "zero_param_parallel_group": group}
+            super().__init__(*args, **ours | kwargs)
 
         def _post_init_method(self, module: torch.nn.Module) -> None:
             for parameter in module.parameters(recurse=False):
@@ -172,6 +177,10 @@ def trainable_engine(
     """A DeepSpeed engine with AdamW and our schedule. Call `train_step_boundary` before each backward."""
     import deepspeed
 
+    if cfg.offload.optimizer == "cpu":
+        use_host_threads()
+    # Its fused kernel is vectorised and parallel on CPUs as well, so it is also what steps offloaded states: nothing is
+    # compiled at the start, as for DeepSpeed's own, and a checkpoint holds the same states.
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
         lr=lr,
@@ -192,6 +201,46 @@ def trainable_engine(
         dist_init_required=False,
     )
     return engine
+
+
+def use_host_threads() -> None:
+    """Has this process compute on its share of the node's cores, for an optimizer that is offloaded to them.
+
+    Ray leaves a process that has a GPU a single thread. A collective: all ranks call it.
+    """
+    if torch.distributed.get_backend() != "nccl":  # ranks on CPUs have their threads from the start
+        return
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(share_of_cores(cores, _nodes_of_ranks(), torch.distributed.get_rank()))
+
+
+def _nodes_of_ranks() -> list[str]:
+    """A collective: all ranks call it."""
+    nodes: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(nodes, socket.gethostname())
+    return nodes
+
+
+def share_of_cores(cores: int, nodes: Sequence[str], rank: int) -> int:
+    """Threads of a rank: its node's cores over the ranks there; `nodes` has each rank's node."""
+    return max(1, cores // nodes.count(nodes[rank]))
+
+
+def hpz_notes(cfg: LearnerConfig) -> list[str]:
+    """What the user should know of hpZ's groups as the ranks were placed. A collective: all ranks call it."""
+    return split_groups(_nodes_of_ranks(), cfg.hpz_partition_size) if cfg.hpz_partition_size > 1 else []
+
+
+def split_groups(nodes: Sequence[str], size: int) -> list[str]:
+    """A note where groups of `size` ranks are not each on one node; `nodes` has each rank's node."""
+    groups = [nodes[start : start + size] for start in range(0, len(nodes), size)]
+    split = sum(len(set(group)) > 1 for group in groups)
+    if not split:
+        return []
+    return [
+        f"{split} of {len(groups)} groups of learner.hpz_partition_size={size} ranks lie on several nodes: the second "
+        f"copies of the weights save no traffic between nodes there. Results are the same."
+    ]
 
 
 def frozen_engine(module: torch.nn.Module, cfg: LearnerConfig, *, precision: Literal["fp32", "bf16"]) -> Any:
@@ -244,13 +293,24 @@ def backward(engine: Any, loss: Tensor, *, last: bool) -> None:
 class CausalPolicy(torch.nn.Module):
     """A causal language model that computes logits only where a completion token is predicted."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, logits_chunk: int | None = None) -> None:
+        """`logits_chunk`: so many rows of logits are held at a time (learner/head.py); None: all."""
         super().__init__()
         self.model = model
         self._arguments = Arguments(model)
+        self.head = None if logits_chunk is None else head_of(model, logits_chunk)
 
-    def forward(self, batch: ModelInput) -> Tensor:
-        """(M, V) logits of the completion tokens."""
+    def forward(self, batch: ModelInput, temperature: float | None = None) -> Any:
+        """With a temperature (M,) log-probabilities of the completion tokens and (M,) entropies, which carry no
+        gradient; without one (M, V) logits."""
+        if temperature is None:
+            return self._logits(batch)
+        if self.head is None:
+            return token_logprobs_and_entropy(self._logits(batch), batch.targets, temperature)
+        logprobs, entropy = self.head.scores(batch, temperature)
+        return logprobs, entropy.detach()
+
+    def _logits(self, batch: ModelInput) -> Tensor:
         if not self._arguments.choose_logits:
             every: Tensor = self.model(**self._arguments.of(batch)).logits
             return every[batch.rows, batch.columns]

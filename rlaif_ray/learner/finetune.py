@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.template import ChatTemplate
 from rlaif_ray.learner.agreement import logprobs_of_saved
 from rlaif_ray.learner.engine import CausalPolicy
+from rlaif_ray.learner.head import settle_head
 from rlaif_ray.learner.packing import ModelInput, build_input
 from rlaif_ray.learner.probe import logprobs_of
 from rlaif_ray.learner.supervised import Sums, SupervisedRank
@@ -51,7 +51,12 @@ class CausalRank(SupervisedRank[Example]):
         return load_causal_lm(name, **how)
 
     def _module(self, model: Any) -> torch.nn.Module:
-        return CausalPolicy(model)
+        return CausalPolicy(model, self._job.learner.logits_chunk)
+
+    def _settle(self) -> None:
+        sharded = self._job.learner.zero_stage == 3
+        how: dict[str, Any] = {"device": self.device, "precision": self._precision, "sharded": sharded}
+        settle_head(self._learner, self._engine, name=self._job.policy.model, packed=self._packed, **how)
 
     def _probed(self, batch: ModelInput) -> Tensor:
         return logprobs_of(self._engine)(batch)
@@ -95,7 +100,7 @@ class SftRank(CausalRank[SftExample]):
         batch = build_input(
             [e.prompt for e in examples], [e.response for e in examples], packed=self._packed, device=self.device
         )
-        logprobs, entropy = token_logprobs_and_entropy(self._engine(batch), batch.targets, 1.0)
+        logprobs, entropy = self._engine(batch, 1.0)
         parts = logprobs.split([len(e.response) for e in examples])
         tokens = float(self._size(examples))
         return -torch.stack([part.sum() for part in parts]), {"tokens": tokens, "entropy": float(entropy.sum())}

@@ -244,11 +244,9 @@ def packed_attention(
     if _observed is not None and sliding_window is not None:
         _observed.windows.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest_key else None
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # the fused CPU kernel takes equal head counts only, and so does torch 2.11's on GPUs
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if _has_flash(query, value):
         return _flash(query, key, value, layout, scaling, window), None
+    key, value = _for_each_query_head(query, key, value)  # the fused CPU kernel takes equal head counts only
     pieces = []
     for s in layout.segments:
         own = slice(s.start, s.end)
@@ -271,8 +269,19 @@ def packed_attention(
     return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None
 
 
+def _for_each_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as queries (grouped-query attention, Ainslie et al. 2305.13245)."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+
+
 def _has_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch's variable-length flash attention takes these: half precision, one head size, at most 256."""
+    """Whether PyTorch's variable-length flash attention takes these: half precision, one head size, at most 256.
+
+    fp32 on GPUs goes segment by segment through scaled_dot_product_attention, which has kernels for it.
+    """
     half = query.dtype in (torch.bfloat16, torch.float16)
     return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256
 
@@ -280,9 +289,15 @@ def _has_flash(query: Tensor, value: Tensor) -> bool:
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
-    """(1, N, heads, head_dim); keys and values have as many heads as queries."""
+    """(1, N, heads, head_dim)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {}
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # from torch 2.12 on
+            grouped = {"enable_gqa": True}
+        else:
+            key, value = _for_each_query_head(query, key, value)
     out = varlen_attn(
         query[0].transpose(0, 1),
         key[0][:, layout.keys].transpose(0, 1),
@@ -294,6 +309,7 @@ def _flash(
         scale=scaling,
         # Aligned at the end of queries and keys: a completion's first token sees all of its prompt.
         window_size=(window - 1 if window else -1, 0),
+        **grouped,
     )
     assert isinstance(out, torch.Tensor)
     return out[None]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from rlaif_ray.algorithm import kl, losses
-from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.attention import PACKED, plan_attention
 from rlaif_ray.config.algorithms import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.config.jobs import TrainJob
@@ -28,6 +27,7 @@ from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read, saved
 from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, save_model_folder, try_saving
 from rlaif_ray.learner.finite import Tally, require_finite_model, require_finite_weights
+from rlaif_ray.learner.head import settle_head
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
@@ -78,7 +78,8 @@ class RlRank:
 
         train: dict[str, Any] = {"total_steps": job.optimizer_steps, "precision": precision}
         self._model = load(load_causal_lm, plan.implementation)
-        self._policy = self._trainable(CausalPolicy(self._model), self._model, lr=job.learner.lr, **train)
+        policy_module = CausalPolicy(self._model, job.learner.logits_chunk)
+        self._policy = self._trainable(policy_module, self._model, lr=job.learner.lr, **train)
         attention, note = settle_attention(  # of all three: they are the same model
             plan,
             self._model,
@@ -89,14 +90,17 @@ class RlRank:
             sharded=job.learner.zero_stage == 3,
         )
         self._packed = attention == PACKED
-        self.notes = [note] if note else []  # to be told once
+        where: dict[str, Any] = {"device": self.device, "precision": precision, "sharded": job.learner.zero_stage == 3}
+        settle_head(policy_module, self._policy, name=policy.model, packed=self._packed, **where)
+        self.notes = [*([note] if note else []), *deepspeed_door.hpz_notes(job.learner)]  # to be told once
         self._critic, self._reference = None, None
         if needs_critic(job.algorithm):
             body = load(load_backbone, attention)
             critic_lr = job.learner.critic_lr or job.learner.lr
             self._critic = self._trainable(Critic(body).to(self.device), body, lr=critic_lr, **train)
         if needs_reference(job.algorithm):
-            frozen = CausalPolicy(load(load_causal_lm, attention))
+            apart = policy_module.head is not None
+            frozen = CausalPolicy(load(load_causal_lm, attention), job.learner.logits_chunk if apart else None)
             self._reference = deepspeed_door.frozen_engine(frozen, job.learner, precision=precision)
         self.weights = ModelState(self._model)
         try_saving(self._model, self._tokenizer, policy.model)
@@ -156,7 +160,8 @@ class RlRank:
 
     def _logprobs(self, model: Any, batch: ModelInput) -> tuple[Tensor, Tensor]:
         """(M,) log-probabilities and (M,) entropies at the sampling temperature."""
-        return token_logprobs_and_entropy(model(batch), batch.targets, self._job.sampling.temperature)
+        logprobs, entropy = model(batch, self._job.sampling.temperature)
+        return logprobs, entropy
 
     def readings(self, text: Text) -> Readings:
         """The text's log-probabilities by the policy as it is now; under ZeRO-3 all ranks ask."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.attention import PACKED, AttentionPlan
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.packing import ModelInput, build_input, observed_packing
@@ -70,9 +69,9 @@ def probe_text(vocabulary: int) -> Text:
     return Text((shared, shared, own), (draw(7), draw(3), draw(9)))
 
 
-def logprobs_of(policy: Callable[[ModelInput], Tensor], temperature: float = 1.0) -> Run:
+def logprobs_of(policy: Callable[[ModelInput, float], Any], temperature: float = 1.0) -> Run:
     """The log-probabilities of completion tokens; `policy` is a CausalPolicy or a DeepSpeed engine around one."""
-    return lambda batch: token_logprobs_and_entropy(policy(batch), batch.targets, temperature)[0]
+    return lambda batch: policy(batch, temperature)[0]
 
 
 @torch.no_grad()

@@ -94,7 +94,8 @@ class SupervisedRank(ABC, Generic[Example]):
             sharded=job.learner.zero_stage == 3,
         )
         self._packed = attention == PACKED
-        self.notes = [note] if note else []  # to be told once
+        self._settle()
+        self.notes = [*([note] if note else []), *deepspeed_door.hpz_notes(job.learner)]  # to be told once
         if job.training.lora is not None:
             tokens = torch.Generator().manual_seed(job.seed)
             text = torch.randint(self._model.config.get_text_config().vocab_size, (16,), generator=tokens).tolist()
@@ -118,6 +119,10 @@ class SupervisedRank(ABC, Generic[Example]):
     @abstractmethod
     def _module(self, model: Any) -> torch.nn.Module:
         """What DeepSpeed runs: the model with its own forward pass."""
+
+    def _settle(self) -> None:
+        """Finds out, once the layout of samples is known, what else of the computation depends on the model."""
+        return
 
     @abstractmethod
     def _losses(self, examples: Sequence[Example]) -> tuple[Tensor, Sums]:

@@ -28,8 +28,8 @@ from rlaif_ray.types import Completion, Message, Prompt, Score
 
 if TYPE_CHECKING:
     from rlaif_ray.chat.template import ChatTemplate
+    from rlaif_ray.config.data_sections import HarmlessSuite
     from rlaif_ray.config.jobs import EvaluateJob, LabelJob
-    from rlaif_ray.config.sections import HarmlessSuite
 
 PROMPTS, SAFE, LABELLED = "prompts", "safe", "labelled"  # what a response answers
 Answers = Mapping[tuple[Message, ...], Sequence[str]]  # by prompt

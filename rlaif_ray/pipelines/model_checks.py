@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlaif_ray.attention import plan_attention
+from rlaif_ray.config.base import Config
 from rlaif_ray.config.data_sections import ArmConfig
 from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob, TrainJob
 from rlaif_ray.config.layers import STAGE
-from rlaif_ray.config.sections import Config, JudgeConfig, PolicyConfig
+from rlaif_ray.config.sections import JudgeConfig, PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_errors import is_wrong_config
 from rlaif_ray.model_support import engine_refusal

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.runtime.memory_plan import (
     GIB,
@@ -19,6 +18,7 @@ from rlaif_ray.runtime.memory_plan import (
     Device,
     Trained,
     Zero,
+    learner_host_memory,
     precision_bytes,
     sections,
     trained_models,
@@ -65,7 +65,7 @@ def _actor(job: Any, one: Actors, device: Device) -> Parts:
             parts["sleeping engines"] = int(PINNED * one.memory.parts["weights"] * workers)
     if one.kind == "learner":
         zero, models = _zero(job, device), trained_models(job, one.shape)
-        parts["offloaded states"] = sum(_offloaded(job, zero, models)) if device == "cuda" else 0
+        parts["offloaded states"] = sum(learner_host_memory(job, one.shape, device).values()) if device == "cuda" else 0
         parts["checkpoint copies"] = rank_state(zero, models)[0]
     return parts
 
@@ -87,30 +87,19 @@ def rank_state(zero: Zero, models: Mapping[str, Trained]) -> tuple[int, int]:
     """(bytes of a checkpoint that every rank copies and writes, what rank 0 does beside them), as DeepSpeed divides
     them: each its part of the optimizer's states and fp32 weights, rank 0 the weights, which under ZeRO-3 are
     everybody's part of those that aren't trained."""
-    states = replace(zero, offloaded=False)
+    zero = replace(zero, offloaded=False, weights_offloaded=False)
     each = first = 0
     for name, model in models.items():
         if name == "reference":  # frozen: it is the model on disk
             continue
         if zero.stage == 0:
-            first += states.optimizer(model) + zero.weights(model)
+            first += zero.optimizer(model) + zero.weights(model)
         elif zero.stage == 3:
-            each += states.optimizer(model) + zero.weights(Trained(0, model.frozen))
+            each += zero.optimizer(model) + zero.weights(Trained(0, model.frozen))
         else:
-            each += states.optimizer(model)
+            each += zero.optimizer(model)
             first += zero.weights(model)
     return each, first
-
-
-def _offloaded(job: Any, zero: Zero, models: Mapping[str, Trained]) -> tuple[int, int]:
-    """(optimizer states with fp32 gradients, weights) of a rank that DeepSpeed keeps in the node's memory."""
-    config = deepspeed_config(job.learner, precision="bf16" if zero.weight_bytes == 2 else "fp32")
-    parameters = (config["zero_optimization"].get("offload_param") or {}).get("device") == "cpu"
-    states = replace(zero, offloaded=False, gradient_bytes=4)
-    optimizer = sum(states.optimizer(m) + replace(states, stage=3).gradients(m) for m in models.values())
-    weights = sum(zero.weights(m) for m in models.values())
-    on_nvme = (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme"
-    return (optimizer if zero.offloaded and not on_nvme else 0), (weights if parameters else 0)
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

@@ -261,13 +261,22 @@ class Zero:
     master_bytes: int  # fp32 copies of the weights that the optimizer steps
     bucket_bytes: int
     live_elements: int  # ZeRO-3: weights that are whole at a time
-    offloaded: bool  # optimizer states are in the host's memory
+    offloaded: bool  # optimizer states and gradients are in the host's memory
+    weights_offloaded: bool  # so are weights
+    secondary_ranks: int  # ZeRO++ hpZ: ranks that hold a second copy of the weights among them; 1: there is none
 
     def weights(self, model: Trained) -> int:
-        return self._share(model.all, 3) * self.weight_bytes
+        return 0 if self.weights_offloaded else self._share(model.all, 3) * self.weight_bytes
+
+    def secondary(self, model: Trained) -> int:
+        """hpZ's second copy of the weights."""
+        return -(-model.all // self.secondary_ranks) * self.weight_bytes if self.secondary_ranks > 1 else 0
 
     def gradients(self, model: Trained) -> int:
         """Those that micro-batches add up; in stage 1 they are whole until the step."""
+        if self.offloaded and self.stage > 1:  # in stage 2 those that add up in another type stay until the step
+            kept = self.stage == 2 and self.gradient_bytes != self.weight_bytes
+            return self._share(model.trainable, 2) * self.gradient_bytes if kept else 0
         return self._share(model.trainable, 2) * self.gradient_bytes
 
     def optimizer(self, model: Trained) -> int:
@@ -279,6 +288,21 @@ class Zero:
         if self.offloaded or self.master_bytes == 0:
             return 0
         return min(self._share(model.trainable, 1), STEP_ELEMENTS if self.stage == 3 else 2**62) * 4
+
+    def on_host(self, model: Trained) -> dict[str, int]:
+        """Bytes of a rank in its node's memory, by what is offloaded.
+
+        With the optimizer: master weights, two moments and the gradients of its step in fp32; in stages 1 and 2 a copy
+        of the new weights, on their way back; and from stage 2 on the gradients that micro-batches add up.
+        """
+        found = {}
+        share = self._share(model.trainable, 1)
+        if self.offloaded and share:
+            copies = {1: self.weight_bytes, 2: 2 * self.weight_bytes, 3: self.gradient_bytes}[self.stage]
+            found["optimizer"] = share * (4 + 8 + 4 + copies)
+        if self.weights_offloaded:
+            found["parameters"] = self._share(model.all, 3) * self.weight_bytes
+        return found
 
     def gathered(self, model: Trained, largest: int) -> int:
         """ZeRO-3: whole weights of the layers at work; never less than the largest, of so many elements."""
@@ -309,8 +333,14 @@ def zero_of(learner: Any, precision: Literal["fp32", "bf16"]) -> Zero:
         master_bytes=0 if stage == 0 and precision == "fp32" else 4,
         bucket_bytes=bucket * size,
         live_elements=int(zero.get("stage3_max_live_parameters", 10**9)),
-        offloaded=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        offloaded=_is_offloaded(zero, "offload_optimizer"),
+        weights_offloaded=_is_offloaded(zero, "offload_param"),
+        secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)),
     )
+
+
+def _is_offloaded(zero: dict[str, Any], key: str) -> bool:
+    return bool((zero.get(key) or {}).get("device", "none") != "none")
 
 
 def trained_models(job: Any, shape: ModelShape) -> dict[str, Trained]:
@@ -346,6 +376,9 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
         parts["critic"] = zero.weights(critic) + zero.gradients(critic) + zero.optimizer(critic)
     if reference is not None:
         parts["reference"] = zero.weights(reference)
+    secondary = sum(zero.secondary(one) for one in models.values())
+    if secondary:
+        parts["hpZ copy"] = secondary
     held = sum(parts.values())
 
     tokens = max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine))
@@ -357,10 +390,12 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
 
     working = {
         "activations": kept(checkpointing),
-        "logits": 0 if isinstance(job, RewardModelJob) else logits(shape, tokens, size),
+        "logits": 0 if isinstance(job, RewardModelJob) else logits(shape, tokens, size, job.learner.logits_chunk),
         "gathered": max(zero.gathered(one, shape.vocabulary * shape.hidden) for one in models.values()),
         "buckets": zero.bucket_bytes,
     }
+    if zero.offloaded and zero.stage < 3:  # a gradient on its way to the host, the largest
+        working["buckets"] += shape.vocabulary * shape.hidden * zero.weight_bytes
     # The step comes when activations are gone: only what it takes beyond them adds to the peak.
     working["optimizer step"] = max(0, max(zero.step(one) for one in models.values()) - sum(working.values()))
     memory = _alone(parts | working, machine, device, resting=held)
@@ -407,7 +442,20 @@ def activations(
     return tokens * (kept + norm + gradients)
 
 
-def logits(shape: ModelShape, tokens: int, size: int) -> int:
-    """At most one row a token; probabilities and gradients take the same memory (algorithm/logprobs.py)."""
-    scratch = SCORING_CHUNK * shape.vocabulary * 4 * (1 if size == 4 else 2)
-    return tokens * shape.vocabulary * size + scratch
+def logits(shape: ModelShape, tokens: int, size: int, chunk: int | None = None) -> int:
+    """At most one row a token, and at most `chunk` at a time; probabilities and gradients take the same memory
+    (algorithm/logprobs.py)."""
+    rows = tokens if chunk is None else min(tokens, chunk)
+    scratch = SCORING_CHUNK * shape.vocabulary * 4 * (1 if size == 4 and rows == tokens else 2)
+    return rows * shape.vocabulary * size + scratch
+
+
+def learner_host_memory(job: Any, shape: ModelShape, device: Device) -> dict[str, int]:
+    """Bytes of a learner rank in its node's memory by what is offloaded there: "optimizer", "parameters"; {} for
+    nothing. Its process and its checkpoints are not in it."""
+    zero = zero_of(job.learner, "fp32" if precision_bytes(job.policy.precision, device) == 4 else "bf16")
+    found: dict[str, int] = {}
+    for model in trained_models(job, shape).values():
+        for part, count in zero.on_host(model).items():
+            found[part] = found.get(part, 0) + count
+    return found

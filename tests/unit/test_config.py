@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -12,8 +13,10 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from rlaif_ray.config.algorithms import GrpoConfig, PpoConfig
+from rlaif_ray.config.base import Config
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.config.jobs import JOBS, TrainJob
 from rlaif_ray.config.layers import item_class, variants
@@ -21,7 +24,7 @@ from rlaif_ray.config.load import Loaded, load_job
 from rlaif_ray.config.pipeline import PipelineJob, load_pipeline
 from rlaif_ray.config.resolved import git_revision, resolved_yaml, versions
 from rlaif_ray.config.roles import names_of
-from rlaif_ray.config.sections import Config, LearnerConfig
+from rlaif_ray.config.sections import LearnerConfig, OffloadConfig
 from rlaif_ray.documents import YamlDumper, parse_yaml
 from rlaif_ray.errors import InputError
 from rlaif_ray.paths import expand_home
@@ -584,6 +587,54 @@ def test_deepspeed_config_is_pure() -> None:
     first["zero_optimization"]["stage"] = 9
     assert learner.deepspeed_overrides == {"a": {"b": [1]}}
     assert deepspeed_config(learner, precision="fp32")["zero_optimization"]["stage"] == 0
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_deepspeed_itself_reads_offload_and_hpz(pin: bool) -> None:
+    schema = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    offload = OffloadConfig(optimizer="cpu", parameters="cpu", pin_memory=pin)
+    read = schema(
+        **deepspeed_config(LearnerConfig(zero_stage=3, offload=offload), precision="bf16")["zero_optimization"]
+    )
+    for part in (read.offload_optimizer, read.offload_param):
+        assert (part.device.value, part.pin_memory) == ("cpu", pin)
+    halves = LearnerConfig(ranks=16, zero_stage=3, hpz_partition_size=8)
+    read = schema(**deepspeed_config(halves, precision="bf16")["zero_optimization"])
+    assert read.zero_hpz_partition_size == 8
+    assert read.offload_optimizer is None and read.offload_param is None
+    assert (
+        schema(**deepspeed_config(LearnerConfig(), precision="bf16")["zero_optimization"]).zero_hpz_partition_size == 1
+    )
+
+
+def test_deepspeed_takes_torchs_adamw_for_what_is_offloaded() -> None:
+    """Unless told not to, it insists on its own, which it compiles at the start."""
+    learner = LearnerConfig(zero_stage=2, offload=OffloadConfig(optimizer="cpu"))
+    assert deepspeed_config(learner, precision="bf16")["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"offload": {"optimizer": "cpu"}}, "offload.optimizer=cpu needs learner.zero_stage of at least 1 (got 0)"),
+        (
+            {"zero_stage": 2, "offload": {"parameters": "cpu"}},
+            "offload.parameters=cpu needs learner.zero_stage=3 (got 2)",
+        ),
+        (
+            {"zero_stage": 2, "ranks": 2, "hpz_partition_size": 2},
+            "above 1 needs learner.zero_stage=3 (got 2 with stage 2)",
+        ),
+        ({"zero_stage": 3, "ranks": 6, "hpz_partition_size": 4}, "must divide learner.ranks (got 4 and 6)"),
+        (
+            {"zero_stage": 3, "ranks": 4, "hpz_partition_size": 2, "offload": {"parameters": "cpu"}},
+            "contradict each other",
+        ),
+    ],
+)
+def test_what_offload_and_hpz_need(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(says)):
+        LearnerConfig.model_validate(values)
 
 
 def test_deepspeed_itself_accepts_the_config() -> None:

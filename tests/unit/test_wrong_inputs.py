@@ -74,6 +74,16 @@ CONFIG_LEVEL = [
     Wrong("not a number", "", ("learner.lr=.nan",), ("learner.lr must be", "override learner.lr=.nan", "Set it to")),
     Wrong("unknown choice", "policy: {precision: fp16}", says=("policy.precision", "auto, fp32, bf16", "mean bf16?")),
     Wrong("unknown stage", "learner: {zero_stage: 4}", says=("learner.zero_stage", "one of 0, 1, 2, 3", "Set it to")),
+    Wrong(
+        "offload without ZeRO",
+        "learner: {offload: {optimizer: cpu}}",
+        says=("learner.offload.optimizer=cpu needs learner.zero_stage", "got 0", "Raise it"),
+    ),
+    Wrong(
+        "unknown place to offload to",
+        "learner: {zero_stage: 1, offload: {optimizer: nvme}}",
+        says=("learner.offload.optimizer must be one of none, cpu", '"nvme"', "mean none?"),
+    ),
     # unions
     Wrong("unknown algorithm", "algorithm: {type: gppo}", says=("algorithm.type", "ppo, reinforce", "mean ppo?")),
     Wrong("no algorithm", "", ("algorithm.type=null",), ("algorithm.type", "ppo, reinforce, rloo, grpo", "Set it to")),

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlaif_ray.algorithm.logprobs import CHUNK_ROWS, masked_mean, masked_sum, token_logprobs_and_entropy
+from rlaif_ray.algorithm.logprobs import (
+    CHUNK_ROWS,
+    masked_mean,
+    masked_sum,
+    token_logprobs_and_entropy,
+)
 
 NAN, INF = float("nan"), float("inf")
 

@@ -108,10 +108,10 @@ def test_on_a_shared_file_system_the_start_ends_with_one_message(lock: Path, mon
 def waiting(lock: Path) -> tuple[threading.Thread, list[BaseException]]:
     """Somebody in this process who found the lock taken."""
     errors: list[BaseException] = []
+    baton = FileBaton(str(lock))
+    assert not baton.try_acquire()
 
     def wait() -> None:
-        baton = FileBaton(str(lock))
-        assert not baton.try_acquire()
         try:
             baton.wait()
         except BaseException as error:

@@ -221,6 +221,19 @@ def test_bf16_goes_on_to_the_bit(ranks: RankProcesses, stage: int, tmp_path: Pat
     assert_goes_on(ranks, job, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [(1, {"optimizer": "cpu"}), (2, {"optimizer": "cpu"}), (3, {"optimizer": "cpu", "parameters": "cpu"})],
+)
+def test_what_is_offloaded_goes_on_to_the_bit(
+    ranks: RankProcesses, stage: int, offload: dict[str, str], tmp_path: Path
+) -> None:
+    learner = ADAM | {"ranks": ranks.count, "zero_stage": stage, "offload": offload}  # type: ignore[attr-defined]
+    policy = {"model": str(cached_tiny_model(tied=True)), "precision": "bf16"}
+    job = SftJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner})
+    assert_goes_on(ranks, job, tmp_path)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_buffers_and_experts_go_on_to_the_bit(ranks: RankProcesses, stage: int, tmp_path: Path) -> None:
     model = DeepseekV3Config(**DEEPSEEK)

@@ -12,7 +12,7 @@ from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.model_shapes import ModelShape, shape_of_config
 from rlaif_ray.models import load_config
 from rlaif_ray.runtime.host_memory import rank_state
-from rlaif_ray.runtime.memory_plan import GIB, Machine, learner_memory, trained_models, zero_of
+from rlaif_ray.runtime.memory_plan import GIB, Machine, learner_host_memory, learner_memory, trained_models, zero_of
 from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses
 from tests.tiny import cached_tiny_model
@@ -27,12 +27,12 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[tuple[int, RankProcesses]]
     processes.close()
 
 
-def rl_job(ranks: int, stage: int, precision: str) -> TrainJob:
+def rl_job(ranks: int, stage: int, precision: str, **learner: Any) -> TrainJob:
     return embedded(
         TrainJob,
         {
             "policy": {"model": str(cached_tiny_model(tied=False)), "precision": precision},
-            "learner": {"ranks": ranks, "zero_stage": stage},
+            "learner": {"ranks": ranks, "zero_stage": stage, **learner},
         },
     )
 
@@ -119,6 +119,63 @@ def test_a_rank_copies_what_was_planned(ranks: tuple[int, RankProcesses], stage:
     for k, bytes_copied in enumerate(processes.run(copied, job)):
         # Padding to 16 bytes of each tensor, and buffers.
         assert bytes_copied == pytest.approx(each + (first if k == 0 else 0), abs=4096)
+
+
+def offloaded(spec: RankSpec, job: TrainJob) -> dict[str, int]:
+    """Bytes of what DeepSpeed keeps in the host's memory for the policy, after a step of two micro-batches."""
+    import torch
+
+    from rlaif_ray.learner import engine as door
+    from rlaif_ray.learner.ppo import RlRank
+
+    rank = RlRank(job, spec, job.policy.precision)  # type: ignore[arg-type]
+    engine, batch = rank._policy, rank._input([(5, 6, 7)], [(8, 9, 10, 11)], [0])
+    for last in (False, True):
+        door.backward(engine, engine(batch).float().pow(2).mean(), last=last)
+        held = sum(p.grad.nbytes for p in engine.module.parameters() if p.grad is not None)
+        assert (held > 0) == (job.learner.zero_stage == 1 and not last)  # whole on the GPU until the last one
+    optimizer = engine.optimizer
+    masters: list[Any]
+    if job.learner.zero_stage == 3:
+        assert optimizer.offload_optimizer
+        masters = optimizer.fp32_partitioned_groups_flat
+        summed = [optimizer.grad_partitions_flat_buffer]
+    else:
+        assert optimizer.cpu_offload
+        masters = optimizer.single_partition_of_fp32_groups
+        # Of a tensor that two ranks share each keeps the whole sum, so at most two more than its share.
+        summed = [*optimizer.accumulated_grads_in_cpu.values(), *optimizer.param_buffer_of_bit16_for_cpu_offload_groups]
+    gradients = [master.grad for master in masters]
+    held = sum(t.nbytes for t in (*masters, *gradients, *summed))
+    door.optimizer_step(engine)
+    state = getattr(optimizer, "optimizer", optimizer).state
+    held += sum(t.nbytes for own in state.values() for t in own.values() if torch.is_tensor(t) and t.dim() > 0)
+    found = {"optimizer": held}
+    if job.learner.offload.parameters == "cpu":
+        models = [rank._model, rank._critic.module, rank._reference.module]  # type: ignore[union-attr]
+        assert all(p.ds_tensor.device.type == "cpu" for model in models for p in model.parameters())
+        found["parameters"] = sum(p.ds_tensor.nbytes for model in models for p in model.parameters())  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_node_holds_what_was_planned(ranks: tuple[int, RankProcesses], stage: int, precision: str) -> None:
+    count, processes = ranks
+    job = rl_job(count, stage, precision, offload={"optimizer": "cpu", "parameters": "cpu" if stage == 3 else "none"})
+    shape = shape_of(job)
+    planned = learner_host_memory(job, shape, "cpu")
+    parts = learner_memory(job, shape, Machine(GIB, 8, 512, 256), "cpu").parts
+    assert (
+        parts["optimizer"] == 0 and (parts["gradients"] == 0) == (stage > 1) and (parts["weights"] == 0) == (stage == 3)
+    )
+    models = trained_models(job, shape)
+    policy = planned["optimizer"] * models["policy"].trainable / sum(m.trainable for m in models.values())
+    largest = shape.vocabulary * shape.hidden * 4
+    for found in processes.run(offloaded, job):
+        assert found["optimizer"] == pytest.approx(policy, abs=2 * largest if count > 1 and stage < 3 else 64)
+        if stage == 3:
+            assert found["parameters"] == pytest.approx(planned["parameters"], abs=3 * 5 * 16)
 
 
 @pytest.mark.parametrize("tied", [True, False])

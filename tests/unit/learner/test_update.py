@@ -313,6 +313,8 @@ def baseline(one_rank: RankProcesses) -> dict[str, Any]:
             {"policy": {"attention": "sdpa"}, "learner": {"tokens_per_micro_batch": 25}}, id="padded-25-tokens"
         ),
         pytest.param({"learner": {"gradient_checkpointing": True}}, id="checkpointing"),
+        pytest.param({"learner": {"logits_chunk": 4}}, id="logits-in-chunks"),
+        pytest.param({"learner": {"logits_chunk": None}}, id="logits-by-the-model"),
         pytest.param({"learner": {"zero_stage": 2}}, id="zero-2"),
     ],
 )
@@ -469,11 +471,11 @@ def uneven_experience(job: TrainJob) -> Experience:
     return add_advantages(experience, job.algorithm, KL_COEF)
 
 
-def sharded_job(stage: int, grad_clip: float) -> TrainJob:
+def sharded_job(stage: int, grad_clip: float, **settings: Any) -> TrainJob:
     # Without the threshold DeepSpeed keeps all of so small a model whole, and ZeRO-3 would not be tested.
     overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     learner = {"zero_stage": stage, "deepspeed_overrides": overrides, "grad_clip": grad_clip}
-    return tiny_job({"type": "ppo"}, learner=learner | {"tokens_per_micro_batch": 40})
+    return tiny_job({"type": "ppo"}, learner=learner | {"tokens_per_micro_batch": 40} | settings)
 
 
 @pytest.fixture(scope="module", params=[1e9, 0.5], ids=["unclipped", "clipped"])
@@ -483,10 +485,29 @@ def single(request: pytest.FixtureRequest, one_rank: RankProcesses) -> tuple[flo
     return request.param, one_rank.run(train, job, uneven_experience(job), UNEVEN_PARTS)[0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_equal_one(stage: int, single: tuple[float, dict[str, Any]], two_ranks: RankProcesses) -> None:
+LARGE_JOBS = {"gradient_checkpointing": True, "logits_chunk": 4}  # what long contexts need; as are all shipped files
+
+
+OFFLOADED = {"offload": {"optimizer": "cpu"}}
+ALL_OFFLOADED = {"offload": {"optimizer": "cpu", "parameters": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        *((stage, {}) for stage in range(4)),
+        pytest.param(3, LARGE_JOBS, id="3-large-jobs"),
+        pytest.param(1, OFFLOADED, id="1-offload"),
+        pytest.param(2, OFFLOADED, id="2-offload"),
+        pytest.param(3, OFFLOADED, id="3-offload"),
+        pytest.param(3, ALL_OFFLOADED, id="3-offload-all"),
+    ],
+)
+def test_two_ranks_equal_one(
+    stage: int, settings: dict[str, Any], single: tuple[float, dict[str, Any]], two_ranks: RankProcesses
+) -> None:
     grad_clip, want = single
-    job = sharded_job(stage, grad_clip)
+    job = sharded_job(stage, grad_clip, **settings)
     results = two_ranks.run(train, job, uneven_experience(job), UNEVEN_PARTS)
     plans = results[0]["plans"]
     assert () in plans[0][0] or () in plans[0][1], "no rank had fewer micro-batches: the hard case was not met"

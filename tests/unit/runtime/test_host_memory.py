@@ -105,7 +105,8 @@ def test_who_writes_what(stage: Any, each: int, first: int) -> None:
 
 
 def test_offloaded_states_are_in_host_memory() -> None:
-    """Optimizer states of 12 bytes a parameter and fp32 gradients of 4, policy and critic; the copy comes on top."""
+    """Optimizer states of 12 bytes a parameter, fp32 gradients of 4, and what micro-batches add up, policy and critic;
+    the copy comes on top."""
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     found = phase(learner={**EIGHT, "deepspeed_overrides": offload})[1].host
     states = sum(parts.get("offloaded states", 0) for parts in found)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
-from rlaif_ray.config.sections import EngineConfig, LearnerConfig
+from rlaif_ray.config.sections import EngineConfig, LearnerConfig, OffloadConfig
 from rlaif_ray.model_shapes import ModelShape, known_shapes, shape_of_config
 from rlaif_ray.runtime.memory_plan import (
     CUDA_BYTES,
@@ -16,6 +16,7 @@ from rlaif_ray.runtime.memory_plan import (
     Trained,
     activations,
     engine_memory,
+    learner_host_memory,
     learner_memory,
     logits,
     trained_models,
@@ -53,6 +54,77 @@ def test_overrides_of_deepspeed_count() -> None:
     assert zero.stage == 2 and zero.optimizer(Trained(BILLION, 0)) == 0
     fp32 = zero_of(LearnerConfig(deepspeed_overrides={"data_types": {"grad_accum_dtype": "fp32"}}), "bf16")
     assert fp32.gradients(Trained(BILLION, 0)) == 4 * BILLION
+
+
+IN_BF16 = {"data_types": {"grad_accum_dtype": "bf16"}}  # the sums of micro-batches
+
+
+# ZeRO-Offload (Ren et al. 2101.06840), section 4: Adam's 12 bytes, the step's gradients (4 in fp32) and, from
+# stage 2 on, the sums of micro-batches (2) leave the GPU; in stages 1 and 2 a copy of the new weights (2) comes too.
+@pytest.mark.parametrize(
+    ("stage", "parameters", "weights", "gradients", "on_host"),
+    [(1, "none", 2.0, 2.0, 4.5), (2, "none", 2.0, 0, 5.0), (3, "none", 0.5, 0, 4.5), (3, "cpu", 0, 0, 5.0)],
+)
+def test_offload_on_four_ranks_in_bf16(
+    stage: Any, parameters: Any, weights: float, gradients: float, on_host: float
+) -> None:
+    offload = OffloadConfig(optimizer="cpu", parameters=parameters)
+    learner = LearnerConfig(ranks=4, zero_stage=stage, offload=offload, deepspeed_overrides=IN_BF16)
+    zero, model = zero_of(learner, "bf16"), Trained(BILLION, 0)
+    assert (zero.weights(model), zero.gradients(model)) == (weights * BILLION, gradients * BILLION)
+    assert zero.optimizer(model) == zero.step(model) == 0
+    assert sum(zero.on_host(model).values()) == on_host * BILLION
+    frozen = Trained(0, BILLION)
+    assert zero.on_host(frozen) == ({"parameters": 0.5 * BILLION} if parameters == "cpu" else {})
+    assert zero_of(LearnerConfig(ranks=4, zero_stage=stage), "bf16").on_host(model) == {}
+
+
+def test_sums_in_fp32_stay_on_the_gpu_up_to_stage_2() -> None:
+    """DeepSpeed adds them up there, whole in stage 1, a rank's share in stage 2; in stage 3 on the host."""
+    fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+    offload, model = OffloadConfig(optimizer="cpu"), Trained(BILLION, 0)
+    learners = [
+        LearnerConfig(ranks=4, zero_stage=stage, offload=offload, deepspeed_overrides=fp32)
+        for stage in (1, 2, 3)  # type: ignore[arg-type]
+    ]
+    assert [zero_of(learner, "bf16").gradients(model) for learner in learners] == [4 * BILLION, BILLION, 0]
+    assert [sum(zero_of(learner, "bf16").on_host(model).values()) / BILLION for learner in learners] == [4.5, 5, 5]
+
+
+def test_hpz_costs_a_copy_of_the_weights_divided_by_its_ranks() -> None:
+    """8B in bf16 on 16 ranks: 1 GB each, and 2 GB more each where the 8 ranks of a node hold a second copy."""
+    zero = zero_of(LearnerConfig(ranks=16, zero_stage=3, hpz_partition_size=8), "bf16")
+    model = Trained(8 * BILLION, 0)
+    assert (zero.weights(model), zero.secondary(model)) == (1 * BILLION, 2 * BILLION)
+    assert zero_of(LearnerConfig(ranks=16, zero_stage=3), "bf16").secondary(model) == 0
+    plain, twice = (
+        train(learner={"ranks": 16, "zero_stage": 3, "hpz_partition_size": size}, policy={"precision": "bf16"})
+        for size in (1, 8)
+    )
+    parts = [learner_memory(job, LLAMA_8B, MACHINE, "cuda").parts for job in (plain, twice)]
+    more = parts[1].pop("hpZ copy")
+    assert parts[0] == parts[1]
+    assert more == sum(-(-one.all // 8) * 2 for one in trained_models(twice, LLAMA_8B).values())
+
+
+def test_logits_are_planned_by_the_chunk() -> None:
+    """Llama 3 in bf16, 32,768 tokens: 128,256 x 2 bytes a row, for 32,768 rows or for 4,096."""
+    scratch = 2 * 128 * 128_256 * 4
+    assert logits(LLAMA_8B, 32_768, 2) == 32_768 * 128_256 * 2 + scratch
+    assert logits(LLAMA_8B, 32_768, 2, 4096) == 4096 * 128_256 * 2 + scratch
+    assert logits(LLAMA_8B, 1000, 2, 4096) == 1000 * 128_256 * 2 + scratch
+
+
+def test_the_host_memory_of_an_offloaded_8b() -> None:
+    """Policy and critic on 8 ranks in stage 3: 18 bytes a trained parameter, and 2 of each of the three models."""
+    learner = {"ranks": 8, "zero_stage": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}}
+    learner["deepspeed_overrides"] = IN_BF16
+    job = train(learner=learner, policy={"precision": "bf16"})
+    policy, critic = 8_030_261_248, 8_030_261_248 - 128_256 * 4096 + 4097
+    found = learner_host_memory(job, LLAMA_8B, "cuda")
+    assert found["optimizer"] == sum(-(-count // 8) * 18 for count in (policy, critic))
+    assert found["parameters"] == sum(-(-count // 8) * 2 for count in (policy, critic, policy))
+    assert learner_host_memory(train(), LLAMA_8B, "cuda") == {}
 
 
 def train(**sections: Any) -> TrainJob:
