@@ -90,7 +90,7 @@ def engine_refusal(config: Any, device: Device, *, takes_weights: bool = True, p
     """Why vLLM must not be started with this model on this device, and the remedy; None where nothing is known.
 
     `config` is the model's config as transformers gives it; `takes_weights` says whether new weights will be pushed;
-    `precision` is the section's ("auto" is fp32 on CPUs).
+    `precision` is what it computes in ("auto" counts as fp32 on CPUs).
     Pure: nothing is imported or loaded.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -30,6 +30,13 @@ DEFAULT_TIMEOUT_S = 1200.0  # of one test; see tests/pace.py
 ENGINE_CONTEXT = 4096  # room for the shipped judge templates in the tiny tokenizer's short tokens
 
 
+@pytest.fixture(autouse=True)
+def no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`precision: auto` is fp32 in this process on every CPU, so that digits don't depend on it. Programs that tests
+    start look for themselves: those whose digits are compared set precision=fp32."""
+    monkeypatch.setattr("rlaif_ray.precision.fast_in_bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_engine() -> Iterator[VllmEngine]:
     """vLLM in this process, on `cached_tiny_model(tied=True, context=ENGINE_CONTEXT)`. Mark its users `engine`."""

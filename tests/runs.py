@@ -43,11 +43,11 @@ steps: 6
 
 
 def tiny_config(folder: Path) -> Path:
-    """The tiny run's config, written into `folder`."""
+    """The tiny run's config, written into `folder`; in fp32, on CPUs with AMX too, since digits are compared."""
     model = cached_tiny_model(tied=True, context=4096)
     path = folder / "tiny.yaml"
-    text = TINY.replace("feedback: {judge: {", f"feedback: {{judge: {{model: {model}, ")
-    path.write_text(f"{text}policy: {{model: {model}}}\n")
+    text = TINY.replace("feedback: {judge: {", f"feedback: {{judge: {{model: {model}, precision: fp32, ")
+    path.write_text(f"{text}policy: {{model: {model}, precision: fp32}}\n")
     return path
 
 

@@ -80,7 +80,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
     return _nan_unless(finite, 0.5 * torch.where(clipped, clipped_error, error)), clipped
 
 
-def truncated_importance_weight(train_logprobs: Tensor, sampler_logprobs: Tensor, low: float, high: float) -> Tensor:
+def truncated_importance_weight(
+    train_logprobs: Tensor, sampler_logprobs: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     """Detached clip(pi_train / pi_sampler, low, high): truncated importance sampling (METHOD 6.13).
 
     The tokens came from the sampler's arithmetic, which differs a little from the trainer's. Apply the weight
@@ -90,9 +92,14 @@ def truncated_importance_weight(train_logprobs: Tensor, sampler_logprobs: Tensor
     Args:
         train_logprobs: the trainer's recomputed log-probs of the sampling policy.
         sampler_logprobs: what the sampler reported. One shape, any.
+
+    Returns:
+        weight: that shape.
+        clipped: that shape, bool, the weight is a bound rather than the quotient.
     """
     gap = (train_logprobs.detach() - sampler_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return gap.exp().clamp(low, high)
+    quotient = gap.exp()
+    return quotient.clamp(low, high), (quotient < low) | (quotient > high)
 
 
 def preference_loss(reward_a: Tensor, reward_b: Tensor, p_a: Tensor, margin: float = 0.0) -> Tensor:

@@ -22,8 +22,11 @@ class KlConfig(Config):
 
 
 class ImportanceConfig(Config):
-    """Truncated importance weights between sampler and learner."""
+    """Truncated importance weights between sampler and learner: each token's loss is multiplied by
+    min(max(p_learner / p_sampler, low), high)."""
 
+    when: Literal["auto", "always"] = "auto"
+    """auto: in bf16, where engines and learner round differently, and not in fp32, where they agree to 1e-3."""
     low: Annotated[float, Field(ge=0)] = 0.0
     high: Annotated[float, Field(gt=0)] = 2.0
 
@@ -45,8 +48,15 @@ class AlgorithmBase(Config):
     old_logprobs: Literal["auto", "learner", "sampler"] = "auto"
     """Whose log-probabilities PPO's ratio starts from; auto: the sampler's in fp32 (they agree to 1e-3), else the
     learner's, at the price of one more forward pass."""
-    importance: ImportanceConfig | None = None
-    """Weigh each token by min(max(p_learner / p_sampler, low), high)."""
+    importance: ImportanceConfig | None = ImportanceConfig()
+    """null: no weights."""
+
+    def importance_in(self, precision: Literal["fp32", "bf16"]) -> ImportanceConfig | None:
+        """The bounds of the importance weights in that precision; None: there are no weights."""
+        weights = self.importance
+        if weights is None or self.old_logprobs == "sampler":  # from the sampler's own, all of them would be 1
+            return None
+        return weights if weights.when == "always" or precision == "bf16" else None
 
 
 class PpoConfig(AlgorithmBase):

@@ -7,7 +7,8 @@ engine of ours and takes them from there, and never sees a file but empty ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -18,6 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from rlaif_ray.errors import CheckpointError
+from rlaif_ray.learner.mixed_precision import keep_master
 from rlaif_ray.learner.state_files import SUFFIX, HostState, copy_to_host, read_state
 from rlaif_ray.storage import StoredFolder, told
 
@@ -87,7 +89,8 @@ def restore_engine(engine: Any, stored: StoredFolder, name: str) -> None:
                 place_holder.parent.mkdir(exist_ok=True)
                 place_holder.touch()
         try:
-            path, _ = engine.load_checkpoint(folder, tag=TAG)
+            with redirect_stdout(StringIO()):  # DeepSpeed prints what it is at
+                path, _ = engine.load_checkpoint(folder, tag=TAG)
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -97,6 +100,7 @@ def restore_engine(engine: Any, stored: StoredFolder, name: str) -> None:
             ) from error
     if path is None:
         raise CheckpointError(f"{stored.place} has nothing of {name} for this rank: it is of another layout.")
+    keep_master(engine)
 
 
 def _nothing(file: str) -> Any:

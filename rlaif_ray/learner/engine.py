@@ -7,8 +7,9 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ from rlaif_ray.errors import InputError, RunError
 from rlaif_ray.learner.build_locks import free_build_locks, watch_waits
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
 from rlaif_ray.learner.head import head_of
+from rlaif_ray.learner.mixed_precision import MasterLinear, count_all_gradients, keep_master, sums_in_fp32
 from rlaif_ray.learner.packing import Arguments, ModelInput
 from rlaif_ray.weight_types import WeightTypes, cast, rounding
 from rlaif_ray.writing import replace_text
@@ -193,13 +195,17 @@ def trainable_engine(
         optimizer,
         lambda step: learning_rate_factor(step, warmup=cfg.warmup_steps, total=total_steps, schedule=cfg.schedule),
     )
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=deepspeed_config(cfg, precision=precision),
-        dist_init_required=False,
-    )
+    with redirect_stdout(StringIO()):  # its optimizer of stage 1 in bf16 prints what memory is in use
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(cfg, precision=precision),
+            dist_init_required=False,
+        )
+    if engine.dp_world_size == 1 and sums_in_fp32(engine.optimizer):
+        engine.enable_backward_allreduce = False  # a pass over all gradients, for nothing
+    keep_master(engine)
     return engine
 
 
@@ -267,8 +273,10 @@ def optimizer_step(engine: Any) -> Stepped:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         engine.optimizer.overflow = not bool(norm.isfinite())  # where DeepSpeed looks whether a step was taken
+    count_all_gradients(engine.optimizer)
     with _no_update(engine.optimizer) if norm is not None and engine.optimizer.overflow else nullcontext():
         engine.step()
+    keep_master(engine)
     norm = engine.get_global_grad_norm() if norm is None else norm
     return Stepped(float(norm) if norm is not None else 0.0, bool(engine.was_step_applied()))
 
@@ -315,7 +323,12 @@ class CausalPolicy(torch.nn.Module):
             every: Tensor = self.model(**self._arguments.of(batch)).logits
             return every[batch.rows, batch.columns]
         packed = batch.attention_mask is None
-        keep = batch.columns if packed else torch.arange(int(batch.columns.min()), int(batch.columns.max()) + 1)
+        if packed:
+            keep = batch.columns
+        elif len(batch.columns) == 0:  # of a short row split over ranks, one may have no completion token
+            keep = torch.zeros(1, dtype=torch.int64)
+        else:
+            keep = torch.arange(int(batch.columns.min()), int(batch.columns.max()) + 1)
         logits = self.model(**self._arguments.of(batch), logits_to_keep=keep.to(batch.tokens.device)).logits
         picked: Tensor = logits[0] if packed else logits[batch.rows, batch.columns - keep[0].to(batch.columns.device)]
         return picked
@@ -329,7 +342,7 @@ class Critic(torch.nn.Module):
         self.body = body
         self._arguments = Arguments(body)
         config = body.config.get_text_config()
-        self.head = torch.nn.Linear(config.hidden_size, 1, dtype=body.dtype)
+        self.head = MasterLinear(config.hidden_size, 1, dtype=body.dtype)
         # Zero, not random: the first advantages are then the returns themselves rather than a random baseline.
         with full_weights([self.head.weight, self.head.bias]):
             torch.nn.init.zeros_(self.head.weight)
@@ -339,7 +352,7 @@ class Critic(torch.nn.Module):
         """(M,) fp32 values."""
         hidden = self.body(**self._arguments.of(batch)).last_hidden_state
         values: Tensor = self.head(hidden[batch.rows, batch.columns])
-        return values[:, 0].float()
+        return values[:, 0]
 
 
 def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlaif_ray.algorithm import kl, losses
 from rlaif_ray.attention import PACKED, plan_attention
-from rlaif_ray.config.algorithms import AlgorithmConfig, GrpoConfig, PpoConfig, ReinforceConfig
+from rlaif_ray.config.algorithms import AlgorithmConfig, GrpoConfig, ImportanceConfig, PpoConfig, ReinforceConfig
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
@@ -31,7 +31,8 @@ from rlaif_ray.learner.head import settle_head
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
-from rlaif_ray.learner.probe import Text, logprobs_of, settle_attention
+from rlaif_ray.learner.probe import Text, settle_attention, settle_split
+from rlaif_ray.learner.sequence_parallel import sequence_group
 from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer, load_types
 from rlaif_ray.types import Experience
 
@@ -58,6 +59,8 @@ class RlRank:
         """Joins its peers and loads the models; all ranks do so together."""
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
         self._spec, self._job, self._precision = spec, job, precision
+        self._importance = job.algorithm.importance_in(precision)
+        self._sequence = sequence_group(job.learner.sequence_parallel)
         torch.manual_seed(job.seed)
         random.seed(job.seed)
         register_packed_attention()
@@ -83,12 +86,14 @@ class RlRank:
         attention, note = settle_attention(  # of all three: they are the same model
             plan,
             self._model,
-            logprobs_of(self._policy),
+            self._probed,
             name=policy.model,
             device=self.device,
             precision=precision,
             sharded=job.learner.zero_stage == 3,
         )
+        how: dict[str, Any] = {"name": policy.model, "device": self.device, "precision": precision}
+        attention = settle_split(self._sequence, attention, plan, self._model, self._probed, **how)
         self._packed = attention == PACKED
         where: dict[str, Any] = {"device": self.device, "precision": precision, "sharded": job.learner.zero_stage == 3}
         settle_head(policy_module, self._policy, name=policy.model, packed=self._packed, **where)
@@ -144,7 +149,9 @@ class RlRank:
             if self._reference is not None:
                 parts["ref"] = self._logprobs(self._reference, batch)[0]
             if self._critic is not None:
-                parts["values"] = self._critic(batch)
+                parts["values"] = self._values(batch)
+            if not self._sequence.leads:  # its group's first rank says the same
+                continue
             lengths = [len(completions[i]) for i in chosen]
             pieces = {name: values.float().cpu().split(lengths) for name, values in parts.items()}
             for k, i in enumerate(micro):
@@ -160,19 +167,33 @@ class RlRank:
 
     def _logprobs(self, model: Any, batch: ModelInput) -> tuple[Tensor, Tensor]:
         """(M,) log-probabilities and (M,) entropies at the sampling temperature."""
-        logprobs, entropy = model(batch, self._job.sampling.temperature)
-        return logprobs, entropy
+        return self._scored(model, batch, self._job.sampling.temperature)
+
+    def _scored(self, model: Any, batch: ModelInput, temperature: float) -> tuple[Tensor, Tensor]:
+        own = self._sequence.split(batch, self._model)
+        logprobs, entropy = model(own, temperature)
+        return own.whole(logprobs), own.whole(entropy)
+
+    def _values(self, batch: ModelInput) -> Tensor:
+        """(M,) fp32 values of the critic."""
+        assert self._critic is not None
+        own = self._sequence.split(batch, self._model)
+        return own.whole(self._critic(own))
+
+    def _probed(self, batch: ModelInput) -> Tensor:
+        """(M,) log-probabilities by the policy, at temperature 1."""
+        return self._scored(self._policy, batch, 1.0)[0]
 
     def readings(self, text: Text) -> Readings:
         """The text's log-probabilities by the policy as it is now; under ZeRO-3 all ranks ask."""
-        run = logprobs_of(self._policy)
-        return read(run, self._policy, self._model, text, packed=self._packed, device=self.device)
+        return read(self._probed, self._policy, self._model, text, packed=self._packed, device=self.device)
 
     # Updates
 
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> Sums:
         """Optimizer steps, one per (minibatch token count, this rank's micro-batches); returns sums over this
-        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks.
+        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks. Ranks that compute
+        together have the same micro-batches, and the first of them has the sums.
 
         Raises:
             NotFiniteError: the weights are no numbers any more; on all ranks.
@@ -211,24 +232,30 @@ class RlRank:
         chosen = list(micro or (0,))
         batch = self._input(experience.prompt_tokens, completions, chosen)
         flat = _Flat(experience, chosen, self.device)
-        # DeepSpeed averages over ranks; our denominators are global already. A place-holder adds nothing.
+        # DeepSpeed averages over ranks; our denominators are global already. A place-holder adds nothing. The ranks
+        # of a group have a part of one loss's gradient each, so that the average over all ranks is right for them too.
+        counted = bool(micro) and self._sequence.leads
         scale = self._spec.world_size / token_count if micro else 0.0
         logprobs, entropy = self._logprobs(self._policy, batch)
-        loss, ratio, clipped = policy_loss(self._job.algorithm, logprobs, flat, experience.kl_coef)
+        loss, ratio, clipped, weights_clipped = policy_loss(
+            self._job.algorithm, logprobs, flat, experience.kl_coef, self._importance
+        )
         deepspeed_door.backward(self._policy, loss.sum() * scale, last=last)
-        if micro:
+        if counted:
             _add(sums, tokens=len(loss), policy_loss=loss, entropy=entropy, clipped=clipped)
+            if weights_clipped is not None:
+                _add(sums, importance_clipped=weights_clipped)
             if first:
                 gap = (logprobs.detach() - flat.sampler_logprobs).abs()
                 _add(sums, first_tokens=len(loss), gap=gap)
                 sums["first_ratio_error"] = max(sums["first_ratio_error"], float((ratio - 1).abs().max()))
         if self._critic is not None:
             assert flat.values is not None and flat.returns is not None
-            values = self._critic(batch)
+            values = self._values(batch)
             clip = getattr(self._job.algorithm, "value_clip", None)
             value_loss, value_clipped = losses.value_loss(values, flat.values, flat.returns, clip)
             deepspeed_door.backward(self._critic, value_loss.sum() * scale, last=last)
-            if micro:
+            if counted:
                 _add(sums, value_loss=value_loss, value_clipped=value_clipped)
 
     # Files
@@ -278,9 +305,10 @@ class _Flat:
 
 
 def policy_loss(
-    algorithm: AlgorithmConfig, logprobs: Tensor, flat: Any, kl_coef: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token, (M,): the algorithm's loss, the ratio to the sampling policy, and where it was clipped (bool)."""
+    algorithm: AlgorithmConfig, logprobs: Tensor, flat: Any, kl_coef: float, importance: ImportanceConfig | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Per token, (M,): the algorithm's loss, the ratio to the sampling policy, and where it was clipped (bool); with
+    importance weights, within these bounds, also where they were (bool)."""
     if isinstance(algorithm, ReinforceConfig):
         loss = losses.reinforce_policy_loss(logprobs, flat.advantages)
         ratio = torch.exp((logprobs - flat.logprobs).detach())
@@ -288,12 +316,15 @@ def policy_loss(
     else:
         loss, ratio, clipped = losses.ppo_policy_loss(logprobs, flat.logprobs, flat.advantages, algorithm.clip)
         ratio = ratio.detach()
-    if algorithm.importance is not None:
-        bounds = algorithm.importance
-        loss = loss * losses.truncated_importance_weight(flat.logprobs, flat.sampler_logprobs, bounds.low, bounds.high)
+    weights_clipped = None
+    if importance is not None:
+        weights, weights_clipped = losses.truncated_importance_weight(
+            flat.logprobs, flat.sampler_logprobs, importance.low, importance.high
+        )
+        loss = loss * weights
     if isinstance(algorithm, GrpoConfig) and kl_coef > 0:
         loss = loss + kl_coef * kl.kl_estimate(logprobs, flat.ref_logprobs, algorithm.kl.estimator)
-    return loss, ratio, clipped
+    return loss, ratio, clipped, weights_clipped
 
 
 def _add(sums: Sums, **terms: Tensor | int) -> None:

@@ -46,16 +46,15 @@ def open_asker(
                 chat,
                 context,
                 judge.model,
-                identity=_judge_identity(job),
+                identity=_judge_identity(judge, cluster.precision(judge.precision)),
                 prices=(judge.price_in, judge.price_out),
             )
             at_once = 1 + judge.replicas  # the next chunk is ready when an engine is
         yield RememberingAsker(asker, memory), at_once
 
 
-def _judge_identity(job: LabelJob) -> str:
-    """What answers depend on beside the question: after the model was trained anew in place they are other ones."""
-    judge = job.judge
-    assert isinstance(judge, JudgeConfig)
+def _judge_identity(judge: JudgeConfig, precision: str) -> str:
+    """What answers depend on beside the question: after the model was trained anew in place they are other ones, and
+    where `precision` is left to the machine, on another one."""
     content = model_content(judge.model, judge.revision)
-    return f"vllm/{content.known_by}/{judge.precision}/{judge.max_context}"
+    return f"vllm/{content.known_by}/{precision}/{judge.max_context}"

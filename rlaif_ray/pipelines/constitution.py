@@ -70,8 +70,9 @@ def revise(loaded: Loaded) -> dict[str, Any]:
         cluster = stack.enter_context(open_cluster(job))
         engines = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context, receives_weights=False)
         cluster.wait()
-        # After the model was trained anew in place its answers are other ones.
-        known_by = f"local/{looked.contents['policy.model'].known_by}/{job.policy.precision}/{inputs.context}"
+        # After the model was trained anew in place its answers are other ones, and in another precision.
+        precision = cluster.precision(job.policy.precision)
+        known_by = f"local/{looked.contents['policy.model'].known_by}/{precision}/{inputs.context}"
         local = LocalAsker(engines, inputs.chat, inputs.context, job.policy.model, identity=known_by)
         asker = RememberingAsker(local, memory)
         progress.resume(0)

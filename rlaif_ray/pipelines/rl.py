@@ -35,7 +35,7 @@ from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, must_be_same_pr
 from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
 from rlaif_ray.pipelines.settings import history
-from rlaif_ray.runtime.cluster import chosen_precision, open_cluster
+from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker, print_summary
 
@@ -127,9 +127,8 @@ def train_from(start: Start, run: Run) -> dict[str, Any]:
     learner = run.cluster.start_learner()
     run.cluster.wait()
     sync = run.cluster.connect(learner, run.rollouts)
-    guard = Guard(
-        job, learner, chosen_precision(job.policy.precision, run.cluster.device), run.context, run.cluster.device
-    )
+    precision = run.cluster.precision(job.policy.precision)
+    guard = Guard(job, learner, precision, run.context, run.cluster.device)
     if start.checkpoint is not None:
         learner.load_checkpoint(start.checkpoint.folder)
         track.note(f"resumed from {start.checkpoint}")

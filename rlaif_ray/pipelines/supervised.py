@@ -29,7 +29,7 @@ from rlaif_ray.pipelines.restarts import with_restarts
 from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
 from rlaif_ray.pipelines.settings import history
 from rlaif_ray.pipelines.streaming import chunks
-from rlaif_ray.runtime.cluster import Cluster, chosen_precision, open_cluster
+from rlaif_ray.runtime.cluster import Cluster, open_cluster
 from rlaif_ray.runtime.placement import placement_table
 from rlaif_ray.tracking import open_tracker
 from rlaif_ray.tracking.display import fixed
@@ -206,7 +206,7 @@ def run_supervised(
             state.wandb_run_id = track.wandb_run_id
             learner = start(cluster, steps)
             cluster.wait()
-            guard = Guard(job, learner, chosen_precision(job.policy.precision, cluster.device), room, cluster.device)
+            guard = Guard(job, learner, cluster.precision(job.policy.precision), room, cluster.device)
             gaps = guard.check_layout()
             run = SupervisedRun(job, run_dir, track, learner, state, found, steps, stopping, checkpoints, guard, gaps)
             return story(run)

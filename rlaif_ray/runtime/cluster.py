@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import EngineConfig
 from rlaif_ray.errors import InputError, LearnerLostError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.output import say
+from rlaif_ray.precision import chosen_precision, fast_in_bf16
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
@@ -108,11 +109,18 @@ def check_sleep(job: Any, device: Literal["cpu", "cuda"]) -> None:
             )
 
 
-def chosen_precision(precision: Precision, device: Literal["cpu", "cuda"]) -> Literal["fp32", "bf16"]:
-    """auto: bf16 on GPUs; fp32 on CPUs, most of which emulate bf16 many times slower."""
-    if precision == "auto":
-        return "bf16" if device == "cuda" else "fp32"
-    return precision
+def _nodes_fast_in_bf16(timeout_s: float) -> bool:
+    """Whether the CPUs of every node are: all actors of a role compute in one precision, wherever they are placed."""
+    own = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
+    if not fast_in_bf16() or not others:
+        return fast_in_bf16()
+    ask = ray.remote(num_cpus=0)(fast_in_bf16)
+    asked = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in others]
+    try:
+        return all(ray.get([one.remote() for one in asked], timeout=timeout_s))
+    except ray.exceptions.RayError:  # one is gone, or gives no answer
+        return False
 
 
 class Cluster:
@@ -132,8 +140,20 @@ class Cluster:
         self._note: Callable[[str], None] = say  # before there is a display
         self._leave: Callable[[], bool] = lambda: False
         self._looked = time.monotonic()  # at the places
+        self._fast_in_bf16: bool | None = None  # the nodes' CPUs; None: nobody asked yet
         if group is not None:
             self._watch.every_beat(self._tell_displaced)
+
+    def precision(self, choice: Precision) -> Literal["fp32", "bf16"]:
+        """What a section's `precision` comes to on these nodes."""
+        if choice == "auto" and self.device == "cpu" and self._fast_in_bf16 is None:
+            self._fast_in_bf16 = _nodes_fast_in_bf16(self._limits.start_s)
+            if self._fast_in_bf16:
+                self._note(
+                    "precision=auto is bf16 here: these CPUs have AMX, which makes it several times faster. Use "
+                    "precision=fp32 for the digits of other CPUs."
+                )
+        return chosen_precision(choice, self.device, fast=self._fast_in_bf16)
 
     def start_rollouts(
         self, policy: PolicyConfig, cfg: EngineConfig, *, context: int, receives_weights: bool = True
@@ -151,7 +171,7 @@ class Cluster:
     def start_reward_models(self, cfg: RewardModelFeedback, *, role: str = "reward_model") -> ScorerGroup:
         """Actors that score with a reward model. `wait` waits for them."""
         slots = self._of(role)
-        precision = chosen_precision(cfg.precision, self.device)
+        precision = self.precision(cfg.precision)
         environment = {"TOKENIZERS_PARALLELISM": "false"}
         if self.device == "cpu":
             environment |= {"OMP_NUM_THREADS": str(self._threads(len(slots))), "CUDA_VISIBLE_DEVICES": ""}
@@ -170,7 +190,7 @@ class Cluster:
             model=model.model,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            dtype=DTYPE_NAMES[chosen_precision(model.precision, self.device)],
+            dtype=DTYPE_NAMES[self.precision(model.precision)],
             device=self.device,
             max_context=context,
             tensor_parallel=cfg.tensor_parallel,
@@ -238,7 +258,7 @@ class Cluster:
     def _start_ranks(self, total_steps: int | None = None) -> tuple[list[Watched], Any, Literal["fp32", "bf16"]]:
         """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""
         job = self._job
-        precision = chosen_precision(job.policy.precision, self.device)
+        precision = self.precision(job.policy.precision)
         slots = self._of("learner")
         address, port = self._begin_ranks(slots)
         specs = [

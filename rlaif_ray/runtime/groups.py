@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import ray
 import torch
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlaif_ray.algorithm.losses import explained_variance
 from rlaif_ray.attention import switch_length
-from rlaif_ray.data.batching import balanced_shares, minibatches, plan_ranks
+from rlaif_ray.data.batching import RankPlan, balanced_shares, minibatches, plan_ranks, plans_of_ranks
 from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.models import load_config
 from rlaif_ray.runtime.waiting import gather
@@ -182,15 +182,13 @@ class Ranks:
 class LearnerGroup:
     """The Learner over ranks: plans who computes what, and puts results together again."""
 
-    def __init__(self, ranks: list[Watched], job: TrainJob, precision: str) -> None:
+    def __init__(self, ranks: list[Watched], job: TrainJob, precision: Literal["fp32", "bf16"]) -> None:
         self._ranks = Ranks(ranks, job.cluster.call_timeout_s)
         self.ranks, self.actors = ranks, self._ranks.actors
         self._job = job
         choice = job.algorithm.old_logprobs
-        self._own_logprobs = (
-            choice == "learner"
-            or (choice == "auto" and precision != "fp32")
-            or (choice == "auto" and job.algorithm.importance is not None)
+        self._own_logprobs = choice == "learner" or (
+            choice == "auto" and (precision != "fp32" or job.algorithm.importance_in(precision) is not None)
         )
         self._updates = 0  # iterations so far: seeds the shuffling of minibatches
 
@@ -208,10 +206,11 @@ class LearnerGroup:
             found |= part
         return _experience(samples, found)
 
-    def _plan(self, indices: Sequence[int], prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+    def _plan(self, indices: Sequence[int], prompts: Sequence[Any], completions: Sequence[Any]) -> list[RankPlan]:
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         learner = self._job.learner
-        return plan_ranks(indices, lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
+        plans = plan_ranks(indices, lengths, ranks=learner.groups, budget=learner.tokens_per_micro_batch)
+        return plans_of_ranks(plans, learner.sequence_parallel)
 
     def update(self, experience: Experience) -> dict[str, float]:
         algorithm = self._job.algorithm
@@ -279,10 +278,11 @@ class SupervisedGroup(Generic[Example]):
         plans = plan_ranks(
             range(len(examples)),
             lengths,
-            ranks=learner.ranks,
+            ranks=learner.groups,
             budget=learner.tokens_per_micro_batch,
             apart=None if switch is None else [max(example.lengths) > switch for example in examples],
         )
+        plans = plans_of_ranks(plans, learner.sequence_parallel)
         shared = ray.put(list(examples))
         refs = [getattr(actor, verb).remote(shared, plan) for actor, plan in zip(self.actors, plans, strict=True)]
         return self._ranks.gather(verb, refs)
@@ -421,6 +421,8 @@ def _update_metrics(parts: list[dict[str, float]], *, steps: int, experience: Ex
         "policy/lr": parts[0]["lr"],
         "rollout/logprob_gap": total("gap") / first,
     }
+    if "importance_clipped" in parts[0]:
+        metrics["policy/importance_clipped"] = total("importance_clipped") / tokens
     if experience.values is not None and experience.returns is not None:
         metrics |= {
             "value/loss": total("value_loss") / tokens,

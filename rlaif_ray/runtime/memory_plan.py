@@ -28,6 +28,7 @@ from rlaif_ray.config.sections import (
     RewardModelFeedback,
 )
 from rlaif_ray.model_shapes import ModelShape
+from rlaif_ray.precision import chosen_precision
 from rlaif_ray.runtime.placement import Need, job_needs
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Actors:
     key: str  # the config section that says how large they are
     shape: ModelShape
     memory: Memory
+    together: int = 1  # learners: ranks that compute a micro-batch together
 
 
 def phases(job: Any, machine: Machine, shapes: Shapes, device: Device) -> list[tuple[str, list[Actors]]]:
@@ -109,7 +111,8 @@ def _rollout_need(job: Any, model: Any) -> Need:
 def _actors(job: Any, need: Need, machine: Machine, shapes: Shapes, device: Device) -> Actors:
     if need.role == "learner":
         shape = shapes(job.policy)
-        return Actors(need, "learner", "learner", shape, learner_memory(job, shape, machine, device))
+        memory = learner_memory(job, shape, machine, device)
+        return Actors(need, "learner", "learner", shape, memory, job.learner.sequence_parallel)
     if need.role == "rollout":
         return _engines(job, job.policy, need, "rollout", machine, shapes, device)
     section, key = sections(job)[need.role]
@@ -148,9 +151,8 @@ def sections(job: Any) -> dict[str, tuple[JudgeConfig | RewardModelFeedback, str
 
 
 def precision_bytes(precision: Precision, device: Device) -> int:
-    """Bytes of a weight; auto is bf16 on GPUs and fp32 on CPUs."""
-    chosen = ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
-    return BYTES[chosen]
+    """Bytes of a weight; auto is what this machine would compute in."""
+    return BYTES[chosen_precision(precision, device)]
 
 
 # ---- Engines ---------------------------------------------------------------------------------------------------------
@@ -262,7 +264,8 @@ class Zero:
     bucket_bytes: int
     live_elements: int  # ZeRO-3: weights that are whole at a time
     offloaded: bool  # optimizer states and gradients are in the host's memory
-    weights_offloaded: bool  # so are weights
+    sum_is_stepped: bool  # the optimizer reads the gradients' sum where it is
+    weights_offloaded: bool  # weights are in the host's memory
     secondary_ranks: int  # ZeRO++ hpZ: ranks that hold a second copy of the weights among them; 1: there is none
 
     def weights(self, model: Trained) -> int:
@@ -285,7 +288,7 @@ class Zero:
 
     def step(self, model: Trained) -> int:
         """Gradients in fp32 during the optimizer's step, beside all else."""
-        if self.offloaded or self.master_bytes == 0:
+        if self.offloaded or self.master_bytes == 0 or self.sum_is_stepped:
             return 0
         return min(self._share(model.trainable, 1), STEP_ELEMENTS if self.stage == 3 else 2**62) * 4
 
@@ -293,12 +296,14 @@ class Zero:
         """Bytes of a rank in its node's memory, by what is offloaded.
 
         With the optimizer: master weights, two moments and the gradients of its step in fp32; in stages 1 and 2 a copy
-        of the new weights, on their way back; and from stage 2 on the gradients that micro-batches add up.
+        of the new weights, on their way back; and from stage 2 on the gradients that micro-batches add up, in stage 2
+        only where they do so in the weights' type.
         """
         found = {}
         share = self._share(model.trainable, 1)
         if self.offloaded and share:
-            copies = {1: self.weight_bytes, 2: 2 * self.weight_bytes, 3: self.gradient_bytes}[self.stage]
+            twice = 2 if self.gradient_bytes == self.weight_bytes else 1
+            copies = {1: self.weight_bytes, 2: twice * self.weight_bytes, 3: self.gradient_bytes}[self.stage]
             found["optimizer"] = share * (4 + 8 + 4 + copies)
         if self.weights_offloaded:
             found["parameters"] = self._share(model.all, 3) * self.weight_bytes
@@ -316,24 +321,29 @@ class Zero:
 def zero_of(learner: Any, precision: Literal["fp32", "bf16"]) -> Zero:
     """From DeepSpeed's own config, so that `learner.deepspeed_overrides` count.
 
-    bf16 gradients add up in bf16: DeepSpeed takes the model's type unless data_types.grad_accum_dtype says otherwise
-    (engine.get_data_types). In fp32 its optimizer keeps copies from stage 1 on all the same.
+    Gradients add up in the model's type unless data_types.grad_accum_dtype says otherwise (engine.get_data_types), as
+    ours does in bf16. In fp32 its optimizer keeps copies from stage 1 on all the same.
     """
     config = deepspeed_config(learner, precision=precision)
     zero = config["zero_optimization"]
     stage = int(zero["stage"])
     size = BYTES[precision]
-    bucket = int(zero.get("reduce_bucket_size", 0)) + int(zero.get("allgather_bucket_size", 0))
     accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
+    in_fp32 = precision == "bf16" and accumulated == "fp32"
+    # Bytes of an element that is reduced. Sums in fp32: stage 1 reduces them in place, stage 2 fills a bucket in bf16
+    # and reduces a copy in fp32, stage 3 fills one in fp32.
+    reduced = {1: 0, 2: size + 4, 3: 4}.get(stage, 0) if in_fp32 else size
+    buckets = int(zero.get("reduce_bucket_size", 0)) * reduced + int(zero.get("allgather_bucket_size", 0)) * size
     return Zero(
         stage=stage,
         ranks=learner.ranks,
         weight_bytes=size,
         gradient_bytes=4 if accumulated == "fp32" else size,
         master_bytes=0 if stage == 0 and precision == "fp32" else 4,
-        bucket_bytes=bucket * size,
+        bucket_bytes=buckets,
         live_elements=int(zero.get("stage3_max_live_parameters", 10**9)),
         offloaded=_is_offloaded(zero, "offload_optimizer"),
+        sum_is_stepped=in_fp32 and stage < 3,
         weights_offloaded=_is_offloaded(zero, "offload_param"),
         secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)),
     )
@@ -381,7 +391,8 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
         parts["hpZ copy"] = secondary
     held = sum(parts.values())
 
-    tokens = max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine))
+    together = job.learner.sequence_parallel
+    tokens = rank_tokens(max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine)), together)
     checkpointing = job.learner.gradient_checkpointing
 
     def kept(checkpointing: bool) -> int:
@@ -394,12 +405,26 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
         "gathered": max(zero.gathered(one, shape.vocabulary * shape.hidden) for one in models.values()),
         "buckets": zero.bucket_bytes,
     }
+    if together > 1:
+        working["exchange"] = exchange(shape, tokens, size)
     if zero.offloaded and zero.stage < 3:  # a gradient on its way to the host, the largest
         working["buckets"] += shape.vocabulary * shape.hidden * zero.weight_bytes
     # The step comes when activations are gone: only what it takes beyond them adds to the peak.
     working["optimizer step"] = max(0, max(zero.step(one) for one in models.values()) - sum(working.values()))
     memory = _alone(parts | working, machine, device, resting=held)
     return replace(memory, otherwise={"activations": kept(not checkpointing)})
+
+
+def rank_tokens(tokens: int, together: int) -> int:
+    """Of a micro-batch's tokens those of each of the ranks that compute it together: all of them take the same number,
+    and one that fills up (learner/sequence_parallel.py). Activations and logits are of those alone; in attention a rank
+    has all tokens of its share of the heads instead, which is as much."""
+    return tokens if together == 1 else -(-tokens // together) + 1
+
+
+def exchange(shape: ModelShape, tokens: int, size: int) -> int:
+    """What ranks that compute together send and receive at a time: queries, keys and values of their own T tokens."""
+    return 2 * tokens * (shape.queries + 2 * shape.keys) * size
 
 
 def _repeats(job: Any, shape: ModelShape, machine: Machine) -> float:

@@ -136,7 +136,7 @@ def make_samples(args: Any, vocabulary: int) -> Samples:
 
 
 def make_experience(rank: RlRank, prompts: Any, completions: Any, plan: RankPlan) -> Experience:
-    """What an update needs, with random advantages and returns."""
+    """What an update needs, with random advantages and returns; also for a rank without critic or reference."""
     import torch
 
     from rlaif_ray.types import Experience

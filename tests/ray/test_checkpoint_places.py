@@ -34,7 +34,8 @@ def sft(run_dir: Path, data: Path, *settings: str, environment: Mapping[str, str
     """`rlaif sft` of four steps on two ranks, to its end; nothing of it lives on."""
     config = run_dir.with_suffix(".yaml")
     config.write_text("cluster: {address: local}\n")
-    common = (f"policy.model={cached_tiny_model(tied=True, context=4096)}", f"data.path={data}", f"run_dir={run_dir}")
+    model = cached_tiny_model(tied=True, context=4096)
+    common = (f"policy.model={model}", "policy.precision=fp32", f"data.path={data}", f"run_dir={run_dir}")
     short = ("sft.batch_size=6", "sft.epochs=1", "sft.held_out_fraction=0", "learner.lr=1e-3", "checkpoint.every=2")
     command = [Path(sys.executable).with_name("rlaif"), "sft", config, *common, *short, *settings]
     program = start(command, run_dir.with_suffix(".out"), environment)

@@ -29,6 +29,7 @@ def revise(folder: Path, name: str, *settings: object) -> Program:
         name,
         f"revise {ROOT}/configs/demo/revise.yaml",
         f"policy.model={model()}",
+        "policy.precision=fp32",  # digits are compared: also on CPUs that are faster in bf16
         "data.limit=150",
         "revision.max_new_tokens=6",
         "rollout.kv_cache_gb=0.2",
@@ -68,6 +69,7 @@ def sft(folder: Path, name: str, data: Path) -> Program:
         name,
         f"sft {ROOT}/configs/demo/sft.yaml",
         f"policy.model={model()}",
+        "policy.precision=fp32",  # digits are compared: also on CPUs that are faster in bf16
         f"data.path={data}",
         "sft.batch_size=32",
         "sft.held_out_fraction=0.2",

@@ -41,12 +41,13 @@ def evaluate(folder: Path, name: str) -> Program:
     words = [
         *(ROOT / ".venv/bin/rlaif", "evaluate", ROOT / "configs/demo/alignment.yaml"),
         f"data.path={folder / 'people.jsonl'}",
-        f"judge={{type: vllm, model: {model()}, kv_cache_gb: 0.2, min_answer_mass: 0}}",
-        f"arms={{one: {{model: {model()}}}, other: {{model: {model(1)}}}, file: {{path: {folder / 'file.jsonl'}}}}}",
+        f"judge={{type: vllm, model: {model()}, precision: fp32, kv_cache_gb: 0.2, min_answer_mass: 0}}",
+        f"arms={{one: {{model: {model()}, precision: fp32}}, other: {{model: {model(1)}, precision: fp32}}, "
+        f"file: {{path: {folder / 'file.jsonl'}}}}}",
         "prompts={path: 'package:heldout', limit: 70, shuffle: false}",
         "harmless={prompts: {path: 'package:train', limit: 40, shuffle: false}, "
         f"safe: {{path: 'package:heldout', limit: 20, shuffle: false}}, labelled: {folder / 'known.jsonl'}}}",
-        f"reward_models.rm.model={folder / 'reward_model'}",
+        f"reward_models.rm={{model: {folder / 'reward_model'}, precision: fp32}}",
         "sampling.max_new_tokens=6",
         "rollout.kv_cache_gb=0.1",
         f"run_dir={folder / name}",

@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PIPELINE = """\
 cluster: {{address: local}}
 shared:
-  policy: {{model: {model}}}
+  policy: {{model: {model}, precision: fp32}}  # digits are compared: also on CPUs that are faster in bf16
   rollout: {{kv_cache_gb: 0.1}}
-  judge: {{model: {model}, kv_cache_gb: 0.2, min_answer_mass: 0}}
+  judge: {{model: {model}, precision: fp32, kv_cache_gb: 0.2, min_answer_mass: 0}}
   learner: {{lr: 1.0e-3}}
   checkpoint: {{every: 2}}
   tracking: {{wandb: disabled}}
@@ -52,7 +52,7 @@ stages:
     policy: {{model: 'stage:sft'}}
     data: {{path: 'package:train', limit: 12}}
     sampling: {{prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 8}}
-    feedback: {{type: reward_model, model: 'stage:rm'}}
+    feedback: {{type: reward_model, model: 'stage:rm', precision: fp32}}
     algorithm: {{type: rloo, missing_eos_penalty: null}}
     evaluation: {{held_out: {{path: 'package:heldout', limit: 6}}}}
     checkpoint: {{every: 1}}
@@ -67,11 +67,14 @@ stages:
     policy: {{model: 'stage:sft'}}
     data: {{path: 'package:train', limit: 130}}
     sampling: {{samples_per_prompt: 2, max_new_tokens: 6}}
-    feedback: {{type: judge, template: helpful, judge: {{model: {model}, kv_cache_gb: 0.2, min_answer_mass: 0}}}}
+    feedback:
+      type: judge
+      template: helpful
+      judge: {{model: {model}, precision: fp32, kv_cache_gb: 0.2, min_answer_mass: 0}}
   evaluate:
     job: evaluate
     arms:
-      dpo: {{model: 'stage:dpo'}}
+      dpo: {{model: 'stage:dpo', precision: fp32}}
       best: {{path: 'stage:best-of-2'}}
     prompts: {{path: 'package:train', limit: 70}}
     sampling: {{max_new_tokens: 6}}

@@ -68,7 +68,7 @@ def tiny_job(kind: str, stage: int) -> TrainJob:
     return embedded(
         TrainJob,
         {
-            "policy": {"model": str(cached_tiny_model(tied=kind == "tied"))},
+            "policy": {"model": str(cached_tiny_model(tied=kind == "tied")), "precision": "fp32"},
             "sampling": {"prompts_per_step": len(PROMPTS), "samples_per_prompt": 2},
             "rollout": {"kv_cache_gb": 0.1, "replicas": KINDS[kind]},
             "algorithm": {"type": "ppo", "minibatches": 2, "old_logprobs": "learner"},

@@ -26,6 +26,7 @@ LEVEL_OF_ROOM = {
     "dropout": 0,
     "output": 0,
     "paths": 0,
+    "precision": 0,
     "vocabulary": 0,
     "weight_types": 0,
     "secrecy": 0,

@@ -553,8 +553,14 @@ def test_git_revision(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_deepspeed_config(stage: Any, precision: Any) -> None:
     config = deepspeed_config(LearnerConfig(zero_stage=stage, grad_clip=0.5), precision=precision, micro_batch_size=4)
-    assert config["zero_optimization"]["stage"] == stage
-    assert config["bf16"] == {"enabled": precision == "bf16", "check_grad_overflow": True}
+    if precision == "bf16":
+        assert config["zero_optimization"]["stage"] == max(stage, 1)  # stage 0 has no fp32 sum of gradients
+        assert config["bf16"] == {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
+        assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert config["communication_data_type"] == "fp32"
+    else:
+        assert config["zero_optimization"]["stage"] == stage
+        assert not {"bf16", "data_types", "communication_data_type"} & set(config)
     assert config["gradient_clipping"] == 0.5
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_accumulation_steps"] == 1

@@ -134,8 +134,9 @@ def test_importance_weights_by_hand() -> None:
     # ratios 2, .25, 8, 1 into [.5, 5] -> 2, .5, 5, 1;  an impossible token (exp(inf)) -> 5
     train = torch.tensor([0.4, 0.1, 0.8, 0.3, 0.5]).log().requires_grad_()
     sampler = torch.tensor([0.2, 0.4, 0.1, 0.3, 0.0]).log()
-    weights = truncated_importance_weight(train, sampler, 0.5, 5.0)
+    weights, clipped = truncated_importance_weight(train, sampler, 0.5, 5.0)
     torch.testing.assert_close(weights, torch.tensor([2.0, 0.5, 5.0, 1.0, 5.0]))
+    assert clipped.tolist() == [False, True, True, False, True]
     assert not weights.requires_grad
 
 
@@ -143,7 +144,7 @@ def test_importance_weights_by_hand() -> None:
 def test_weighting_the_advantages_is_weighting_the_loss(dual_clip: float | None) -> None:
     torch.manual_seed(0)
     logprobs, old, advantages = (torch.randn(200, dtype=torch.float64) for _ in range(3))
-    weights = truncated_importance_weight(old, old + torch.randn(200).double(), 0.5, 5.0)
+    weights, _ = truncated_importance_weight(old, old + torch.randn(200).double(), 0.5, 5.0)
     weighted_advantages = ppo_policy_loss(logprobs, old, weights * advantages, 0.2, dual_clip=dual_clip)[0]
     weighted_loss = weights * ppo_policy_loss(logprobs, old, advantages, 0.2, dual_clip=dual_clip)[0]
     torch.testing.assert_close(weighted_advantages, weighted_loss)

@@ -166,11 +166,11 @@ def loaded(spec: RankSpec, job: Any, folder: StoredFolder) -> str:
 # The tests
 
 
-def train_job(stage: int, count: int) -> TrainJob:
+def train_job(stage: int, count: int, precision: str = "auto") -> TrainJob:
     return embedded(
         TrainJob,
         {
-            "policy": {"model": str(cached_tiny_model(tied=True))},
+            "policy": {"model": str(cached_tiny_model(tied=True)), "precision": precision},
             "sampling": {"prompts_per_step": 2, "samples_per_prompt": 2},
             "learner": ADAM | {"ranks": count, "zero_stage": stage},
             "steps": 8,
@@ -219,6 +219,12 @@ def test_bf16_goes_on_to_the_bit(ranks: RankProcesses, stage: int, tmp_path: Pat
     policy = {"model": str(cached_tiny_model(tied=True)), "precision": "bf16"}
     job = SftJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner})
     assert_goes_on(ranks, job, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_critic_in_bf16_goes_on_to_the_bit(ranks: RankProcesses, stage: int, tmp_path: Path) -> None:
+    """Its head computes with fp32 weights, which are no parameters of the module: those of the checkpoint."""
+    assert_goes_on(ranks, train_job(stage, ranks.count, "bf16"), tmp_path)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

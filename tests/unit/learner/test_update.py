@@ -48,7 +48,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "rloo": {"type": "rloo"},
     "grpo": {"type": "grpo"},
     "grpo_unscaled_k2": {"type": "grpo", "scale_by_std": False, "kl": {"estimator": "k2"}},
-    "ppo_importance": {"type": "ppo", "importance": {"low": 0.7, "high": 1.3}},
+    "ppo_importance": {"type": "ppo", "importance": {"when": "always", "low": 0.7, "high": 1.3}},
 }
 NOISES = {"old": 0.3, "ref": 0.5, "sampler": 0.6}  # so that ratios, KL and importance weights are all at work
 
@@ -189,7 +189,7 @@ def policy_losses(algorithm: Any, lp: Tensor, old: Tensor, ref: Tensor, sampler:
     else:
         ratio = torch.exp(lp - old)
         loss = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
-    if algorithm.importance is not None:
+    if algorithm.importance.when == "always":
         loss = loss * torch.exp(old - sampler).clamp(0.7, 1.3)
     if algorithm.type == "grpo":
         d = lp - ref
@@ -270,6 +270,12 @@ def test_two_steps_follow_the_formula(name: str, one_rank: RankProcesses) -> Non
     assert got["sums"]["policy_loss"] == pytest.approx(sums["policy_loss"], rel=1e-4, abs=1e-4)
     if job.algorithm.type != "reinforce":
         assert 3 <= got["sums"]["clipped"] <= 30  # the clip was at work, on some tokens
+    if job.algorithm.importance.when == "always":
+        quotients = torch.exp(experience.logprobs - experience.sampler_logprobs)[experience.mask]
+        beyond = int(((quotients < 0.7) | (quotients > 1.3)).sum())
+        assert got["sums"]["importance_clipped"] == beyond > 3
+    else:  # in fp32 there are no weights unless they are asked for
+        assert "importance_clipped" not in got["sums"]
     if experience.values is None:
         assert "values" not in got["found"][0]
         return

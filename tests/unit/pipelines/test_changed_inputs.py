@@ -53,6 +53,9 @@ class Engines:
     def open(self, *_: Any, **__: Any) -> Iterator[Any]:
         yield self
 
+    def precision(self, _: str) -> str:
+        return "fp32"
+
     def start_rollouts(self, *_: Any, **__: Any) -> ScriptedGenerator:
         return ScriptedGenerator(self._tokenizer, respond=self._say, failure=lambda one: self.failure(one))
 

@@ -525,7 +525,7 @@ OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"algorithm": {"type": "ppo", "lam": 0.5}}, "algorithm.lam was 0.95 and is 0.5"),
     ({"algorithm": {"type": "ppo", "epochs": 2}}, "algorithm.epochs was 1 and is 2"),
     ({"algorithm": {"type": "ppo", "missing_eos_penalty": None}}, "algorithm.missing_eos_penalty was 1.0 and is None"),
-    ({"algorithm": {"type": "ppo", "importance": {}}}, "algorithm.importance was None and is {'low': 0.0"),
+    ({"algorithm": {"type": "ppo", "importance": {"high": 3}}}, "algorithm.importance.high was 2.0 and is 3.0"),
     ({"learner": {"lr": 1e-4}}, "learner.lr was 1e-06 and is 0.0001"),
     ({"learner": {"critic_lr": 1e-4}}, "learner.critic_lr was None and is 0.0001"),
     ({"learner": {"betas": (0.9, 0.95)}}, "learner.betas was [0.9, 0.999] and is [0.9, 0.95]"),

@@ -30,11 +30,11 @@ LLAMA_8B = known_shapes()["meta-llama/Llama-3.1-8B"]
 TINY = ModelShape("llama", 2, 8, 16, 2, 1, 4, 32, 64)  # untied
 
 
-# ZeRO (Rajbhandari et al. 1910.02054), section 3 and figure 1, per parameter on N = 4 ranks: 2 + 2 + 12 bytes without
-# it; optimizer states, then gradients, then weights are a quarter each.
+# ZeRO (Rajbhandari et al. 1910.02054), section 3 and figure 1, per parameter on N = 4 ranks: 2 + 4 + 12 bytes without
+# it, gradients in fp32; optimizer states, then gradients, then weights are a quarter each. Stage 0 runs as stage 1.
 @pytest.mark.parametrize(
     ("stage", "weights", "gradients", "optimizer"),
-    [(0, 2.0, 2.0, 12.0), (1, 2.0, 2.0, 3.0), (2, 2.0, 0.5, 3.0), (3, 0.5, 0.5, 3.0)],
+    [(0, 2.0, 4.0, 3.0), (1, 2.0, 4.0, 3.0), (2, 2.0, 1.0, 3.0), (3, 0.5, 1.0, 3.0)],
 )
 def test_zero_on_four_ranks_in_bf16(stage: Any, weights: float, gradients: float, optimizer: float) -> None:
     zero, model = zero_of(LearnerConfig(ranks=4, zero_stage=stage), "bf16"), Trained(BILLION, 0)
@@ -52,8 +52,17 @@ def test_overrides_of_deepspeed_count() -> None:
     overrides = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     zero = zero_of(LearnerConfig(deepspeed_overrides=overrides), "bf16")
     assert zero.stage == 2 and zero.optimizer(Trained(BILLION, 0)) == 0
-    fp32 = zero_of(LearnerConfig(deepspeed_overrides={"data_types": {"grad_accum_dtype": "fp32"}}), "bf16")
-    assert fp32.gradients(Trained(BILLION, 0)) == 4 * BILLION
+    bf16 = zero_of(LearnerConfig(deepspeed_overrides={"data_types": {"grad_accum_dtype": "bf16"}}), "bf16")
+    assert bf16.gradients(Trained(BILLION, 0)) == 2 * BILLION
+
+
+def test_a_sum_of_gradients_in_fp32_is_no_copy_until_stage_3() -> None:
+    """DeepSpeed flattens stage 3's once more for the step, at most 10^9 at a time. Buckets of 5 x 10^7 elements each:
+    gathered in bf16; reduced in place, in bf16 and a copy in fp32, in fp32."""
+    for stage, extra, reduced in ((1, 0, 0), (2, 0, 6), (3, 4 * BILLION, 4)):
+        zero = zero_of(LearnerConfig(zero_stage=stage), "bf16")  # type: ignore[arg-type]
+        assert zero.step(Trained(3 * BILLION, 0)) == extra
+        assert zero.bucket_bytes == 50_000_000 * (2 + reduced)
 
 
 IN_BF16 = {"data_types": {"grad_accum_dtype": "bf16"}}  # the sums of micro-batches
@@ -88,7 +97,7 @@ def test_sums_in_fp32_stay_on_the_gpu_up_to_stage_2() -> None:
         for stage in (1, 2, 3)  # type: ignore[arg-type]
     ]
     assert [zero_of(learner, "bf16").gradients(model) for learner in learners] == [4 * BILLION, BILLION, 0]
-    assert [sum(zero_of(learner, "bf16").on_host(model).values()) / BILLION for learner in learners] == [4.5, 5, 5]
+    assert [sum(zero_of(learner, "bf16").on_host(model).values()) / BILLION for learner in learners] == [4.5, 4.5, 5]
 
 
 def test_hpz_costs_a_copy_of_the_weights_divided_by_its_ranks() -> None:
@@ -153,12 +162,12 @@ def test_a_critic_is_the_body_with_a_head_of_one() -> None:
 
 
 def test_parts_of_a_ppo_rank_by_hand() -> None:
-    """ZeRO-3 on 8 ranks: 16 bytes a parameter, an eighth of it, of policy and critic; 2 of the reference."""
+    """ZeRO-3 on 8 ranks: 18 bytes a parameter, an eighth of it, of policy and critic; 2 of the reference."""
     job = train(learner={"ranks": 8, "zero_stage": 3, "gradient_checkpointing": True}, rollout={"max_context": 2048})
     parts = learner_memory(job, LLAMA_8B, MACHINE, "cuda").parts
     eighth, critic = 8_030_261_248 // 8, -(-(8_030_261_248 - 128_256 * 4096 + 4097) // 8)
-    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (2 * eighth, 2 * eighth, 12 * eighth)
-    assert (parts["critic"], parts["reference"]) == (16 * critic, 2 * eighth)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (2 * eighth, 4 * eighth, 12 * eighth)
+    assert (parts["critic"], parts["reference"]) == (18 * critic, 2 * eighth)
     assert parts["gathered"] == 2 * BILLION  # stage3_max_live_parameters
     assert parts["logits"] == 4096 * 128_256 * 2 + 128 * 128_256 * 8
     assert parts["CUDA"] == CUDA_BYTES
@@ -241,6 +250,22 @@ def test_a_sample_above_the_budget_sets_the_micro_batch() -> None:
         for context in (4096, 128)
     )
     assert long.parts["logits"] - short.parts["logits"] == (4096 - 128) * 128_256 * 2
+
+
+def test_ranks_that_share_sequences_share_activations_and_logits() -> None:
+    """Four ranks, 32768 tokens: 8192 each and one that fills up. Weights are divided over all ranks anyway."""
+    learner: dict[str, Any] = {"ranks": 8, "zero_stage": 3, "gradient_checkpointing": True, "logits_chunk": None}
+    learner["tokens_per_micro_batch"] = 32768
+    rollout = {"max_context": 32768}
+    whole = learner_memory(train(learner=learner, rollout=rollout), LLAMA_8B, MACHINE, "cuda").parts
+    job = train(learner=learner | {"sequence_parallel": 4}, rollout=rollout)
+    split = learner_memory(job, LLAMA_8B, MACHINE, "cuda").parts
+    assert split["activations"] * 32768 == whole["activations"] * 8193
+    scratch = 128 * 128_256 * 4 * 2
+    assert (split["logits"] - scratch) == 8193 * 128_256 * 2 and whole["logits"] - scratch == 32768 * 128_256 * 2
+    assert split["exchange"] == 2 * 8193 * (4096 + 2 * 1024) * 2 and "exchange" not in whole
+    same = ("weights", "gradients", "optimizer", "critic", "reference", "gathered", "buckets")
+    assert [split[part] for part in same] == [whole[part] for part in same]
 
 
 @pytest.mark.parametrize(("parallel", "heads"), [(1, 8), (4, 2), (8, 1), (16, 1)])
