@@ -19,6 +19,7 @@ from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.documents import read_json
 from rlaif_ray.errors import InputError, RunError
+from rlaif_ray.learner.build_locks import free_build_locks, watch_waits
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
 from rlaif_ray.learner.head import head_of
 from rlaif_ray.learner.packing import Arguments, ModelInput
@@ -76,6 +77,8 @@ def join_ranks(spec: RankSpec, timeout_s: float) -> torch.device:
     # DeepSpeed would compile a C++ extension for this one (a minute, a compiler, and a lock that outlives a killed
     # process). It serves `inference_all_reduce` alone, which training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    watch_waits()
+    free_build_locks()  # before all ranks meet, and so before one of them builds
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "gloo" if spec.device == "cpu" else "nccl"
     if not torch.distributed.is_initialized():  # a process may hold one rank after another

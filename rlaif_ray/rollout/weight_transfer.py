@@ -1,7 +1,8 @@
-"""How weights reach vLLM: the trainer's half of each transport, and our shared-memory backend's registration.
+"""How weights reach vLLM: the trainer's half of each transport, and the registration of vLLM's half.
 
 vLLM's worker API is driven by its unpacked wire format (start, update any number of times, finish), the same in
-vLLM 0.26 to 0.33. On GPUs its own `ipc` and `nccl` backends receive; on CPUs, where it has none, `shm_engine.py`.
+vLLM 0.26 to 0.33. On GPUs its own `ipc` and `nccl` backends receive, with a checksum (`gpu_engines.py`); on CPUs,
+where it has none, `shm_engine.py`.
 This module imports vLLM only where a transport needs it, so that a learner on CPU never loads it.
 """
 
@@ -17,41 +18,26 @@ from rlaif_ray.rollout.orphans import end_with_parent, is_engines_child
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHM_BACKEND = "shm"
+# By our name of a transport: the backend's name in vLLM, and where its engine is.
+ENGINES = {
+    "shm": ("shm", "rlaif_ray.rollout.shm_engine", "ShmWeightTransferEngine"),
+    "ipc": ("rlaif_ipc", "rlaif_ray.rollout.gpu_engines", "IpcEngine"),
+    "nccl": ("rlaif_nccl", "rlaif_ray.rollout.gpu_engines", "NcclEngine"),
+}
 _ALIGNMENT = 64  # bytes; keeps every tensor of a segment aligned for vector loads
 
 
 def register() -> None:
-    """Adds the shared-memory backend to vLLM. A process that one of our engines started ends with its parent, and its
+    """Adds our backends to vLLM. A process that one of our engines started ends with its parent, and its
     output is masked. Entry point of vLLM's plugin group: runs in every process of any vLLM in this environment."""
     if is_engines_child():
         end_with_parent()
         show_logs_safely()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if SHM_BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            SHM_BACKEND, "rlaif_ray.rollout.shm_engine", "ShmWeightTransferEngine"
-        )
-
-
-def additive_checksum(tensors: Sequence[Tensor]) -> int:
-    """Sum of all raw bits read as integers, modulo 2^63.
-
-    Additive, so that it does not care how an engine merges parameters (q, k and v into one), and zero padding of a
-    vocabulary adds nothing.
-    """
-    import torch
-
-    views = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    total = 0
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1)
-        # Eight bytes at a time where that is four times as fast; GPUs keep merged parameters, so there by element.
-        wide = not tensor.is_cuda and flat.numel() * flat.element_size() % 8 == 0
-        bits = flat.view(torch.int64 if wide else views[flat.element_size()])
-        total += int(bits.sum(dtype=torch.int64))
-    return total % 2**63
+    for name, module, engine in ENGINES.values():
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, module, engine)
 
 
 def stale_message(model: str, names: Sequence[str]) -> str:

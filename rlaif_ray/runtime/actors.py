@@ -95,8 +95,8 @@ class EngineActor(Actor):
     def update(self, update_info: dict[str, Any]) -> None:
         self._engine.update(update_info)
 
-    def finish_update(self, version: int) -> list[int | None]:
-        checksums: list[int | None] = self._engine.finish_update(version)
+    def finish_update(self, version: int) -> list[int]:
+        checksums: list[int] = self._engine.finish_update(version)
         return checksums
 
 
@@ -236,10 +236,10 @@ class LearnerActor(Actor):
         notes: list[str] = self._learner.save_model(folder, center)
         return notes
 
-    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]], bool]:
-        """(name, dtype, shape) of all that a push sends, the names that go together, whether buffers are among it."""
+    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]]]:
+        """(name, dtype, shape) of all that a push sends, and the names that go together."""
         weights = self._learner.weights
-        return weights.metadata(), weights.groups(), weights.has_buffers
+        return weights.metadata(), weights.groups()
 
     def open_senders(self, backend: str, options: dict[str, Any]) -> None:
         """Opens this end of the transport, with two places for buckets where one is filled while one is read.
@@ -259,22 +259,22 @@ class LearnerActor(Actor):
 
     def stage(self, names: list[str], slot: int) -> tuple[dict[str, Any], int] | None:
         """Gathers a bucket (all ranks) and stages it (those that send): the update message and the checksum."""
-        from rlaif_ray.rollout.weight_transfer import additive_checksum
+        from rlaif_ray.rollout.checksum import checksum
 
         with self._learner.weights.gathered(names) as tensors:
             if not self._senders:
                 return None
-            return self._senders[slot].stage(names, tensors), additive_checksum(tensors)
+            return self._senders[slot].stage(names, tensors), checksum(names, tensors)
 
     def broadcast(self, names: list[str]) -> int | None:
         """Gathers a bucket (all ranks) and broadcasts it (rank 0) to engines that are receiving; its checksum."""
-        from rlaif_ray.rollout.weight_transfer import additive_checksum
+        from rlaif_ray.rollout.checksum import checksum
 
         with self._learner.weights.gathered(names) as tensors:
             if not self._senders:
                 return None
             self._senders[0].broadcast(tensors)
-            return additive_checksum(tensors)
+            return checksum(names, tensors)
 
     def release(self, slot: int) -> None:
         """The engines have taken the bucket staged in `slot`."""

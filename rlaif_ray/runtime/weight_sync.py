@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from rlaif_ray.errors import EngineError, InputError, LearnerLostError, StaleWeightsError
+from rlaif_ray.rollout.checksum import MODULUS
 from rlaif_ray.rollout.weight_transfer import with_handles_of_all
 from rlaif_ray.runtime.supervision import HEALTH
 from rlaif_ray.runtime.waiting import gather
@@ -85,16 +86,9 @@ def must_share_gpus(ranks: list[list[Gpu]], engines: list[tuple[str, list[Gpu]]]
             )
 
 
-def differs(found: list[int | None], checksum: int, *, received: bool, has_buffers: bool) -> bool:
-    """Whether an engine's checksums, one a worker, say that it has other weights than the learner.
-
-    `received`: they are of the bytes that came, else of the parameters that the engine holds. Of those, workers of a
-    tensor-parallel engine each hold a part, and replicate some; what is a buffer here may be a parameter there; and
-    None says that vLLM keeps them in another form. Then the engine's own count of what was loaded, which failed if
-    something was not, and the guard's log-probabilities are all there is.
-    """
-    if not received and (has_buffers or len(found) > 1 or None in found):
-        return False
+def differs(found: list[int], checksum: int) -> bool:
+    """Whether an engine's checksums, one a worker, say that other bytes came than the learner sent: every worker
+    receives every tensor whole, before it takes its part."""
     return any(c != checksum for c in found)
 
 
@@ -116,7 +110,6 @@ class Sync:
         self._backend, self._workers, self._timeout_s = backend, engine_workers, timeout_s
         found = self._of_ranks([self._ranks[0].weight_metadata.remote()])[0]
         self._metadata: Metadata = found[0]
-        self._has_buffers: bool = found[2]
         self._buckets = make_buckets(found[1], self._metadata, cfg.bucket_mb * 2**20)
         self._bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in self._metadata)
         self._connected: list[Replica] = []
@@ -229,14 +222,14 @@ class Sync:
         self._connect(engines)
         engines = [engine for engine, _ in self._of_engines(engines, lambda e: e.start_update.remote())]
         try:
-            checksum = (self._broadcast if self._backend == "nccl" else self._stage_ahead)(engines) % 2**63
+            checksum = (self._broadcast if self._backend == "nccl" else self._stage_ahead)(engines) % MODULUS
         except LearnerLostError:
             for engine in engines:  # half of the new weights are in it
                 engine.watched.lose("was left with half of an update", blameless=True)
             raise
         version = self._version
         for engine, found in self._of_engines(engines, lambda e: e.finish_update.remote(version)):
-            if differs(found, checksum, received=self._backend == "shm", has_buffers=self._has_buffers):
+            if differs(found, checksum):
                 raise StaleWeightsError(
                     f"{engine.watched.name} has other weights than the learner after the sync to version {version} "
                     f"(checksums {found}, learner {checksum}): it must not sample. Report this with the model's name."

@@ -228,17 +228,18 @@ def change(model: Any, seed: int = 2) -> None:
 def push(model: Any, engine: Any) -> None:
     """As runtime/weight_sync.py does it: two slots by turns, each overwritten while vLLM may still want it."""
     from rlaif_ray.learner.model_state import ModelState
-    from rlaif_ray.rollout.weight_transfer import ShmSender, additive_checksum
+    from rlaif_ray.rollout.checksum import MODULUS, checksum
+    from rlaif_ray.rollout.weight_transfer import ShmSender
 
-    state, slots, checksum = ModelState(model), [ShmSender(), ShmSender()], 0
+    state, slots, sent = ModelState(model), [ShmSender(), ShmSender()], 0
     if engine.weight_version < 0:
         engine.init_transfer({})
     engine.start_update()
     for k, names in enumerate(state.groups()):
         with state.gathered(names) as tensors:
-            checksum += additive_checksum(tensors)
+            sent += checksum(names, tensors)
             engine.update(slots[k % 2].stage(names, tensors))
-    assert engine.finish_update(engine.weight_version + 1) == [checksum % 2**63]
+    assert engine.finish_update(engine.weight_version + 1) == [sent % MODULUS]
     engine.weight_version = 1
     for slot in slots:
         slot.close()

@@ -33,7 +33,7 @@ from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.pipelines.experience import add_advantages, check_fresh
 from rlaif_ray.pipelines.guard import Guard
-from rlaif_ray.rollout.weight_transfer import additive_checksum
+from rlaif_ray.rollout.checksum import checksum
 from rlaif_ray.runtime.actors import Actor, LearnerActor
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
@@ -260,10 +260,10 @@ def test_engines_follow_the_learner(case: Case, tmp_path: Path) -> None:
     assert {c.weight_version for c in sample(case.engines, seed=0)} == {case.version}
 
     # What was sent is what was saved: every parameter, and a tied one once.
-    weights = list(AutoModelForCausalLM.from_pretrained(policy).parameters())
+    weights = dict(AutoModelForCausalLM.from_pretrained(policy).named_parameters())
     assert report.version == case.version
-    assert report.bytes == sum(4 * w.numel() for w in weights)
-    assert report.checksum == f"{additive_checksum(weights):016x}"
+    assert report.bytes == sum(4 * w.numel() for w in weights.values())
+    assert report.checksum == f"{checksum(list(weights), list(weights.values())):016x}"
     for engine in case.engines.actors:
         call = engine.__ray_call__.remote(lambda a: a._engine._llm.collective_rpc("received_checksum"))
         assert [f"{c:016x}" for c in ray.get(call, timeout=scaled(60))] == [report.checksum]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlaif_ray.learner.model_state import layer_groups
-from rlaif_ray.rollout.weight_transfer import ShmSender, additive_checksum, with_handles_of_all
+from rlaif_ray.rollout.weight_transfer import ENGINES, ShmSender, register, with_handles_of_all
 
 NAMES = [
     "model.embed_tokens.weight",
@@ -34,19 +34,18 @@ def test_groups_are_vllms() -> None:
     assert layer_groups(NAMES) == base.layerwise_groups(NAMES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checksum_by_hand(dtype: torch.dtype) -> None:
-    one = {torch.float32: 0x3F800000, torch.bfloat16: 0x3F80}[dtype]
-    assert additive_checksum([torch.ones(3, dtype=dtype)]) == 3 * one  # an odd count is summed by element
+@pytest.mark.engine
+def test_vllm_finds_an_engine_of_ours_for_every_transport() -> None:
+    """Each says what it received; where vLLM has one for the transport, ours is one of those."""
+    factory = pytest.importorskip("vllm.distributed.weight_transfer.factory").WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
 
-
-def test_checksum_is_additive_and_sees_one_bit() -> None:
-    torch.manual_seed(0)
-    q, k = torch.randn(4, 8), torch.randn(2, 8)
-    assert additive_checksum([q, k]) == additive_checksum([torch.cat([q, k])])
-    changed = q.clone()
-    changed.view(torch.int32)[1, 3] ^= 1
-    assert additive_checksum([changed]) != additive_checksum([q])
+    register()
+    register()  # once is enough
+    found = {transport: factory._registry[name]() for transport, (name, *_) in ENGINES.items()}
+    assert all(hasattr(engine, "received_checksum") for engine in found.values())
+    assert issubclass(found["ipc"], ipc_engine.IPCWeightTransferEngine)
+    assert issubclass(found["nccl"], nccl_engine.NCCLWeightTransferEngine)
 
 
 def test_a_message_has_the_handles_of_every_rank() -> None:
