@@ -105,8 +105,8 @@ def test_who_writes_what(stage: Any, each: int, first: int) -> None:
 
 
 def test_offloaded_states_are_in_host_memory() -> None:
-    """Optimizer states of 12 bytes a parameter, fp32 gradients of 4, and 2 of what micro-batches add up in bf16, of policy
-    and critic; the copy comes on top."""
+    """12 bytes a parameter of policy and critic for optimizer states, 4 for fp32 gradients, and 2 for the sums of
+    micro-batches in bf16; the copy comes on top."""
     offload: dict[str, Any] = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     offload["data_types"] = {"grad_accum_dtype": "bf16"}
     found = phase(learner={**EIGHT, "deepspeed_overrides": offload})[1].host
