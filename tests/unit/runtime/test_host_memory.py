@@ -13,6 +13,7 @@ from rlaif_ray.runtime.host_memory import CheckpointCost, checkpoint_cost, rank_
 from rlaif_ray.runtime.memory_plan import GIB, Machine, Trained, zero_of
 from tests.jobs import embedded
 
+B8_MODEL = "meta-llama/Llama-3.1-8B"
 B8, B70 = 8_030_261_248, 70_553_706_496  # Llama 3.1 8B and 70B
 CRITIC = B8 - 128_256 * 4096 + 4097
 STORE = int(0.3 * GIB)
@@ -105,12 +106,12 @@ def test_who_writes_what(stage: Any, each: int, first: int) -> None:
 
 
 def test_offloaded_states_are_in_host_memory() -> None:
-    """Optimizer states of 12 bytes a parameter, fp32 gradients of 4, and what micro-batches add up, policy and critic;
+    """Optimizer states of 12 bytes a parameter, fp32 gradients of 4, and bf16 ones of 2 that micro-batches add up;
     the copy comes on top."""
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     found = phase(learner={**EIGHT, "deepspeed_overrides": offload})[1].host
     states = sum(parts.get("offloaded states", 0) for parts in found)
-    assert states == 8 * 16 * (-(-B8 // 8) + -(-CRITIC // 8))
+    assert states == 8 * 18 * (-(-B8 // 8) + -(-CRITIC // 8))
     offload["zero_optimization"]["offload_param"] = {"device": "cpu"}
     found = phase(learner={**EIGHT, "deepspeed_overrides": offload})[1].host
     weights = 8 * 2 * (2 * -(-B8 // 8) + -(-CRITIC // 8))  # policy, reference, critic
@@ -129,7 +130,8 @@ def test_on_cpus_models_are_in_host_memory() -> None:
 
 def test_jobs_without_a_learner_have_no_checkpoint() -> None:
     job = embedded(
-        EvaluateJob, {"cluster": {"device": "gpu"}, "judge": {"type": "vllm", "model": "meta-llama/Llama-3.1-8B"}}
+        EvaluateJob,
+        {"data": {"path": "x.jsonl"}, "cluster": {"device": "gpu"}, "judge": {"type": "vllm", "model": B8_MODEL}},
     )
     plan = plan_job(job, Machine(80 * GIB, 8, 4096, 2048, GIB), shapes, "cuda")
     assert checkpoint_cost(job, [one for p in plan.phases for one in p.actors], "cuda", 2.0) is None
