@@ -382,8 +382,8 @@ def _lines(phase: Phase, machine: Machine, one: Planned) -> list[str]:
         nodes = [", ".join(f"{count} {role}" for role, count in node.items()) for node in phase.nodes]
         alike = {text: nodes.count(text) for text in nodes}
         told = "; ".join(f"{count} x ({text})" for text, count in alike.items())
-        count = f"{phase.gpus:g} GPU{'s' if phase.gpus != 1 else ''}"
-        lines.append(f"  bundles        {count} on nodes of {machine.gpus_per_node}: {told}")
+        gpus = f"{phase.gpus:g} GPU{'s' if phase.gpus != 1 else ''}"
+        lines.append(f"  bundles        {gpus} on nodes of {machine.gpus_per_node}: {told}")
         lines += [f"  on one GPU     {' + '.join(roles)}" for roles in phase.shared]
     lines += list(dict.fromkeys(f"  host memory    {_host_line(parts, one.host_bytes)}" for parts in phase.host))
     return lines + [f"  DOES NOT FIT   {problem.text}" for problem in phase.problems]
