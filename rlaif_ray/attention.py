@@ -90,6 +90,31 @@ def plan_attention(requested: str, config: Any, name: str) -> AttentionPlan:
     return AttentionPlan(kernel, packing, reason, required=requested == "packed")
 
 
+WITHOUT_SPLIT = "Use learner.sequence_parallel=1."
+
+
+def split_refusal(requested: str, config: Any, ranks: int) -> str | None:
+    """Why so many ranks can't compute sequences of a model together (learner.sequence_parallel), and what works; None
+    where nothing is known to speak against it: learner/probe.py tries it on the loaded model."""
+    if ranks == 1:
+        return None
+    text, setting = _text(config), f"learner.sequence_parallel={ranks}"
+    heads = getattr(text, "num_attention_heads", None)
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    if isinstance(heads, int) and heads % ranks:
+        return f"{setting} must divide its {heads} attention heads. Use a divisor of both heads and learner.ranks."
+    if isinstance(keys, int) and keys % ranks and ranks % keys:
+        return f"{setting} must divide its {keys} key-value heads, or be a multiple of them. Use another one."
+    others = sorted(_layer_kinds(config) - ATTENTION_LAYERS - {"mlp", "moe", "chunked_attention"})
+    if others:
+        return f"its {' and '.join(others)} layers need whole rows, which {setting} divides. {WITHOUT_SPLIT}"
+    only_eager = bool(_never_packed(config)) and padded_kernel(config) == "eager"
+    if requested in ("eager", "flash_attention_2") or only_eager:
+        kernel = "eager" if only_eager else requested
+        return f"{setting} needs packed attention or sdpa, and its attention is to be {kernel}. {WITHOUT_SPLIT}"
+    return None
+
+
 def padded_kernel(config: Any) -> str:
     """The attn_implementation for padded samples that computes every term of the model's attention."""
     known = _known(config) or (_is_transformers_own(config) and _text(config).model_type in SDPA_ONLY)
@@ -181,14 +206,7 @@ def _lost_terms(config: Any) -> str:
 def _never_packed(config: Any) -> str:
     """Why samples of this model can't be packed; "" where they can or nobody knows."""
     text = _text(config)
-    # Every config may name its layers' kinds in a field of its own: layer_types, block_types, layers_block_type.
-    kinds = {
-        kind
-        for field in ("layer_types", "block_types", "layers_block_type")
-        for kind in getattr(text, field, None) or ()
-        if isinstance(kind, str)
-    }
-    others = sorted(kinds - ATTENTION_LAYERS - {"mlp", "moe"})
+    others = sorted(_layer_kinds(config) - ATTENTION_LAYERS - {"mlp", "moe"})
     if others:
         return f"{' and '.join(others)} layers mix samples of one row"
     lost = _lost_terms(config)
@@ -201,6 +219,17 @@ def _never_packed(config: Any) -> str:
     if not _class_flag(config, "_supports_attention_backend"):
         return "its class in transformers does not support other attention than its own"
     return ""
+
+
+def _layer_kinds(config: Any) -> set[str]:
+    """Every config may name its layers' kinds in a field of its own: layer_types, block_types, layers_block_type."""
+    text = _text(config)
+    return {
+        kind
+        for field in ("layer_types", "block_types", "layers_block_type")
+        for kind in getattr(text, field, None) or ()
+        if isinstance(kind, str)
+    }
 
 
 def _class_flag(config: Any, flag: str) -> bool:

@@ -86,11 +86,12 @@ class TrainJob(Config):
                 f"(sampling.prompts_per_step x sampling.samples_per_prompt; got {algorithm.minibatches}): minibatches "
                 f"of unequal size would weigh samples unequally. Use a divisor of {sampling.batch_size}."
             )
-        elif sampling.batch_size // algorithm.minibatches < learner.ranks:
+        elif sampling.batch_size // algorithm.minibatches < learner.groups:
+            groups = "learner.ranks" if learner.sequence_parallel == 1 else "learner.ranks / learner.sequence_parallel"
             yield (
-                f"learner.ranks must not exceed the {sampling.batch_size // algorithm.minibatches} samples of a "
+                f"{groups} must not exceed the {sampling.batch_size // algorithm.minibatches} samples of a "
                 f"minibatch (sampling.prompts_per_step x sampling.samples_per_prompt / algorithm.minibatches; "
-                f"got {learner.ranks}): a rank would have nothing to train on. "
+                f"got {learner.groups}): a rank would have nothing to train on. "
                 f"Use fewer ranks or minibatches, or more prompts per step."
             )
         if learner.warmup_steps >= self.optimizer_steps:

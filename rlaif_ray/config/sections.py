@@ -297,6 +297,8 @@ class LearnerConfig(Config):
     hpz_partition_size: Annotated[int, Field(ge=1), LAYOUT] = 1
     """Ranks that hold a second copy of the weights among them, for the backward pass (ZeRO++ hpZ, Wang et al.
     2306.10209): with the ranks of a node, its weights come from that node alone. With zero_stage 3; 1: none."""
+    sequence_parallel: Annotated[int, Field(ge=1), HANDLING] = 1
+    """Ranks that compute each sequence together (Ulysses), for 32k tokens and more; no result depends on it."""
     lr: Annotated[float, Field(gt=0)] = 1e-6
     critic_lr: Annotated[float, Field(gt=0)] | None = None
     """Default: lr."""
@@ -320,6 +322,11 @@ class LearnerConfig(Config):
     """With skip: so many updates left out one after the other end the run."""
     deepspeed_overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed config we produce."""
+
+    @property
+    def groups(self) -> int:
+        """Micro-batches that are computed side by side: ranks, or groups of ranks."""
+        return self.ranks // self.sequence_parallel
 
     def _problems(self) -> Iterator[str]:
         stage = self.zero_stage
@@ -347,6 +354,11 @@ class LearnerConfig(Config):
             yield (
                 "learner.hpz_partition_size and learner.offload.parameters=cpu contradict each other (got both): one "
                 "keeps more weights at hand, the other fewer. Remove one of them."
+            )
+        if self.ranks % self.sequence_parallel:
+            yield (
+                f"learner.sequence_parallel must divide learner.ranks={self.ranks} (got {self.sequence_parallel}): "
+                f"ranks compute in groups of that size. Use a divisor, or another number of ranks."
             )
 
 

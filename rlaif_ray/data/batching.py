@@ -67,6 +67,11 @@ def plan_ranks(
     return [tuple(plan) for plan in plans]
 
 
+def plans_of_ranks(plans: Sequence[RankPlan], together: int) -> list[RankPlan]:
+    """The plan of every rank, where each of `plans` is that of a group of so many neighbours."""
+    return [plan for plan in plans for _ in range(together)]
+
+
 def minibatches(count: int, *, parts: int, seed: int) -> list[list[int]]:
     """A seeded permutation of `count` samples cut into `parts` of equal size (the last takes what does not divide)."""
     order = list(range(count))

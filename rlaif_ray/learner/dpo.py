@@ -71,7 +71,7 @@ class DpoRank(CausalRank[DpoExample]):
         prompts = [pair.prompt for pair in pairs for _ in (0, 1)]
         responses = [response for pair in pairs for response in (pair.response_a, pair.response_b)]
         batch = build_input(prompts, responses, packed=self._packed, device=self.device)
-        logprobs, _ = self._engine(batch, 1.0)
+        logprobs, _ = self._scored(batch)
         totals = torch.stack([part.sum() for part in logprobs.split([len(response) for response in responses])])
         return totals[0::2], totals[1::2]
 

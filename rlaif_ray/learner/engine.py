@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.config.deepspeed import deepspeed_config
 from rlaif_ray.documents import read_json
 from rlaif_ray.errors import InputError, RunError
+from rlaif_ray.learner.build_locks import free_build_locks, watch_waits
 from rlaif_ray.learner.finite import Stepped, require_finite_state, spread
-from rlaif_ray.learner.head import head_of
-from rlaif_ray.learner.mixed_precision import MasterLinear, count_all_gradients, keep_master, sums_in_fp32
-from rlaif_ray.learner.packing import Arguments, ModelInput
+from rlaif_ray.learner.mixed_precision import count_all_gradients, keep_master, sums_in_fp32
+from rlaif_ray.learner.nodes import use_host_threads
 from rlaif_ray.weight_types import WeightTypes, cast, rounding
 from rlaif_ray.writing import replace_text
 
@@ -78,6 +77,8 @@ def join_ranks(spec: RankSpec, timeout_s: float) -> torch.device:
     # DeepSpeed would compile a C++ extension for this one (a minute, a compiler, and a lock that outlives a killed
     # process). It serves `inference_all_reduce` alone, which training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    watch_waits()
+    free_build_locks()  # before all ranks meet, and so before one of them builds
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "gloo" if spec.device == "cpu" else "nccl"
     if not torch.distributed.is_initialized():  # a process may hold one rank after another
@@ -206,46 +207,6 @@ def trainable_engine(
     return engine
 
 
-def use_host_threads() -> None:
-    """Has this process compute on its share of the node's cores, for an optimizer that is offloaded to them.
-
-    Ray leaves a process that has a GPU a single thread. A collective: all ranks call it.
-    """
-    if torch.distributed.get_backend() != "nccl":  # ranks on CPUs have their threads from the start
-        return
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(share_of_cores(cores, _nodes_of_ranks(), torch.distributed.get_rank()))
-
-
-def _nodes_of_ranks() -> list[str]:
-    """A collective: all ranks call it."""
-    nodes: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(nodes, socket.gethostname())
-    return nodes
-
-
-def share_of_cores(cores: int, nodes: Sequence[str], rank: int) -> int:
-    """Threads of a rank: its node's cores over the ranks there; `nodes` has each rank's node."""
-    return max(1, cores // nodes.count(nodes[rank]))
-
-
-def hpz_notes(cfg: LearnerConfig) -> list[str]:
-    """What the user should know of hpZ's groups as the ranks were placed. A collective: all ranks call it."""
-    return split_groups(_nodes_of_ranks(), cfg.hpz_partition_size) if cfg.hpz_partition_size > 1 else []
-
-
-def split_groups(nodes: Sequence[str], size: int) -> list[str]:
-    """A note where groups of `size` ranks are not each on one node; `nodes` has each rank's node."""
-    groups = [nodes[start : start + size] for start in range(0, len(nodes), size)]
-    split = sum(len(set(group)) > 1 for group in groups)
-    if not split:
-        return []
-    return [
-        f"{split} of {len(groups)} groups of learner.hpz_partition_size={size} ranks lie on several nodes: the second "
-        f"copies of the weights save no traffic between nodes there. Results are the same."
-    ]
-
-
 def frozen_engine(module: torch.nn.Module, cfg: LearnerConfig, *, precision: Literal["fp32", "bf16"]) -> Any:
     """The module ready for forward passes only: sharded like the policy under ZeRO-3, else as it is."""
     module.requires_grad_(False).eval()
@@ -293,58 +254,6 @@ def backward(engine: Any, loss: Tensor, *, last: bool) -> None:
     """Accumulates gradients; on the last micro-batch of a minibatch they are reduced over ranks as well."""
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(spread(loss))
-
-
-class CausalPolicy(torch.nn.Module):
-    """A causal language model that computes logits only where a completion token is predicted."""
-
-    def __init__(self, model: Any, logits_chunk: int | None = None) -> None:
-        """`logits_chunk`: so many rows of logits are held at a time (learner/head.py); None: all."""
-        super().__init__()
-        self.model = model
-        self._arguments = Arguments(model)
-        self.head = None if logits_chunk is None else head_of(model, logits_chunk)
-
-    def forward(self, batch: ModelInput, temperature: float | None = None) -> Any:
-        """With a temperature (M,) log-probabilities of the completion tokens and (M,) entropies, which carry no
-        gradient; without one (M, V) logits."""
-        if temperature is None:
-            return self._logits(batch)
-        if self.head is None:
-            return token_logprobs_and_entropy(self._logits(batch), batch.targets, temperature)
-        logprobs, entropy = self.head.scores(batch, temperature)
-        return logprobs, entropy.detach()
-
-    def _logits(self, batch: ModelInput) -> Tensor:
-        if not self._arguments.choose_logits:
-            every: Tensor = self.model(**self._arguments.of(batch)).logits
-            return every[batch.rows, batch.columns]
-        packed = batch.attention_mask is None
-        keep = batch.columns if packed else torch.arange(int(batch.columns.min()), int(batch.columns.max()) + 1)
-        logits = self.model(**self._arguments.of(batch), logits_to_keep=keep.to(batch.tokens.device)).logits
-        picked: Tensor = logits[0] if packed else logits[batch.rows, batch.columns - keep[0].to(batch.columns.device)]
-        return picked
-
-
-class Critic(torch.nn.Module):
-    """The policy's body with one output per token: the value of the state before it."""
-
-    def __init__(self, body: Any) -> None:
-        super().__init__()
-        self.body = body
-        self._arguments = Arguments(body)
-        config = body.config.get_text_config()
-        self.head = MasterLinear(config.hidden_size, 1, dtype=body.dtype)
-        # Zero, not random: the first advantages are then the returns themselves rather than a random baseline.
-        with full_weights([self.head.weight, self.head.bias]):
-            torch.nn.init.zeros_(self.head.weight)
-            torch.nn.init.zeros_(self.head.bias)
-
-    def forward(self, batch: ModelInput) -> Tensor:
-        """(M,) fp32 values."""
-        hidden = self.body(**self._arguments.of(batch)).last_hidden_state
-        values: Tensor = self.head(hidden[batch.rows, batch.columns])
-        return values[:, 0]
 
 
 def full_weights(parameters: Sequence[Tensor], *, write: bool = True) -> Any:

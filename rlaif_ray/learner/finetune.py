@@ -12,10 +12,9 @@ from torch import Tensor
 from rlaif_ray.chat.renderer import ChatRenderer
 from rlaif_ray.chat.template import ChatTemplate
 from rlaif_ray.learner.agreement import logprobs_of_saved
-from rlaif_ray.learner.engine import CausalPolicy
 from rlaif_ray.learner.head import settle_head
+from rlaif_ray.learner.modules import CausalPolicy
 from rlaif_ray.learner.packing import ModelInput, build_input
-from rlaif_ray.learner.probe import logprobs_of
 from rlaif_ray.learner.supervised import Sums, SupervisedRank
 from rlaif_ray.models import load_causal_lm
 
@@ -59,7 +58,13 @@ class CausalRank(SupervisedRank[Example]):
         settle_head(self._learner, self._engine, name=self._job.policy.model, packed=self._packed, **how)
 
     def _probed(self, batch: ModelInput) -> Tensor:
-        return logprobs_of(self._engine)(batch)
+        return self._scored(batch)[0]
+
+    def _scored(self, batch: ModelInput) -> tuple[Tensor, Tensor]:
+        """(M,) log-probabilities and (M,) entropies of the tokens that are trained on."""
+        own = self._sequence.split(batch, self._model)
+        logprobs, entropy = self._engine(own, 1.0)
+        return own.whole(logprobs), own.whole(entropy)
 
     def _readings_of(self, saved: Any, text: Text) -> list[float]:
         return logprobs_of_saved(saved, text)
@@ -100,7 +105,7 @@ class SftRank(CausalRank[SftExample]):
         batch = build_input(
             [e.prompt for e in examples], [e.response for e in examples], packed=self._packed, device=self.device
         )
-        logprobs, entropy = self._engine(batch, 1.0)
+        logprobs, entropy = self._scored(batch)
         parts = logprobs.split([len(e.response) for e in examples])
         tokens = float(self._size(examples))
         return -torch.stack([part.sum() for part in parts]), {"tokens": tokens, "entropy": float(entropy.sum())}

@@ -35,7 +35,6 @@ class StateEntry:
     shape: tuple[int, ...]  # full
     needs: tuple[Tensor, ...]  # parameters that must be whole while `value` is called
     value: Callable[[], Tensor]
-    is_buffer: bool = False
 
 
 def model_entries(model: torch.nn.Module) -> list[StateEntry]:
@@ -57,8 +56,7 @@ def model_entries(model: torch.nn.Module) -> list[StateEntry]:
 def tensor_entry(name: str, tensor: Tensor) -> StateEntry:
     """A parameter or buffer as it is."""
     shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-    is_buffer = not isinstance(tensor, torch.nn.Parameter)
-    return StateEntry(name, tensor.dtype, shape, (tensor,), lambda: tensor.detach(), is_buffer)
+    return StateEntry(name, tensor.dtype, shape, (tensor,), lambda: tensor.detach())
 
 
 def layer_groups(names: Sequence[str]) -> list[list[str]]:
@@ -89,7 +87,6 @@ class ModelState:
         self._model = model
         _drop_unused_conversions(model)
         entries = model_entries(model) if entries is None else entries
-        self.has_buffers = any(entry.is_buffer for entry in entries)
         by_name = {entry.name: entry for entry in entries}
         groups = [[by_name[name] for name in names] for names in layer_groups(list(by_name))]
         converted = [self._meta(group) for group in groups]

@@ -21,6 +21,7 @@ import torch
 
 from rlaif_ray.attention import PACKED, check_length, longest_exact
 from rlaif_ray.errors import InputError
+from rlaif_ray.learner.sequence_parallel import PADDED, SequencePart, across_ranks, padded_attention, whole_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +60,11 @@ class ModelInput:
     rows: Tensor  # (M,) row whose hidden state predicts each completion token
     columns: Tensor  # (M,) its column: the token before
     targets: Tensor  # (M,) the completion tokens, samples one after the other
+    part: SequencePart | None = None  # where this is a rank's part of it; tokens, positions and M are that part's alone
+
+    def whole(self, values: Tensor) -> Tensor:
+        """(M,) values of all targets of the micro-batch, out of those of this part."""
+        return values if self.part is None else self.part.whole(values)
 
 
 def build_input(
@@ -329,11 +335,13 @@ def _visible(length: int, prefix: int, window: int | None, device: torch.device)
 
 
 def register_packed_attention() -> None:
-    """Makes `attn_implementation="rlaif_packed"` known to transformers. Safe to call again."""
+    """Makes "rlaif_packed" and "rlaif_padded" known to transformers as attn_implementation. Safe to call again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(PACKED, packed_attention)
+    AttentionInterface.register(PACKED, across_ranks(packed_attention))
     AttentionMaskInterface.register(PACKED, _no_mask)
+    AttentionInterface.register(PADDED, across_ranks(padded_attention))
+    AttentionMaskInterface.register(PADDED, whole_mask)
 
 
 def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
@@ -364,9 +372,11 @@ class Arguments:
         """
         if longest_exact(self._config) is not None:
             check_length(self._config, self._config.name_or_path, int(batch.positions.max()) + 1)
-        found = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
+        found: dict[str, Any] = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
         if "position_ids" in self._names:
             found["position_ids"] = batch.positions
         elif batch.attention_mask is None:
             raise InputError("samples can't be packed for a model without position_ids. Use policy.attention=auto.")
+        if batch.part is not None:
+            found["sequence_part"] = batch.part
         return found | batch.attention

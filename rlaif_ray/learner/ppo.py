@@ -25,13 +25,16 @@ from rlaif_ray.data.batching import RankPlan
 from rlaif_ray.learner import engine as deepspeed_door
 from rlaif_ray.learner.agreement import Readings, logprobs_of_saved, read, saved_threads
 from rlaif_ray.learner.checkpoints import RankCheckpoint
-from rlaif_ray.learner.engine import CausalPolicy, Critic, RankSpec, save_model_folder, try_saving
+from rlaif_ray.learner.engine import RankSpec, save_model_folder, try_saving
 from rlaif_ray.learner.finite import Tally, require_finite_model, require_finite_weights
 from rlaif_ray.learner.head import settle_head
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
+from rlaif_ray.learner.modules import CausalPolicy, Critic
+from rlaif_ray.learner.nodes import hpz_notes
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
-from rlaif_ray.learner.probe import Text, logprobs_of, settle_attention
+from rlaif_ray.learner.probe import Text, settle_attention, settle_split
+from rlaif_ray.learner.sequence_parallel import sequence_group
 from rlaif_ray.models import load_backbone, load_causal_lm, load_config, load_tokenizer, load_types
 from rlaif_ray.types import Experience
 
@@ -59,6 +62,7 @@ class RlRank:
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
         self._spec, self._job, self._precision = spec, job, precision
         self._importance = job.algorithm.importance_in(precision)
+        self._sequence = sequence_group(job.learner.sequence_parallel)
         torch.manual_seed(job.seed)
         random.seed(job.seed)
         register_packed_attention()
@@ -84,16 +88,18 @@ class RlRank:
         attention, note = settle_attention(  # of all three: they are the same model
             plan,
             self._model,
-            logprobs_of(self._policy),
+            self._probed,
             name=policy.model,
             device=self.device,
             precision=precision,
             sharded=job.learner.zero_stage == 3,
         )
+        how: dict[str, Any] = {"name": policy.model, "device": self.device, "precision": precision}
+        attention = settle_split(self._sequence, attention, plan, self._model, self._probed, **how)
         self._packed = attention == PACKED
         where: dict[str, Any] = {"device": self.device, "precision": precision, "sharded": job.learner.zero_stage == 3}
         settle_head(policy_module, self._policy, name=policy.model, packed=self._packed, **where)
-        self.notes = [*([note] if note else []), *deepspeed_door.hpz_notes(job.learner)]  # to be told once
+        self.notes = [*([note] if note else []), *hpz_notes(job.learner)]  # to be told once
         self._critic, self._reference = None, None
         if needs_critic(job.algorithm):
             body = load(load_backbone, attention)
@@ -145,7 +151,9 @@ class RlRank:
             if self._reference is not None:
                 parts["ref"] = self._logprobs(self._reference, batch)[0]
             if self._critic is not None:
-                parts["values"] = self._critic(batch)
+                parts["values"] = self._values(batch)
+            if not self._sequence.leads:  # its group's first rank says the same
+                continue
             lengths = [len(completions[i]) for i in chosen]
             pieces = {name: values.float().cpu().split(lengths) for name, values in parts.items()}
             for k, i in enumerate(micro):
@@ -161,19 +169,33 @@ class RlRank:
 
     def _logprobs(self, model: Any, batch: ModelInput) -> tuple[Tensor, Tensor]:
         """(M,) log-probabilities and (M,) entropies at the sampling temperature."""
-        logprobs, entropy = model(batch, self._job.sampling.temperature)
-        return logprobs, entropy
+        return self._scored(model, batch, self._job.sampling.temperature)
+
+    def _scored(self, model: Any, batch: ModelInput, temperature: float) -> tuple[Tensor, Tensor]:
+        own = self._sequence.split(batch, self._model)
+        logprobs, entropy = model(own, temperature)
+        return own.whole(logprobs), own.whole(entropy)
+
+    def _values(self, batch: ModelInput) -> Tensor:
+        """(M,) fp32 values of the critic."""
+        assert self._critic is not None
+        own = self._sequence.split(batch, self._model)
+        return own.whole(self._critic(own))
+
+    def _probed(self, batch: ModelInput) -> Tensor:
+        """(M,) log-probabilities by the policy, at temperature 1."""
+        return self._scored(self._policy, batch, 1.0)[0]
 
     def readings(self, text: Text) -> Readings:
         """The text's log-probabilities by the policy as it is now; under ZeRO-3 all ranks ask."""
-        run = logprobs_of(self._policy)
-        return read(run, self._policy, self._model, text, packed=self._packed, device=self.device)
+        return read(self._probed, self._policy, self._model, text, packed=self._packed, device=self.device)
 
     # Updates
 
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> Sums:
         """Optimizer steps, one per (minibatch token count, this rank's micro-batches); returns sums over this
-        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks.
+        rank's tokens, "tokens" among them, and step statistics that are the same on all ranks. Ranks that compute
+        together have the same micro-batches, and the first of them has the sums.
 
         Raises:
             NotFiniteError: the weights are no numbers any more; on all ranks.
@@ -212,14 +234,16 @@ class RlRank:
         chosen = list(micro or (0,))
         batch = self._input(experience.prompt_tokens, completions, chosen)
         flat = _Flat(experience, chosen, self.device)
-        # DeepSpeed averages over ranks; our denominators are global already. A place-holder adds nothing.
+        # DeepSpeed averages over ranks; our denominators are global already. A place-holder adds nothing. The ranks
+        # of a group have a part of one loss's gradient each, so that the average over all ranks is right for them too.
+        counted = bool(micro) and self._sequence.leads
         scale = self._spec.world_size / token_count if micro else 0.0
         logprobs, entropy = self._logprobs(self._policy, batch)
         loss, ratio, clipped, weights_clipped = policy_loss(
             self._job.algorithm, logprobs, flat, experience.kl_coef, self._importance
         )
         deepspeed_door.backward(self._policy, loss.sum() * scale, last=last)
-        if micro:
+        if counted:
             _add(sums, tokens=len(loss), policy_loss=loss, entropy=entropy, clipped=clipped)
             if weights_clipped is not None:
                 _add(sums, importance_clipped=weights_clipped)
@@ -229,11 +253,11 @@ class RlRank:
                 sums["first_ratio_error"] = max(sums["first_ratio_error"], float((ratio - 1).abs().max()))
         if self._critic is not None:
             assert flat.values is not None and flat.returns is not None
-            values = self._critic(batch)
+            values = self._values(batch)
             clip = getattr(self._job.algorithm, "value_clip", None)
             value_loss, value_clipped = losses.value_loss(values, flat.values, flat.returns, clip)
             deepspeed_door.backward(self._critic, value_loss.sum() * scale, last=last)
-            if micro:
+            if counted:
                 _add(sums, value_loss=value_loss, value_clipped=value_clipped)
 
     # Files

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rlaif_ray.attention import PACKED, AttentionPlan
+from rlaif_ray.attention import PACKED, WITHOUT_SPLIT, AttentionPlan, split_refusal
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.packing import ModelInput, build_input, observed_packing
+from rlaif_ray.learner.sequence_parallel import PADDED, SequenceGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 Run = Callable[[ModelInput], "Tensor"]
 Precision = Literal["fp32", "bf16"]
+# What a forward pass ends in that a model can't take.
+BROKEN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def probe_text(vocabulary: int) -> Text:
 
 def logprobs_of(policy: Callable[[ModelInput, float], Any], temperature: float = 1.0) -> Run:
     """The log-probabilities of completion tokens; `policy` is a CausalPolicy or a DeepSpeed engine around one."""
-    return lambda batch: policy(batch, temperature)[0]
+    return lambda batch: batch.whole(policy(batch, temperature)[0])
 
 
 @torch.no_grad()
@@ -167,7 +170,7 @@ def _probe(
         try:
             with attention_of(model, PACKED), observed_packing() as observed:
                 packed = laid_out_outputs(run, text, packed=True, device=device)
-        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError) as error:
+        except BROKEN as error:
             if sharded:  # weights gathered for the pass that broke off are still whole
                 raise InputError(
                     f"model {name} can't be packed under ZeRO-3 ({type(error).__name__} in a forward pass: {error}). "
@@ -182,3 +185,54 @@ def _probe(
     if not gap.within(precision):
         return f"packed, its numbers are off by up to {gap.worst:.2g}"
     return ""
+
+
+def settle_split(
+    sequence: SequenceGroup,
+    attention: str,
+    plan: AttentionPlan,
+    model: Any,
+    run: Run,
+    *,
+    name: str,
+    device: torch.device,
+    precision: Precision,
+) -> str:
+    """Sets the attention with which a group of ranks computes parts of rows, tries it, and returns it.
+
+    `attention` is what `settle_attention` returned, and what a rank by itself keeps. `run` splits what it is given. A
+    collective.
+
+    Raises:
+        InputError: the group's numbers would not be the model's.
+    """
+    if sequence.size == 1:
+        return attention
+    problem = split_refusal(attention, model.config, sequence.size)
+    if problem is None and attention != PACKED:
+        if model.is_backend_compatible() and model._can_set_attn_implementation():
+            model.set_attn_implementation(PADDED)
+            attention = PADDED
+        else:
+            problem = f"its class does not support other attention than its own. {WITHOUT_SPLIT}"
+    problem = problem or _split_problem(attention, plan, model, run, device, precision)
+    if problem:
+        raise InputError(f"learner.sequence_parallel={sequence.size} is wrong for {name}: {problem}")
+    return attention
+
+
+def _split_problem(
+    attention: str, plan: AttentionPlan, model: Any, run: Run, device: torch.device, precision: Precision
+) -> str:
+    """What is wrong where ranks compute parts of rows; "" where they give what one gives sample by sample."""
+    text = probe_text(model.config.get_text_config().vocab_size)
+    with evaluating(model):
+        with attention_of(model, plan.kernel):
+            alone = alone_outputs(run, text, device)
+        try:
+            together = laid_out_outputs(run, text, packed=attention == PACKED, device=device)
+        except (InputError, *BROKEN) as error:
+            return f"a forward pass of its parts ends in {type(error).__name__}: {error}. {WITHOUT_SPLIT}"
+    gap = compare(together, alone)
+    log.info("rows split over ranks against each sample alone: mean %.1e, worst %.1e", gap.mean, gap.worst)
+    return "" if gap.within(precision) else f"split, its numbers are off by up to {gap.worst:.2g}. {WITHOUT_SPLIT}"

@@ -29,8 +29,10 @@ from rlaif_ray.learner.finite import Tally, require_finite_model
 from rlaif_ray.learner.lora import add_adapters, merged_entries, merged_state, try_merge
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
+from rlaif_ray.learner.nodes import hpz_notes
 from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
-from rlaif_ray.learner.probe import settle_attention
+from rlaif_ray.learner.probe import settle_attention, settle_split
+from rlaif_ray.learner.sequence_parallel import sequence_group
 from rlaif_ray.models import load_config, load_sequence_classifier, load_tokenizer, load_types
 from rlaif_ray.reward_head import model_card
 
@@ -62,6 +64,7 @@ class SupervisedRank(ABC, Generic[Example]):
         """
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
         self._spec, self._precision = spec, precision
+        self._sequence = sequence_group(job.learner.sequence_parallel)
         self._job: Any = job
         torch.manual_seed(job.seed)
         random.seed(job.seed)
@@ -93,9 +96,11 @@ class SupervisedRank(ABC, Generic[Example]):
             precision=precision,
             sharded=job.learner.zero_stage == 3,
         )
+        shared: dict[str, Any] = {"name": policy.model, "device": self.device, "precision": precision}
+        attention = settle_split(self._sequence, attention, plan, self._model, self._probed, **shared)
         self._packed = attention == PACKED
         self._settle()
-        self.notes = [*([note] if note else []), *deepspeed_door.hpz_notes(job.learner)]  # to be told once
+        self.notes = [*([note] if note else []), *hpz_notes(job.learner)]  # to be told once
         if job.training.lora is not None:
             tokens = torch.Generator().manual_seed(job.seed)
             text = torch.randint(self._model.config.get_text_config().vocab_size, (16,), generator=tokens).tolist()
@@ -161,10 +166,10 @@ class SupervisedRank(ABC, Generic[Example]):
             for k, micro in enumerate(plan):
                 # A place-holder takes part in the collectives, no more.
                 losses, logged = self._losses([examples[i] for i in micro or (0,)])
-                # DeepSpeed averages over ranks; our denominator is global already.
+                # DeepSpeed averages over ranks, those of a group too; our denominator is global already.
                 scale = self._spec.world_size / self._size(examples) if micro else 0.0
                 deepspeed_door.backward(self._engine, losses.sum() * scale, last=k == len(plan) - 1)
-                share = 1.0 if micro else 0.0
+                share = 1.0 if micro and self._sequence.leads else 0.0
                 logged |= {"examples": float(len(losses)), "loss": float(losses.detach().double().sum())}
                 for name, value in logged.items():
                     sums[name] = sums.get(name, 0.0) + share * value
@@ -258,8 +263,8 @@ class RewardRank(SupervisedRank[PairExample]):
         return RewardModule(model)
 
     def _probed(self, batch: ModelInput) -> Tensor:
-        rewards: Tensor = self._engine(batch)  # one for each token that a completion token follows
-        return rewards
+        own = self._sequence.split(batch, self._model)
+        return own.whole(self._engine(own))  # one for each token that a completion token follows
 
     def _losses(self, examples: Sequence[PairExample]) -> tuple[Tensor, Sums]:
         reward_a, reward_b = self._rewards(examples)
@@ -277,7 +282,7 @@ class RewardRank(SupervisedRank[PairExample]):
         """(E,) rewards of a and (E,) of b."""
         prompts = [example.prompt for example in examples for _ in (0, 1)]
         responses = [response for e in examples for response in (e.response_a, e.response_b)]
-        rewards = self._engine(reward_input(prompts, responses, packed=self._packed, device=self.device))
+        rewards = self._probed(reward_input(prompts, responses, packed=self._packed, device=self.device))
         return rewards[0::2], rewards[1::2]
 
     def _readings_of(self, saved: Any, text: Text) -> list[float]:

@@ -9,12 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from rlaif_ray.attention import plan_attention
+from rlaif_ray.attention import plan_attention, split_refusal
 from rlaif_ray.config.base import Config
 from rlaif_ray.config.data_sections import ArmConfig
 from rlaif_ray.config.jobs import RewardModelJob, SupervisedJob, TrainJob
 from rlaif_ray.config.layers import STAGE
-from rlaif_ray.config.sections import JudgeConfig, PolicyConfig
+from rlaif_ray.config.sections import JudgeConfig, PolicyConfig, Precision
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_errors import is_wrong_config
 from rlaif_ray.model_support import engine_refusal
@@ -35,6 +35,7 @@ class Use:
     trained: bool  # as a language model, by the learner
     sampled: bool  # by a vLLM engine
     updated: bool = False  # by the learner, as whatever
+    together: int = 1  # ranks of the learner that compute its sequences together
 
 
 def check_models(*jobs: Any, dry_run: bool = False) -> None:
@@ -78,7 +79,9 @@ def uses(job: Any) -> Iterator[Use]:
         if isinstance(section, PolicyConfig):
             updated = trains and key == "policy"
             trained = updated and not isinstance(job, RewardModelJob)
-            yield Use(key, section, trained, sampled=not isinstance(job, SupervisedJob), updated=updated)
+            together = job.learner.sequence_parallel if updated else 1
+            sampled = not isinstance(job, SupervisedJob)
+            yield Use(key, section, trained, sampled=sampled, updated=updated, together=together)
         elif isinstance(section, JudgeConfig) or (isinstance(section, ArmConfig) and section.model is not None):
             yield Use(key, section, trained=False, sampled=True)
 
@@ -111,6 +114,9 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
             f"as they are stored. Use a copy in bf16 or fp32, such as the one that it was quantised from; as a judge "
             f"it works as it is."
         )
+    problem = split_refusal(getattr(use.section, "attention", "auto"), config, use.together)
+    if problem is not None:
+        return problem
     if use.trained:
         problem = _untrainable(config)
         if problem is not None:
@@ -120,7 +126,7 @@ def refusal(use: Use, config: Any, device: Literal["cpu", "cuda"] | None) -> str
         except InputError as error:
             return str(error)
     if use.sampled:
-        precision = getattr(use.section, "precision", "auto")
+        precision: Precision = getattr(use.section, "precision", "auto")
         if device is not None:
             precision = chosen_precision(precision, device)
         return _unsampled(config, device, takes_weights=use.trained, precision=precision)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,11 @@ from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, writ
 from rlaif_ray.runtime.host_memory import CheckpointCost, Parts, checkpoint_cost
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, precision_bytes
 from rlaif_ray.runtime.session import named_cluster
+from rlaif_ray.runtime.sync_plan import Route, routes
 from rlaif_ray.runtime.weight_sync import choose_backend
 from rlaif_ray.tracking.progress import print_columns
 
 PROMPT_TOKENS = 2048  # of the longest prompt, where neither rollout.max_context nor data.max_prompt_tokens is set
-# GB/s (10^9) of a weight sync where none is given: a network of 200 Gbit/s between nodes; copies within one GPU's
-# memory; shared memory on a CPU, as tests/benchmarks measured it on two cores.
-BANDWIDTH = {"nccl": 25.0, "ipc": 300.0, "shm": 0.6}
 DISK = 2.0  # GB/s of the storage of checkpoints, in all: a shared file system over one fast network link
 PIPELINE = "pipeline"
 NAMED = {"alignment": "evaluate", "best-of-n": "sample"}  # what else a job's file may be called
@@ -45,18 +43,14 @@ class Sync:
 
     backend: str
     bytes: int
-    bandwidth: float  # GB/s
-
-    @property
-    def seconds(self) -> float:
-        return self.bytes / (self.bandwidth * 1e9)
+    routes: tuple[Route, ...]  # the links that it can go by
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
     """In GB/s (10^9)."""
 
-    sync: float | None  # of a weight sync; None: BANDWIDTH
+    sync: float | None  # of a weight sync; None: what sync_plan.py assumes
     disk: float  # of the storage of checkpoints
 
 
@@ -142,7 +136,9 @@ def _planned(
     if isinstance(job, TrainJob):
         backend = choose_backend(job.weight_sync, job.cluster, device)
         size = shapes(job.policy).parameters * precision_bytes(job.policy.precision, device)
-        sync = Sync(backend, size, speeds.sync or BANDWIDTH[backend])
+        nodes, sharded = plan.phases[0].nodes, job.learner.zero_stage == 3  # it has no other phase
+        ways = routes(size, backend, nodes, ranks=job.learner.ranks, sharded=sharded, bandwidth=speeds.sync)
+        sync = Sync(backend, size, tuple(ways))
     actors = [one for phase in plan.phases for one in phase.actors]
     checkpoint = checkpoint_cost(job, actors, device, speeds.disk)
     return Planned(name, kind, device, plan, named, sync, checkpoint, machine.host_bytes)
@@ -288,8 +284,7 @@ def _as_values(one: Planned) -> dict[str, Any]:
         and {
             "backend": one.sync.backend,
             "bytes": one.sync.bytes,
-            "gb_per_s": one.sync.bandwidth,
-            "seconds": one.sync.seconds,
+            "routes": [asdict(route) for route in one.sync.routes],
         },
         "checkpoint": one.checkpoint
         and {
@@ -331,7 +326,7 @@ def _show(one: Planned, machine: Machine) -> None:
             say(line)
     if one.sync is not None:
         sync = one.sync
-        took = f"{sync.seconds:.2f} s by {sync.backend} at {sync.bandwidth:g} GB/s"
+        took = "; ".join(f"{route.seconds:.2f} s by {route.by} at {route.gb_per_s:g} GB/s" for route in sync.routes)
         say(f"  weight sync    {_gb(sync.bytes)} a step, {took}")
     if one.checkpoint is not None:
         say(f"  checkpoint     {_checkpoint_line(one.checkpoint)}")
@@ -382,8 +377,8 @@ def _lines(phase: Phase, machine: Machine, one: Planned) -> list[str]:
         nodes = [", ".join(f"{count} {role}" for role, count in node.items()) for node in phase.nodes]
         alike = {text: nodes.count(text) for text in nodes}
         told = "; ".join(f"{count} x ({text})" for text, count in alike.items())
-        count = f"{phase.gpus:g} GPU{'s' if phase.gpus != 1 else ''}"
-        lines.append(f"  bundles        {count} on nodes of {machine.gpus_per_node}: {told}")
+        gpus = f"{phase.gpus:g} GPU{'s' if phase.gpus != 1 else ''}"
+        lines.append(f"  bundles        {gpus} on nodes of {machine.gpus_per_node}: {told}")
         lines += [f"  on one GPU     {' + '.join(roles)}" for roles in phase.shared]
     lines += list(dict.fromkeys(f"  host memory    {_host_line(parts, one.host_bytes)}" for parts in phase.host))
     return lines + [f"  DOES NOT FIT   {problem.text}" for problem in phase.problems]

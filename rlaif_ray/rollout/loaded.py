@@ -1,4 +1,4 @@
-"""Which parameters an update under way has not reached, by the account that vLLM's layerwise reload keeps.
+"""What an update under way has not reached, and what of it waits, by the account that vLLM's layerwise reload keeps.
 
 vLLM itself puts the old weights back where none came, and only logs it ("Failed to load weights"). To be read before an
 update is finished: finishing it clears the account. Uses what vLLM 0.26 to 0.33 share.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.model_loader.reload import layerwise, meta
 
 # Stay on their device during an update, so that a loader may write them past the account.
@@ -41,6 +41,16 @@ def not_loaded(model: nn.Module, besides: Collection[str] = ()) -> list[str]:
                 if name not in came and name not in _UNCOUNTED
             }
     return [name for name, tensor in missing.items() if tensor not in loaded]
+
+
+def own_what_waits(model: nn.Module, storages: Collection[int]) -> None:
+    """Clones what vLLM keeps until a layer is complete (a padded embedding stays so to the end of the update) out of
+    memory that the sender will use again; `storages` are the addresses of that memory."""
+    for module in model.modules():
+        for _, arguments in layerwise.get_layerwise_info(module).loaded_weights:
+            for key, value in arguments.arguments.items():
+                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in storages:
+                    arguments.arguments[key] = value.clone()
 
 
 def _waits_for_the_end(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.reload import layerwise as vllm_reload
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
 from rlaif_ray.errors import StaleWeightsError
-from rlaif_ray.rollout.loaded import not_loaded
+from rlaif_ray.rollout.loaded import not_loaded, own_what_waits
 from rlaif_ray.rollout.weight_transfer import stale_message
 
 # By bytes an element: integers of that size, and bits that no weight has. As floats they are NaN, but not the one that
@@ -59,7 +59,7 @@ class Reload:
             self._loaded = None  # this model doesn't say
         elif self._loaded is not None:
             self._loaded |= loaded
-        _own_what_waits(self._model, {tensor.untyped_storage().data_ptr() for _, tensor in given})
+        own_what_waits(self._model, {tensor.untyped_storage().data_ptr() for _, tensor in given})
 
     @torch.no_grad()
     def finish(self, model_config: Any) -> None:
@@ -172,12 +172,3 @@ def _fill(module: nn.Module, info: Any, marked: set[str]) -> None:
         if bool(marks.any()):
             fits = not packs and old is not None and (old.shape, old.dtype) == (parameter.shape, parameter.dtype)
             parameter.data.copy_(torch.where(marks, old.data if fits else torch.zeros_like(parameter.data), parameter))
-
-
-def _own_what_waits(model: nn.Module, storages: set[int]) -> None:
-    """Clones what vLLM keeps until a layer is complete (a padded embedding stays so to the end) out of our segment."""
-    for module in model.modules():
-        for _, arguments in vllm_reload.get_layerwise_info(module).loaded_weights:
-            for key, value in arguments.arguments.items():
-                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in storages:
-                    arguments.arguments[key] = value.clone()

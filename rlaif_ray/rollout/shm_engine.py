@@ -13,8 +13,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from rlaif_ray.rollout.checksum import Checksum
 from rlaif_ray.rollout.reload import Reload
-from rlaif_ray.rollout.weight_transfer import additive_checksum
 
 
 @dataclass
@@ -42,14 +42,14 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._mapped: tuple[str, int, torch.Tensor] | None = None  # path, inode, bytes
-        self.received_checksum = 0
+        self._checksum = Checksum()
         self._reload: Reload | None = None
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         """No rendezvous: each message names its file."""
 
     def start_weight_update(self) -> None:
-        self.received_checksum = 0
+        self._checksum = Checksum()
         self._reload = Reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -58,7 +58,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
         weights = list(self._views(update_info))
-        self.received_checksum = (self.received_checksum + additive_checksum([t for _, t in weights])) % 2**63
+        for name, tensor in weights:
+            self._checksum.add(name, tensor)
         assert self._reload is not None, "vLLM starts an update first"
         self._reload.load(weights)
 
@@ -80,6 +81,14 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             mapped = torch.from_file(path, shared=True, size=stat.st_size, dtype=torch.uint8)
             self._mapped = (path, stat.st_ino, mapped)
         return self._mapped[2]
+
+    @property
+    def received_checksum(self) -> int:
+        return self._checksum.value()
+
+    def not_loaded(self) -> list[str]:
+        """Nothing to say before the end: an update that left something out fails there (reload.py)."""
+        return []
 
     def finish_weight_update(self) -> None:
         assert self._reload is not None, "vLLM starts an update first"

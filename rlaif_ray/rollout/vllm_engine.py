@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,13 @@ from rlaif_ray.config.sections import CPU_KV_CACHE_GB
 from rlaif_ray.errors import EngineError, InputError, StaleWeightsError
 from rlaif_ray.interfaces import GenerationSettings
 from rlaif_ray.models import load_config
+from rlaif_ray.rollout.board import Source
+from rlaif_ray.rollout.buckets import Bucket
+from rlaif_ray.rollout.nccl import DISABLED, pass_gate
 from rlaif_ray.rollout.orphans import ENGINE_PROCESS
-from rlaif_ray.rollout.support import keeps_state, state_arguments
-from rlaif_ray.rollout.weight_transfer import SHM_BACKEND, stale_message
+from rlaif_ray.rollout.receiving import update_messages
+from rlaif_ray.rollout.support import state_arguments
+from rlaif_ray.rollout.weight_transfer import ENGINES, stale_message
 from rlaif_ray.types import Completion, Prompt, TokenAnswer, TokenQuery
 
 CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes: the finer, the more of a prefix is shared
@@ -114,7 +118,7 @@ def engine_arguments(spec: EngineSpec, config: Any | None = None) -> dict[str, A
     if spec.sleep:
         arguments["enable_sleep_mode"] = True
     if spec.transfer_backend is not None:
-        arguments["weight_transfer_config"] = {"backend": spec.transfer_backend}
+        arguments["weight_transfer_config"] = {"backend": ENGINES[spec.transfer_backend][0]}
     return arguments | state_arguments(config) | spec.engine_kwargs
 
 
@@ -187,12 +191,8 @@ class VllmEngine:
             from rlaif_ray.rollout.weight_transfer import register
 
         register()
-        config = _config(spec)
-        # Of such layers vLLM keeps -exp(A_log) in the place of A_log. A model without a config may have them.
-        self._keeps_bits = config is not None and not keeps_state(config)
-        self._sent: set[str] = set()  # types of the tensors in the update under way
         try:
-            self._llm = LLM(**engine_arguments(spec, config))
+            self._llm = LLM(**engine_arguments(spec, _config(spec)))
         except Exception as error:
             raise EngineError(f"vLLM could not start with {spec.model}: {type(error).__name__}: {error}") from error
         self._tokenizer = self._llm.get_tokenizer()
@@ -345,24 +345,46 @@ class VllmEngine:
 
     # Weight updates, in vLLM's order: init once; then start, update any number of times, finish.
 
-    def init_transfer(self, init_info: dict[str, Any]) -> None:
+    def init_transfer(self, init_info: dict[str, Any], gate: tuple[str, int] | None = None) -> None:
+        """Joins the weight transfer. An NCCL group makes its members meet at the `gate` (address, port) first.
+
+        Raises:
+            GivenUpError: the group was given up before it was made; this engine is as it was.
+            EngineError: it could not join.
+        """
+        if gate is not None:
+            self.leave_transfer()
+            pass_gate(*gate)
         with self._working("to join the weight transfer"):
             self._llm.init_weight_transfer_engine({"init_info": init_info})
+            if gate is not None and any(self._llm.collective_rpc("transfer_is_disabled")):
+                raise RuntimeError(DISABLED)
+
+    def leave_transfer(self) -> None:
+        """Destroys the communicators of an NCCL group; one that was aborted by others can't be left in order."""
+        with self._working("to leave the weight transfer"):
+            self._llm.collective_rpc("leave_transfer")
 
     def start_update(self) -> None:
         self.weight_version = -1  # an update that breaks half way leaves an engine that must not sample
-        self._sent.clear()
         with self._working("to begin an update"):
             self._wake("weights")  # the KV cache is not needed before the next call, which comes soon
             self._llm.start_weight_update()
 
     def update(self, update_info: dict[str, Any]) -> None:
-        self._sent |= set(update_info["dtype_names"])
+        """Loads one bucket, as vLLM's update message describes it."""
         with self._working("to load weights"):
             self._llm.update_weights({"update_info": update_info})
 
-    def finish_update(self, version: int) -> list[int | None]:
-        """Makes the new weights current; returns each worker's checksum of them, None where it can't be compared.
+    def update_all(self, buckets: Sequence[Bucket], sources: tuple[Source, ...]) -> None:
+        """Loads a whole push, bucket by bucket (receiving.py). While it waits for one it is idle: whether the learner
+        still moves, others watch."""
+        with closing(update_messages(buckets, sources)) as messages:
+            for message in messages:
+                self.update(message)
+
+    def finish_update(self, version: int) -> list[int]:
+        """Makes the new weights current; returns each worker's checksum of what it received.
 
         Raises:
             StaleWeightsError: vLLM's loader left parameters as they were.
@@ -370,11 +392,9 @@ class VllmEngine:
         with self._working("to end an update"):
             stale = sorted({name for names in self._llm.collective_rpc("not_loaded") for name in names})
             self._llm.finish_weight_update()
-            if stale and self._sent:
+            if stale:
                 raise StaleWeightsError(stale_message(self._spec.model, stale))
             self._llm.reset_prefix_cache()
-            checksums = self._llm.collective_rpc("received_checksum", args=(sorted(self._sent),))
+            checksums = self._llm.collective_rpc("received_checksum")
         self.weight_version = version
-        if not self._keeps_bits and self._spec.transfer_backend != SHM_BACKEND:
-            return [None] * len(checksums)
         return list(checksums)

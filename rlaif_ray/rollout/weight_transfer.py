@@ -1,7 +1,8 @@
-"""How weights reach vLLM: the trainer's half of each transport, and our shared-memory backend's registration.
+"""How weights reach vLLM: where the trainer stages them, and the registration of vLLM's half.
 
 vLLM's worker API is driven by its unpacked wire format (start, update any number of times, finish), the same in
-vLLM 0.26 to 0.33. On GPUs its own `ipc` and `nccl` backends receive; on CPUs, where it has none, `shm_engine.py`.
+vLLM 0.26 to 0.33. On GPUs its own `ipc` and `nccl` backends receive, with a checksum (`gpu_engines.py`); on CPUs,
+where it has none, `shm_engine.py`.
 This module imports vLLM only where a transport needs it, so that a learner on CPU never loads it.
 """
 
@@ -9,49 +10,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif_ray.output import show_logs_safely
+from rlaif_ray.rollout import ipc
+from rlaif_ray.rollout.buckets import lay_out
 from rlaif_ray.rollout.orphans import end_with_parent, is_engines_child
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHM_BACKEND = "shm"
-_ALIGNMENT = 64  # bytes; keeps every tensor of a segment aligned for vector loads
+# By our name of a transport: the backend's name in vLLM, and where its engine is.
+ENGINES = {
+    "shm": ("shm", "rlaif_ray.rollout.shm_engine", "ShmWeightTransferEngine"),
+    "ipc": ("rlaif_ipc", "rlaif_ray.rollout.gpu_engines", "IpcEngine"),
+    "nccl": ("rlaif_nccl", "rlaif_ray.rollout.gpu_engines", "NcclEngine"),
+}
 
 
 def register() -> None:
-    """Adds the shared-memory backend to vLLM. A process that one of our engines started ends with its parent, and its
+    """Adds our backends to vLLM. A process that one of our engines started ends with its parent, and its
     output is masked. Entry point of vLLM's plugin group: runs in every process of any vLLM in this environment."""
     if is_engines_child():
         end_with_parent()
         show_logs_safely()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if SHM_BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            SHM_BACKEND, "rlaif_ray.rollout.shm_engine", "ShmWeightTransferEngine"
-        )
-
-
-def additive_checksum(tensors: Sequence[Tensor]) -> int:
-    """Sum of all raw bits read as integers, modulo 2^63.
-
-    Additive, so that it does not care how an engine merges parameters (q, k and v into one), and zero padding of a
-    vocabulary adds nothing.
-    """
-    import torch
-
-    views = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    total = 0
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1)
-        # Eight bytes at a time where that is four times as fast; GPUs keep merged parameters, so there by element.
-        wide = not tensor.is_cuda and flat.numel() * flat.element_size() % 8 == 0
-        bits = flat.view(torch.int64 if wide else views[flat.element_size()])
-        total += int(bits.sum(dtype=torch.int64))
-    return total % 2**63
+    for name, module, engine in ENGINES.values():
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, module, engine)
 
 
 def stale_message(model: str, names: Sequence[str]) -> str:
@@ -62,17 +49,24 @@ def stale_message(model: str, names: Sequence[str]) -> str:
     )
 
 
-def describe(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """The part of an update message that every transport shares."""
-    return {
-        "names": list(names),
-        "dtype_names": [str(t.dtype).removeprefix("torch.") for t in tensors],
-        "shapes": [list(t.shape) for t in tensors],
-    }
+class Slot(Protocol):
+    """Memory of the learner that holds one bucket and that engines read."""
+
+    def reserve(self, size: int) -> Any:
+        """Makes room for so many bytes; returns what a reader needs to find them (board.Source)."""
+
+    def stage(self, tensors: Sequence[Tensor]) -> None:
+        """Copies the tensors in, one after the other as buckets.lay_out says; done when it returns."""
+
+    def release(self) -> None:
+        """A push is over: what only it needs may go."""
+
+    def close(self) -> None:
+        """All of it may go."""
 
 
-class ShmSender:
-    """Stages weights in one shared-memory segment, reused for every bucket and every push.
+class ShmSlot:
+    """A shared-memory segment, reused for every bucket and every push.
 
     The segment is as large as the largest bucket, never the whole model: that is what keeps a ZeRO-3 sync within
     one layer group of extra memory. It has no name in a file system: the kernel frees it with its last process,
@@ -83,22 +77,14 @@ class ShmSender:
         self._descriptor: int | None = None
         self._segment: Tensor | None = None  # (bytes,) uint8, mapped
 
-    def stage(self, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """Copies the tensors into the segment; returns vLLM's update message."""
-        offsets, size = [], 0
-        for tensor in tensors:
-            offsets.append(size)
-            size += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-        segment = self._grown_to(size)
-        for offset, tensor in zip(offsets, tensors, strict=True):
-            count = tensor.numel() * tensor.element_size()
-            segment[offset : offset + count].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-        return {**describe(names, tensors), "path": self.path, "offsets": offsets}
-
-    @property
-    def path(self) -> str:
+    def reserve(self, size: int) -> str:
         """Where other processes of this user open the segment."""
+        self._grown_to(size)
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def stage(self, tensors: Sequence[Tensor]) -> None:
+        offsets, size = lay_out([tensor.numel() * tensor.element_size() for tensor in tensors])
+        _copy(self._grown_to(size), offsets, tensors)
 
     def _grown_to(self, size: int) -> Tensor:
         import torch
@@ -107,11 +93,12 @@ class ShmSender:
             self.close()  # a new segment, so that an engine's old mapping stays valid
             self._descriptor = os.memfd_create("rlaif-weights", os.MFD_CLOEXEC)
             os.posix_fallocate(self._descriptor, 0, size)  # no memory left fails here and not as a bus error later
-            self._segment = torch.from_file(self.path, shared=True, size=size, dtype=torch.uint8)
+            path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+            self._segment = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
         return self._segment
 
     def release(self) -> None:
-        """After a push: nothing to do, the segment is reused."""
+        """Nothing to do, the segment is reused."""
 
     def close(self) -> None:
         self._segment = None
@@ -120,62 +107,51 @@ class ShmSender:
             self._descriptor = None
 
 
-class IpcSender:
-    """Hands CUDA IPC handles to engines on the same GPU. Staged tensors live until `release`."""
+class IpcSlot:
+    """A block of GPU memory, exported once a push to the engines of the same GPU, and reused for every bucket of it.
+
+    It goes back to torch's allocator with the end of the push, since the GPU is shared: engines and the next training
+    step need the room.
+    """
 
     def __init__(self) -> None:
-        self._staged: list[Tensor] = []
+        self._block: Tensor | None = None  # (bytes,) uint8
 
-    def stage(self, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    def reserve(self, size: int) -> dict[str, ipc.Handle]:
+        """The block's handle by the UUID of its GPU."""
         import torch
-        from torch.multiprocessing.reductions import reduce_tensor
 
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        # A parameter's storage may be one large flat buffer of DeepSpeed's: a clone exports just this tensor.
-        staged = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
-        self._staged += staged
-        torch.cuda.synchronize()
-        return {**describe(names, staged), "ipc_handles": [{uuid: reduce_tensor(t)[1]} for t in staged]}
+        self._block = torch.empty(size, dtype=torch.uint8, device=own_device())
+        uuid, handle = ipc.export(self._block)
+        return {uuid: handle}
+
+    def stage(self, tensors: Sequence[Tensor]) -> None:
+        assert self._block is not None, "it is reserved first"
+        _copy(self._block, lay_out([tensor.numel() * tensor.element_size() for tensor in tensors])[0], tensors)
+        synchronize()  # readers in other processes know nothing of this one's streams
 
     def release(self) -> None:
-        """After the engines took a bucket: its staging memory may go."""
-        import torch
-
-        self._staged.clear()
-        torch.cuda.ipc_collect()
+        self._block = None
 
     def close(self) -> None:
         self.release()
 
 
-def with_handles_of_all(messages: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """One rank's update message, with every rank's IPC handles: a worker takes those of its own GPU."""
-    sent = [message for message in messages if message is not None]
-    if "ipc_handles" not in sent[0]:
-        return sent[0]
-    each = zip(*(message["ipc_handles"] for message in sent), strict=True)  # by tensor
-    return {**sent[0], "ipc_handles": [{k: v for handles in ranks for k, v in handles.items()} for ranks in each]}
+def own_device() -> Any:
+    """The GPU of this process."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-class NcclSender:
-    """Broadcasts from the learner's rank 0 to all engine workers, for engines on GPUs of their own."""
+def synchronize() -> None:
+    """Until the GPU has done all that it was told."""
+    import torch
 
-    def __init__(self, address: str, port: int, world_size: int) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+    torch.cuda.synchronize()
 
-        self._group: Any = trainer_init({"master_address": address, "master_port": port, "world_size": world_size})
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Sends in order; runs while the engines are inside `update_weights` of the same names."""
-        import torch
-
-        stream = torch.cuda.current_stream()
-        for tensor in tensors:
-            self._group.broadcast(tensor.detach().contiguous(), src=0, stream=stream)
-        torch.cuda.synchronize()
-
-    def release(self) -> None:
-        """Nothing is kept."""
-
-    def close(self) -> None:
-        self._group = None
+def _copy(block: Tensor, offsets: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    for offset, tensor in zip(offsets, tensors, strict=True):
+        count = tensor.numel() * tensor.element_size()
+        block[offset : offset + count].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())

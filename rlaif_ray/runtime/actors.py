@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rlaif_ray.learner.finetune import SftExample
     from rlaif_ray.learner.probe import Text
     from rlaif_ray.learner.supervised import PairExample
+    from rlaif_ray.rollout.board import Source
+    from rlaif_ray.rollout.buckets import Bucket
     from rlaif_ray.rollout.vllm_engine import EngineSpec
     from rlaif_ray.storage import Place, StoredFile, StoredFolder
     from rlaif_ray.types import Completion, Experience, Prompt, Score, TokenAnswer, TokenQuery
@@ -86,17 +88,28 @@ class EngineActor(Actor):
         answers: list[TokenAnswer] = self._engine.token_logprobs(queries)
         return answers
 
-    def init_transfer(self, init_info: dict[str, Any]) -> None:
-        self._engine.init_transfer(init_info)
+    def init_transfer(self, init_info: dict[str, Any], gate: tuple[str, int] | None = None) -> str | None:
+        """Joins the transfer; by NCCL all meet at the gate first. Why it turned back there, unchanged; else None."""
+        from rlaif_ray.rollout.nccl import GivenUpError
+
+        try:
+            self._engine.init_transfer(init_info, gate)
+        except GivenUpError as error:
+            return str(error)
+        return None
+
+    def leave_transfer(self) -> None:
+        self._engine.leave_transfer()
 
     def start_update(self) -> None:
         self._engine.start_update()
 
-    def update(self, update_info: dict[str, Any]) -> None:
-        self._engine.update(update_info)
+    def update_all(self, buckets: Sequence[Bucket], sources: tuple[Source, ...]) -> None:
+        """Loads a whole push, bucket by bucket, as the learner makes them ready (rollout/receiving.py)."""
+        self._engine.update_all(buckets, sources)
 
-    def finish_update(self, version: int) -> list[int | None]:
-        checksums: list[int | None] = self._engine.finish_update(version)
+    def finish_update(self, version: int) -> list[int]:
+        checksums: list[int] = self._engine.finish_update(version)
         return checksums
 
 
@@ -143,6 +156,8 @@ def free_cached(shares_gpu: bool) -> None:
 class LearnerActor(Actor):
     """One rank of the learner, and the sending end of the weight sync."""
 
+    _sender: Any = None  # rollout/sending.py
+
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port on this node, for the peers of rank 0, whose answer counts."""
         import ray
@@ -179,7 +194,7 @@ class LearnerActor(Actor):
             self._learner = ranks[type(job)](job, spec, precision, total_steps=total_steps, start_timeout_s=timeout_s)
         self._rank = spec.rank
         self._shares_gpu = job.cluster.shares_gpus(spec.device)
-        self._senders: list[Any] = []
+        self._sender = None
         notes: list[str] = self._learner.notes
         return notes
 
@@ -236,52 +251,57 @@ class LearnerActor(Actor):
         notes: list[str] = self._learner.save_model(folder, center)
         return notes
 
-    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]], bool]:
-        """(name, dtype, shape) of all that a push sends, the names that go together, whether buffers are among it."""
+    def weight_metadata(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[list[str]]]:
+        """(name, dtype, shape) of all that a push sends, and the names that go together."""
         weights = self._learner.weights
-        return weights.metadata(), weights.groups(), weights.has_buffers
+        return weights.metadata(), weights.groups()
 
-    def open_senders(self, backend: str, options: dict[str, Any]) -> None:
-        """Opens this end of the transport, with two places for buckets where one is filled while one is read.
+    # The sending end of the weight sync. What is asked of it while it sends goes by the concurrency group HEALTH.
 
-        Rank 0 sends; by IPC every rank, each to the engine of its own GPU.
-        """
-        from rlaif_ray.rollout.weight_transfer import IpcSender, NcclSender, ShmSender
+    def open_group(self) -> dict[str, Any]:
+        """Makes the place where an NCCL group will meet: `gate`, where all come first, and `address` and `port`."""
+        from rlaif_ray.rollout import nccl
 
-        if backend == "ipc":
-            self._senders = [IpcSender(), IpcSender()]
-        elif self._rank > 0:
-            self._senders = []
-        elif backend == "shm":
-            self._senders = [ShmSender() for _ in range(2)]
-        else:
-            self._senders = [NcclSender(**options)]
+        self.close_senders()
+        gate = nccl.Gate(self.rendezvous()[0])
+        address, port = self.rendezvous()  # while the gate has its port: else this could be the same
+        self._sender = nccl.NcclSender(gate, lambda world_size: nccl.communicator(address, port, world_size))
+        return {"gate": (address, gate.port), "address": address, "port": port}
 
-    def stage(self, names: list[str], slot: int) -> tuple[dict[str, Any], int] | None:
-        """Gathers a bucket (all ranks) and stages it (those that send): the update message and the checksum."""
-        from rlaif_ray.rollout.weight_transfer import additive_checksum
+    def meet(self, engines: int, world_size: int) -> str | None:
+        """Joins that group, with so many engines and their workers; else why it didn't."""
+        why: str | None = self._sender.open(engines, world_size)
+        return why
 
-        with self._learner.weights.gathered(names) as tensors:
-            if not self._senders:
-                return None
-            return self._senders[slot].stage(names, tensors), additive_checksum(tensors)
+    def offer(self, backend: Literal["shm", "ipc"], size: int, readers: int) -> list[Source]:
+        """Prepares a push of buckets of up to `size` bytes that so many engines read from this rank's memory: what to
+        tell each. There are two slots: one is filled while the other is read."""
+        from rlaif_ray.rollout.sending import Staging
+        from rlaif_ray.rollout.weight_transfer import IpcSlot, ShmSlot
 
-    def broadcast(self, names: list[str]) -> int | None:
-        """Gathers a bucket (all ranks) and broadcasts it (rank 0) to engines that are receiving; its checksum."""
-        from rlaif_ray.rollout.weight_transfer import additive_checksum
+        if self._sender is None:
+            slot: type[Any] = ShmSlot if backend == "shm" else IpcSlot
+            self._sender = Staging([slot(), slot()])
+        sources: list[Source] = self._sender.offer(size, readers)
+        return sources
 
-        with self._learner.weights.gathered(names) as tensors:
-            if not self._senders:
-                return None
-            self._senders[0].broadcast(tensors)
-            return additive_checksum(tensors)
+    def send_all(self, buckets: Sequence[Bucket]) -> int:
+        """Gathers all weights (all ranks) and sends them (those that have anybody to send to); rank 0's is their
+        checksum."""
+        from rlaif_ray.rollout.sending import send_all
 
-    def release(self, slot: int) -> None:
-        """The engines have taken the bucket staged in `slot`."""
-        if self._senders:
-            self._senders[slot].release()
+        return send_all(self._learner.weights, buckets, self._sender, counted=self._rank == 0)
+
+    def leave_out(self, reader: int) -> None:
+        """That reader of this push is lost: the rank waits for it no more."""
+        self._sender.leave_out(reader)
+
+    def break_off(self) -> None:
+        """A member of the NCCL group is lost: nobody waits in it any more, and it must be made anew."""
+        if self._sender is not None:
+            self._sender.break_off()
 
     def close_senders(self) -> None:
-        for sender in self._senders:
+        sender, self._sender = self._sender, None
+        if sender is not None:
             sender.close()
-        self._senders = []

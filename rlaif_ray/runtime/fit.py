@@ -116,6 +116,9 @@ def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machi
             )
         if one.shape.heads % one.need.workers:
             yield Problem((role,), f"{role}: {one.shape.heads} attention heads can't be split over {one.need.workers}")
+        if one.shape.heads % one.together or (one.shape.kv_heads % one.together and one.together % one.shape.kv_heads):
+            heads = f"{one.shape.heads} attention and {one.shape.kv_heads} key-value heads"
+            yield Problem((role,), f"{role}: {heads} can't be split by learner.sequence_parallel={one.together}")
         if memory.total > memory.limit:
             of = "its share of a GPU" if one.kind == "engine" else "a GPU without what the allocator loses"
             yield Problem((role,), f"{role} needs {_gb(memory.total)} on each GPU, more than {of}, {_gb(memory.limit)}")
@@ -238,6 +241,7 @@ def _learner_options(job: Any) -> Iterator[tuple[str, list[Any]]]:
         yield "learner.gradient_checkpointing", [True]
     yield "learner.zero_stage", list(range(learner.zero_stage + 1, 4))
     yield "learner.ranks", _doubled(learner.ranks, MOST_RANKS)
+    yield "learner.sequence_parallel", _doubled(learner.sequence_parallel, learner.ranks)
     yield "learner.tokens_per_micro_batch", _halved(learner.tokens_per_micro_batch, 512)
 
 

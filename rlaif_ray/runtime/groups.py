@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlaif_ray.algorithm.losses import explained_variance
 from rlaif_ray.attention import switch_length
-from rlaif_ray.data.batching import balanced_shares, minibatches, plan_ranks
+from rlaif_ray.data.batching import RankPlan, balanced_shares, minibatches, plan_ranks, plans_of_ranks
 from rlaif_ray.learner.dpo import DpoExample
 from rlaif_ray.models import load_config
 from rlaif_ray.runtime.waiting import gather
@@ -206,10 +206,11 @@ class LearnerGroup:
             found |= part
         return _experience(samples, found)
 
-    def _plan(self, indices: Sequence[int], prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+    def _plan(self, indices: Sequence[int], prompts: Sequence[Any], completions: Sequence[Any]) -> list[RankPlan]:
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         learner = self._job.learner
-        return plan_ranks(indices, lengths, ranks=learner.ranks, budget=learner.tokens_per_micro_batch)
+        plans = plan_ranks(indices, lengths, ranks=learner.groups, budget=learner.tokens_per_micro_batch)
+        return plans_of_ranks(plans, learner.sequence_parallel)
 
     def update(self, experience: Experience) -> dict[str, float]:
         algorithm = self._job.algorithm
@@ -277,10 +278,11 @@ class SupervisedGroup(Generic[Example]):
         plans = plan_ranks(
             range(len(examples)),
             lengths,
-            ranks=learner.ranks,
+            ranks=learner.groups,
             budget=learner.tokens_per_micro_batch,
             apart=None if switch is None else [max(example.lengths) > switch for example in examples],
         )
+        plans = plans_of_ranks(plans, learner.sequence_parallel)
         shared = ray.put(list(examples))
         refs = [getattr(actor, verb).remote(shared, plan) for actor, plan in zip(self.actors, plans, strict=True)]
         return self._ranks.gather(verb, refs)

@@ -60,7 +60,7 @@ def _actor(job: Any, one: Actors, device: Device) -> Parts:
     if device == "cpu":  # of a learner what it always holds: how full its micro-batches get, the plan can't say
         parts["models"] = (one.memory.resting if one.kind == "learner" else one.memory.total) * workers
     if one.kind == "engine" and device == "cuda":
-        cfg = job.rollout if one.need.role == "rollout" else sections(job)[one.need.role][0]
+        cfg: Any = job.rollout if one.need.role == "rollout" else sections(job)[one.need.role][0]
         if cfg.sleep:
             parts["sleeping engines"] = int(PINNED * one.memory.parts["weights"] * workers)
     if one.kind == "learner":

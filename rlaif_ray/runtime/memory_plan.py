@@ -84,6 +84,7 @@ class Actors:
     key: str  # the config section that says how large they are
     shape: ModelShape
     memory: Memory
+    together: int = 1  # learners: ranks that compute a micro-batch together
 
 
 def phases(job: Any, machine: Machine, shapes: Shapes, device: Device) -> list[tuple[str, list[Actors]]]:
@@ -110,7 +111,8 @@ def _rollout_need(job: Any, model: Any) -> Need:
 def _actors(job: Any, need: Need, machine: Machine, shapes: Shapes, device: Device) -> Actors:
     if need.role == "learner":
         shape = shapes(job.policy)
-        return Actors(need, "learner", "learner", shape, learner_memory(job, shape, machine, device))
+        memory = learner_memory(job, shape, machine, device)
+        return Actors(need, "learner", "learner", shape, memory, job.learner.sequence_parallel)
     if need.role == "rollout":
         return _engines(job, job.policy, need, "rollout", machine, shapes, device)
     section, key = sections(job)[need.role]
@@ -389,7 +391,8 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
         parts["hpZ copy"] = secondary
     held = sum(parts.values())
 
-    tokens = max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine))
+    together = job.learner.sequence_parallel
+    tokens = rank_tokens(max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine)), together)
     checkpointing = job.learner.gradient_checkpointing
 
     def kept(checkpointing: bool) -> int:
@@ -402,12 +405,26 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
         "gathered": max(zero.gathered(one, shape.vocabulary * shape.hidden) for one in models.values()),
         "buckets": zero.bucket_bytes,
     }
+    if together > 1:
+        working["exchange"] = exchange(shape, tokens, size)
     if zero.offloaded and zero.stage < 3:  # a gradient on its way to the host, the largest
         working["buckets"] += shape.vocabulary * shape.hidden * zero.weight_bytes
     # The step comes when activations are gone: only what it takes beyond them adds to the peak.
     working["optimizer step"] = max(0, max(zero.step(one) for one in models.values()) - sum(working.values()))
     memory = _alone(parts | working, machine, device, resting=held)
     return replace(memory, otherwise={"activations": kept(not checkpointing)})
+
+
+def rank_tokens(tokens: int, together: int) -> int:
+    """Of a micro-batch's tokens those of each of the ranks that compute it together: all of them take the same number,
+    and one that fills up (learner/sequence_parallel.py). Activations and logits are of those alone; in attention a rank
+    has all tokens of its share of the heads instead, which is as much."""
+    return tokens if together == 1 else -(-tokens // together) + 1
+
+
+def exchange(shape: ModelShape, tokens: int, size: int) -> int:
+    """What ranks that compute together send and receive at a time: queries, keys and values of their own T tokens."""
+    return 2 * tokens * (shape.queries + 2 * shape.keys) * size
 
 
 def _repeats(job: Any, shape: ModelShape, machine: Machine) -> float:

@@ -46,6 +46,15 @@ def gather(refs: Sequence[Any], *, who: str, timeout_s: float, ranks: Sequence[W
     return list(ray.get(list(refs)))
 
 
+def so_far(refs: Sequence[Any], *, who: str, ranks: Sequence[Watched] = ()) -> list[Any]:
+    """The results that are there by now; raises what `gather` would by now, and waits for nothing."""
+    ready = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0]
+    for ref in ready:
+        _raise_failure(ref, who, ranks)
+    _raise_loss(who, ranks)
+    return list(ray.get(ready))
+
+
 def _raise_failure(ref: Any, who: str, ranks: Sequence[Watched]) -> None:
     try:
         ray.get(ref)

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from rlaif_ray.errors import EngineError, InputError, LearnerLostError, StaleWeightsError
-from rlaif_ray.rollout.weight_transfer import with_handles_of_all
-from rlaif_ray.runtime.supervision import HEALTH
-from rlaif_ray.runtime.waiting import gather
+from rlaif_ray.errors import EngineError, InputError, LearnerLostError, RunError, StaleWeightsError
+from rlaif_ray.rollout.buckets import largest, make_buckets, tensor_bytes
+from rlaif_ray.runtime.supervision import HEALTH, POLL_S
+from rlaif_ray.runtime.waiting import gather, so_far
 from rlaif_ray.types import SyncReport
 
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
+    from rlaif_ray.rollout.board import Source
     from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
     from rlaif_ray.runtime.replicas import Replica
 
 Backend = Literal["shm", "ipc", "nccl"]
-Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, shape)
 Gpu = tuple[str, str]  # (node, GPU of the node)
+WHO = "learner (weight sync)"
 CLOSE_TIMEOUT_S = 10.0
 ANSWER_S = 10.0  # for a sign of life before a collective
-BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
-BYTES |= {"int8": 1, "uint8": 1, "bool": 1}
+GIVE_UP_S = 10.0  # for members of a broken NCCL group to come out of it
+MEETINGS = 3  # of NCCL groups that failed one after the other, before the run ends
 
 
 def choose_backend(cfg: WeightSyncConfig, cluster: ClusterConfig, device: Literal["cpu", "cuda"]) -> Backend:
@@ -46,28 +48,6 @@ def choose_backend(cfg: WeightSyncConfig, cluster: ClusterConfig, device: Litera
     return cfg.backend
 
 
-def make_buckets(groups: list[list[str]], metadata: Metadata, limit_bytes: int) -> list[list[str]]:
-    """Consecutive layer groups together up to the limit; a group is never split, its parts are loaded together."""
-    sizes = {name: tensor_bytes(dtype, shape) for name, dtype, shape in metadata}
-    buckets: list[list[str]] = []
-    used = 0
-    for group in groups:
-        size = sum(sizes[name] for name in group)
-        if not buckets or used + size > limit_bytes:
-            buckets.append([])
-            used = 0
-        buckets[-1] += group
-        used += size
-    return buckets
-
-
-def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    count = BYTES[dtype]
-    for n in shape:
-        count *= n
-    return count
-
-
 def must_share_gpus(ranks: list[list[Gpu]], engines: list[tuple[str, list[Gpu]]]) -> None:
     """By IPC an engine gets its weights from the learner rank of its own GPU.
 
@@ -85,21 +65,19 @@ def must_share_gpus(ranks: list[list[Gpu]], engines: list[tuple[str, list[Gpu]]]
             )
 
 
-def differs(found: list[int | None], checksum: int, *, received: bool, has_buffers: bool) -> bool:
-    """Whether an engine's checksums, one a worker, say that it has other weights than the learner.
-
-    `received`: they are of the bytes that came, else of the parameters that the engine holds. Of those, workers of a
-    tensor-parallel engine each hold a part, and replicate some; what is a buffer here may be a parameter there; and
-    None says that vLLM keeps them in another form. Then the engine's own count of what was loaded, which failed if
-    something was not, and the guard's log-probabilities are all there is.
-    """
-    if not received and (has_buffers or len(found) > 1 or None in found):
-        return False
+def differs(found: list[int], checksum: int) -> bool:
+    """Whether an engine's checksums, one a worker, say that other bytes came than the learner sent: every worker
+    receives every tensor whole, before it takes its part."""
     return any(c != checksum for c in found)
 
 
 class Sync:
-    """The WeightSync between a learner and its rollout engines. Engines that are lost on the way are left out."""
+    """The WeightSync between a learner and its rollout engines. Engines that are lost on the way are left out.
+
+    The driver makes a few calls to every actor and push: the buckets' loop runs in the actors (rollout/sending.py,
+    rollout/receiving.py), which keep in step by themselves. Meanwhile the driver watches who is lost, and tells those
+    who would wait for them.
+    """
 
     def __init__(
         self,
@@ -114,20 +92,20 @@ class Sync:
         self._learner, self._rollouts = learner, rollouts
         self._ranks = learner.actors
         self._backend, self._workers, self._timeout_s = backend, engine_workers, timeout_s
-        found = self._of_ranks([self._ranks[0].weight_metadata.remote()])[0]
-        self._metadata: Metadata = found[0]
-        self._has_buffers: bool = found[2]
-        self._buckets = make_buckets(found[1], self._metadata, cfg.bucket_mb * 2**20)
-        self._bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in self._metadata)
-        self._connected: list[Replica] = []
-        self._open = False
+        metadata, groups = self._of_ranks([self._ranks[0].weight_metadata.remote()])[0]
+        self._buckets = make_buckets(groups, metadata, cfg.bucket_mb * 2**20)
+        self._shared_buckets = ray.put(self._buckets)
+        self._bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in metadata)
+        self._connected: list[Replica] = []  # by NCCL the members of the group, in their order
+        self._gpus: dict[int, set[Gpu]] = {}  # of each rank, where that matters
+        self._gpus_of: dict[Replica, set[Gpu]] = {}
+        self._failed_meetings: list[str] = []
         self._version: int | None = None
         self._connect(rollouts.replicas.usable())
         rollouts.replicas.admit = self._admit
 
     def _of_ranks(self, refs: list[Any]) -> list[Any]:
-        who = "learner (weight sync)"
-        return gather(refs, who=who, timeout_s=self._timeout_s, ranks=self._learner.ranks)
+        return gather(refs, who=WHO, timeout_s=self._timeout_s, ranks=self._learner.ranks)
 
     def _of_engines(self, engines: list[Replica], ask: Callable[[Any], Any]) -> list[tuple[Replica, Any]]:
         """What those engines say that are not lost meanwhile."""
@@ -142,41 +120,21 @@ class Sync:
                 continue
         return found
 
-    def _connect(self, engines: list[Replica]) -> None:
-        """Opens the learner's end, and that of engines that have none yet. NCCL's groups are of fixed size: there all
-        meet anew whenever one is gone or has come."""
-        anew = self._backend == "nccl" and engines != self._connected
-        new = engines if anew else [engine for engine in engines if engine not in self._connected]
-        options: dict[str, Any] = {}
+    # Connecting
+
+    def _connect(self, engines: list[Replica]) -> list[Replica]:
+        """Those of the engines that are connected after it."""
+        if self._backend == "nccl":
+            self._meet(engines)
+            return list(self._connected)
+        new = [engine for engine in engines if engine not in self._connected]
         if self._backend == "shm" and new:
             self._must_share_a_node(new)
         if self._backend == "ipc" and new:
-            own = self._of_ranks([rank.gpus.remote() for rank in self._ranks])
-            theirs = self._of_engines(new, lambda e: e.gpus.remote())
-            must_share_gpus(own, [(engine.watched.name, gpus) for engine, gpus in theirs])
-        if anew:
-            address, port = self._of_ranks([self._ranks[0].rendezvous.remote()])[0]
-            options = {"address": address, "port": port, "world_size": 1 + self._workers * len(engines)}
-        opening = []
-        if anew or not self._open:
-            opening = [rank.open_senders.remote(self._backend, options) for rank in self._ranks]
-            self._open = True
-        # Both ends meet in the rendezvous: neither is waited for before the other was asked.
-        joining = [(engine, engine.actor.init_transfer.remote(self._place(k, options))) for k, engine in enumerate(new)]
-        self._of_ranks(opening)
-        self._answers(joining)
-        self._connected = engines if anew else [*(e for e in self._connected if e.usable), *new]
-
-    def _place(self, k: int, options: dict[str, Any]) -> dict[str, Any]:
-        """What the k-th engine must know to join."""
-        if self._backend != "nccl":
-            return {}
-        return {
-            "master_address": options["address"],
-            "master_port": options["port"],
-            "rank_offset": 1 + k * self._workers,
-            "world_size": options["world_size"],
-        }
+            self._see_gpus(new)
+        joined = [engine for engine, _ in self._of_engines(new, lambda e: e.init_transfer.remote({}))]
+        self._connected = [*(e for e in self._connected if e.usable), *joined]
+        return [engine for engine in engines if engine in self._connected]
 
     def _must_share_a_node(self, engines: list[Replica]) -> None:
         own = self._of_ranks([self._ranks[0].process.remote()])[0][1]
@@ -187,6 +145,64 @@ class Sync:
                 f"{len(nodes)} nodes): shared memory does not cross them. Run on one node, or on GPUs with nccl."
             )
 
+    def _see_gpus(self, engines: list[Replica]) -> None:
+        own = self._of_ranks([rank.gpus.remote() for rank in self._ranks])
+        theirs = self._of_engines(engines, lambda e: e.gpus.remote())
+        must_share_gpus(own, [(engine.watched.name, gpus) for engine, gpus in theirs])
+        self._gpus = {rank: set(gpus) for rank, gpus in enumerate(own)}
+        self._gpus_of |= {engine: set(gpus) for engine, gpus in theirs}
+
+    def _meet(self, engines: list[Replica]) -> None:
+        """NCCL's groups are of fixed size: all meet anew whenever one is gone or has come.
+
+        One that is lost on the way is left out: the group is given up, and the others make another.
+
+        Raises:
+            RunError: no group came about several times, or NCCL can't be used here.
+        """
+        engines = [engine for engine in engines if engine.usable]
+        if not engines and self._connected:
+            self._of_ranks([self._break_off()])
+        while engines and engines != self._connected:
+            self._connected = []
+            reason = self._try_to_meet(engines)
+            if reason is None:
+                self._connected, self._failed_meetings = engines, []
+                return
+            engines = [engine for engine in engines if engine.usable]
+            self._failed_meetings.append(reason)
+            if len(self._failed_meetings) >= MEETINGS:
+                raise RunError(
+                    f"learner and rollout engines could not form an NCCL group {MEETINGS} times in a row: "
+                    f"{'; '.join(self._failed_meetings)}. Look at the engines' logs in Ray's session folder; "
+                    f"NCCL_DEBUG=INFO makes NCCL say more."
+                )
+        self._connected = engines
+
+    def _try_to_meet(self, engines: list[Replica]) -> str | None:
+        """Why no group came about; None when it did."""
+        sender = self._ranks[0]
+        told = self._of_ranks([sender.open_group.remote()])[0]
+        world_size = 1 + self._workers * len(engines)
+        # Both ends meet in the rendezvous: neither is waited for before the other was asked.
+        opening = sender.meet.remote(len(engines), world_size)
+        joining = {}
+        for k, engine in enumerate(engines):
+            info = {
+                "master_address": told["address"],
+                "master_port": told["port"],
+                "rank_offset": 1 + k * self._workers,
+                "world_size": world_size,
+            }
+            joining[engine.actor.init_transfer.remote(info, told["gate"])] = engine
+        [why], joined = self._together([opening], joining, lambda engine: self._break_off(), all_or_none=True)
+        lost = [f"{engine.watched.name} {engine.watched.lost}" for engine in engines if not engine.usable]
+        back = [f"{engine.watched.name}: {said}" for engine, said in joined.items() if said is not None]
+        if why is None and not lost and not back:
+            return None
+        self._of_ranks([self._break_off()])  # also where the group came about and lost a member since
+        return "; ".join([*lost, *back, *([] if why is None else [why])])
+
     def _answering(self, engines: list[Replica]) -> list[Replica]:
         """Those that answer now: one silent member would hold up a whole NCCL group."""
         asked = [(e, e.actor.beat.options(concurrency_group=HEALTH).remote()) for e in engines]
@@ -195,6 +211,8 @@ class Sync:
             if ref not in ready:
                 engine.watched.lose(f"did not answer within {ANSWER_S:g} s before a weight sync", blameless=True)
         return [engine for engine in engines if engine.usable]
+
+    # Pushing
 
     def push(self, version: int) -> SyncReport:
         """After this every engine that serves samples with exactly the learner's weights, known as `version`.
@@ -226,17 +244,19 @@ class Sync:
             engine.serving = False
         if self._backend == "nccl":
             engines = self._answering(engines)
-        self._connect(engines)
+        engines = self._connect(engines)
         engines = [engine for engine, _ in self._of_engines(engines, lambda e: e.start_update.remote())]
+        if self._backend == "nccl":  # whoever was lost in that would be waited for in the broadcast
+            engines = self._connect(engines)
         try:
-            checksum = (self._broadcast if self._backend == "nccl" else self._stage_ahead)(engines) % 2**63
+            checksum, engines = (self._broadcast if self._backend == "nccl" else self._stage)(engines)
         except LearnerLostError:
             for engine in engines:  # half of the new weights are in it
                 engine.watched.lose("was left with half of an update", blameless=True)
             raise
         version = self._version
         for engine, found in self._of_engines(engines, lambda e: e.finish_update.remote(version)):
-            if differs(found, checksum, received=self._backend == "shm", has_buffers=self._has_buffers):
+            if differs(found, checksum):
                 raise StaleWeightsError(
                     f"{engine.watched.name} has other weights than the learner after the sync to version {version} "
                     f"(checksums {found}, learner {checksum}): it must not sample. Report this with the model's name."
@@ -244,48 +264,123 @@ class Sync:
             engine.serving = True
         return SyncReport(version, self._bytes, time.perf_counter() - started, f"{checksum:016x}")
 
-    def _stage_ahead(self, engines: list[Replica]) -> int:
-        """Two staging slots: while the engines load one bucket, the learner fills the other."""
-        checksum = 0
-        staged = [rank.stage.remote(self._buckets[0], 0) for rank in self._ranks]
-        for k in range(len(self._buckets)):
-            found = self._of_ranks(staged)
-            info = with_handles_of_all([None if said is None else said[0] for said in found])
-            checksum += found[0][1]
-            loading = [(engine, engine.actor.update.remote(info)) for engine in engines if engine.usable]
-            if k + 1 < len(self._buckets):
-                staged = [rank.stage.remote(self._buckets[k + 1], (k + 1) % 2) for rank in self._ranks]
-            self._answers(loading)
-            for rank in self._ranks:
-                rank.release.remote(k % 2)
-        return checksum
+    def _stage(self, engines: list[Replica]) -> tuple[int, list[Replica]]:
+        """By memory that both ends can reach: (checksum, engines that took all of it)."""
+        # A rank whose memory nobody reads stages nothing, and takes part in the gathering alone.
+        readers = [[engine for engine in engines if self._reads(engine, rank)] for rank in range(len(self._ranks))]
+        size = largest(self._buckets)
+        asked = [
+            rank.offer.remote(self._backend, size, len(own)) for rank, own in zip(self._ranks, readers, strict=True)
+        ]
+        offers = self._of_ranks(asked)
+        sources: dict[Replica, tuple[Source, ...]] = dict.fromkeys(engines, ())
+        for own, offered in zip(readers, offers, strict=True):
+            for engine, source in zip(own, offered, strict=True):
+                sources[engine] = (*sources[engine], source)
 
-    def _broadcast(self, engines: list[Replica]) -> int:
-        """Sender and receivers run at the same time, in the order of the names.
+        def leave_out(engine: Replica) -> None:
+            for rank, own in zip(self._ranks, readers, strict=True):
+                if engine in own:
+                    rank.leave_out.options(concurrency_group=HEALTH).remote(own.index(engine))
+
+        return self._run(engines, sources, leave_out, all_or_none=False)
+
+    def _reads(self, engine: Replica, rank: int) -> bool:
+        if self._backend == "shm":
+            return rank == 0
+        return bool(self._gpus[rank] & self._gpus_of[engine])
+
+    def _broadcast(self, engines: list[Replica]) -> tuple[int, list[Replica]]:
+        """By the NCCL group: (checksum, engines that took all of it).
+
+        An engine that is lost or fails inside of it breaks the collective for everybody. The learner's rank comes out
+        by aborting its communicator, gathers to the end with its peers, and loses nothing: going back to a checkpoint,
+        as for a lost rank, would cost the job hours. The other engines can't come out: their workers stand in NCCL
+        kernels, in processes of vLLM's that take no call meanwhile, with half of an update in their models. Those that
+        do not end by themselves are replaced, and take the weights before they serve, as any newcomer.
+        """
+        nothing: dict[Replica, tuple[Source, ...]] = dict.fromkeys(engines, ())
+        found = self._run(engines, nothing, lambda engine: self._break_off(), all_or_none=True)
+        if any(not engine.usable for engine in engines):
+            self._connected = []
+        return found
+
+    def _break_off(self) -> Any:
+        """The ref of it."""
+        return self._ranks[0].break_off.options(concurrency_group=HEALTH).remote()
+
+    def _run(
+        self,
+        engines: list[Replica],
+        sources: dict[Replica, tuple[Source, ...]],
+        give_up: Callable[[Replica], None],
+        *,
+        all_or_none: bool,
+    ) -> tuple[int, list[Replica]]:
+        """Sender and receivers at the same time."""
+        receiving = {
+            engine.actor.update_all.remote(self._shared_buckets, sources[engine]): engine for engine in engines
+        }
+        sending = [rank.send_all.remote(self._shared_buckets) for rank in self._ranks]
+        sent, received = self._together(sending, receiving, give_up, all_or_none=all_or_none)
+        return sent[0], [engine for engine in engines if engine in received]
+
+    def _together(
+        self,
+        of_ranks: list[Any],
+        of_engines: dict[Any, Replica],
+        give_up: Callable[[Replica], None],
+        *,
+        all_or_none: bool,
+    ) -> tuple[list[Any], dict[Replica, Any]]:
+        """Waits for ranks and engines that wait for one another: (what the ranks say, what those engines say that were
+        not lost over it).
+
+        Args:
+            of_ranks: refs.
+            of_engines: engines by ref; an answer but None says why an engine left.
+            give_up: called with each engine that is lost or has left, so that nobody waits for it.
+            all_or_none: one that is lost or has left, a rank too, which then says a text, takes the others along: they
+                have `GIVE_UP_S` to end by themselves.
 
         Raises:
-            LearnerLostError: an engine was lost inside the collective, which then ends for nobody.
+            LearnerLostError: a rank is lost.
         """
-        described = {name: (dtype, shape) for name, dtype, shape in self._metadata}
-        checksum = 0
-        for names in self._buckets:
-            info = {
-                "names": names,
-                "dtype_names": [described[n][0] for n in names],
-                "shapes": [list(described[n][1]) for n in names],
-            }
-            receiving = [engine.actor.update.remote(info) for engine in engines]
-            sending = [rank.broadcast.remote(names) for rank in self._ranks]
-            watched = [*self._learner.ranks, *(engine.watched for engine in engines)]
-            sent = gather([*sending, *receiving], who="weight sync", timeout_s=self._timeout_s, ranks=watched)
-            checksum += sent[0]
-        return checksum
+        answers: dict[Replica, Any] = {}
+        gone: list[str] = []
+        waiting, deadline = dict(of_engines), time.monotonic() + self._timeout_s
+        reason = f"did not take part in a weight sync within {self._timeout_s:g} s"
+        while waiting:
+            ray.wait([*waiting, *of_ranks], num_returns=len(waiting) + len(of_ranks), timeout=POLL_S)
+            over = time.monotonic() > deadline
+            for ref, engine in list(waiting.items()):
+                if over:
+                    engine.watched.lose(reason, blameless=True)
+                if engine.watched.lost is None and not ray.wait([ref], timeout=0)[0]:
+                    continue
+                del waiting[ref]
+                with suppress(EngineError):  # it is lost, and replaced by one that takes part in the next push
+                    answers[engine] = self._rollouts.replicas.answer(engine, ref, POLL_S)
+                if answers.get(engine, "lost") is not None:
+                    give_up(engine)
+                    gone.append(engine.watched.name)
+            said = so_far(of_ranks, who=WHO, ranks=self._learner.ranks)
+            if any(isinstance(one, str) for one in said):
+                gone.append("the learner's end")
+            if all_or_none and gone and deadline > time.monotonic() + GIVE_UP_S:
+                deadline = time.monotonic() + GIVE_UP_S
+                reason = f"was in an NCCL group that broke when {gone[0]} was lost"
+        return self._of_ranks(of_ranks), answers
 
     def close(self) -> None:
-        """Frees the staging memory.
+        """Frees the staging memory, and by NCCL the communicators of both ends.
 
         Raises:
             RunError: the learner is dead, and its memory with it, or too busy to close.
         """
+        timeout_s = min(self._timeout_s, CLOSE_TIMEOUT_S)
         closing = [rank.close_senders.remote() for rank in self._ranks]
-        gather(closing, who="learner (close weight sync)", timeout_s=min(self._timeout_s, CLOSE_TIMEOUT_S))
+        if self._backend == "nccl":
+            leaving = [engine.actor.leave_transfer.remote() for engine in self._connected if engine.usable]
+            ray.wait([*leaving, closing[0]], num_returns=len(leaving) + 1, timeout=timeout_s)
+        gather(closing, who="learner (close weight sync)", timeout_s=timeout_s)

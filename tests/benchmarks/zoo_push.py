@@ -228,17 +228,23 @@ def change(model: Any, seed: int = 2) -> None:
 def push(model: Any, engine: Any) -> None:
     """As runtime/weight_sync.py does it: two slots by turns, each overwritten while vLLM may still want it."""
     from rlaif_ray.learner.model_state import ModelState
-    from rlaif_ray.rollout.weight_transfer import ShmSender, additive_checksum
+    from rlaif_ray.rollout.buckets import largest, make_buckets
+    from rlaif_ray.rollout.checksum import MODULUS, checksum
+    from rlaif_ray.rollout.receiving import message_of
+    from rlaif_ray.rollout.weight_transfer import ShmSlot
 
-    state, slots, checksum = ModelState(model), [ShmSender(), ShmSender()], 0
+    state, slots, sent = ModelState(model), [ShmSlot(), ShmSlot()], 0
+    buckets = make_buckets(state.groups(), state.metadata(), 0)
+    paths = [slot.reserve(largest(buckets)) for slot in slots]
     if engine.weight_version < 0:
         engine.init_transfer({})
     engine.start_update()
-    for k, names in enumerate(state.groups()):
-        with state.gathered(names) as tensors:
-            checksum += additive_checksum(tensors)
-            engine.update(slots[k % 2].stage(names, tensors))
-    assert engine.finish_update(engine.weight_version + 1) == [checksum % 2**63]
+    for k, bucket in enumerate(buckets):
+        with state.gathered(bucket.names) as tensors:
+            sent += checksum(bucket.names, tensors)
+            slots[k % 2].stage(tensors)
+            engine.update(message_of(bucket, [paths[k % 2]]))
+    assert engine.finish_update(engine.weight_version + 1) == [sent % MODULUS]
     engine.weight_version = 1
     for slot in slots:
         slot.close()

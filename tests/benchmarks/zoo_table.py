@@ -27,8 +27,9 @@ import torch
 from rlaif_ray.attention import PACKED, padded_kernel, plan_attention
 from rlaif_ray.config.data_sections import LoraConfig
 from rlaif_ray.errors import InputError
-from rlaif_ray.learner.engine import CausalPolicy, save_model_folder
+from rlaif_ray.learner.engine import save_model_folder
 from rlaif_ray.learner.lora import add_adapters, count_parameters, merged_state
+from rlaif_ray.learner.modules import CausalPolicy
 from rlaif_ray.learner.packing import register_packed_attention
 from rlaif_ray.learner.probe import Text, alone_outputs, compare, laid_out_outputs, logprobs_of, settle_attention
 from rlaif_ray.models import load_causal_lm, load_config

@@ -333,11 +333,13 @@ def contents(run_dir: Path) -> dict[str, str]:
 
 @pytest.mark.long
 class TestVariants:
+    @pytest.mark.parametrize("together", [1, 2])
     def test_ranks_shards_and_replicas_change_nothing(
-        self, folder: Path, config: Path, straight: tuple[Path, Program]
+        self, folder: Path, config: Path, straight: tuple[Path, Program], together: int
     ) -> None:
-        run_dir = folder / "spread"
+        run_dir = folder / f"spread-{together}"
         layout = ("learner.ranks=2", "learner.zero_stage=3", "rollout.replicas=2", "evaluation.held_out.path=null")
+        layout += (f"learner.sequence_parallel={together}",)
         program = finish_train(config, "steps=2", *layout, run_dir=run_dir)
         assert program.exit_code == 0, program.stderr
         assert program.left_over == []

@@ -33,7 +33,9 @@ from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.pipelines.experience import add_advantages, check_fresh
 from rlaif_ray.pipelines.guard import Guard
-from rlaif_ray.rollout.weight_transfer import additive_checksum
+from rlaif_ray.rollout.buckets import lay_out
+from rlaif_ray.rollout.checksum import checksum
+from rlaif_ray.rollout.receiving import update_messages
 from rlaif_ray.runtime.actors import Actor, LearnerActor
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
@@ -260,10 +262,10 @@ def test_engines_follow_the_learner(case: Case, tmp_path: Path) -> None:
     assert {c.weight_version for c in sample(case.engines, seed=0)} == {case.version}
 
     # What was sent is what was saved: every parameter, and a tied one once.
-    weights = list(AutoModelForCausalLM.from_pretrained(policy).parameters())
+    weights = dict(AutoModelForCausalLM.from_pretrained(policy).named_parameters())
     assert report.version == case.version
-    assert report.bytes == sum(4 * w.numel() for w in weights)
-    assert report.checksum == f"{additive_checksum(weights):016x}"
+    assert report.bytes == sum(4 * w.numel() for w in weights.values())
+    assert report.checksum == f"{checksum(list(weights), list(weights.values())):016x}"
     for engine in case.engines.actors:
         call = engine.__ray_call__.remote(lambda a: a._engine._llm.collective_rpc("received_checksum"))
         assert [f"{c:016x}" for c in ray.get(call, timeout=scaled(60))] == [report.checksum]
@@ -306,27 +308,26 @@ def test_many_small_buckets_give_the_same(case: Case, tmp_path: Path) -> None:
 
 
 class Flipping:
-    """A sender whose memory is not what it was told to send: one bit of the last tensor's last byte."""
+    """A slot whose memory is not what it was told to send: one bit of the last tensor's last byte."""
 
-    def __init__(self, sender: Any) -> None:
-        self.sender = sender
+    def __init__(self, slot: Any) -> None:
+        self.slot = slot
 
-    def stage(self, names: Any, tensors: Any) -> dict[str, Any]:
-        message: dict[str, Any] = self.sender.stage(names, tensors)
-        last = message["offsets"][-1] + tensors[-1].numel() * tensors[-1].element_size() - 1
-        self.sender._segment[last] ^= 1
-        return message
+    def stage(self, tensors: Any) -> None:
+        self.slot.stage(tensors)
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        self.slot._segment[lay_out(sizes)[0][-1] + sizes[-1] - 1] ^= 1
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.sender, name)
+        return getattr(self.slot, name)
 
 
 def break_senders(actor: Any) -> None:
-    actor._senders = [Flipping(sender) for sender in actor._senders]
+    actor._sender.slots = [Flipping(slot) for slot in actor._sender.slots]
 
 
 def mend_senders(actor: Any) -> None:
-    actor._senders = [sender.sender for sender in actor._senders]
+    actor._sender.slots = [slot.slot for slot in actor._sender.slots]
 
 
 def test_a_corrupted_segment_is_noticed(case: Case) -> None:
@@ -412,12 +413,11 @@ def test_checkpoints_continue_to_the_bit(case: Case, tmp_path: Path) -> None:
 class SilentEngine(Actor):
     """Takes any weights and says nothing about them."""
 
-    def layer_groups(self, names: list[str]) -> list[list[str]]:
-        return [names]
-
     def init_transfer(self, info: dict[str, Any]) -> None: ...
     def start_update(self) -> None: ...
-    def update(self, info: dict[str, Any]) -> None: ...
+
+    def update_all(self, buckets: Any, sources: Any) -> None:
+        assert [m["names"] for m in update_messages(buckets, sources)] == [["weight", "bias"]]
 
     def finish_update(self, version: int) -> list[int]:
         return []
@@ -425,7 +425,7 @@ class SilentEngine(Actor):
 
 def hold_a_small_model(actor: Any) -> None:
     actor._learner = SimpleNamespace(weights=ModelState(torch.nn.Linear(3, 3)))
-    actor._rank, actor._senders = 0, []
+    actor._rank = 0
 
 
 def test_closing_says_that_the_learner_died(processes: Processes) -> None:

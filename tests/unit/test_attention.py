@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
-from rlaif_ray.attention import PACKED, padded_kernel, plan_attention
+from rlaif_ray.attention import PACKED, padded_kernel, plan_attention, split_refusal
 from rlaif_ray.config.sections import PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines.contexts import check_attention
@@ -46,6 +46,42 @@ def test_auto(name: str, kernel: str, packing: str, reason: str) -> None:
     assert reason in plan.reason and bool(plan.reason) == bool(reason)
     assert plan.implementation == (PACKED if packing == "right" else kernel)
     assert padded_kernel(zoo_config(name)) == kernel  # what a scoring reward model gets
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "keys", "ranks", "why"),
+    [
+        ("llama", 32, 8, 4, None),
+        ("llama", 32, 8, 16, None),  # each rank a key-value head that another one has as well
+        ("llama", 32, 8, 3, "sequence_parallel=3 must divide its 32 attention heads"),
+        ("llama", 24, 8, 12, "sequence_parallel=12 must divide its 8 key-value heads, or be a multiple"),
+        ("gpt2", None, None, 2, None),
+        ("gpt2", None, None, 4, "must divide its 2 attention heads"),
+        ("arcee", None, None, 2, None),  # found out once it is loaded
+        ("llama4_text", None, None, 2, None),
+        ("gemma2", None, None, 2, "its attention is to be eager"),
+        ("lfm2", None, None, 2, "its conv layers need whole rows"),
+        ("mamba", None, None, 2, "its linear_attention layers need whole rows"),
+        ("granitemoehybrid", None, None, 2, "its linear_attention layers need whole rows"),
+        ("mamba", None, None, 1, None),
+    ],
+)
+def test_whose_sequences_ranks_can_share(
+    name: str, heads: int | None, keys: int | None, ranks: int, why: str | None
+) -> None:
+    config = zoo_config(name)
+    if heads is not None:
+        config.num_attention_heads, config.num_key_value_heads = heads, keys
+    found = split_refusal("auto", config, ranks)
+    assert found == why if why is None else why in str(found)
+
+
+@pytest.mark.parametrize("requested", ["eager", "flash_attention_2"])
+def test_other_attention_asked_for_is_not_shared(requested: str) -> None:
+    assert split_refusal("sdpa", zoo_config("llama"), 2) is None
+    told = str(split_refusal(requested, zoo_config("llama"), 2))
+    assert "needs packed attention or sdpa" in told and f"is to be {requested}" in told
+    assert split_refusal("eager", zoo_config("llama"), 1) is None
 
 
 def test_a_term_that_the_config_switches_off_costs_nothing() -> None:

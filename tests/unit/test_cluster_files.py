@@ -272,7 +272,12 @@ def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
 
 def test_all_use_the_image_that_is_built() -> None:
     image = f"rlaif-ray:{__version__}"
-    used = [found for path in CLUSTER.iterdir() for found in re.findall(r"\brlaif-ray:[\w.-]+", path.read_text())]
+    used = [
+        found
+        for path in CLUSTER.iterdir()
+        if path.is_file()
+        for found in re.findall(r"\brlaif-ray:[\w.-]+", path.read_text())
+    ]
     assert len(used) >= 8 and set(used) == {image}
     assert {container(group)["image"] for name in KUBERAY for group in groups(name)} == {image}
     for path in (CLUSTER / "README.md", CLUSTER / "Containerfile"):
@@ -300,7 +305,9 @@ def test_the_image_is_plain_and_runs_as_nobody_special() -> None:
 def test_all_that_a_container_installs_is_pinned() -> None:
     text = (CLUSTER / "Containerfile").read_text()
     commands = [line.split() for line in re.findall(r"pip install (.+)", text)]
-    assert len(commands) == text.count(" install ") and all("--no-deps" in words for words in commands)
+    assert len(commands) == len(re.findall(r"(?<!apt-get) install ", text))
+    assert all("--no-deps" in words for words in commands)
+    assert ["--require-hashes" in words for words in commands] == [True, True, False]  # the last is what was copied
     what = [[word for word in words if not word.startswith("--")] for words in commands]
     assert what == [["-r", "/opt/build.lock"], ["-r", "/opt/gpu.lock"], ["/opt/rlaif-ray"]]
     assert "COPY requirements/gpu.lock /opt/gpu.lock" in text
@@ -322,8 +329,10 @@ def test_all_that_a_container_installs_is_pinned() -> None:
 def locked(name: str) -> dict[str, str]:
     """The version of each package, all of which are exact."""
     lines = [line for line in (ROOT / "requirements" / name).read_text().splitlines() if not line.startswith("#")]
-    pins = [Requirement(line) for line in lines if line]
+    pins = [Requirement(line.partition(" --hash=")[0]) for line in lines if line]
     assert all([each.operator for each in pin.specifier] == ["=="] and "*" not in str(pin.specifier) for pin in pins)
+    hashed = re.compile(r"\S+( --hash=sha256:[0-9a-f]{64})+")
+    assert name != "gpu.lock" or all(hashed.fullmatch(line) for line in lines if line)
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
 
 
@@ -344,6 +353,7 @@ def run_script(name: str, arguments: list[str], folder: Path) -> list[list[str]]
         stub = folder / program
         stub.write_text(
             '#!/bin/sh\n{ echo "$(basename "$0")"; for a; do echo "$a"; done; echo --; } >> "$CALLS"\n'
+            f'[ "$1" != kustomize ] || cat {CLUSTER}/kuberay-rayjob.yaml\n'
             '[ "$1" != create ] || sed -nE \'s/^kind: (.*)/\\L\\1.ray.io/p; s/^metadata: .name: (.*)}/\\1/p\' "$3" '
             "| paste -sd/\n"
         )
@@ -363,6 +373,14 @@ def test_kuberay_sh_creates_what_it_is_given(arguments: list[str], tmp_path: Pat
     assert create[:3] == ["kubectl", "create", "-f"]
     assert Path(create[3]).resolve() == Path(*(arguments or [CLUSTER / "kuberay-rayjob.yaml"]))
     assert ("job-name=rlaif" in (tmp_path / "told").read_text()) == (arguments == [])  # a cluster has no log
+
+
+def test_kuberay_sh_builds_a_folder(tmp_path: Path) -> None:
+    build, apply, create, get = run_script("kuberay.sh", [str(CLUSTER / "kuberay-rdma")], tmp_path)
+    assert build == ["kubectl", "kustomize", "--load-restrictor=LoadRestrictionsNone", str(CLUSTER / "kuberay-rdma")]
+    assert apply[:3] == ["kubectl", "apply", "-f"] and Path(apply[3]).resolve() == CLUSTER / "kuberay-network.yaml"
+    assert create[:3] == ["kubectl", "create", "-f"] and create[3] == get[3] and not Path(create[3]).exists()
+    assert "job-name=rlaif" in (tmp_path / "told").read_text()
 
 
 def test_kuberay_sh_names_the_job_as_its_file_does(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ DECLARED = {
         *("MixtureFeedback.min_scored_fraction", "LabelConfig.min_labeled_fraction"),
         *("RevisionConfig.min_revised_fraction", "RewardModelFeedback.replicas"),
         *("RewardModelFeedback.tokens_per_batch", "LearnerConfig.tokens_per_micro_batch"),
-        *("LearnerConfig.gradient_checkpointing", "LearnerConfig.logits_chunk", "*Job.min_done_fraction"),
+        *("LearnerConfig.gradient_checkpointing", "LearnerConfig.sequence_parallel", "LearnerConfig.logits_chunk"),
+        "*Job.min_done_fraction",
     },
     LAYOUT: {f"LearnerConfig.{name}" for name in ("ranks", "zero_stage", "offload", "hpz_partition_size")},
     ADJUSTABLE: {

@@ -156,6 +156,16 @@ CONFIG_LEVEL = [
         says=("learner.ranks must not exceed the 1 samples", "got 2", "Use fewer ranks or minibatches"),
     ),
     Wrong(
+        "ranks that can't be grouped",
+        "sampling: {prompts_per_step: 8, samples_per_prompt: 2}\nlearner: {ranks: 6, sequence_parallel: 4}",
+        says=("learner.sequence_parallel must divide learner.ranks=6", "got 4", "Use a divisor"),
+    ),
+    Wrong(
+        "more groups of ranks than samples",
+        "sampling: {prompts_per_step: 1, samples_per_prompt: 2}\nlearner: {ranks: 6, sequence_parallel: 2}",
+        says=("learner.ranks / learner.sequence_parallel must not exceed the 2 samples", "got 3", "Use fewer ranks"),
+    ),
+    Wrong(
         "warm-up longer than the run",
         "steps: 10\nlearner: {warmup_steps: 10}",
         says=("learner.warmup_steps must be below the run's 10", "got 10", "raise steps"),

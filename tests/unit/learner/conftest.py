@@ -24,6 +24,13 @@ def two_ranks() -> Iterator[RankProcesses]:
     ranks.close()
 
 
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankProcesses]:
+    ranks = RankProcesses(4)
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Packed attention in this process, on one thread: for models this small a second one only waits."""

@@ -10,7 +10,7 @@ import transformers
 
 from rlaif_ray.attention import PACKED
 from rlaif_ray.learner.agreement import logprobs_of_saved, read
-from rlaif_ray.learner.engine import CausalPolicy
+from rlaif_ray.learner.modules import CausalPolicy
 from rlaif_ray.learner.packing import packed_attention, register_packed_attention
 from rlaif_ray.learner.probe import Text, logprobs_of
 from rlaif_ray.pipelines.agreement import bound_for, compare

@@ -10,8 +10,8 @@ import transformers
 
 from rlaif_ray.algorithm.logprobs import LogitRule, token_logprobs_and_entropy
 from rlaif_ray.attention import PACKED
-from rlaif_ray.learner.engine import CausalPolicy
 from rlaif_ray.learner.head import logit_rule, settle_head
+from rlaif_ray.learner.modules import CausalPolicy
 from rlaif_ray.learner.packing import build_input
 from tests.learner_ranks import random_samples
 from tests.unit.learner.test_windows import windowed_config

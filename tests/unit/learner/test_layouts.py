@@ -9,7 +9,7 @@ import torch
 
 from rlaif_ray.attention import PACKED, AttentionPlan, padded_kernel, plan_attention
 from rlaif_ray.errors import InputError
-from rlaif_ray.learner.engine import CausalPolicy, Critic
+from rlaif_ray.learner.modules import CausalPolicy, Critic
 from rlaif_ray.learner.packing import build_input, packed_attention
 from rlaif_ray.learner.probe import (
     Gap,

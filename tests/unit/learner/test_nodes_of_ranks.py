@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlaif_ray.learner.engine import share_of_cores, split_groups
+from rlaif_ray.learner.nodes import share_of_cores, split_groups
 
 
 @pytest.mark.parametrize(

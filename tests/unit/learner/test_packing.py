@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
 from rlaif_ray.attention import PACKED
-from rlaif_ray.learner.engine import CausalPolicy, Critic
+from rlaif_ray.learner.modules import CausalPolicy, Critic
 from rlaif_ray.learner.packing import build_input, register_packed_attention
 from rlaif_ray.models import load_backbone, load_causal_lm
 from tests.learner_ranks import plain_hidden, plain_logprobs, random_samples

@@ -16,8 +16,8 @@ from rlaif_ray.config.sections import PolicyConfig, RewardModelFeedback
 from rlaif_ray.data.batching import plan_ranks
 from rlaif_ray.errors import InputError
 from rlaif_ray.feedback.reward_model import RewardModelScorer
-from rlaif_ray.learner.engine import CausalPolicy
 from rlaif_ray.learner.finetune import SftExample
+from rlaif_ray.learner.modules import CausalPolicy
 from rlaif_ray.learner.packing import build_input
 from rlaif_ray.learner.probe import logprobs_of
 from rlaif_ray.learner.supervised import PairExample

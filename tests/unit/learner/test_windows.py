@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rlaif_ray.attention import PACKABLE, PACKED, plan_attention
-from rlaif_ray.learner.engine import CausalPolicy
+from rlaif_ray.learner.modules import CausalPolicy
 from rlaif_ray.learner.packing import build_input
 from rlaif_ray.learner.probe import logprobs_of, settle_attention
 from tests.learner_ranks import plain_logprobs, random_samples

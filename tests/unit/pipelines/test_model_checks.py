@@ -70,6 +70,16 @@ def test_a_policy_of_another_kind_is_refused_with_what_works(case: str, tmp_path
         check_models(train_job(model))
 
 
+def test_heads_that_ranks_cant_share_are_told_before_anything_starts(tmp_path: Path) -> None:
+    learner = {"ranks": 4, "sequence_parallel": 4}
+    rl = train_job(TINY, learner=learner, sampling={"prompts_per_step": 4})
+    supervised = {"policy": {"model": TINY}, "data": {"path": "x"}, "learner": learner, "cluster": {"device": "cpu"}}
+    for job in (rl, SftJob.model_validate(supervised), RewardModelJob.model_validate(supervised)):
+        with pytest.raises(InputError, match=r"(?s)policy\.model=.*learner\.sequence_parallel=4 must divide its 2 att"):
+            check_models(job)
+    check_models(train_job(TINY, learner={"ranks": 4, "sequence_parallel": 2}, sampling={"prompts_per_step": 4}))
+
+
 @pytest.mark.parametrize("case", ["t5", "bert", "gemma3", "rwkv"])
 def test_so_is_a_judge_wherever_it_stands(case: str, tmp_path: Path) -> None:
     config, architecture, why, _ = CASES[case]

@@ -98,7 +98,7 @@ def test_what_vllm_starts_for_an_engine_ends_with_it_and_nothing_else_does(tmp_p
     script.write_text(PLUGIN)
     (tmp_path / "vllm/distributed/weight_transfer").mkdir(parents=True)  # the real one takes seconds to import
     (tmp_path / "vllm/distributed/weight_transfer/factory.py").write_text(
-        "class WeightTransferEngineFactory:\n    _registry = {'shm': None}\n"
+        "class WeightTransferEngineFactory:\n    _registry = dict.fromkeys(['shm', 'rlaif_ipc', 'rlaif_nccl'])\n"
     )
     ours = engine_environment(replace(SPEC, tensor_parallel=2)) if whose == "our engine's" else {}
     environment = {name: value for name, value in os.environ.items() if name != ENGINE_PROCESS} | ours

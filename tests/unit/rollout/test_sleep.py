@@ -60,7 +60,6 @@ def engine(sleep: bool) -> tuple[VllmEngine, Sleeper]:
     made._thought_tokens = {}
     made._tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: "seven")
     made._asleep, made.busy_since = set(), None
-    made._keeps_bits, made._sent = True, set()
     made._sleep()
     return made, llm
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rlaif_ray.learner.model_state import layer_groups
-from rlaif_ray.rollout.weight_transfer import ShmSender, additive_checksum, with_handles_of_all
+from rlaif_ray.rollout.buckets import lay_out
+from rlaif_ray.rollout.weight_transfer import ENGINES, ShmSlot, register
 
 NAMES = [
     "model.embed_tokens.weight",
@@ -34,61 +35,46 @@ def test_groups_are_vllms() -> None:
     assert layer_groups(NAMES) == base.layerwise_groups(NAMES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checksum_by_hand(dtype: torch.dtype) -> None:
-    one = {torch.float32: 0x3F800000, torch.bfloat16: 0x3F80}[dtype]
-    assert additive_checksum([torch.ones(3, dtype=dtype)]) == 3 * one  # an odd count is summed by element
+@pytest.mark.engine
+def test_vllm_finds_an_engine_of_ours_for_every_transport() -> None:
+    """Each says what it received; where vLLM has one for the transport, ours is one of those."""
+    factory = pytest.importorskip("vllm.distributed.weight_transfer.factory").WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
 
-
-def test_checksum_is_additive_and_sees_one_bit() -> None:
-    torch.manual_seed(0)
-    q, k = torch.randn(4, 8), torch.randn(2, 8)
-    assert additive_checksum([q, k]) == additive_checksum([torch.cat([q, k])])
-    changed = q.clone()
-    changed.view(torch.int32)[1, 3] ^= 1
-    assert additive_checksum([changed]) != additive_checksum([q])
-
-
-def test_a_message_has_the_handles_of_every_rank() -> None:
-    """vLLM's IPC backend: one dict a tensor, from a GPU's UUID to the handle of the copy that is there."""
-    names = {"names": ["a", "b"], "shapes": [[1], [2]]}
-    messages = [{**names, "ipc_handles": [{f"gpu-{k}": (k, "a")}, {f"gpu-{k}": (k, "b")}]} for k in range(3)]
-    merged = with_handles_of_all([messages[0], None, *messages[1:]])
-    assert merged == {
-        **names,
-        "ipc_handles": [{f"gpu-{k}": (k, name) for k in range(3)} for name in ("a", "b")],
-    }
-    assert len(messages[0]["ipc_handles"][0]) == 1  # the rank's own is as it was
-    plain = {"names": ["a"], "path": "/proc/1/fd/3"}
-    assert with_handles_of_all([plain, None]) == plain
+    register()
+    register()  # once is enough
+    found = {transport: factory._registry[name]() for transport, (name, *_) in ENGINES.items()}
+    assert all(hasattr(engine, "received_checksum") for engine in found.values())
+    assert issubclass(found["ipc"], ipc_engine.IPCWeightTransferEngine)
+    assert issubclass(found["nccl"], nccl_engine.NCCLWeightTransferEngine)
 
 
 def test_segment_is_reused_and_holds_one_bucket() -> None:
-    sender = ShmSender()
+    slot = ShmSlot()
     large, small = torch.arange(1000.0), torch.arange(7, dtype=torch.bfloat16)
-    first = sender.stage(["a", "b"], [large.view(10, 100), small])
-    assert first["shapes"] == [[10, 100], [7]]
-    assert first["dtype_names"] == ["float32", "bfloat16"]
-    path = Path(first["path"])
-    size = path.stat().st_size
-    assert size == 4032 + 64  # 4000 and 14 bytes, each rounded up to 64
+    offsets, size = lay_out([4000, 14])
+    path = Path(slot.reserve(size))
+    slot.stage([large.view(10, 100), small])
+    assert path.stat().st_size == size == 4032 + 64  # each rounded up to 64
     raw = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-    for tensor, offset in zip((large, small), first["offsets"], strict=True):
+    for tensor, offset in zip((large, small), offsets, strict=True):
         count = tensor.numel() * tensor.element_size()
         assert torch.equal(raw[offset : offset + count].view(tensor.dtype), tensor)
-    sender.stage(["c"], [small])
+    assert slot.reserve(64) == str(path)
+    slot.stage([small])
     assert path.stat().st_size == size
-    sender.close()
+    slot.close()
     assert not path.exists()
 
 
 def test_a_larger_bucket_gets_a_segment_of_its_own_and_old_mappings_stay() -> None:
-    sender = ShmSender()
-    first = sender.stage(["a"], [torch.ones(16)])
-    before = Path(first["path"]).stat()
-    mapped = torch.from_file(first["path"], shared=True, size=before.st_size, dtype=torch.uint8)
-    second = sender.stage(["b"], [torch.full((64,), 2.0)])
-    assert Path(second["path"]).stat().st_ino != before.st_ino
+    slot = ShmSlot()
+    first = slot.reserve(64)
+    slot.stage([torch.ones(16)])
+    before = Path(first).stat()
+    mapped = torch.from_file(first, shared=True, size=before.st_size, dtype=torch.uint8)
+    assert Path(slot.reserve(256)).stat().st_ino != before.st_ino
+    slot.stage([torch.full((64,), 2.0)])
     assert torch.equal(mapped.view(torch.float32), torch.ones(16))
 
 
@@ -96,9 +82,11 @@ def test_a_killed_sender_leaves_no_memory(tmp_path: Path) -> None:
     """A segment that outlives its run is memory that nobody gets back before the machine restarts."""
     script = (
         "import torch, time\n"
-        "from rlaif_ray.rollout.weight_transfer import ShmSender\n"
-        "s = ShmSender()\n"
-        "print(s.stage(['a'], [torch.ones(1000)])['path'], flush=True)\n"
+        "from rlaif_ray.rollout.weight_transfer import ShmSlot\n"
+        "s = ShmSlot()\n"
+        "path = s.reserve(4032)\n"
+        "s.stage([torch.ones(1000)])\n"
+        "print(path, flush=True)\n"
         "time.sleep(60)\n"
     )
     named = set(Path("/dev/shm").iterdir())

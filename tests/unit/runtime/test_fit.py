@@ -127,6 +127,18 @@ def test_engines_and_learner_of_a_shared_gpu_add_up() -> None:
     assert planned(job("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", **shared)).fits
 
 
+def test_a_context_too_long_for_a_gpu_is_shared_by_ranks() -> None:
+    """128k tokens on 8 ranks with ZeRO-3 and checkpointing: no smaller micro-batch helps, as one sample is one."""
+    long = {"rollout": {"max_context": 131072}, "judge_engine": {"max_context": 8192}}
+    learner = {"ranks": 8, "zero_stage": 3, "gradient_checkpointing": True}
+    config = job("meta-llama/Llama-3.1-8B", learner=learner, **long)
+    assert [problem.roles for problem in planned(config).problems] == [("learner",)]
+    assert any(set(one) == {"learner.sequence_parallel"} for one in found(config))
+    twelve = learner | {"ranks": 12, "sequence_parallel": 12}
+    texts = [problem.text for problem in planned(job("meta-llama/Llama-3.1-8B", learner=twelve, **long)).problems]
+    assert texts == ["learner: 32 attention and 8 key-value heads can't be split by learner.sequence_parallel=12"]
+
+
 def test_learner_ranks_get_a_gpu_each() -> None:
     """Four ranks, an engine and a judge would be on two GPUs of three: NCCL refuses two ranks on one."""
     learner = {"ranks": 4, "zero_stage": 3, "gradient_checkpointing": True}

@@ -105,12 +105,13 @@ def test_who_writes_what(stage: Any, each: int, first: int) -> None:
 
 
 def test_offloaded_states_are_in_host_memory() -> None:
-    """Optimizer states of 12 bytes a parameter, fp32 gradients of 4, and what micro-batches add up, policy and critic;
-    the copy comes on top."""
-    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    """Optimizer states of 12 bytes a parameter, fp32 gradients of 4, and 2 of what micro-batches add up in bf16, of
+    policy and critic; the copy comes on top."""
+    offload: dict[str, Any] = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    offload["data_types"] = {"grad_accum_dtype": "bf16"}
     found = phase(learner={**EIGHT, "deepspeed_overrides": offload})[1].host
     states = sum(parts.get("offloaded states", 0) for parts in found)
-    assert states == 8 * 16 * (-(-B8 // 8) + -(-CRITIC // 8))
+    assert states == 8 * 18 * (-(-B8 // 8) + -(-CRITIC // 8))
     offload["zero_optimization"]["offload_param"] = {"device": "cpu"}
     found = phase(learner={**EIGHT, "deepspeed_overrides": offload})[1].host
     weights = 8 * 2 * (2 * -(-B8 // 8) + -(-CRITIC // 8))  # policy, reference, critic

@@ -252,6 +252,22 @@ def test_a_sample_above_the_budget_sets_the_micro_batch() -> None:
     assert long.parts["logits"] - short.parts["logits"] == (4096 - 128) * 128_256 * 2
 
 
+def test_ranks_that_share_sequences_share_activations_and_logits() -> None:
+    """Four ranks, 32768 tokens: 8192 each and one that fills up. Weights are divided over all ranks anyway."""
+    learner: dict[str, Any] = {"ranks": 8, "zero_stage": 3, "gradient_checkpointing": True, "logits_chunk": None}
+    learner["tokens_per_micro_batch"] = 32768
+    rollout = {"max_context": 32768}
+    whole = learner_memory(train(learner=learner, rollout=rollout), LLAMA_8B, MACHINE, "cuda").parts
+    job = train(learner=learner | {"sequence_parallel": 4}, rollout=rollout)
+    split = learner_memory(job, LLAMA_8B, MACHINE, "cuda").parts
+    assert split["activations"] * 32768 == whole["activations"] * 8193
+    scratch = 128 * 128_256 * 4 * 2
+    assert (split["logits"] - scratch) == 8193 * 128_256 * 2 and whole["logits"] - scratch == 32768 * 128_256 * 2
+    assert split["exchange"] == 2 * 8193 * (4096 + 2 * 1024) * 2 and "exchange" not in whole
+    same = ("weights", "gradients", "optimizer", "critic", "reference", "gathered", "buckets")
+    assert [split[part] for part in same] == [whole[part] for part in same]
+
+
 @pytest.mark.parametrize(("parallel", "heads"), [(1, 8), (4, 2), (8, 1), (16, 1)])
 def test_kv_cache_of_llama_by_hand(parallel: int, heads: int) -> None:
     """A token takes 2 x 32 layers x (8 / parallel, at least 1) heads x 128 x 2 bytes."""

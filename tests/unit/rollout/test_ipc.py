@@ -1,0 +1,194 @@
+"""CUDA IPC without a GPU: what is exported is freed with the push, whoever opened it, and vLLM finds each tensor in it.
+
+torch counts, for every export, who has yet to open it, in memory that both processes share; a block whose count isn't
+back to zero when its owner drops it is never freed. The double of that count is here; the arguments that travel, how
+they are rebuilt and vLLM's engine are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from rlaif_ray.rollout import weight_transfer
+from rlaif_ray.rollout.board import Source
+from rlaif_ray.rollout.buckets import largest
+from rlaif_ray.rollout.receiving import update_messages
+from rlaif_ray.rollout.sending import Staging, send_all
+from rlaif_ray.rollout.weight_transfer import IpcSlot
+from tests.unit.rollout.test_sending import BUCKETS, STATE, Weights
+
+UUID, WAIT_S = "GPU-a", 20.0
+
+
+class Exports:
+    """torch's count of each export, and the memory that its handle stands for."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.blocks: dict[bytes, Any] = {}  # by handle
+        self.counts: dict[int, int] = {}  # yet to be opened, by offset of the counter
+
+    def export(self, block: Tensor) -> tuple[Any, tuple[Any, ...]]:
+        """`reduce_tensor` of a CUDA tensor."""
+        self.made += 1
+        handle, number = f"handle {self.made}".encode(), self.made
+        self.blocks[handle] = block.untyped_storage()
+        self.counts[number] = 1
+        size = block.numel()
+        event = (b"event", True)
+        place = (Storage, block.dtype, 0, handle, size, 0, False, b"counters", number, *event)
+        return reductions.rebuild_cuda_tensor, (torch.Tensor, block.size(), block.stride(), 0, *place)
+
+    def never_freed(self) -> int:
+        return sum(count > 0 for count in self.counts.values())
+
+
+class Storage:
+    """Of torch's storage class: what `rebuild_cuda_tensor` calls."""
+
+    exports: Exports
+
+    @classmethod
+    def _new_shared_cuda(cls, device: int, handle: bytes, *rest: Any) -> Any:
+        cls.exports.counts[rest[3]] -= 1  # opened; torch takes it back when the storage goes
+        return cls.exports.blocks[handle]
+
+    @classmethod
+    def _new_with_weak_ptr(cls, pointer: Any) -> Any:
+        return None
+
+    @classmethod
+    def _release_ipc_counter(cls, handle: bytes, number: int, device: int) -> None:
+        cls.exports.counts[number] -= 1
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exports]:
+    exports = Storage.exports = Exports()
+    monkeypatch.setattr(reductions, "reduce_tensor", exports.export)
+    monkeypatch.setattr(reductions, "shared_cache", {})
+    monkeypatch.setattr(reductions, "StorageWeakRef", lambda storage: None)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=UUID))
+    monkeypatch.setattr(weight_transfer, "own_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(weight_transfer, "synchronize", lambda: None)
+    yield exports
+
+
+def rebuilt(message: dict[str, Any]) -> dict[str, Tensor]:
+    """As vLLM's worker does it."""
+    found = {}
+    for name, handles in zip(message["names"], message["ipc_handles"], strict=True):
+        arguments = list(handles[UUID])
+        arguments[6] = 0
+        found[name] = reductions.rebuild_cuda_tensor(*arguments).clone()  # type: ignore[no-untyped-call]
+    return found
+
+
+def take(sources: tuple[Source, ...], *, buckets: int | None = None) -> dict[str, Tensor]:
+    """An engine that reads so many buckets and then dies; None: all."""
+    found: dict[str, Tensor] = {}
+    with closing(update_messages(BUCKETS, sources)) as messages:
+        for number, message in enumerate(messages):
+            if number == buckets:
+                break
+            found |= rebuilt(message)
+    return found
+
+
+def push(sender: Staging, engines: int, *, lost: int = 0) -> list[dict[str, Tensor]]:
+    """What each engine that lives took; `lost` others end after one bucket."""
+    sources = sender.offer(largest(BUCKETS), engines)
+    with ThreadPoolExecutor(max(1, engines)) as pool:
+        ends = [1 if source.reader < lost else None for source in sources]
+        reading = [pool.submit(take, (source,), buckets=end) for source, end in zip(sources, ends, strict=True)]
+        send_all(Weights(), BUCKETS, sender, counted=True)
+        return [one.result(WAIT_S) for one in reading[lost:]]
+
+
+def test_tensors_are_places_in_one_export_a_slot(exports: Exports) -> None:
+    sender = Staging([IpcSlot(), IpcSlot()])
+    (found,) = push(sender, 1)
+    assert found.keys() == STATE.keys()
+    for name, tensor in STATE.items():
+        assert torch.equal(found[name], tensor) and found[name].stride() == tensor.stride()
+        assert found[name].dtype == tensor.dtype
+    assert exports.made == 2
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_ten_pushes_leave_nothing_that_is_never_freed(exports: Exports, lost: int) -> None:
+    """With both engines, with one that is lost on the way each time, with both lost."""
+    slots = [IpcSlot(), IpcSlot()]
+    sender = Staging(slots)
+    for number in range(1, 11):
+        push(sender, 2, lost=lost)
+        assert exports.made == 2 * number  # two slots a push, however many buckets and engines
+        assert exports.never_freed() == 0 and all(slot._block is None for slot in slots)
+
+
+def test_a_rank_without_an_engine_on_its_gpu_exports_nothing(exports: Exports) -> None:
+    sender, weights = Staging([IpcSlot(), IpcSlot()]), Weights()
+    for _ in range(10):
+        assert sender.offer(largest(BUCKETS), 0) == []
+        send_all(weights, BUCKETS, sender, counted=False)
+    assert exports.made == 0 and weights.told.count("gather embed") == 10  # it still gathers with its peers
+
+
+def test_an_engine_that_never_opens_anything_leaves_nothing(exports: Exports) -> None:
+    sender = Staging([IpcSlot(), IpcSlot()])
+    (source,) = sender.offer(largest(BUCKETS), 1)
+    sender.leave_out(source.reader)  # it was lost before it began
+    send_all(Weights(), BUCKETS, sender, counted=False)
+    assert exports.made == 2 and exports.never_freed() == 0
+
+
+def test_the_handles_arguments_are_torchs() -> None:
+    """By these names a tensor's place is put into its block's handle."""
+    import inspect
+
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    assert names[:4] == ["tensor_cls", "tensor_size", "tensor_stride", "tensor_offset"]
+    assert names[6] == "storage_device"  # where vLLM puts its own
+    assert {"storage_cls", "dtype", "requires_grad", "ref_counter_handle", "ref_counter_offset"} <= set(names)
+    assert callable(torch.storage.TypedStorage._release_ipc_counter)
+
+
+@pytest.mark.engine
+def test_vllms_engine_takes_them(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its real receiver, with a model that keeps what it is given. Ranks of two GPUs: it takes that of its own."""
+    ipc_engine = pytest.importorskip("vllm.distributed.weight_transfer.ipc_engine")
+    pytest.importorskip("vllm.model_executor.model_loader.mtp_validation")  # it imports that on the way
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    found: dict[str, Tensor] = {}
+    engine = object.__new__(ipc_engine.IPCWeightTransferEngine)
+    engine.packed, engine.device = False, torch.device("cuda", 0)
+    load = lambda weights: found.update((name, tensor.clone()) for name, tensor in weights)  # noqa: E731
+    engine.model = SimpleNamespace(load_weights=load)
+    senders = [Staging([IpcSlot(), IpcSlot()]) for _ in range(2)]
+    sources = []
+    for number, sender in enumerate(senders):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d, n=number: SimpleNamespace(uuid=f"GPU-{n}"))
+        sources += sender.offer(largest(BUCKETS), 1)
+
+    def receive() -> None:
+        for message in update_messages(BUCKETS, tuple(sources)):
+            assert message["ipc_handles"][0].keys() == {"GPU-0", "GPU-1"}
+            engine.update_weights(message)
+
+    with ThreadPoolExecutor(3) as pool:
+        sending = [pool.submit(send_all, Weights(), BUCKETS, sender, counted=False) for sender in senders]
+        pool.submit(receive).result(WAIT_S)
+        for one in sending:
+            one.result(WAIT_S)
+    assert all(torch.equal(found[name], tensor) for name, tensor in STATE.items()) and found.keys() == STATE.keys()
+    assert exports.never_freed() == 0
