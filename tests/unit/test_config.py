@@ -603,7 +603,7 @@ def test_deepspeed_itself_reads_offload_and_hpz(pin: bool) -> None:
         **deepspeed_config(LearnerConfig(zero_stage=3, offload=offload), precision="bf16")["zero_optimization"]
     )
     for part in (read.offload_optimizer, read.offload_param):
-        assert (part.device.value, part.pin_memory) == ("cpu", pin)
+        assert (part.device, part.pin_memory) == ("cpu", pin)
     halves = LearnerConfig(ranks=16, zero_stage=3, hpz_partition_size=8)
     read = schema(**deepspeed_config(halves, precision="bf16")["zero_optimization"])
     assert read.zero_hpz_partition_size == 8
