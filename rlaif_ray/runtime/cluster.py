@@ -58,7 +58,7 @@ def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iter
                 choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
             check_sleep(job, device)
             slots = actor_slots(job, device)
-            require_places(job, slots, device)
+            require_places(job, slots, device, note=say)
             group = reserve(slots, job.cluster.start_timeout_s, note=say, leave=leave) if slots else None
             cluster = Cluster(job, device, slots, group)
             yield cluster

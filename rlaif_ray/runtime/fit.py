@@ -121,7 +121,7 @@ def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machi
             yield Problem((role,), f"{role}: {heads} can't be split by learner.sequence_parallel={one.together}")
         if memory.total > memory.limit:
             of = "its share of a GPU" if one.kind == "engine" else "a GPU without what the allocator loses"
-            yield Problem((role,), f"{role} needs {_gb(memory.total)} on each GPU, more than {of}, {_gb(memory.limit)}")
+            yield Problem((role,), f"{role} needs {_gib(memory.total)} on each GPU, more than {of}, {_gib(memory.limit)}")
     for roles in shared:
         tenants = [by_role[role] for role in roles]
         learning = sum(t.memory.reserved if t.kind == "learner" else t.memory.resting for t in tenants)
@@ -129,8 +129,8 @@ def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machi
         if max(learning, others) > machine.gpu_bytes:
             yield Problem(
                 tuple(dict.fromkeys(roles)),
-                f"{' + '.join(roles)} take {_gb(max(learning, others))} of the GPU that they share, which has "
-                f"{_gb(machine.gpu_bytes)}",
+                f"{' + '.join(roles)} take {_gib(max(learning, others))} of the GPU that they share, which has "
+                f"{_gib(machine.gpu_bytes)}",
             )
 
 
@@ -144,13 +144,13 @@ def _host_problems(nodes: Sequence[dict[str, int]], host: Sequence[Parts], machi
             told.add(str(node))  # once for nodes that are alike
             yield Problem(
                 tuple(node),
-                f"a node with {', '.join(f'{count} {role}' for role, count in node.items())} needs {_gb(total)} of "
-                f"host memory, most of it for {largest} ({_gb(parts[largest])}), and has {_gb(machine.host_bytes)}",
+                f"a node with {', '.join(f'{count} {role}' for role, count in node.items())} needs {_gib(total)} of "
+                f"host memory, most of it for {largest} ({_gib(parts[largest])}), and has {_gib(machine.host_bytes)}",
             )
 
 
-def _gb(count: int) -> str:
-    return f"{count / GIB:.1f} GB"
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f} GiB"
 
 
 # ---- The nearest settings that fit -----------------------------------------------------------------------------------
