@@ -16,13 +16,14 @@ from rlaif_ray.config.jobs import JOBS, SupervisedJob, TrainJob
 from rlaif_ray.config.layers import STAGE, read_file, read_overrides
 from rlaif_ray.config.load import load_job
 from rlaif_ray.config.pipeline import Pipeline, load_pipeline
-from rlaif_ray.config.sections import ClusterConfig, PolicyConfig
+from rlaif_ray.config.sections import ClusterConfig, JudgeConfig, PolicyConfig
 from rlaif_ray.errors import InputError
-from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_config, shape_of_size
+from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_size
 from rlaif_ray.models import load_config, resolve_model
 from rlaif_ray.output import say, say_as_is
 from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT
+from rlaif_ray.runtime.engine_cache import engine_shape
 from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, written
 from rlaif_ray.runtime.host_memory import CheckpointCost, Parts, checkpoint_cost
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, precision_bytes
@@ -231,7 +232,7 @@ class ShapeFinder:
         folder = name if expand_home(name).is_dir() else _in_hub_cache(name, section.revision)
         if folder is not None:
             config = load_config(folder, trust_remote_code=section.trust_remote_code)
-            return shape_of_config(config.to_dict(), name)
+            return engine_shape(config, name, expand_home(folder), any_family=isinstance(section, JudgeConfig))
         shape = known_shape(name)
         if shape is not None:
             return shape

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rlaif_ray.config.jobs import EvaluateJob
 from rlaif_ray.config.sections import EngineConfig, RewardModelFeedback
 from rlaif_ray.runtime.host_memory import Parts, node_memory
-from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, Shapes, phases, sections
+from rlaif_ray.runtime.memory_plan import FREE_FOR_ALLOCATOR, GIB, Actors, Device, Machine, Shapes, phases, sections
 from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, slots_of, totals
 from rlaif_ray.runtime.places import layout_problems
 
@@ -126,11 +126,12 @@ def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machi
         tenants = [by_role[role] for role in roles]
         learning = sum(t.memory.reserved if t.kind == "learner" else t.memory.resting for t in tenants)
         others = sum(t.memory.resting if t.kind == "learner" else t.memory.reserved for t in tenants)
-        if max(learning, others) > machine.gpu_bytes:
+        room = int(machine.gpu_bytes * (1 - FREE_FOR_ALLOCATOR))
+        if max(learning, others) > room:
             yield Problem(
                 tuple(dict.fromkeys(roles)),
                 f"{' + '.join(roles)} take {_gib(max(learning, others))} of the GPU that they share, which has "
-                f"{_gib(machine.gpu_bytes)}",
+                f"{_gib(room)} without what the allocator loses",
             )
 
 
