@@ -179,7 +179,9 @@ def other_shape(config: Any, name: str, stored: Stored) -> ModelShape:
 def _windows(text: Mapping[str, Any], kind: str) -> dict[str, int]:
     """Layers with a sliding window, and how many tokens it has."""
     window = int(text.get("sliding_window") or 0)
-    types = text.get("layer_types") or ["sliding_attention"] * (int(text["num_hidden_layers"]) if kind == "mistral" else 0)
+    types = text.get("layer_types") or ["sliding_attention"] * (
+        int(text["num_hidden_layers"]) if kind == "mistral" else 0
+    )
     count = list(types).count("sliding_attention") if window else 0
     return {"window": window, "windowed": count} if count else {}
 

@@ -122,7 +122,12 @@ class Stored:
 
 
 def stored_weights(
-    source: Path | str, *, revision: str | None = None, tied: bool = False, dtype: str = "bfloat16", online: bool = False
+    source: Path | str,
+    *,
+    revision: str | None = None,
+    tied: bool = False,
+    dtype: str = "bfloat16",
+    online: bool = False,
 ) -> Stored | None:
     """Counted from the files' headers, in a folder or in the hub's local cache, else with `online` at the hub; None
     where they aren't all there. A head that is `tied` isn't loaded, whether it is stored or not. Numbers in a

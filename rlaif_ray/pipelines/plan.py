@@ -409,6 +409,7 @@ def _assumptions(machine: Machine, planned: Sequence[Planned]) -> str:
         f"GPUs of {machine.gpu_bytes / GIB:.4g} GiB, which is {CUDA_GIVES:.1%} of --gpu-memory as CUDA gives it, "
         f"{machine.gpus_per_node} a node. Weights, gradients and "
         f"optimizer states are exact; activations, workspace, processes and CUDA's own are estimates. Prompts of up to "
-        f"{machine.prompt_tokens} tokens where the config doesn't say, packed samples in the learner. The object store is a local Ray's; a cluster's own comes on top."
+        f"{machine.prompt_tokens} tokens where the config doesn't say, packed samples in the learner. The object "
+        f"store is a local Ray's; a cluster's own comes on top."
         f"{' Host memory is checked with --host-memory alone.' if unknown else ''}"
     )

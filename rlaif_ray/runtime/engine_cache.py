@@ -50,7 +50,13 @@ def with_planned_cache(
 
 
 def engine_shape(
-    config: Any, name: str, source: Path | str, *, revision: str | None = None, online: bool = False, any_family: bool = True
+    config: Any,
+    name: str,
+    source: Path | str,
+    *,
+    revision: str | None = None,
+    online: bool = False,
+    any_family: bool = True,
 ) -> ModelShape:
     """The shape of the model `name` in an engine, with its weights as they are in `source`, where they can be counted.
 
@@ -103,8 +109,8 @@ def planned(
     least = 1 if shape.family == "other" else memory.total - memory.limit + left  # of one sequence, by families known
     if left < least:
         note(
-            f"{spec.model} needs about {memory.total / GIB:.1f} GiB of the GPU that it shares (got {of}): vLLM measures "
-            f"how much KV cache that leaves, and counts what others take there meanwhile as its own. Raise "
+            f"{spec.model} needs about {memory.total / GIB:.1f} GiB of the GPU that it shares (got {of}): vLLM "
+            f"measures how much KV cache that leaves, and counts what others take there meanwhile as its own. Raise "
             f"gpu_memory_utilization of that engine, or set its kv_cache_gb."
         )
         return spec

@@ -121,7 +121,9 @@ def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machi
             yield Problem((role,), f"{role}: {heads} can't be split by learner.sequence_parallel={one.together}")
         if memory.total > memory.limit:
             of = "its share of a GPU" if one.kind == "engine" else "a GPU without what the allocator loses"
-            yield Problem((role,), f"{role} needs {_gib(memory.total)} on each GPU, more than {of}, {_gib(memory.limit)}")
+            yield Problem(
+                (role,), f"{role} needs {_gib(memory.total)} on each GPU, more than {of}, {_gib(memory.limit)}"
+            )
     for roles in shared:
         tenants = [by_role[role] for role in roles]
         learning = sum(t.memory.reserved if t.kind == "learner" else t.memory.resting for t in tenants)

@@ -98,9 +98,7 @@ def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("share", "ranks", "lacks"), [(0.33, 4, None), (0.33, 3, None), (0.5, 3, "rollout engine 3")])
-def test_an_engine_gets_weights_from_the_rank_of_its_gpu(
-    ray: Any, share: float, ranks: int, lacks: str | None
-) -> None:
+def test_an_engine_gets_weights_from_the_rank_of_its_gpu(ray: Any, share: float, ranks: int, lacks: str | None) -> None:
     from ray.util.placement_group import remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 

@@ -71,7 +71,11 @@ def test_no_other_model_is_taken_for_a_well_known_one() -> None:
 # Bytes by the index files on the hub, in their 16-bit type.
 @pytest.mark.parametrize(
     ("name", "total"),
-    [("Qwen/Qwen2.5-32B-Instruct-AWQ", 19.33e9), ("Qwen/Qwen2.5-7B-Instruct-AWQ", 5.57e9), ("Qwen/Qwen2.5-7B", 15.23e9)],
+    [
+        ("Qwen/Qwen2.5-32B-Instruct-AWQ", 19.33e9),
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", 5.57e9),
+        ("Qwen/Qwen2.5-7B", 15.23e9),
+    ],
 )
 def test_quantised_models_are_as_large_as_their_files(name: str, total: float) -> None:
     shape = known_shape(name)

@@ -256,7 +256,8 @@ def test_host_memory_of_gpu_nodes_is_what_the_flag_says() -> None:
         "DOES NOT FIT   a node with 8 learner needs 279.1 GiB of host memory, most of it for checkpoint" in short.stdout
     )
     assert (
-        "host memory    279.13 GiB of 256.00 GiB a node: processes 16.00 GiB, checkpoint copies 262.83 GiB" in short.stdout
+        "host memory    279.13 GiB of 256.00 GiB a node: processes 16.00 GiB, checkpoint copies 262.83 GiB"
+        in short.stdout
     )
     assert as_json(file, "--host-memory", 280)[0] == 0
 

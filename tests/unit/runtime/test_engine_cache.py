@@ -81,7 +81,9 @@ def test_a_share_that_holds_no_sequence_by_an_estimate_is_left_to_vllm() -> None
 
 
 def test_weights_that_are_larger_than_the_share_are_wrong_input() -> None:
-    with pytest.raises(InputError, match=r"weights of .* take 15\.0 GiB of the GPU that it shares \(got gpu_mem.*=0.1,"):
+    with pytest.raises(
+        InputError, match=r"weights of .* take 15\.0 GiB of the GPU that it shares \(got gpu_mem.*=0.1,"
+    ):
         planned(replace(SPEC, gpu_memory_utilization=0.1), LLAMA_8B, 80 * GIB)
 
 
@@ -95,7 +97,9 @@ def saved(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[str, tu
     index = {name: f"model-{k % 2 + 1}.safetensors" for k, name in enumerate(names)}
     for file in set(index.values()):
         own = {name: tensors[name] for name in names if index[name] == file}
-        save_file({n: torch.zeros(shape, dtype=getattr(torch, kind)) for n, (kind, shape) in own.items()}, folder / file)
+        save_file(
+            {n: torch.zeros(shape, dtype=getattr(torch, kind)) for n, (kind, shape) in own.items()}, folder / file
+        )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return str(folder)
 
@@ -165,7 +169,9 @@ def test_the_hub_says_how_large_a_model_is_that_is_not_here(monkeypatch: pytest.
 def test_a_model_of_unknown_size_asks_for_its_kv_cache(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))  # no weights
     spec = replace(SPEC, model=str(tmp_path))
-    with pytest.raises(InputError, match=r"shares its GPU, and how large its KV cache can be is not known .*kv_cache_gb"):
+    with pytest.raises(
+        InputError, match=r"shares its GPU, and how large its KV cache can be is not known .*kv_cache_gb"
+    ):
         with_planned_cache(spec, lambda: 80 * GIB)
     said = replace(spec, kv_cache_gb=2.0)
     assert with_planned_cache(said, lambda: 80 * GIB) == said

@@ -264,7 +264,7 @@ def test_nodes_that_may_still_come_are_waited_for(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.009, 1.01])
 def test_a_share_that_ray_cannot_count_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="greater than or equal to 0.01|less than or equal to 1"):
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.01|less than or equal to 1"):
         ClusterConfig(gpus_per_actor=share)
 
 
