@@ -135,7 +135,8 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         attention_bias=bool(text.get("attention_bias")),
         mlp_bias=bool(text.get("mlp_bias")),
         other=_vision(vision, hidden) if vision else 0,
-        **_windows(text, kind),
+        window=int(text.get("sliding_window") or 0) if (windowed := _windowed(text, kind)) else 0,
+        windowed=windowed,
         bits=quantized_bits(config),
     )
 
@@ -170,20 +171,19 @@ def other_shape(config: Any, name: str, stored: Stored) -> ModelShape:
         vocabulary=vocabulary,
         context=getattr(text, "max_position_embeddings", None) or 2**31,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
-        **_windows(values, str(text.model_type)),
+        window=int(values.get("sliding_window") or 0) if (windowed := _windowed(values, str(text.model_type))) else 0,
+        windowed=windowed,
         bits=quantized_bits(config.to_dict()),
         stored=stored,
     )
 
 
-def _windows(text: Mapping[str, Any], kind: str) -> dict[str, int]:
-    """Layers with a sliding window, and how many tokens it has."""
-    window = int(text.get("sliding_window") or 0)
+def _windowed(text: Mapping[str, Any], kind: str) -> int:
+    """How many layers have a sliding window."""
     types = text.get("layer_types") or ["sliding_attention"] * (
         int(text["num_hidden_layers"]) if kind == "mistral" else 0
     )
-    count = list(types).count("sliding_attention") if window else 0
-    return {"window": window, "windowed": count} if count else {}
+    return list(types).count("sliding_attention") if text.get("sliding_window") else 0
 
 
 def quantized_bits(config: Mapping[str, Any]) -> float | None:
@@ -192,13 +192,14 @@ def quantized_bits(config: Mapping[str, Any]) -> float | None:
     how = config.get("quantization_config")
     if not isinstance(how, Mapping):
         return None
-    groups = how.get("config_groups")
-    inner = next(iter(groups.values()), {}).get("weights") if isinstance(groups, Mapping) and groups else None
-    part = inner if isinstance(inner, Mapping) else how
+    part: Mapping[str, Any] = how
+    for group in (how.get("config_groups") or {}).values():  # compressed-tensors: of the first group
+        part = group.get("weights") or how
+        break
     bits = next((part[key] for key in ("num_bits", "bits", "w_bit") if isinstance(part.get(key), int)), None)
-    group = next((part[key] for key in ("group_size", "q_group_size") if isinstance(part.get(key), int)), 0)
+    size = next((part[key] for key in ("group_size", "q_group_size") if isinstance(part.get(key), int)), 0)
     if bits is not None:
-        return bits + ((16 + bits) / group if group > 0 else 0)
+        return float(bits + ((16 + bits) / size if size > 0 else 0))
     if how.get("load_in_8bit"):
         return 8.0
     return QUANTIZED.get(str(how.get("quant_method")))
