@@ -30,7 +30,7 @@ def _nodes() -> tuple[list[int], bool]:
     from ray._private import worker
 
     gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-    own: Any = worker._global_node
+    own: Any = worker._global_node  # None for a driver that joined by ray://
     return gpus, own is not None and own.is_head()
 
 

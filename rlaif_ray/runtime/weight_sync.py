@@ -186,15 +186,10 @@ class Sync:
         world_size = 1 + self._workers * len(engines)
         # Both ends meet in the rendezvous: neither is waited for before the other was asked.
         opening = sender.meet.remote(len(engines), world_size)
-        joining = {}
-        for k, engine in enumerate(engines):
-            info = {
-                "master_address": told["address"],
-                "master_port": told["port"],
-                "rank_offset": 1 + k * self._workers,
-                "world_size": world_size,
-            }
-            joining[engine.actor.init_transfer.remote(info, told["gate"])] = engine
+        joining = {
+            engine.actor.init_transfer.remote(self._place(k, told, world_size), told["gate"]): engine
+            for k, engine in enumerate(engines)
+        }
         [why], joined = self._together([opening], joining, lambda engine: self._break_off(), all_or_none=True)
         lost = [f"{engine.watched.name} {engine.watched.lost}" for engine in engines if not engine.usable]
         back = [f"{engine.watched.name}: {said}" for engine, said in joined.items() if said is not None]
@@ -202,6 +197,15 @@ class Sync:
             return None
         self._of_ranks([self._break_off()])  # also where the group came about and lost a member since
         return "; ".join([*lost, *back, *([] if why is None else [why])])
+
+    def _place(self, k: int, told: dict[str, Any], world_size: int) -> dict[str, Any]:
+        """What the k-th engine must know to join, in vLLM's words."""
+        return {
+            "master_address": told["address"],
+            "master_port": told["port"],
+            "rank_offset": 1 + k * self._workers,
+            "world_size": world_size,
+        }
 
     def _answering(self, engines: list[Replica]) -> list[Replica]:
         """Those that answer now: one silent member would hold up a whole NCCL group."""

@@ -71,7 +71,7 @@ def test_the_smaller_setting_that_1gpu_names_fits_on_24_gb() -> None:
 
 
 def test_what_does_not_fit_ends_with_1_and_names_settings_that_do() -> None:
-    file, wrong = CONFIGS / "cluster/8gpu.yaml", ["learner.zero_stage=0", "learner.ranks=8"]
+    file, wrong = CONFIGS / "cluster/8gpu.yaml", ["learner.zero_stage=1", "learner.ranks=4"]
     result = rlaif_plan(file, *wrong)
     assert result.exit_code == 1
     assert "DOES NOT FIT   learner needs " in result.stdout

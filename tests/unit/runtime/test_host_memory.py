@@ -90,11 +90,11 @@ def test_rank_0_loads_the_saved_model_where_nothing_else_is_as_large() -> None:
     assert "the saved model's check" not in unchecked
 
 
-# As DeepSpeed divides a billion parameters over 4 ranks in bf16: optimizer states and fp32 weights by rank from stage 1
-# on; weights by rank 0, unless they are the shards of stage 3, which the fp32 weights make again.
+# As DeepSpeed divides a billion parameters over 4 ranks in bf16: optimizer states and fp32 weights by rank, stage 0 as
+# stage 1; weights by rank 0, unless they are the shards of stage 3, which the fp32 weights make again.
 @pytest.mark.parametrize(
     ("stage", "each", "first"),
-    [(0, 0, 14 * 10**9), (1, 3 * 10**9, 2 * 10**9), (2, 3 * 10**9, 2 * 10**9), (3, 3 * 10**9, 0)],
+    [(0, 3 * 10**9, 2 * 10**9), (1, 3 * 10**9, 2 * 10**9), (2, 3 * 10**9, 2 * 10**9), (3, 3 * 10**9, 0)],
 )
 def test_who_writes_what(stage: Any, each: int, first: int) -> None:
     from rlaif_ray.config.sections import LearnerConfig
@@ -129,9 +129,8 @@ def test_on_cpus_models_are_in_host_memory() -> None:
 
 
 def test_jobs_without_a_learner_have_no_checkpoint() -> None:
-    job = embedded(
-        EvaluateJob, {"cluster": {"device": "gpu"}, "judge": {"type": "vllm", "model": "meta-llama/Llama-3.1-8B"}}
-    )
+    judge = {"type": "vllm", "model": "meta-llama/Llama-3.1-8B"}
+    job = embedded(EvaluateJob, {"cluster": {"device": "gpu"}, "judge": judge, "data": {"path": "pairs.jsonl"}})
     plan = plan_job(job, Machine(80 * GIB, 8, 4096, 2048, GIB), shapes, "cuda")
     assert checkpoint_cost(job, [one for p in plan.phases for one in p.actors], "cuda", 2.0) is None
     assert not plan.fits  # two GB of the judge's process, on nodes of one
