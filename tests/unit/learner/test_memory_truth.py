@@ -11,8 +11,9 @@ from rlaif_ray.config.jobs import SftJob, TrainJob
 from rlaif_ray.learner.engine import RankSpec
 from rlaif_ray.model_shapes import ModelShape, shape_of_config
 from rlaif_ray.models import load_config
+from rlaif_ray.runtime.engine_size import GIB
 from rlaif_ray.runtime.host_memory import rank_state
-from rlaif_ray.runtime.memory_plan import GIB, Machine, learner_host_memory, learner_memory, trained_models, zero_of
+from rlaif_ray.runtime.memory_plan import Machine, learner_host_memory, learner_memory, trained_models, zero_of
 from tests.jobs import embedded
 from tests.learner_ranks import RankProcesses
 from tests.tiny import cached_tiny_model

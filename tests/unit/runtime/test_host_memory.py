@@ -8,9 +8,10 @@ import pytest
 
 from rlaif_ray.config.jobs import DpoJob, EvaluateJob, TrainJob
 from rlaif_ray.model_shapes import ModelShape, known_shapes
+from rlaif_ray.runtime.engine_size import GIB
 from rlaif_ray.runtime.fit import Phase, plan_job
 from rlaif_ray.runtime.host_memory import CheckpointCost, checkpoint_cost, rank_state
-from rlaif_ray.runtime.memory_plan import GIB, Machine, Trained, zero_of
+from rlaif_ray.runtime.memory_plan import Machine, Trained, zero_of
 from tests.jobs import embedded
 
 B8, B70 = 8_030_261_248, 70_553_706_496  # Llama 3.1 8B and 70B
