@@ -76,7 +76,8 @@ def _wait(baton: Any) -> None:
         if _is_nobodys(lock):
             _remove(lock)
             raise RunError(
-                f"The build of {_called(lock)} was killed while this process waited for it in {lock.parent}. Its lock is removed: start again."
+                f"The build of {_called(lock)} was killed while this process waited for it in {lock.parent}. "
+                f"Its lock is removed: start again."
             )
         looked = time.monotonic()
 

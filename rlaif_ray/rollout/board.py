@@ -1,8 +1,8 @@
 """How a learner rank and the engines that read what it stages keep in step, without a process between them.
 
-Both are on one node and share a page of memory, the board. It holds a random token, the number of buckets that the rank
-has staged, and for each reader the number of buckets it has taken. Each number has one writer and only grows. All access
-is by system calls, which put it in order with the weights themselves on every processor.
+Both are on one node and share a page of memory, the board. It holds a random token, the number of buckets that the
+rank has staged, and for each reader the number of buckets it has taken. Each number has one writer and only grows. All
+access is by system calls, which put it in order with the weights themselves on every processor.
 
 No wait here has a deadline, and neither side watches the other. The driver does both (runtime/weight_sync.py): it tells
 the rank of a lost engine, and ends the engines that wait for a lost rank.

@@ -387,8 +387,8 @@ class Sync:
             said = so_far(of_ranks, who=WHO, ranks=self._learner.ranks)
             if over and may_hang and not gone and not said:
                 raise LearnerLostError(
-                    f"{WHO}: no rank answered within {self._timeout_s:g} s. Look at their logs in Ray's session folder; "
-                    f"raise cluster.call_timeout_s if the work is that long."
+                    f"{WHO}: no rank answered within {self._timeout_s:g} s. Look at their logs in Ray's session "
+                    f"folder; raise cluster.call_timeout_s if the work is that long."
                 )
             for ref, engine in list(waiting.items()):
                 if over:

@@ -121,7 +121,9 @@ def test_another_users_lock_is_let_alone_while_its_builder_cannot_be_seen(
         assert lock.exists()  # it builds
         for path in (lock, lock.parent):
             os.utime(path, (time.time() - 7 * 60,) * 2)
-        with pytest.raises(InputError, match=r"that can be seen does, .* changed for 7 minutes\..* or user builds there"):
+        with pytest.raises(
+            InputError, match=r"that can be seen does, .* changed for 7 minutes\..* or user builds there"
+        ):
             free_build_locks()
         assert lock.exists()
         process.kill()

@@ -7,7 +7,7 @@ they are rebuilt and vLLM's engine are the real ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from rlaif_ray.rollout.buckets import largest
 from rlaif_ray.rollout.receiving import update_messages
 from rlaif_ray.rollout.sending import Staging, send_all
 from rlaif_ray.rollout.weight_transfer import IpcSlot
+from rlaif_ray.runtime.actors import LearnerActor
 from tests.unit.rollout.test_sending import BUCKETS, STATE, Weights
 
 UUID, WAIT_S = "GPU-a", 20.0
@@ -137,6 +138,35 @@ def test_ten_pushes_leave_nothing_that_is_never_freed(exports: Exports, lost: in
         assert exports.never_freed() == 0 and all(slot._block is None for slot in slots)
 
 
+@pytest.mark.parametrize("shares_gpu", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_shared_gpu_has_its_memory_back_when_a_push_is_over(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch, shares_gpu: bool, fails: bool
+) -> None:
+    """Also one that failed: engines wake with their KV cache next, and torch would keep slots and gathered weights."""
+    slots = [IpcSlot(), IpcSlot()]
+    held: list[list[bool]] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append([slot._block is not None for slot in slots]))
+
+    class Failing(Weights):
+        def gathered(self, names: Sequence[str]) -> Any:
+            if fails and names[0] == "layers.1.w":
+                raise MemoryError("out of memory")
+            return super().gathered(names)
+
+    actor: Any = object.__new__(LearnerActor)
+    actor._learner, actor._rank, actor._sender = SimpleNamespace(weights=Failing()), 0, Staging(slots)
+    actor._shares_gpu = shares_gpu
+    (source,) = actor._sender.offer(largest(BUCKETS), 1)
+    actor.leave_out(source)
+    if fails:
+        with pytest.raises(MemoryError):
+            actor.send_all(BUCKETS)
+    else:
+        assert actor.send_all(BUCKETS).checksum != 0
+    assert held == ([[False, False]] if shares_gpu else [])
+
+
 def test_a_rank_without_an_engine_on_its_gpu_exports_nothing(exports: Exports) -> None:
     sender, weights = Staging([IpcSlot(), IpcSlot()]), Weights()
     for _ in range(10):
@@ -191,7 +221,7 @@ def through_msgpack(message: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.engine
 def test_vllms_engine_takes_them(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its real receiver, with a model that keeps what it is given. Ranks of two GPUs: it takes that of its own."""
-    ipc_engine = pytest.importorskip("vllm.distributed.weight_transfer.ipc_engine")
+    pytest.importorskip("vllm.distributed.weight_transfer.ipc_engine")
     pytest.importorskip("vllm.model_executor.model_loader.mtp_validation")  # it imports that on the way
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     found: dict[str, Tensor] = {}

@@ -178,7 +178,7 @@ def test_a_path_that_leads_to_another_file_by_now_is_not_written_to(tmp_path: Pa
         if file.fileno() != number:
             os.dup2(file.fileno(), number)
         before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(EngineError, match="staging memory is gone .* is another file by now"):
+        with pytest.raises(EngineError, match=r"staging memory is gone .* is another file by now"):
             Reading((source,))
         if file.fileno() != number:
             os.close(number)

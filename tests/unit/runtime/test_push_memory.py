@@ -73,7 +73,11 @@ def test_a_push_is_a_phase_of_a_shared_gpu() -> None:
 
         # Learning takes 26 GiB, the engines at work beside the learner 40. A push: 20 + 15 + 3 + 2 and its buffers.
         parts = {"weights": 15 * GIB, "workspace": 3 * GIB}
-        tenants = [at(rollout, 18 * GIB, 2 * GIB, **parts), at(judge, 2 * GIB, 2 * GIB), at(learner, 22 * GIB, 20 * GIB)]
+        tenants = [
+            at(rollout, 18 * GIB, 2 * GIB, **parts),
+            at(judge, 2 * GIB, 2 * GIB),
+            at(learner, 22 * GIB, 20 * GIB),
+        ]
         need = 40 * GIB + push
         for gpu_bytes, wrong in ((need, 0), (need - 1, 1)):
             texts = [one.text for one in _problems(tenants, phase.shared, replace(machine, gpu_bytes=gpu_bytes), push)]
