@@ -61,7 +61,7 @@ class Staging:
     slots: Sequence[Slot]
     board: Board | None = None  # of the push under way; None while no engine reads here
     keeps: bool = False
-    failure: None = None
+    failure: str | None = None
 
     def offer(self, size: int, readers: int) -> list[Source]:
         """Prepares a push of buckets of up to `size` bytes: what to tell each of its readers. Without any it stages

@@ -212,7 +212,7 @@ def through_msgpack(message: dict[str, Any]) -> dict[str, Any]:
     """As vLLM brings it to an engine core in a process of its own, tensor-parallel or not."""
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-    call = (0, 1, "collective_rpc", ["update_weights", None, [], {"update_info": message}])
+    call: tuple[Any, ...] = (0, 1, "collective_rpc", ["update_weights", None, [], {"update_info": message}])
     arrived = MsgpackDecoder().decode(MsgpackEncoder().encode(call))
     update_info: dict[str, Any] = arrived[3][3]["update_info"]
     return update_info
