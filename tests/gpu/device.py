@@ -22,7 +22,7 @@ PRECISION: Any = "fp32" if REHEARSAL else "bf16"
 # A fixed key-value cache, so that no engine mistakes what its neighbours take for its own; no FlashInfer in the kit.
 KIT: dict[str, Any] = {} if REHEARSAL else {"attention_backend": "FLASH_ATTN"}
 ENGINE_KWARGS: dict[str, Any] = {} if REHEARSAL else {**KIT, "enforce_eager": True, "kv_cache_memory_bytes": 2**30}
-# As engines run by default; a few graphs are enough to see.
+# A few graphs are enough to see.
 GRAPHS: dict[str, Any] = (
     {} if REHEARSAL else {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
 )
