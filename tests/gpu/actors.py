@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.gpu.device import CONTEXT, DEVICE, GRAPHS, PRECISION, REHEARSAL, SHARE, free_port, gpu_model
+from tests.gpu.device import CONTEXT, DEVICE, EXACT, GRAPHS, PRECISION, REHEARSAL, SHARE, free_port, gpu_model
 from tests.jobs import embedded
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def engine_spec(model: str, **engine_kwargs: Any) -> EngineSpec:
         model=model,
         revision=None,
         trust_remote_code=False,
-        dtype="float32" if REHEARSAL else "bfloat16",
+        dtype="float32" if EXACT else "bfloat16",
         device=DEVICE,
         max_context=CONTEXT,
         tensor_parallel=1,

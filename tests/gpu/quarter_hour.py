@@ -38,7 +38,7 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 def main() -> int:
     args = parse()
-    rehearsal = os.environ.get("RLAIF_GPU_REHEARSAL") == "1"
+    rehearsal = os.environ.get("RLAIF_GPU_REHEARSAL") in ("1", "bf16")
     steps = [Step(**s) for s in json.loads(args.steps.read_text())] if args.steps else all_steps(rehearsal=rehearsal)
     begun = Begun()
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.device import DEVICE, PRECISION, REHEARSAL, free_port, gpu_model
+from tests.gpu.device import DEVICE, EXACT, PRECISION, REHEARSAL, free_port, gpu_model
 from tests.jobs import embedded
 from tests.learner_ranks import random_samples
 
@@ -150,9 +150,9 @@ def test_long_prompts_give_the_log_probabilities_of_fp32() -> None:
         trained(stage, long=True, checkpointing=saving)["policy"]
         for stage, saving in ((0, False), (3, False), (3, True))
     )
-    assert mean_gap(whole, exact) < (1e-4 if REHEARSAL else 0.05)
-    assert mean_gap(sharded, whole) < (1e-5 if REHEARSAL else 0.01)
-    assert mean_gap(saving, sharded) < (1e-5 if REHEARSAL else 0.01)
+    assert mean_gap(whole, exact) < (1e-4 if EXACT else 0.05)
+    assert mean_gap(sharded, whole) < (1e-5 if EXACT else 0.01)
+    assert mean_gap(saving, sharded) < (1e-5 if EXACT else 0.01)
 
 
 @pytest.mark.parametrize("saving", [False, True], ids=["plain", "checkpointing"])
