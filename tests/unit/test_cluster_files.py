@@ -280,8 +280,8 @@ def test_shipped_configs_leave_time_for_their_checkpoints(name: str) -> None:
 
 
 def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
-    """In the image and by launch/submit.py, whatever config they start; where Kubernetes or Docker ends a container, for
-    the config of their file."""
+    """In the image and by launch/submit.py, whatever config they start; where Kubernetes or Docker ends a container,
+    for the config of their file."""
     (in_image,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", (CLUSTER / "Containerfile").read_text())
     (by_default,) = re.findall(r'"--stop-wait",\s+type=int,\s+default=(\d+)', (LAUNCH / "submit.py").read_text())
     assert int(in_image) == int(by_default) >= max(map(grace_of_clusters, SHIPPED.values()))
