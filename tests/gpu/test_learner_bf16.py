@@ -121,9 +121,10 @@ def started() -> dict[Run, Future[dict[str, Any]]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def ended() -> Iterator[None]:
-    """Runs that no test asked for are not waited for."""
+    """Runs that no test asked for are not waited for. Where all have ended the pool is, so that its thread, which would
+    start another process, doesn't outlive it."""
     yield
-    pool().shutdown(wait=False, cancel_futures=True)
+    pool().shutdown(wait=all(run.done() for run in started().values()), cancel_futures=True)
 
 
 def trained(stage: int, budget: int = 4096, **options: bool) -> dict[str, Any]:
