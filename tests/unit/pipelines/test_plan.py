@@ -108,7 +108,8 @@ def test_a_stages_model_is_as_large_as_what_it_was_trained_from() -> None:
         ("cluster/8gpu.yaml", [], 7_615_616_512 * 2, {"nccl over NVLink": 15.231 / 200}),
         ("cluster/8gpu.yaml", ["--bandwidth", 50], 7_615_616_512 * 2, {"nccl over NVLink": 15.231 / 50}),
         ("cluster/8gpu-colocated.yaml", [], 7_615_616_512 * 2, {"ipc": 15.231 * (7 / 8 / 200 + 1 / 300)}),
-        ("cluster/nodes.yaml", [], 70_553_706_496 * 2, {"nccl over RDMA": 3.5277, "nccl over TCP": 28.2215}),
+        ("cluster/nodes.yaml", [], 70_553_706_496 * 2, {"nccl over RDMA": 3.5277, "nccl over TCP": 47.0358}),
+        ("cluster/nodes.yaml", ["--bandwidth", 40], 70_553_706_496 * 2, {"nccl over the network": 5.8795}),
         ("demo/train.yaml", ["cluster.device=cpu"], 134_515_008 * 4, {"shm": 0.53806 / 0.6}),
     ],
 )
