@@ -99,8 +99,21 @@ def restore_engine(engine: Any, stored: StoredFolder, name: str) -> None:
                 f"precision or learner.deepspeed_overrides. Use those again, or another run_dir."
             ) from error
     if path is None:
-        raise CheckpointError(f"{stored.place} has nothing of {name} for this rank: it is of another layout.")
+        raise CheckpointError(_why_nothing(engine, stored, name))
     keep_master(engine)
+
+
+def _why_nothing(engine: Any, stored: StoredFolder, name: str) -> str:
+    """Of a checkpoint without what DeepSpeed looks for; it names the files of bf16 runs differently."""
+    files = [file.rpartition("/")[2] for file in stored.files if file.startswith(f"{name}/")]
+    was = "bf16" if any(file.startswith("bf16_zero_") for file in files) else "fp32"
+    now = "bf16" if engine.bfloat16_enabled() else "fp32"
+    if files and was != now:
+        return (
+            f"{stored.place} was written by a run in {was} and this one is in {now}: their states don't fit each "
+            f"other. Set policy.precision={was} to go on, or use another run_dir."
+        )
+    return f"{stored.place} has nothing of {name} for this rank: it is of another layout."
 
 
 def _nothing(file: str) -> Any:

@@ -31,7 +31,7 @@ from rlaif_ray.learner.head import settle_head
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.modules import CausalPolicy, Critic
-from rlaif_ray.learner.nodes import hpz_notes
+from rlaif_ray.learner.nodes import group_notes
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import Text, settle_attention, settle_split
 from rlaif_ray.learner.sequence_parallel import sequence_group
@@ -99,7 +99,7 @@ class RlRank:
         self._packed = attention == PACKED
         where: dict[str, Any] = {"device": self.device, "precision": precision, "sharded": job.learner.zero_stage == 3}
         settle_head(policy_module, self._policy, name=policy.model, packed=self._packed, **where)
-        self.notes = [*([note] if note else []), *hpz_notes(job.learner)]  # to be told once
+        self.notes = [*([note] if note else []), *group_notes(job.learner)]  # to be told once
         self._critic, self._reference = None, None
         if needs_critic(job.algorithm):
             body = load(load_backbone, attention)

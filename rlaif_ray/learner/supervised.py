@@ -29,7 +29,7 @@ from rlaif_ray.learner.finite import Tally, require_finite_model
 from rlaif_ray.learner.lora import add_adapters, merged_entries, merged_state, try_merge
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
-from rlaif_ray.learner.nodes import hpz_notes
+from rlaif_ray.learner.nodes import group_notes
 from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import settle_attention, settle_split
 from rlaif_ray.learner.sequence_parallel import sequence_group
@@ -100,7 +100,7 @@ class SupervisedRank(ABC, Generic[Example]):
         attention = settle_split(self._sequence, attention, plan, self._model, self._probed, **shared)
         self._packed = attention == PACKED
         self._settle()
-        self.notes = [*([note] if note else []), *hpz_notes(job.learner)]  # to be told once
+        self.notes = [*([note] if note else []), *group_notes(job.learner)]  # to be told once
         if job.training.lora is not None:
             tokens = torch.Generator().manual_seed(job.seed)
             text = torch.randint(self._model.config.get_text_config().vocab_size, (16,), generator=tokens).tolist()
