@@ -304,7 +304,7 @@ class LearnerConfig(Config):
     ranks: Annotated[int, Field(ge=1), LAYOUT] = 1
     zero_stage: Annotated[Literal[0, 1, 2, 3], LAYOUT] = 0
     offload: Annotated[OffloadConfig, LAYOUT] = Field(default_factory=OffloadConfig)
-    hpz_partition_size: Annotated[int, Field(ge=1), LAYOUT] = 1
+    hpz_partition_size: Annotated[int, Field(ge=1), HANDLING] = 1
     """Ranks that hold a second copy of the weights among them, for the backward pass (ZeRO++ hpZ, Wang et al.
     2306.10209): with the ranks of a node, its weights come from that node alone. With zero_stage 3; 1: none."""
     sequence_parallel: Annotated[int, Field(ge=1), HANDLING] = 1

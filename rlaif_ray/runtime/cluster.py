@@ -139,8 +139,8 @@ def _nodes_fast_in_bf16(nodes: Collection[str], timeout_s: float) -> tuple[bool,
         return False, f"precision=auto is fp32 here: of {len(nodes)} nodes not all have CPUs with AMX."
     if True in found:
         return False, (
-            f"precision=auto is fp32 here: {found.count(None)} of {len(nodes)} nodes did not say within {timeout_s:g} s "
-            f"whether they have AMX. Set precision=bf16 if they do."
+            f"precision=auto is fp32 here: {found.count(None)} of {len(nodes)} nodes did not say within {timeout_s:g} "
+            f"s whether they have AMX. Set precision=bf16 if they do."
         )
     return False, ""
 

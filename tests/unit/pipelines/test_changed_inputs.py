@@ -118,11 +118,11 @@ def test_a_job_goes_on_in_the_precision_that_it_began_in(
 ) -> None:
     engines = Engines(model)
     engines.auto = "bf16"
-    engines.lost = lambda prompt: "engine_error: it died" if int(prompt.id) >= 10 else None
+    engines.lost = lambda prompt: "engine_error: it died" if prompt.messages[0].content >= "q5" else None
     run(job, engines, "min_done_fraction=0.01")
     assert engines.used == ["bf16"] and "stays" not in capsys.readouterr().out
     engines.auto, engines.lost = "fp32", lambda _: None  # another machine
-    with pytest.raises(InputError, match="policy.precision was 'bf16' and is 'fp32'"):
+    with pytest.raises(InputError, match=r"policy\.precision was 'bf16' and is 'fp32'"):
         run(job, engines, "policy.precision=fp32")
     run(job, engines, "min_done_fraction=0.01")
     assert engines.used == ["bf16", "bf16"]

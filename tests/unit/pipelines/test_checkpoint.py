@@ -585,7 +585,7 @@ class TestPrecision:
     def test_auto_is_compared_by_what_it_came_to(self, tmp_path: Path, policy: str) -> None:
         found = self.saved(tmp_path, precisions=self.KEPT)
         assert read_state(found, job(policy={"precision": policy}), 100).changes == []
-        with pytest.raises(InputError, match="another run: policy.precision was 'bf16' and is 'fp32'"):
+        with pytest.raises(InputError, match=r"another run: policy\.precision was 'bf16' and is 'fp32'"):
             read_state(found, job(policy={"precision": "fp32"}), 100)
 
     def test_auto_takes_an_explicit_one_too(self, tmp_path: Path) -> None:
@@ -641,7 +641,7 @@ class TestPrecision:
         in_fp32 = self.saved(tmp_path / "a", precisions={"policy.precision": "fp32"}, **algorithm)
         assert read_state(in_fp32, job(), 100).changes == []  # fp32 has none, whatever the default is by now
         in_bf16 = self.saved(tmp_path / "b", precisions={"policy.precision": "bf16"}, **algorithm)
-        with pytest.raises(InputError, match="another run: algorithm.importance"):
+        with pytest.raises(InputError, match=r"another run: algorithm\.importance"):
             read_state(in_bf16, job(), 100)
         always = {"algorithm": {"type": "ppo", "importance": {"when": "always", "high": 5}}}
         if old is not None:
