@@ -397,7 +397,9 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
     held = sum(parts.values())
 
     together = job.learner.sequence_parallel
-    tokens = rank_tokens(max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine)), together)
+    longest = _longest(job, shape, machine)
+    whole = max(job.learner.tokens_per_micro_batch, longest)
+    tokens = rank_tokens(whole, together)
     checkpointing = job.learner.gradient_checkpointing
 
     def kept(checkpointing: bool) -> int:
@@ -414,6 +416,8 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
         working["logits"] += shape.vocabulary * shape.hidden * (4 + size)  # the head's gradient, summed over chunks
     if together > 1:
         working["exchange"] = exchange(shape, tokens, size)
+    if together > 1 and policy.attention == "sdpa":  # padded rows: which token sees which, of whole rows, on every rank
+        working["mask"] = whole * longest * (1 + size)
     if zero.offloaded and zero.stage < 3:  # a gradient on its way to the host, the largest
         working["buckets"] += shape.vocabulary * shape.hidden * zero.weight_bytes
     # The step comes when activations are gone: only what it takes beyond them adds to the peak.
