@@ -114,8 +114,8 @@ def _other_precision(engine: Any, stored: StoredFolder, name: str) -> str | None
     if not files or was == now:
         return None
     return (
-        f"{stored.place} was written by a run in {was} and this one is in {now}: their states don't fit each other. Set "
-        f"policy.precision={was} to go on, or use another run_dir."
+        f"{stored.place} was written by a run in {was} and this one is in {now}: their states don't fit each other. "
+        f"Set policy.precision={was} to go on, or use another run_dir."
     )
 
 
