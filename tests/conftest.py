@@ -7,6 +7,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 # Threads that wait for each other sleep: with more processes than cores, spinning ones take steps from 0.05 s to 2 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray gives its workers niceness 15: beside another test on the same cores they would stand still.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any

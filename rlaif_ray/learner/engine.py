@@ -201,7 +201,7 @@ def trainable_engine(
             config=deepspeed_config(cfg, precision=precision),
             dist_init_required=False,
         )
-    if engine.dp_world_size == 1 and sums_in_fp32(engine.optimizer):
+    if torch.distributed.get_world_size() == 1 and sums_in_fp32(engine.optimizer):
         engine.enable_backward_allreduce = False  # a pass over all gradients, for nothing
     keep_master(engine)
     return engine

@@ -127,7 +127,7 @@ def end_of(rank: Any) -> dict[str, torch.Tensor]:
 def move_buffers(rank: Any) -> None:
     """Other values than the model's folder has, so that a checkpoint without buffers would show."""
     for entry in model_entries(rank._model):
-        if entry.is_buffer:
+        if not isinstance(entry.needs[0], torch.nn.Parameter):
             entry.needs[0].add_(0.1)
 
 

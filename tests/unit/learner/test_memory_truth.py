@@ -158,7 +158,9 @@ def offloaded(spec: RankSpec, job: TrainJob) -> dict[str, int]:
         door.backward(engine, engine(batch).float().pow(2).mean(), last=last)
         sums = [getattr(p, "grad_accum", None) for p in engine.module.parameters()]  # in bf16, those in fp32
         held = sum(g.nbytes for g in (*sums, *(p.grad for p in engine.module.parameters())) if g is not None)
-        assert (held > 0) == (job.learner.zero_stage == 1 and not last)  # whole on the GPU until the last one
+        # Stage 1: whole on the GPU until the last one, and sums in fp32 of others' parts until the step.
+        others = engine.bfloat16_enabled() and spec.world_size > 1
+        assert (held > 0) == (job.learner.zero_stage == 1 and (not last or others))
     optimizer = engine.optimizer
     masters: list[Any]
     if job.learner.zero_stage == 3:
