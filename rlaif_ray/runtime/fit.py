@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlaif_ray.config.jobs import EvaluateJob
+from rlaif_ray.config.jobs import EvaluateJob, RewardModelJob
 from rlaif_ray.config.sections import EngineConfig, RewardModelFeedback
 from rlaif_ray.runtime.host_memory import Parts, node_memory
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, Shapes, phases, sections
@@ -19,6 +19,7 @@ from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, slots_of,
 from rlaif_ray.runtime.places import layout_problems
 from rlaif_ray.runtime.push_memory import push_bytes, while_pushing
 
+LOGITS_CHUNK = 4096  # tokens, where a config sets no bound
 MOST_RANKS = 256  # of a proposal
 MOST_PROPOSALS = 4
 TAKES_GPUS = ("ranks", "tensor_parallel", "gpus_per_actor")  # settings that do
@@ -249,6 +250,11 @@ def _learner_options(job: Any) -> Iterator[tuple[str, list[Any]]]:
     yield "learner.ranks", _doubled(learner.ranks, MOST_RANKS)
     yield "learner.sequence_parallel", _doubled(learner.sequence_parallel, learner.ranks)
     yield "learner.tokens_per_micro_batch", _halved(learner.tokens_per_micro_batch, 512)
+    if not isinstance(job, RewardModelJob):  # the logits of all tokens, where nothing bounds them
+        yield "learner.logits_chunk", _halved(learner.logits_chunk or 2 * LOGITS_CHUNK, 256)
+    for name in ("optimizer", "parameters"):
+        if getattr(learner.offload, name) == "none":
+            yield f"learner.offload.{name}", ["cpu"]
 
 
 def _doubled(value: int, most: int) -> list[int]:

@@ -237,18 +237,18 @@ def test_host_memory_of_gpu_nodes_is_what_the_flag_says() -> None:
 def test_a_checkpoint_that_takes_longer_than_its_grace_is_told() -> None:
     """12 bytes of 70.6 billion parameters at 2 GB/s: 423 s, and one that is under way ends first."""
     file = CONFIGS / "cluster/nodes.yaml"
-    result = rlaif_plan(file)
+    result = rlaif_plan(file, "checkpoint.grace_s=90")
     assert result.exit_code == 0
     assert (
         "checkpoint     788.50 GB, 423 s at 2 GB/s; after a SIGTERM checkpoint.grace_s=90 may be too short: use 900, "
         "and 930 for RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal and terminationGracePeriodSeconds" in result.stdout
     )
-    enough = rlaif_plan(file, "checkpoint.grace_s=900").stdout
+    enough = rlaif_plan(file).stdout
     assert "423 s at 2 GB/s, within checkpoint.grace_s=900 after a SIGTERM" in enough
     _, told = as_json(file, "--disk-bandwidth", 20)
     cost = told["jobs"][0]["checkpoint"]
     assert cost["bytes"] == 24 * 12 * -(-70_553_706_496 // 24) and cost["seconds"] == pytest.approx(42.3, abs=0.1)
-    assert (cost["gb_per_s"], cost["grace_s"], cost["needed_grace_s"]) == (20, 90, 120)
+    assert (cost["gb_per_s"], cost["grace_s"], cost["needed_grace_s"], cost["cluster_grace_s"]) == (20, 900, 120, 930)
 
 
 def test_no_network_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
