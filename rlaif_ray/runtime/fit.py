@@ -17,6 +17,7 @@ from rlaif_ray.runtime.host_memory import Parts, node_memory
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, Shapes, phases, sections
 from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, slots_of, totals
 from rlaif_ray.runtime.places import layout_problems
+from rlaif_ray.runtime.push_memory import push_bytes, while_pushing
 
 LOGITS_CHUNK = 4096  # tokens, where a config sets no bound
 MOST_RANKS = 256  # of a proposal
@@ -72,7 +73,7 @@ def plan_job(job: Any, machine: Machine, shapes: Shapes, device: Device) -> Plan
         problems = list(_host_problems(nodes, host, machine))
         if device == "cuda":
             problems += [Problem(*one) for one in layout_problems(job, slots, device)]
-            problems += _problems(actors, shared, machine)
+            problems += _problems(actors, shared, machine, push_bytes(job, actors, device))
         gpus = totals(slots)["GPU"]
         found.append(Phase(name, tuple(actors), tuple(nodes), host, gpus, shared, tuple(problems)))
     return Plan(tuple(found))
@@ -106,7 +107,9 @@ def place(slots: Sequence[Slot], gpus_per_node: int) -> tuple[list[dict[str, int
     return [dict(node) for node in nodes], tenants
 
 
-def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machine: Machine) -> Iterator[Problem]:
+def _problems(
+    actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machine: Machine, push: int = 0
+) -> Iterator[Problem]:
     by_role = {one.need.role: one for one in actors}
     for role, one in by_role.items():
         memory = one.memory
@@ -127,10 +130,13 @@ def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machi
         tenants = [by_role[role] for role in roles]
         learning = sum(t.memory.reserved if t.kind == "learner" else t.memory.resting for t in tenants)
         others = sum(t.memory.resting if t.kind == "learner" else t.memory.reserved for t in tenants)
-        if max(learning, others) > machine.gpu_bytes:
+        pushing = sum(while_pushing(t, push) for t in tenants) if {"learner", "rollout"} <= set(roles) else 0
+        most = max(learning, others, pushing)
+        if most > machine.gpu_bytes:
+            when = " during a weight sync" if most == pushing else ""
             yield Problem(
                 tuple(dict.fromkeys(roles)),
-                f"{' + '.join(roles)} take {_gb(max(learning, others))} of the GPU that they share, which has "
+                f"{' + '.join(roles)} take {_gb(most)} of the GPU that they share{when}, which has "
                 f"{_gb(machine.gpu_bytes)}",
             )
 
