@@ -92,7 +92,7 @@ def restore_engine(engine: Any, stored: StoredFolder, name: str) -> None:
             with redirect_stdout(StringIO()):  # DeepSpeed prints what it is at
                 path, _ = engine.load_checkpoint(folder, tag=TAG)
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
+            if isinstance(error, CheckpointError) and _other_precision(engine, stored, name) is None:
                 raise
             raise CheckpointError(
                 _other_precision(engine, stored, name)

@@ -312,7 +312,8 @@ def _merged_entry(base: StateEntry, layer: Any, *, masters: bool) -> StateEntry:
 
         def value() -> Tensor:
             with _masters(layer):
-                return base.value().float() + layer.get_delta_weight(ADAPTER).float()
+                delta: Tensor = layer.get_delta_weight(ADAPTER)
+                return base.value().float() + delta.float()
 
         return replace(base, dtype=torch.float32, value=value, together=True)
     return replace(base, needs=(*base.needs, *_factors(layer)), value=lambda: _merged(layer, base.value()))
