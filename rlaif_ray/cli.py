@@ -213,14 +213,16 @@ def plan(
     job: Annotated[
         str | None, typer.Option("--job", help="Whose config it is, where that can't be told.", show_default=False)
     ] = None,
-    gpu_memory: Annotated[float, typer.Option("--gpu-memory", min=1, help="GB (2^30 bytes) of a GPU.")] = 80.0,
+    gpu_memory: Annotated[
+        float, typer.Option("--gpu-memory", min=1, help="GiB in a GPU's name, such as 80; CUDA gives 98.9%.")
+    ] = 80.0,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 8,
     host_memory: Annotated[
         float | None,
         typer.Option(
             "--host-memory",
             min=1,
-            help="GB of a node's own memory; without it that is checked only for a job on this machine's CPUs.",
+            help="GiB of a node's own memory; without it that is checked only for a job on this machine's CPUs.",
             show_default=False,
         ),
     ] = None,

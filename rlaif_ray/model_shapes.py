@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,15 +12,23 @@ from typing import Any, Literal
 
 from rlaif_ray.documents import read_yaml
 from rlaif_ray.errors import InputError
+from rlaif_ray.weight_types import Stored
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3", "other"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+# Bits of a weight by method, scales included, where the method alone says it. vLLM makes "fp8" and others of that kind
+# of plain weights as it loads them.
+QUANTIZED = {"fp8": 8.0, "fbgemm_fp8": 8.0, "deepspeedfp": 8.0, "experts_int8": 8.0, "bitsandbytes": 4.5}
+QUANTIZED |= {"fp8_per_tensor": 8.0, "fp8_per_block": 8.0, "fp8_per_channel": 8.0, "int8_per_channel_weight_only": 8.0}
+QUANTIZED |= {"mxfp4": 4.25, "mxfp8": 8.25, "nvfp4_per_token": 4.5, "awq": 4.16, "gptq": 4.16}
+_SUFFIX = re.compile(r"-(AWQ|GPTQ-Int4|GPTQ-Int8|FP8|FP8-dynamic)$")
+_SUFFIX_BITS = {"AWQ": 4 + 20 / 128, "GPTQ-Int4": 4 + 20 / 128, "GPTQ-Int8": 8 + 24 / 128}
 _VARIANT = re.compile(r"-(Instruct|it|pt|Base)(?=-v\d|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder of one of the FAMILIES."""
+    """A decoder of one of the FAMILIES; of an "other" one only an engine's memory can be planned."""
 
     family: Family
     layers: int
@@ -34,6 +43,10 @@ class ModelShape:
     attention_bias: bool = False  # on q, k, v and o; Qwen2's on q, k and v is its family's
     mlp_bias: bool = False
     other: int = 0  # parameters outside the decoder, such as a vision tower
+    window: int = 0  # tokens that some layers see back
+    windowed: int = 0  # how many layers those are
+    bits: float | None = None  # of a weight of a linear layer, its scales included; None: it isn't quantised
+    stored: Stored | None = None  # the weights as files have them, where those are at hand
 
     @property
     def queries(self) -> int:
@@ -70,6 +83,18 @@ class ModelShape:
     def parameters(self) -> int:
         """All of the language model's, tied ones once."""
         return self.body + self.head
+
+    def loaded(self, size: int, bits: float | None = None) -> int:
+        """Bytes of the weights of an engine that computes in a type of `size` bytes, and which makes those of linear
+        layers `bits` wide as it loads. Embedding, head and vision tower are never quantised."""
+        if self.stored is not None and self.stored.is_quantized:
+            return self.stored.floats * size + self.stored.packed
+        count = self.parameters if self.stored is None else self.stored.floats
+        bits = bits if self.bits is None else self.bits
+        if bits is None:
+            return count * size
+        whole = self.vocabulary * self.hidden + self.head + self.other
+        return whole * size + math.ceil((count - whole) * bits / 8)
 
     def adapters(self, rank: int, targets: tuple[str, ...] | None) -> int:
         """Parameters of low-rank adapters on these linear layers of the body; None: on all of them."""
@@ -110,7 +135,74 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         attention_bias=bool(text.get("attention_bias")),
         mlp_bias=bool(text.get("mlp_bias")),
         other=_vision(vision, hidden) if vision else 0,
+        window=int(text.get("sliding_window") or 0) if (windowed := _windowed(text, kind)) else 0,
+        windowed=windowed,
+        bits=quantized_bits(config),
     )
+
+
+def other_shape(config: Any, name: str, stored: Stored) -> ModelShape:
+    """Of a family that isn't counted here, as far as an engine's memory goes: its weights are as they are `stored`.
+    A layer is as wide as what one token computes there: in a mixture of experts, those that it is sent to.
+
+    Args:
+        config: the model's, as transformers gives it.
+
+    Raises:
+        InputError: its config doesn't say how large it is.
+    """
+    text = config.get_text_config()
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    hidden, layers, heads, vocabulary = (getattr(text, key, None) for key in names)
+    if not (hidden and layers and heads and vocabulary):
+        raise InputError(f"model {name} can't be planned: its config has no {' or '.join(names)}.")
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    expert = getattr(text, "moe_intermediate_size", None)
+    dense = getattr(text, "intermediate_size", None) or 4 * hidden
+    values = text.to_dict()
+    return ModelShape(
+        family="other",
+        layers=layers,
+        hidden=hidden,
+        intermediate=max(dense, expert * experts) if expert else dense * experts,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        vocabulary=vocabulary,
+        context=getattr(text, "max_position_embeddings", None) or 2**31,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        window=int(values.get("sliding_window") or 0) if (windowed := _windowed(values, str(text.model_type))) else 0,
+        windowed=windowed,
+        bits=quantized_bits(config.to_dict()),
+        stored=stored,
+    )
+
+
+def _windowed(text: Mapping[str, Any], kind: str) -> int:
+    """How many layers have a sliding window."""
+    types = text.get("layer_types") or ["sliding_attention"] * (
+        int(text["num_hidden_layers"]) if kind == "mistral" else 0
+    )
+    return list(types).count("sliding_attention") if text.get("sliding_window") else 0
+
+
+def quantized_bits(config: Mapping[str, Any]) -> float | None:
+    """Bits of a weight of a linear layer with its share of scales and zero points, where the config says that the
+    weights are quantised and how; None otherwise."""
+    how = config.get("quantization_config")
+    if not isinstance(how, Mapping):
+        return None
+    part: Mapping[str, Any] = how
+    for group in (how.get("config_groups") or {}).values():  # compressed-tensors: of the first group
+        part = group.get("weights") or how
+        break
+    bits = next((part[key] for key in ("num_bits", "bits", "w_bit") if isinstance(part.get(key), int)), None)
+    size = next((part[key] for key in ("group_size", "q_group_size") if isinstance(part.get(key), int)), 0)
+    if bits is not None:
+        return float(bits + ((16 + bits) / size if size > 0 else 0))
+    if how.get("load_in_8bit"):
+        return 8.0
+    return QUANTIZED.get(str(how.get("quant_method")))
 
 
 def _vision(config: Mapping[str, Any], hidden: int) -> int:
@@ -123,8 +215,12 @@ def _vision(config: Mapping[str, Any], hidden: int) -> int:
 
 
 def known_shape(name: str) -> ModelShape | None:
-    """The shape of a well-known model by its name on the hub; None for others."""
-    return known_shapes().get(_VARIANT.sub("", name))
+    """The shape of a well-known model by its name on the hub, quantised where that says so; None for others."""
+    plain = _SUFFIX.sub("", name)
+    shape = known_shapes().get(_VARIANT.sub("", plain))
+    if shape is None or plain == name:
+        return shape
+    return replace(shape, bits=_SUFFIX_BITS.get(name.removeprefix(f"{plain}-"), 8.0))
 
 
 @cache

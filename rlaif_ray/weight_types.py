@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2**24  # numbers that are compared at a time: a large embedding has a hundred times as many
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' and torch's
+_WIDE = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}  # bytes of those of more than one
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,7 @@ def stored_types(source: Path | str, config: Any, *, revision: str | None = None
 
 def weight_files(folder: Path) -> list[Path]:
     """Those that transformers loads: beside them others may have the same weights in another form."""
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{whole}.index.json"
-        if (folder / whole).is_file():
-            return [folder / whole]
-        if index.is_file():
-            names = read_json(index, dict, lenient=True).get("weight_map", {}).values()
-            return [folder / name for name in sorted(set(names)) if (folder / name).is_file()]
-    return []
+    return [folder / name for name in _listed(folder) if (folder / name).is_file()]
 
 
 def _tensors_in(file: Path) -> dict[str, tuple[str, int]]:
@@ -117,6 +111,75 @@ def _tensors_in(file: Path) -> dict[str, tuple[str, int]]:
         if kind in _NAMES.values():
             found[name] = kind, tensor.numel()
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A model's weights as its files have them."""
+
+    floats: int  # numbers of 16 bits and more: who loads them has them in the type that it computes in
+    packed: int = 0  # bytes of all others, integers and floats of 8 bits: quantised weights, which stay as they are
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the packed ones are more than a few counters and masks."""
+        return self.packed * 10 > self.floats
+
+
+def stored_weights(
+    source: Path | str,
+    *,
+    revision: str | None = None,
+    tied: bool = False,
+    dtype: str = "bfloat16",
+    online: bool = False,
+) -> Stored | None:
+    """Counted from the files' headers, in a folder or in the hub's local cache, else with `online` at the hub; None
+    where they aren't all there. A head that is `tied` isn't loaded, whether it is stored or not. Numbers in a
+    pytorch_model.bin are taken to be of `dtype`."""
+    folder = _folder_of(source, revision)
+    files = [folder / name for name in _listed(folder)]
+    if not files or not all(file.is_file() for file in files):
+        return _stored_at_hub(source, revision) if online and isinstance(source, str) else None
+    if files[0].suffix != ".safetensors":
+        return Stored(sum(file.stat().st_size for file in files) // (4 if dtype == "float32" else 2))
+    from safetensors import safe_open
+
+    floats = packed = 0
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                kind, count = weights.get_slice(name).get_dtype(), prod(weights.get_slice(name).get_shape())
+                if kind in _NAMES:
+                    floats += 0 if tied and name == "lm_head.weight" else count
+                else:
+                    packed += count * _WIDE.get(kind, 1)
+    return Stored(floats, packed)
+
+
+def _listed(folder: Path) -> list[str]:
+    """Names of the files that transformers would load, there or not."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / whole).is_file():
+            return [whole]
+        if (folder / f"{whole}.index.json").is_file():
+            parts = read_json(folder / f"{whole}.index.json", dict, lenient=True).get("weight_map", {})
+            return sorted(set(parts.values()))
+    return []
+
+
+def _stored_at_hub(name: Path | str, revision: str | None) -> Stored | None:
+    """From the headers alone, which the hub gives without the weights."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        files = get_safetensors_metadata(str(name), revision=revision).files_metadata.values()
+    except Exception:  # offline, another kind of files, no right to read: whoever loads it says so
+        return None
+    tensors = [tensor for file in files for tensor in file.tensors.values()]
+    floats = sum(tensor.parameter_count for tensor in tensors if tensor.dtype in _NAMES)
+    packed = sum(t.data_offsets[1] - t.data_offsets[0] for t in tensors if t.dtype not in _NAMES)
+    return Stored(floats, packed)
 
 
 def _folder_of(source: Path | str, revision: str | None) -> Path:

@@ -412,7 +412,7 @@ class ClusterConfig(Config):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """Ray's logical CPUs per actor; default 1 on GPUs, 0.25 on CPUs (phases take turns)."""
-    gpus_per_actor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gpus_per_actor: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """GPUs of an engine without tensor parallelism and of a learner rank. From 0.5 down they share one (colocated): as
     many as these shares fit into it, three at 0.3. The job's GPUs are its own, whole."""
     threads_per_actor: Annotated[int, Field(ge=1)] | None = None
@@ -426,7 +426,7 @@ class ClusterConfig(Config):
     learner_restarts: Annotated[int, Field(ge=0)] = 3
     """How often a lost learner starts again from the last checkpoint, before the job ends."""
     object_store_gb: Annotated[float, Field(gt=0)] = 0.3
-    """Of a local Ray."""
+    """Of a local Ray; a cluster's own is set where Ray is started there."""
 
     @property
     def tenants_per_gpu(self) -> int:

@@ -16,13 +16,14 @@ from rlaif_ray.config.jobs import JOBS, SupervisedJob, TrainJob
 from rlaif_ray.config.layers import STAGE, read_file, read_overrides
 from rlaif_ray.config.load import load_job
 from rlaif_ray.config.pipeline import Pipeline, load_pipeline
-from rlaif_ray.config.sections import ClusterConfig, PolicyConfig
+from rlaif_ray.config.sections import ClusterConfig, JudgeConfig, PolicyConfig
 from rlaif_ray.errors import InputError
-from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_config, shape_of_size
+from rlaif_ray.model_shapes import ModelShape, known_shape, shape_of_size
 from rlaif_ray.models import load_config, resolve_model
 from rlaif_ray.output import say, say_as_is
 from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT
+from rlaif_ray.runtime.engine_cache import engine_shape
 from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, written
 from rlaif_ray.runtime.host_memory import CheckpointCost, Parts, checkpoint_cost
 from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, precision_bytes
@@ -32,6 +33,7 @@ from rlaif_ray.runtime.weight_sync import choose_backend
 from rlaif_ray.tracking.progress import print_columns
 
 PROMPT_TOKENS = 2048  # of the longest prompt, where neither rollout.max_context nor data.max_prompt_tokens is set
+CUDA_GIVES = 0.989  # of the memory in a GPU's name: 79.1 of 80 GiB on A100 and H100; the rest is the driver's
 DISK = 2.0  # GB/s of the storage of checkpoints, in all: a shared file system over one fast network link
 PIPELINE = "pipeline"
 NAMED = {"alignment": "evaluate", "best-of-n": "sample"}  # what else a job's file may be called
@@ -87,7 +89,7 @@ def make_plan(
         InputError: the config is wrong, or it can't be told which job it is of or how large a model is.
     """
     host_bytes = None if host_memory is None else int(host_memory * GIB)
-    machine = Machine(int(gpu_memory * GIB), gpus_per_node, JUDGE_CONTEXT, PROMPT_TOKENS, host_bytes)
+    machine = Machine(int(gpu_memory * GIB * CUDA_GIVES), gpus_per_node, JUDGE_CONTEXT, PROMPT_TOKENS, host_bytes)
     speeds = Speeds(bandwidth, disk_bandwidth)
     job = job or job_of(files, overrides)
     if job not in (*JOBS, PIPELINE):
@@ -230,7 +232,7 @@ class ShapeFinder:
         folder = name if expand_home(name).is_dir() else _in_hub_cache(name, section.revision)
         if folder is not None:
             config = load_config(folder, trust_remote_code=section.trust_remote_code)
-            return shape_of_config(config.to_dict(), name)
+            return engine_shape(config, name, expand_home(folder), any_family=isinstance(section, JudgeConfig))
         shape = known_shape(name)
         if shape is not None:
             return shape
@@ -328,7 +330,7 @@ def _show(one: Planned, machine: Machine) -> None:
     if one.sync is not None:
         sync = one.sync
         took = "; ".join(f"{route.seconds:.2f} s by {route.by} at {route.gb_per_s:g} GB/s" for route in sync.routes)
-        say(f"  weight sync    {_gb(sync.bytes)} a step, {took}")
+        say(f"  weight sync    {_rated(sync.bytes)} a step, {took}")
     if one.checkpoint is not None:
         say(f"  checkpoint     {_checkpoint_line(one.checkpoint)}")
     for changes in one.proposals:
@@ -339,12 +341,14 @@ def _show(one: Planned, machine: Machine) -> None:
 
 
 def _checkpoint_line(cost: CheckpointCost) -> str:
-    took = f"{_gb(cost.bytes)}, {cost.seconds:.0f} s at {cost.bandwidth:g} GB/s"
+    took = f"{_rated(cost.bytes)}, {cost.seconds:.0f} s at {cost.bandwidth:g} GB/s"
     if cost.enough:
         return f"{took}, within checkpoint.grace_s={cost.grace_s:g} after a SIGTERM"
     return (
-        f"{took}; after a SIGTERM checkpoint.grace_s={cost.grace_s:g} may be too short: use {cost.needed_grace_s}, and "
-        f"{cost.cluster_grace_s} for RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal and terminationGracePeriodSeconds"
+        f"{took}; after a SIGTERM checkpoint.grace_s={cost.grace_s:g} may be too short: use {cost.needed_grace_s}, "
+        f"{cost.hook_grace_s} for launch/end_jobs.py (the pods' preStop), and {cost.cluster_grace_s} for "
+        f"launch/submit.py --stop-wait, RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal, terminationGracePeriodSeconds and "
+        f"docker's --stop-timeout"
     )
 
 
@@ -355,12 +359,12 @@ def _rows(phase: Phase, device: Device) -> list[tuple[str, ...]]:
     rows.append(("model", *(a.need.model for a in phase.actors)))
     rows.append(("parameters", *(f"{a.shape.parameters / 1e9:.2f} billion" for a in phase.actors)))
     rows += [
-        (part, *(_gb(m.parts[part]) if part in m.parts else "" for m in each))
+        (part, *(_gib(m.parts[part]) if part in m.parts else "" for m in each))
         for part in sorted(parts, key="CUDA".__eq__)
     ]
-    rows.append(("needed", *(_gb(memory.total) for memory in each)))
+    rows.append(("needed", *(_gib(memory.total) for memory in each)))
     if device == "cuda":
-        rows.append(("allowed", *(_gb(memory.limit) for memory in each)))
+        rows.append(("allowed", *(_gib(memory.limit) for memory in each)))
     return rows
 
 
@@ -373,7 +377,7 @@ def _lines(phase: Phase, machine: Machine, one: Planned) -> list[str]:
             cache = f"{held['sequences']} sequences of {held['context']}"
             lines.append(f"  {role:<14} {held['kv_tokens']} tokens of KV cache: {cache}")
         for part, count in memory.otherwise.items():
-            lines.append(f"  {role:<14} {part} with the other gradient_checkpointing: {_gb(count)}")
+            lines.append(f"  {role:<14} {part} with the other gradient_checkpointing: {_gib(count)}")
     if one.device == "cuda":
         nodes = [", ".join(f"{count} {role}" for role, count in node.items()) for node in phase.nodes]
         alike = {text: nodes.count(text) for text in nodes}
@@ -386,20 +390,27 @@ def _lines(phase: Phase, machine: Machine, one: Planned) -> list[str]:
 
 
 def _host_line(parts: Parts, host_bytes: int | None) -> str:
-    told = ", ".join(f"{part} {_gb(size)}" for part, size in parts.items())
-    of = "" if host_bytes is None else f" of {_gb(host_bytes)}"
-    return f"{_gb(sum(parts.values()))}{of} a node: {told}"
+    told = ", ".join(f"{part} {_gib(size)}" for part, size in parts.items())
+    of = "" if host_bytes is None else f" of {_gib(host_bytes)}"
+    return f"{_gib(sum(parts.values()))}{of} a node: {told}"
 
 
-def _gb(count: int) -> str:
-    return f"{count / GIB:.2f} GB"
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _rated(count: int) -> str:
+    """Beside a rate, which counts in 10^9 as well."""
+    return f"{count / 1e9:.2f} GB"
 
 
 def _assumptions(machine: Machine, planned: Sequence[Planned]) -> str:
     unknown = any(one.host_bytes is None for one in planned)
     return (
-        f"GPUs of {machine.gpu_bytes / GIB:g} GB (2^30 bytes), {machine.gpus_per_node} a node. Weights, gradients and "
+        f"GPUs of {machine.gpu_bytes / GIB:.4g} GiB, which is {CUDA_GIVES:.1%} of --gpu-memory as CUDA gives it, "
+        f"{machine.gpus_per_node} a node. Weights, gradients and "
         f"optimizer states are exact; activations, workspace, processes and CUDA's own are estimates. Prompts of up to "
-        f"{machine.prompt_tokens} tokens where the config doesn't say, packed samples in the learner."
+        f"{machine.prompt_tokens} tokens where the config doesn't say, packed samples in the learner. The object "
+        f"store is a local Ray's; a cluster's own comes on top."
         f"{' Host memory is checked with --host-memory alone.' if unknown else ''}"
     )

@@ -73,13 +73,16 @@ class EngineActor(Actor):
     def _dead_part(self) -> str | None:
         return None if self._engine is None else self._engine.dead_part()
 
-    def start(self, spec: EngineSpec, ahead: Sequence[Any] = ()) -> None:
-        """Loads the model, once those `ahead` on its GPU have; resolved here, since another node has its own cache."""
+    def start(self, spec: EngineSpec, ahead: Sequence[Any] = ()) -> list[str]:
+        """Loads the model, once those `ahead` on its GPU have; resolved here, since another node has its own cache.
+        Returns what the user should be told of how it was loaded."""
         from rlaif_ray.rollout.vllm_engine import VllmEngine, gpu_bytes
 
         await_turn(ahead)
+        notes: list[str] = []
         spec = replace(spec, model=str(resolve_model(spec.model, revision=spec.revision)))
-        self._engine = VllmEngine(with_planned_cache(spec, gpu_bytes) if spec.shares_gpu else spec)
+        self._engine = VllmEngine(with_planned_cache(spec, gpu_bytes, notes.append) if spec.shares_gpu else spec)
+        return notes
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Completion]:
         completions: list[Completion] = self._engine.generate(prompts, settings)
@@ -197,11 +200,14 @@ class LearnerActor(Actor):
         self._rank = spec.rank
         self._shares_gpu = job.cluster.shares_gpus(spec.device)
         self._sender = None
+        free_cached(self._shares_gpu)
         notes: list[str] = self._learner.notes
         return notes
 
     def annotate(self, prompts: Any, completions: Any, plan: RankPlan, with_policy: bool) -> Any:
-        return self._learner.annotate(prompts, completions, plan, with_policy=with_policy)
+        found = self._learner.annotate(prompts, completions, plan, with_policy=with_policy)
+        free_cached(self._shares_gpu)
+        return found
 
     def update(self, experience: Experience, schedule: Sequence[tuple[int, RankPlan]]) -> dict[str, float]:
         sums: dict[str, float] = self._learner.update(experience, schedule)
@@ -218,10 +224,12 @@ class LearnerActor(Actor):
 
     def load_checkpoint(self, folder: StoredFolder) -> dict[str, Any]:
         beside: dict[str, Any] = self._learner.checkpoint.load(folder)
+        free_cached(self._shares_gpu)
         return beside
 
     def save_policy(self, folder: str) -> list[str]:
         notes: list[str] = self._learner.save_policy(folder)
+        free_cached(self._shares_gpu)
         return notes
 
     def readings(self, text: Text) -> Readings:

@@ -41,7 +41,7 @@ from rlaif_ray.runtime.replicas import Replicas
 from rlaif_ray.runtime.session import open_session
 from rlaif_ray.runtime.supervision import HEALTH, START_TRIES, Limits, Watch, Watched
 from rlaif_ray.runtime.turns import Turns
-from rlaif_ray.runtime.waiting import gather
+from rlaif_ray.runtime.waiting import Starting, gather
 from rlaif_ray.runtime.weight_sync import Sync, choose_backend
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def open_cluster(job: Any, *, leave: Callable[[], bool] = lambda: False) -> Iter
                 choose_backend(job.weight_sync, job.cluster, device)  # wrong input shows before anything starts
             check_sleep(job, device)
             slots = actor_slots(job, device)
-            require_places(job, slots, device)
+            require_places(job, slots, device, note=say)
             group = reserve(slots, job.cluster.start_timeout_s, note=say, leave=leave) if slots else None
             cluster = Cluster(job, device, slots, group)
             yield cluster
@@ -169,7 +169,7 @@ class Cluster:
         self._limits = Limits(job.cluster.start_timeout_s, job.cluster.call_timeout_s, job.cluster.silent_after_s)
         self._replicas: list[Replicas] = []
         self._ranks: list[Watched] = []
-        self._starting: list[Any] = []  # of the ranks
+        self._starting: Starting | None = None  # the ranks
         self._turns = Turns(slots)
         self._sync: Sync | None = None
         self._note: Callable[[str], None] = say  # before there is a display
@@ -302,10 +302,12 @@ class Cluster:
             RankSpec(rank, len(slots), 0, address, port, self.device, self._threads(len(slots)))
             for rank in range(len(slots))
         ]
-        self._starting = [
-            self._turns.start(slot, partial(rank.actor.start.remote, job, spec, precision, total_steps))[0]
+        begun = [
+            self._turns.start(slot, partial(rank.actor.start.remote, job, spec, precision, total_steps))
             for rank, spec, slot in zip(self._ranks, specs, slots, strict=True)
         ]
+        refs, ahead = zip(*begun, strict=True)
+        self._starting = Starting(refs, ahead, self._ranks, self._limits.start_s)
         return self._ranks, job, precision
 
     def _begin_ranks(self, slots: list[Slot]) -> tuple[list[Slot], str, int]:
@@ -360,15 +362,20 @@ class Cluster:
                 self._note(told)
 
     def wait(self) -> None:
-        """Until every actor started so far is ready: they load side by side."""
+        """Until every actor started so far is ready. They load side by side, or in turn where they share a GPU: while
+        engines are waited for, ranks are looked at as well."""
         for replicas in self._replicas:
-            replicas.wait_started()
-        told = gather(self._starting, who="learner ranks (start)", timeout_s=self._limits.start_s, ranks=self._ranks)
-        self._starting = []
+            replicas.wait_started(self._look_at_ranks)
+        told = self._starting.wait() if self._starting is not None else []
+        self._starting = None
         for note in told[0] if told else []:  # each rank says the same
             self._note(note)
         for rank in self._ranks:
             rank.started()
+
+    def _look_at_ranks(self) -> None:
+        if self._starting is not None:
+            self._starting.look()
 
     def stop_engines(self, engines: EngineGroup) -> None:
         """Ends these; their places are free for others of the same role."""
@@ -384,7 +391,7 @@ class Cluster:
         self._watch.discard(self._ranks)
         for rank in self._ranks:
             rank.lose("ended")
-        self._ranks, self._starting = [], []
+        self._ranks, self._starting = [], None
 
     def connect(self, learner: LearnerGroup, rollouts: EngineGroup) -> Sync:
         """The way for weights from the learner to the rollout engines."""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rlaif_ray.config.jobs import EvaluateJob, RewardModelJob
 from rlaif_ray.config.sections import EngineConfig, RewardModelFeedback
 from rlaif_ray.runtime.host_memory import Parts, node_memory
-from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, Shapes, phases, sections
+from rlaif_ray.runtime.memory_plan import FREE_FOR_ALLOCATOR, GIB, Actors, Device, Machine, Shapes, phases, sections
 from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, slots_of, totals
 from rlaif_ray.runtime.places import layout_problems
 from rlaif_ray.runtime.push_memory import push_bytes, while_pushing
@@ -125,19 +125,22 @@ def _problems(
             yield Problem((role,), f"{role}: {heads} can't be split by learner.sequence_parallel={one.together}")
         if memory.total > memory.limit:
             of = "its share of a GPU" if one.kind == "engine" else "a GPU without what the allocator loses"
-            yield Problem((role,), f"{role} needs {_gb(memory.total)} on each GPU, more than {of}, {_gb(memory.limit)}")
+            yield Problem(
+                (role,), f"{role} needs {_gib(memory.total)} on each GPU, more than {of}, {_gib(memory.limit)}"
+            )
     for roles in shared:
         tenants = [by_role[role] for role in roles]
         learning = sum(t.memory.reserved if t.kind == "learner" else t.memory.resting for t in tenants)
         others = sum(t.memory.resting if t.kind == "learner" else t.memory.reserved for t in tenants)
         pushing = sum(while_pushing(t, push) for t in tenants) if {"learner", "rollout"} <= set(roles) else 0
+        room = int(machine.gpu_bytes * (1 - FREE_FOR_ALLOCATOR))
         most = max(learning, others, pushing)
-        if most > machine.gpu_bytes:
+        if most > room:
             when = " during a weight sync" if most == pushing else ""
             yield Problem(
                 tuple(dict.fromkeys(roles)),
-                f"{' + '.join(roles)} take {_gb(most)} of the GPU that they share{when}, which has "
-                f"{_gb(machine.gpu_bytes)}",
+                f"{' + '.join(roles)} take {_gib(most)} of the GPU that they share{when}, which has "
+                f"{_gib(room)} without what the allocator loses",
             )
 
 
@@ -151,13 +154,13 @@ def _host_problems(nodes: Sequence[dict[str, int]], host: Sequence[Parts], machi
             told.add(str(node))  # once for nodes that are alike
             yield Problem(
                 tuple(node),
-                f"a node with {', '.join(f'{count} {role}' for role, count in node.items())} needs {_gb(total)} of "
-                f"host memory, most of it for {largest} ({_gb(parts[largest])}), and has {_gb(machine.host_bytes)}",
+                f"a node with {', '.join(f'{count} {role}' for role, count in node.items())} needs {_gib(total)} of "
+                f"host memory, most of it for {largest} ({_gib(parts[largest])}), and has {_gib(machine.host_bytes)}",
             )
 
 
-def _gb(count: int) -> str:
-    return f"{count / GIB:.1f} GB"
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f} GiB"
 
 
 # ---- The nearest settings that fit -----------------------------------------------------------------------------------

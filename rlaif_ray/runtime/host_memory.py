@@ -13,6 +13,7 @@ from typing import Any
 
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.runtime.memory_plan import (
+    BYTES,
     GIB,
     Actors,
     Device,
@@ -71,12 +72,17 @@ def _actor(job: Any, one: Actors, device: Device) -> Parts:
 
 
 def _add_rank_0(parts: Parts, job: Any, one: Actors, device: Device) -> None:
-    """What rank 0 has beside what every rank has. When the saved model is loaded again, no checkpoint is under way."""
+    """What rank 0 has beside what every rank has. When the model is saved, no checkpoint is under way.
+
+    It gathers the whole model in the type of training, and gives it the type to save in, tensor by tensor; after that
+    it loads what was saved, in the type of training, to check it.
+    """
     copies = parts["checkpoint copies"] + rank_state(_zero(job, device), trained_models(job, one.shape))[1]
     parts["checkpoint copies"] = copies
-    if job.guard.enabled and job.guard.saved:
-        whole = one.shape.parameters * precision_bytes(job.policy.precision, device)
-        parts["the saved model's check"] = max(0, whole - copies)
+    size = precision_bytes(job.policy.precision, device)
+    if job.policy.save_precision != "auto":
+        size = max(size, BYTES[job.policy.save_precision])
+    parts["the saved model"] = max(0, one.shape.parameters * size - copies)
 
 
 def _zero(job: Any, device: Device) -> Zero:
@@ -126,6 +132,11 @@ class CheckpointCost:
     @property
     def enough(self) -> bool:
         return self.grace_s >= self.needed_grace_s
+
+    @property
+    def hook_grace_s(self) -> int:
+        """For the preStop hook that ends the job: longer than the job's own, shorter than what sends the SIGKILL."""
+        return self.cluster_grace_s - 2 * GRACE_STEP_S // 3
 
     @property
     def cluster_grace_s(self) -> int:

@@ -29,6 +29,7 @@ from rlaif_ray.config.sections import (
 )
 from rlaif_ray.model_shapes import ModelShape
 from rlaif_ray.precision import chosen_precision
+from rlaif_ray.runtime.engine_size import CUDA_BYTES, GIB, cuda_graphs, engine_weights, sequence_bytes, workspace
 from rlaif_ray.runtime.placement import Need, job_needs
 
 if TYPE_CHECKING:
@@ -37,14 +38,10 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda"]
 Shapes = Callable[[Any], ModelShape]  # of a section with model, revision and trust_remote_code
 
-GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2}
-CUDA_BYTES = GIB  # context and libraries of a process on a GPU, and its share of NCCL's buffers
 FREE_FOR_ALLOCATOR = 0.05  # of a GPU: what torch's allocator loses between blocks
 SCORING_CHUNK = 128  # rows of logits that are scored at a time, in fp32 (algorithm/logprobs.py)
 STEP_ELEMENTS = 10**9  # DeepSpeed steps ZeRO-3's states in groups of so many
-# vLLM's own for offline engines: requests side by side and prompt tokens a step, from 70 GiB a GPU on, and below.
-LARGE_GPU, SEQUENCES, BATCHED_TOKENS = 70 * GIB, (1024, 256), (16384, 8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,31 +179,24 @@ def engine_memory(
 
     It fits when that holds one sequence of `context` tokens, which is vLLM's own condition.
     """
-    parallel = cfg.tensor_parallel
-    large = machine.gpu_bytes >= LARGE_GPU
-    kwargs = cfg.engine_kwargs
-    batched = int(kwargs.get("max_num_batched_tokens", BATCHED_TOKENS[0 if large else 1]))
-    sequences = int(kwargs.get("max_num_seqs", SEQUENCES[0 if large else 1]))
-    hidden = 4 * shape.hidden + (2 * shape.intermediate + shape.queries + 2 * shape.keys) // parallel
-    logits = 2 * 4 * min(sequences, batched) * shape.vocabulary  # in fp32, and their log-probabilities
-    parts = {
-        "weights": -(-shape.parameters // parallel) * weight_bytes,
-        "workspace": (batched * hidden * weight_bytes + logits + CUDA_BYTES) if device == "cuda" else 0,
-    }
-    # Keys and values; fewer heads than GPUs are repeated. Layers with a sliding window count in full.
-    kv_bytes = 1 if str(kwargs.get("kv_cache_dtype", "")).startswith("fp8") else weight_bytes
-    token = 2 * shape.layers * max(1, -(-shape.kv_heads // parallel)) * shape.head_dim * kv_bytes
+    parallel, kwargs, total = cfg.tensor_parallel, cfg.engine_kwargs, machine.gpu_bytes
+    parts = {"weights": engine_weights(shape, kwargs, parallel, weight_bytes)}
+    if device == "cuda":
+        parts["workspace"] = workspace(shape, kwargs, parallel, weight_bytes, total)
+        parts["CUDA graphs"] = cuda_graphs(shape, kwargs)
+    sequence = sequence_bytes(shape, kwargs, parallel, weight_bytes, total, context)
     used = sum(parts.values())
+    stays = used - parts["weights"]
     share = int(machine.gpu_bytes * float(kwargs.get("gpu_memory_utilization", cfg.gpu_memory_utilization)))
     said = said_cache(cfg, device)
     cache = share - used if said is None else said
     reserved = share if said is None else used + cache
     limit = machine.gpu_bytes if device == "cuda" and said is not None else reserved
-    tokens = max(0, cache // token)
-    parts["KV cache"] = max(cache, context * token)
+    tokens = max(0, cache * context // sequence)
+    parts["KV cache"] = max(cache, sequence)
     holds = {"kv_tokens": tokens, "context": context, "sequences": tokens // context}
     # Asleep it has neither weights nor KV cache there, but what runs of it stays.
-    return Memory(parts, reserved, parts["workspace"] if cfg.sleep else reserved, limit, holds, {})
+    return Memory(parts, reserved, stays if cfg.sleep else reserved, limit, holds, {})
 
 
 def said_cache(cfg: EngineConfig | EngineSpec, device: Device) -> int | None:

@@ -124,8 +124,8 @@ def shared_gpus(needs: Sequence[Need], tenants: int) -> list[list[tuple[str, int
     """(role, index) of the actors on each GPU, at most so many; as few GPUs as that takes, one for each learner rank.
 
     NCCL refuses two ranks on a GPU, and by IPC an engine gets its weights from the rank on its own: the k-th rank and
-    the k-th engine get the k-th GPU. Others go to the k-th where there is room, else to the first that has some, best
-    where nobody has the same role.
+    the k-th engine get the k-th GPU, and engines beyond the ranks a GPU with a rank while there is room. Others come
+    last: they go to the k-th where there is room, else to the first that has some, best where nobody has the same role.
     """
     ranks = max((need.actors for need in needs if need.role == "learner"), default=0)
     gpus: list[list[tuple[str, int]]] = [
@@ -134,8 +134,9 @@ def shared_gpus(needs: Sequence[Need], tenants: int) -> list[list[tuple[str, int
     for need in sorted(needs, key=lambda need: PAIRED.index(need.role) if need.role in PAIRED else len(PAIRED)):
         for index in range(need.actors):
             room = [k for k, there in enumerate(gpus) if len(there) < tenants]
-            taken = {k for k in room if any(role == need.role for role, _ in gpus[k])}
-            best = min(room, key=lambda k: (k != index, k in taken, k))
+            alike = {k: sum(role == need.role for role, _ in gpus[k]) for k in room}
+            lonely = need.role == "rollout" and index >= ranks  # without a rank on the GPU of its number
+            best = min(room, key=lambda k: (lonely and k >= ranks, k != index, alike[k], k))
             gpus[best].append((need.role, index))
     return gpus
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from rlaif_ray.config.jobs import TrainJob
@@ -11,15 +11,23 @@ from rlaif_ray.runtime.placement import Bundle, Slot, bundles_of
 from rlaif_ray.runtime.weight_sync import choose_backend
 
 
-def require_places(job: Any, slots: Sequence[Slot], device: Literal["cpu", "cuda"]) -> None:
-    """Asks Ray for its nodes. Where more of them may come, what fits on none of them is waited for.
+def require_places(
+    job: Any, slots: Sequence[Slot], device: Literal["cpu", "cuda"], note: Callable[[str], None] = lambda text: None
+) -> None:
+    """Asks Ray for its nodes. Where more of them may come, what fits on none of them is waited for, and noted.
 
     Raises:
         InputError: Ray would never place it, or weights could never be sent.
     """
     problems = [text for _, text in layout_problems(job, slots, device)]
     if device == "cuda":
-        problems += unplaceable(bundles_of(slots), *_nodes())
+        nodes, no_more = _nodes()
+        found = unplaceable(bundles_of(slots), nodes, no_more)
+        if no_more:
+            problems += found
+        else:
+            for text in found:
+                note(text)
     if problems:
         raise InputError("\n".join(problems))
 
@@ -35,10 +43,11 @@ def _nodes() -> tuple[list[int], bool]:
 
 
 def unplaceable(bundles: Sequence[Bundle], nodes: Sequence[int], no_more: bool) -> list[str]:
-    """What of these bundles can't be on nodes with so many GPUs each; pure.
+    """What of these bundles can't be on nodes with so many GPUs each; pure. Unless there will be `no_more` nodes, it is
+    no fault: a cluster that scales, or whose nodes are still joining, may get others.
 
-    Nodes with fewer GPUs than are needed in all are waited for, unless there will be no more. Of bundles of at least
-    s GPUs each a node holds GPUs // s: that is exact where sizes divide one another, and elsewhere refuses too little.
+    Of bundles of at least s GPUs each a node holds GPUs // s: that is exact where sizes divide one another, and
+    elsewhere finds too little.
     """
     needed = sum(bundle.gpus for bundle in bundles)
     if needed > sum(nodes):
@@ -53,10 +62,11 @@ def unplaceable(bundles: Sequence[Bundle], nodes: Sequence[int], no_more: bool) 
         count, room = sum(bundle.gpus >= size for bundle in bundles), sum(gpus // size for gpus in nodes)
         if count > room:
             roles = dict.fromkeys(slot.role for bundle in bundles if bundle.gpus >= size for slot in bundle.slots)
+            waits = "Ray would wait for ever" if no_more else f"the job waits for nodes with {size} GPUs"
             found.append(
                 f"{count} times {size} GPUs on one node are needed for {', '.join(roles)} (got nodes with "
-                f"{', '.join(map(str, nodes))} GPUs, room for {room}): Ray would wait for ever. Lower tensor_parallel "
-                f"or replicas, or start nodes with {size} GPUs first."
+                f"{', '.join(map(str, nodes))} GPUs, room for {room}): {waits}. If none will come, lower "
+                f"tensor_parallel or replicas."
             )
     return found[:1]
 
@@ -65,7 +75,7 @@ def layout_problems(
     job: Any, slots: Sequence[Slot], device: Literal["cpu", "cuda"]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """(roles, what is wrong) where actors are together, or apart, that must not be; pure."""
-    if not isinstance(job, TrainJob) or not job.cluster.shares_gpus(device):
+    if not isinstance(job, TrainJob) or device == "cpu":
         return
     backend = choose_backend(job.weight_sync, job.cluster, device)
     ranks = {slot.bundle: slot.index for slot in slots if slot.role == "learner"}
@@ -73,12 +83,15 @@ def layout_problems(
     lonely = [slot.index for slot in engines if slot.bundle not in ranks]
     if backend == "ipc" and lonely:
         how = f"rollout.tensor_parallel={job.rollout.tensor_parallel}, " if job.rollout.tensor_parallel > 1 else ""
+        if not job.cluster.shares_gpus(device):
+            how = f"cluster.gpus_per_actor={job.cluster.gpus_per_actor:g}, with which no GPU is shared, {how}"
         yield (
             ("rollout", "learner"),
             f"weight_sync.backend=ipc needs a learner rank on the GPU of every rollout engine (got {how}"
             f"rollout.replicas={job.rollout.replicas}, learner.ranks={job.learner.ranks}; none with engine "
             f"{', '.join(map(str, lonely))}): memory is shared within one GPU. Use at least as many learner.ranks as "
-            f"rollout.replicas and rollout.tensor_parallel=1, or cluster.gpus_per_actor=1.",
+            f"rollout.replicas, rollout.tensor_parallel=1 and cluster.gpus_per_actor of 0.5 or less, or "
+            f"weight_sync.backend=auto with cluster.gpus_per_actor=1.",
         )
     sharing = [slot.index for slot in engines if ranks.get(slot.bundle) == 0]
     if backend == "nccl" and (sharing or len({slot.bundle for slot in engines}) < len(engines)):

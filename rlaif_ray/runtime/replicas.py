@@ -19,9 +19,11 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rlaif_ray.errors import EngineError, Preempted, ReplicasLostError, RlaifError, RunError
 from rlaif_ray.runtime.supervision import POLL_S, START_TRIES, Limits, Watch, Watched, death, is_of_the_node
-from rlaif_ray.runtime.turns import unfinished
+from rlaif_ray.runtime.turns import Patience, unfinished
 
 TRIES = 2  # losses under one request before it is in quarantine
+NO_ROOM = "Free memory on device"  # how vLLM begins what it says of a GPU on which others hold too much at its start
+CROWDED_S = 30.0  # before one that found no room tries again while it is waited for; else it waits for the next phase
 
 Split = Callable[[Sequence[int], int], list[list[int]]]  # items into so many parts; parts may be empty
 
@@ -33,8 +35,9 @@ class Replica:
     watched: Watched
     starting: Any  # ref of its start; None once it is ready
     ahead: list[Any]  # starts on its GPU that it waits for before its own
-    began: float = field(default_factory=time.monotonic)
+    patience: Patience  # with its start
     incarnation: int = 0  # how many others were in its place before
+    crowded: bool = False  # it could not start, since others held the memory of its GPU
     serving: bool = False  # may be asked; with weights to take, only once it has them
 
     @property
@@ -79,7 +82,11 @@ class Replicas:
         self._takes_turns, self._turn = takes_turns, True  # whether it is theirs: always, if they take none
         self._lock = threading.RLock()
         self._failed_starts = [0] * count
-        self._start_error: RlaifError | None = None
+        self._stood = False  # whether all were ready once
+        self._awaited = False  # whether somebody can't go on without those that start
+        self._held: dict[int, float] = {}  # when those that found no room did so, by number
+        self._said: set[str] = set()
+        self._start_errors: dict[int, RlaifError] = {}  # by number, until one of that number is ready
         self._outlaws: set[Hashable] = set()
         self._stopped = False
         self._replicas = [self._start(k) for k in range(count)]
@@ -89,7 +96,7 @@ class Replicas:
         actor, ref, *ahead = self._launch(k)
         watched = Watched(f"{self.role} {k}", actor, self._limits.silent_s)
         self._watch.add(watched)
-        return Replica(watched, ref, ahead, incarnation=incarnation)
+        return Replica(watched, ref, ahead, Patience(self._limits.start_s), incarnation)
 
     # Their life
 
@@ -105,18 +112,19 @@ class Replicas:
     def serving(self) -> list[Replica]:
         return [r for r in self._replicas if r.usable and r.serving]
 
-    def wait_started(self) -> None:
-        """Until all are ready.
+    def wait_started(self, look: Callable[[], object] = lambda: None) -> None:
+        """Until all are ready. Meanwhile `look` is called, whose errors end it: those ahead on a GPU may be others.
 
         Raises:
             RlaifError: why one could not start.
         """
-        deadline = time.monotonic() + self._limits.start_s + POLL_S
-        with self._their_turn():
+        patience = Patience(self._limits.start_s + POLL_S)
+        with self._their_turn(), self._waiting():
             while len(self.usable()) < self.count:
-                if self._start_error is not None:
-                    raise self._start_error
-                if max(self._failed_starts) >= START_TRIES or time.monotonic() > deadline:
+                look()
+                for error in list(self._start_errors.values()):
+                    raise error
+                if max(self._failed_starts) >= START_TRIES or patience.is_over(self._ahead()):
                     late = [r.watched.name for r in self._replicas if not r.usable]
                     reasons = {r.watched.lost for r in self._replicas if r.watched.lost}
                     raise RunError(
@@ -125,8 +133,23 @@ class Replicas:
                         f"folder."
                     )
                 self._await_starts()
-                if any(r.ahead for r in self._replicas):
-                    deadline = time.monotonic() + self._limits.start_s + POLL_S
+        self._stood = True
+
+    def _ahead(self) -> int:
+        """How many load on a GPU before one of these may, at most."""
+        starting = [r for r in self._replicas if r.starting is not None and r.watched.lost is None]
+        return max((len(r.ahead) for r in starting), default=0)
+
+    def _under_way(self) -> bool:
+        return any(r.starting is not None and r.watched.lost is None for r in self._replicas)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._awaited = True
+        try:
+            yield
+        finally:
+            self._awaited = False
 
     def _await_starts(self) -> None:
         """Sees who has started, at the latest after a moment."""
@@ -139,22 +162,30 @@ class Replicas:
             for k, replica in enumerate(self._replicas):
                 self._see_start(k, replica)
                 due = self._turn and not self._stopped and self._failed_starts[k] < START_TRIES
-                if replica.watched.lost is not None and due:
+                if replica.watched.lost is not None and due and not self._is_held(k):
                     self._replace(k, replica)
+
+    def _is_held(self, k: int) -> bool:
+        """Whether the k-th, which found no room on its GPU, has to wait: the learner may hold more than planned there
+        until its phase ends, for minutes."""
+        since = self._held.get(k)
+        return since is not None and not (self._awaited and time.monotonic() - since > CROWDED_S)
 
     def _see_start(self, k: int, replica: Replica) -> None:
         if replica.starting is None or replica.watched.lost is not None:
             return
-        if replica.ahead:
-            replica.ahead, replica.began = unfinished(replica.ahead), time.monotonic()
-        late = time.monotonic() - replica.began > self._limits.start_s
+        replica.ahead = unfinished(replica.ahead)
+        late = replica.patience.is_over(len(replica.ahead))
         if not late and not ray.wait([replica.starting], timeout=0)[0]:
             return
         try:
-            ray.get(replica.starting, timeout=0)
+            notes = ray.get(replica.starting, timeout=0)
         except RayTaskError as error:
-            if isinstance(error.cause, RlaifError):
-                self._start_error = error.cause
+            if self._stood and isinstance(error.cause, EngineError) and NO_ROOM in str(error.cause):
+                replica.crowded, self._held[k] = True, time.monotonic()
+                self._note(f"{replica.watched.name} found no room on its GPU: it starts again with the next phase")
+            elif isinstance(error.cause, RlaifError):
+                self._start_errors[k] = error.cause
             replica.watched.lose(f"could not start ({type(error.cause).__name__}: {error.cause})")
         except GetTimeoutError:
             replica.watched.lose(f"did not start within {self._limits.start_s:g} s")
@@ -162,14 +193,25 @@ class Replicas:
             replica.watched.lose(death(error))
         else:
             self._failed_starts[k] = 0
+            self._start_errors.pop(k, None)
             replica.watched.started()
             replica.starting, replica.serving = None, not self._takes_weights
+            self._tell(notes)
             if self.lost:
-                self._note(f"{replica.watched.name} is ready again after {time.monotonic() - replica.began:.0f} s")
+                seconds = time.monotonic() - replica.patience.since
+                self._note(f"{replica.watched.name} is ready again after {seconds:.0f} s")
+
+    def _tell(self, notes: list[str] | None) -> None:
+        """What actors say of their start; they are alike, so each says the same."""
+        for text in notes or ():
+            if text not in self._said:
+                self._said.add(text)
+                self._note(text)
 
     def _replace(self, k: int, gone: Replica) -> None:
         self.lost += 1
-        self._failed_starts[k] += gone.starting is not None
+        self._failed_starts[k] += gone.starting is not None and not gone.crowded
+        self._held.pop(k, None)
         self._watch.discard([gone.watched])
         if self._failed_starts[k] >= START_TRIES:
             self._note(f"{gone.watched.name} {gone.watched.lost}; given up after {START_TRIES} starts")
@@ -239,6 +281,7 @@ class Replicas:
     @contextmanager
     def _their_turn(self) -> Iterator[None]:
         """Work; where they take turns with others, nobody is still starting when it has ended well."""
+        self._held.clear()  # a phase of theirs: others have given back what they took for their own
         if not self._takes_turns:
             yield
             return
@@ -246,7 +289,7 @@ class Replicas:
         self.look_after()
         try:
             yield
-            while any(r.starting is not None for r in self._replicas if r.watched.lost is None):
+            while self._under_way():
                 self._leave_if_asked()
                 self._await_starts()
         finally:
@@ -344,7 +387,11 @@ class Replicas:
 
     def _wait_for_one(self) -> None:
         """Until a replica serves."""
-        began, told = time.monotonic(), False
+        with self._waiting():
+            self._until_one_serves()
+
+    def _until_one_serves(self) -> None:
+        began, told, patience = time.monotonic(), False, Patience(self._limits.start_s)
         while not self.serving():
             self._leave_if_asked()
             usable = self.usable()
@@ -353,7 +400,7 @@ class Replicas:
                 continue
             waited_s = time.monotonic() - began
             given_up = min(self._failed_starts) >= START_TRIES
-            if given_up or waited_s > self._limits.start_s:
+            if patience.is_over(self._ahead()) or given_up:
                 why = "; ".join(f"{r.watched.name} {r.watched.lost or 'is starting'}" for r in self._replicas)
                 raise ReplicasLostError(
                     f"no {self.role} is left and no new one came (waited {waited_s:.0f} s of cluster.start_timeout_s="

@@ -7,6 +7,7 @@ neighbour loads meanwhile would count as its own. On different GPUs they load at
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,24 @@ class Turns:
             ref = begin(list(ahead))
             self._under_way[slot.bundle] = [*ahead, ref]
         return ref, ahead
+
+
+class Patience:
+    """How long starts are waited for: `limit_s` from when nobody loads ahead of them any more. However long that goes
+    on, each that was ahead has as long at most: one that hangs there is not waited for without end."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._began = time.monotonic()
+        self.since = self._began  # when the last of those ahead had ended, as far as is known
+        self._most = 0  # that were ahead
+
+    def is_over(self, ahead: int) -> bool:
+        """Asked now and then; `ahead` is how many still load before it."""
+        now = time.monotonic()
+        if ahead:
+            self.since, self._most = now, max(self._most, ahead)
+        return now - self.since > self._limit_s or now - self._began > self._limit_s * (1 + self._most)
 
 
 def unfinished(refs: Sequence[Any]) -> list[Any]:

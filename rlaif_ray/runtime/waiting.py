@@ -11,10 +11,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from rlaif_ray.errors import LearnerLostError, RlaifError, RunError
 from rlaif_ray.runtime.supervision import BEAT_S, POLL_S, death
+from rlaif_ray.runtime.turns import Patience, unfinished
 
 if TYPE_CHECKING:
     from rlaif_ray.runtime.supervision import Watched
 
+RANKS_START = "learner ranks (start)"
 # What a rank says of peers that it has lost, by the name of the exception: gloo's and NCCL's.
 BROKEN_COLLECTIVE = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
@@ -53,6 +55,41 @@ def so_far(refs: Sequence[Any], *, who: str, ranks: Sequence[Watched] = ()) -> l
         _raise_failure(ref, who, ranks)
     _raise_loss(who, ranks)
     return list(ray.get(ready))
+
+
+class Starting:
+    """Learner ranks that load, in turn with others of their GPUs."""
+
+    def __init__(
+        self, refs: Sequence[Any], ahead: Sequence[Sequence[Any]], ranks: Sequence[Watched], limit_s: float
+    ) -> None:
+        """`refs` are their starts, `ahead` the starts that each waits for before."""
+        self._refs, self._ranks, self._limit_s = list(refs), ranks, limit_s
+        self._ahead = [list(one) for one in ahead]
+        self._patience = Patience(limit_s)  # of all: each waits for all others, to load together
+
+    def look(self) -> bool:
+        """Whether all have started. Never waits.
+
+        Raises:
+            RlaifError: as `gather`: one of them failed, or was lost.
+            LearnerLostError: they take longer than they may.
+        """
+        so_far(self._refs, who=RANKS_START, ranks=self._ranks)
+        pending = unfinished(self._refs)
+        self._ahead = [unfinished(one) for one in self._ahead]
+        if pending and self._patience.is_over(max(map(len, self._ahead))):
+            raise LearnerLostError(
+                f"{len(pending)} of {len(self._refs)} learner ranks did not start within cluster.start_timeout_s="
+                f"{self._limit_s:g} s. Look at their logs in Ray's session folder; raise it if loading takes that long."
+            )
+        return not pending
+
+    def wait(self) -> list[Any]:
+        """What each says of its start."""
+        while not self.look():
+            ray.wait(unfinished(self._refs), timeout=POLL_S)
+        return list(ray.get(self._refs))
 
 
 def _raise_failure(ref: Any, who: str, ranks: Sequence[Watched]) -> None:

@@ -12,7 +12,7 @@ from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.errors import PlacementError
 from rlaif_ray.runtime.fit import place
 from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, reserve
-from rlaif_ray.runtime.places import unplaceable
+from rlaif_ray.runtime.places import layout_problems, unplaceable
 from tests.jobs import embedded
 from tests.pace import scaled
 
@@ -39,14 +39,18 @@ def ray() -> Iterator[Any]:
 
 
 def slots_of(share: float, rollouts: int, judges: int, ranks: int, parallel: int = 1) -> list[Slot]:
+    """`parallel` is the judges': a tensor-parallel rollout engine gets no weights where others share GPUs."""
     sections: dict[str, Any] = {
-        "rollout": {"replicas": rollouts, "tensor_parallel": parallel},
-        "feedback": {"type": "judge", "judge": {"replicas": judges}},
+        "rollout": {"replicas": rollouts},
+        "feedback": {"type": "judge", "judge": {"replicas": judges, "tensor_parallel": parallel}},
         "learner": {"ranks": ranks},
         "cluster": {"gpus_per_actor": share},
         "sampling": {"prompts_per_step": 16},
     }
-    return actor_slots(embedded(TrainJob, sections), "cuda")
+    job = embedded(TrainJob, sections)
+    slots = actor_slots(job, "cuda")
+    assert not list(layout_problems(job, slots, "cuda"))
+    return slots
 
 
 PLACED = {
@@ -55,14 +59,15 @@ PLACED = {
     "of-0.3": (0.3, 2, 3, 2),
     "quarters": (0.25, 1, 6, 1),
     "uneven": (0.5, 2, 1, 3),
-    "parallel-beside-shared": (0.5, 1, 2, 2, 2),
+    "more-engines-than-ranks": (0.33, 2, 1, 1),
+    "parallel-beside-shared": (0.5, 2, 1, 2, 2),
     "a-gpu-each": (1.0, 1, 1, 2),
     "parallel-on-each-node": (1.0, 1, 1, 1, 2),
 }
 NEVER = {
     "five-gpus": (1.0, 2, 1, 2),
     "parallel-over-nodes": (1.0, 1, 1, 1, 4),
-    "no-room-beside": (0.4, 1, 5, 4, 2),
+    "no-room-beside": (0.4, 3, 1, 3, 2),
 }
 
 

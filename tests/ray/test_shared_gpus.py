@@ -19,6 +19,7 @@ from rlaif_ray.rollout.vllm_engine import engine_arguments
 from rlaif_ray.runtime.actors import Actor
 from rlaif_ray.runtime.fit import place
 from rlaif_ray.runtime.placement import Slot, actor_slots, reserve
+from rlaif_ray.runtime.places import layout_problems
 from rlaif_ray.runtime.turns import Turns, await_turn
 from rlaif_ray.runtime.weight_sync import must_share_gpus
 from tests.jobs import embedded
@@ -59,7 +60,7 @@ def start(ray: Any) -> None:
     [
         {"rollout": {"replicas": 4}, "judges": 4, "learner": {"ranks": 4}, "cluster": {"gpus_per_actor": 0.33}},
         {"rollout": {"replicas": 2}, "judges": 1, "learner": {"ranks": 3}, "cluster": {"gpus_per_actor": 0.5}},
-        {"rollout": {"tensor_parallel": 4}, "judges": 2, "learner": {"ranks": 2}, "cluster": {"gpus_per_actor": 0.5}},
+        {"rollout": {"replicas": 2}, "parallel": 4, "learner": {"ranks": 2}, "cluster": {"gpus_per_actor": 0.5}},
         {"rollout": {"replicas": 1}, "judges": 1, "learner": {"ranks": 2}},
     ],
     ids=["three-a-gpu", "uneven", "parallel-and-shared", "a-gpu-each"],
@@ -68,9 +69,11 @@ def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
     from ray.util.placement_group import remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    feedback = {"type": "judge", "judge": {"replicas": sections.pop("judges")}}
-    job = embedded(TrainJob, {"feedback": feedback, **sections})
+    sections = dict(sections)
+    judge = {"replicas": sections.pop("judges", 1), "tensor_parallel": sections.pop("parallel", 1)}
+    job = embedded(TrainJob, {"feedback": {"type": "judge", "judge": judge}, **sections})
     slots = actor_slots(job, "cuda")
+    assert not list(layout_problems(job, slots, "cuda"))
     _, planned = place(slots, GPUS)
     group = reserve(slots, timeout_s=scaled(60))
 
@@ -94,12 +97,12 @@ def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
     assert sorted(sorted(roles) for roles in tenants.values()) == sorted(sorted(roles) for roles in planned)
 
 
-@pytest.mark.parametrize(("ranks", "lacks"), [(4, None), (3, "rollout engine 3")])
-def test_an_engine_gets_weights_from_the_rank_of_its_gpu(ray: Any, ranks: int, lacks: str | None) -> None:
+@pytest.mark.parametrize(("share", "ranks", "lacks"), [(0.33, 4, None), (0.33, 3, None), (0.5, 3, "rollout engine 3")])
+def test_an_engine_gets_weights_from_the_rank_of_its_gpu(ray: Any, share: float, ranks: int, lacks: str | None) -> None:
     from ray.util.placement_group import remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    sections = {"rollout": {"replicas": 4}, "learner": {"ranks": ranks}, "cluster": {"gpus_per_actor": 0.33}}
+    sections = {"rollout": {"replicas": 4}, "learner": {"ranks": ranks}, "cluster": {"gpus_per_actor": share}}
     job = embedded(TrainJob, {"feedback": {"type": "judge", "judge": {"replicas": 4}}, **sections})
     slots = actor_slots(job, "cuda")
     group = reserve(slots, timeout_s=scaled(60))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +16,14 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from rlaif_ray.errors import EngineError, InputError, LearnerLostError, Preempted, ReplicasLostError, RunError
+from rlaif_ray.runtime import replicas as replicas_module
 from rlaif_ray.runtime.actors import Actor
+from rlaif_ray.runtime.cluster import Cluster
 from rlaif_ray.runtime.groups import EngineGroup, in_runs
 from rlaif_ray.runtime.replicas import Replicas
-from rlaif_ray.runtime.supervision import HEALTH, Limits, Watch, Watched, death, end_process, is_of_the_node
-from rlaif_ray.runtime.waiting import gather
+from rlaif_ray.runtime.supervision import BEAT_S, HEALTH, Limits, Watch, Watched, death, end_process, is_of_the_node
+from rlaif_ray.runtime.turns import await_turn
+from rlaif_ray.runtime.waiting import Starting, gather
 from tests.pace import scaled
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
@@ -36,6 +40,16 @@ class Doubler(Actor):
             raise InputError("no such model")
         if fails == "dies":
             os._exit(1)
+        if fails == "crowded":
+            raise EngineError(
+                "vLLM could not start with x: ValueError: Free memory on device cuda:0 (9.1/79.1 GiB) on ..."
+            )
+        if fails == "hangs":
+            time.sleep(3600)
+
+    def start_behind(self, ahead: list[Any], fails: str | None) -> None:
+        await_turn(ahead)
+        self.start(fails)
 
     def double(self, numbers: list[int]) -> list[int]:
         for number in numbers:
@@ -223,6 +237,128 @@ def test_none_left_and_no_new_one(watch: Watch) -> None:
         assert any("given up after 3 starts" in note for note in group.notes) or group.lost >= 2
     finally:
         group.stop()
+
+
+def test_one_without_room_waits_for_the_next_phase(watch: Watch) -> None:
+    """A learner may hold more than planned for minutes: three starts in them would give the engine up."""
+    group = Doublers(watch, 2)
+    try:
+        group.fails = "crowded"
+        os.kill(group.pid(0), signal.SIGKILL)
+        for phase in range(1, 5):  # more than START_TRIES
+            group.until(lambda n=phase: sum("no room on its GPU" in note for note in group.notes) == n, 30)  # type: ignore[misc]
+            time.sleep(3 * BEAT_S)  # several looks
+            assert group.lost == phase and group._failed_starts == [0, 0]
+            if phase == 4:
+                group.fails = None
+            assert group.double([1, 2]) == [2, 4]  # by who is left
+        group.until(lambda: len(group.serving()) == 2, 30)
+        assert not any("given up" in note for note in group.notes)
+    finally:
+        group.stop()
+
+
+def test_one_without_room_is_tried_again_while_it_is_all_there_could_be(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas_module, "CROWDED_S", 0.5)
+    group = Doublers(watch, 1)
+    try:
+        group.fails = "crowded"
+        os.kill(group.pid(0), signal.SIGKILL)
+        group.until(lambda: any("no room" in note for note in group.notes), 30)
+        threading.Timer(3.0, setattr, (group, "fails", None)).start()
+        assert group.double([4]) == [8] and group.lost >= 3
+    finally:
+        group.stop()
+
+
+def test_without_room_at_the_first_start_is_an_error(watch: Watch) -> None:
+    class Crowded(Doublers):
+        def launch(self, k: int) -> tuple[Any, Any]:
+            self.fails = "crowded"
+            return super().launch(k)
+
+    with pytest.raises(EngineError, match="Free memory on device"):
+        Crowded(watch, 1)
+
+
+@ray.remote(num_cpus=0)
+def ended_after(seconds: float) -> None:
+    """The start of somebody ahead on a GPU."""
+    time.sleep(seconds)
+
+
+class Queued(Doublers):
+    """Doublers that wait for somebody ahead of theirs."""
+
+    ahead_s: float | None = None
+
+    def launch(self, k: int) -> tuple[Any, ...]:
+        actor = ray.remote(num_cpus=0, concurrency_groups={HEALTH: 1})(Doubler).remote()
+        ahead = [] if self.ahead_s is None else [ended_after.remote(self.ahead_s)]  # type: ignore[attr-defined]
+        return actor, actor.start_behind.remote(ahead, None), *ahead
+
+
+def test_one_that_hangs_ahead_is_not_waited_for_without_end(watch: Watch) -> None:
+    """Twice the time to start, for the one ahead and itself."""
+
+    class Behind(Queued):
+        ahead_s = 3600.0
+
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"doubler 0 did not start within cluster\.start_timeout_s"):
+        Behind(watch, 1, start_s=2.0)
+    assert scaled(4) <= time.monotonic() - began < scaled(30)
+
+
+def test_a_turn_that_takes_its_time_is_waited_for(watch: Watch) -> None:
+    """The time of who starts in place of the last one begins when nobody loads ahead of it."""
+    group = Queued(watch, 1, start_s=6.0)
+    try:
+        group.ahead_s = scaled(9.0)
+        os.kill(group.pid(0), signal.SIGKILL)
+        group.until(lambda: group.lost == 1, 5)
+        assert group.double([3]) == [6] and group.lost == 1
+    finally:
+        group.stop()
+
+
+def test_engines_and_ranks_are_waited_for_together(watch: Watch) -> None:
+    """On a restart of the learner an engine is behind a rank that waits for its peer, and that one has failed: told at
+    once, and not after the hours in which NCCL gives up."""
+    actors = [ray.remote(num_cpus=0, concurrency_groups={HEALTH: 1})(Doubler).remote() for _ in range(3)]
+    ranks = [Watched(f"learner rank {k}", actor, SILENT_S) for k, actor in enumerate(actors[:2])]
+    refs = [actors[0].start.remote("hangs"), actors[1].start.remote("input")]
+
+    def behind(k: int) -> tuple[Any, ...]:
+        return actors[2], actors[2].start_behind.remote([refs[0]], None), refs[0]
+
+    group = Replicas("doubler", 1, behind, watch=watch, limits=Limits(scaled(300), 60, SILENT_S))
+    cluster: Any = Cluster.__new__(Cluster)
+    cluster._replicas, cluster._ranks = [group], ranks
+    cluster._starting = Starting(refs, [[], []], ranks, scaled(300))
+    began = time.monotonic()
+    try:
+        with pytest.raises(InputError, match="no such model"):
+            cluster.wait()
+        assert time.monotonic() - began < scaled(30)
+    finally:
+        group.stop()
+        for actor in actors:
+            ray.kill(actor)
+
+
+def test_a_rank_that_hangs_is_lost_after_its_time() -> None:
+    actor = ray.remote(num_cpus=0, concurrency_groups={HEALTH: 1})(Doubler).remote()
+    rank = Watched("learner rank 0", actor, SILENT_S)
+    ahead = ended_after.remote(scaled(2))
+    starting = Starting([actor.start_behind.remote([ahead], "hangs")], [[ahead]], [rank], scaled(1.5))
+    began = time.monotonic()
+    with pytest.raises(LearnerLostError, match="1 of 1 learner ranks did not start within"):
+        starting.wait()
+    assert time.monotonic() - began > scaled(2.5)  # its own time began after the other's
+    ray.kill(actor)
 
 
 def test_waiting_ends_when_told_so(watch: Watch, two: Doublers) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from rlaif_ray.errors import InputError
-from rlaif_ray.model_shapes import ModelShape, known_shape, known_shapes, shape_of_config, shape_of_size
+from rlaif_ray.model_shapes import ModelShape, known_shape, known_shapes, quantized_bits, shape_of_config, shape_of_size
+from rlaif_ray.weight_types import Stored
 
 # By the models' own files on the hub (safetensors' index, or what transformers says after loading).
 PUBLISHED = {
@@ -63,7 +65,50 @@ def test_a_variant_has_its_base_models_shape(name: str, base: str) -> None:
 
 
 def test_no_other_model_is_taken_for_a_well_known_one() -> None:
-    assert known_shape("someone/Qwen2.5-7B-Instruct") is None and known_shape("Qwen/Qwen2.5-7B-Instruct-AWQ") is None
+    assert known_shape("someone/Qwen2.5-7B-Instruct") is None and known_shape("Qwen/Qwen2.5-7B-Instruct-Odd") is None
+
+
+# Bytes by the index files on the hub, in their 16-bit type.
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("Qwen/Qwen2.5-32B-Instruct-AWQ", 19.33e9),
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", 5.57e9),
+        ("Qwen/Qwen2.5-7B", 15.23e9),
+    ],
+)
+def test_quantised_models_are_as_large_as_their_files(name: str, total: float) -> None:
+    shape = known_shape(name)
+    assert shape is not None and shape.loaded(2) == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("how", "bits"),
+    [
+        (None, None),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4 + 20 / 128),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, 4 + 20 / 64),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "mxfp4"}, 4.25),  # 32 numbers of 4 bits and a scale of 8
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4.5),  # 64 and a scale of 32
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, 8),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, 8),
+        ({"quant_method": "of-next-year"}, None),
+    ],
+)
+def test_bits_of_a_weight(how: dict[str, Any] | None, bits: float | None) -> None:
+    assert quantized_bits({} if how is None else {"quantization_config": how}) == bits
+
+
+def test_what_an_engine_quantises_as_it_loads() -> None:
+    """Linear layers a byte a weight, embedding and head two: vLLM's quantization=fp8."""
+    shape = known_shapes()["meta-llama/Llama-3.1-8B"]
+    whole = 2 * 128_256 * 4096
+    assert shape.loaded(2, 8.0) == 2 * whole + shape.parameters - whole
+    stored = replace(shape, stored=Stored(10**9, packed=3 * 10**9))
+    assert stored.loaded(2, 8.0) == stored.loaded(2) == 5 * 10**9  # files that are quantised stay as they are
+    assert replace(shape, stored=Stored(10**9, packed=4096)).loaded(4) == 4 * 10**9  # a counter or two
 
 
 SMALL: dict[str, Any] = {
@@ -84,7 +129,8 @@ LARGE = {  # what their config.json says
     "Qwen/Qwen3-8B": ("Qwen3", {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
         "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
         "max_position_embeddings": 40960, "tie_word_embeddings": False}),
-    "mistralai/Mistral-7B-v0.3": ("Mistral", {"vocab_size": 32768, "max_position_embeddings": 32768}),
+    "mistralai/Mistral-7B-v0.3": ("Mistral", {"vocab_size": 32768, "max_position_embeddings": 32768,
+        "sliding_window": None}),
 }  # fmt: skip
 
 
@@ -128,6 +174,7 @@ def test_gemmas_eyes_are_counted() -> None:
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
     vision |= {"patch_size": 14, "image_size": 896, "vision_use_head": False}
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "vocab_size": 262208}
+    text |= {"sliding_window": 1024}
     config, model = build("Gemma3", "ForConditionalGeneration", text_config=text, vision_config=vision)
     assert shape_of_config(config.to_dict(), "x") == known_shapes()["google/gemma-3-4b"]
     assert count(model) == PUBLISHED["google/gemma-3-4b"]

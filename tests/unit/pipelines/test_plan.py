@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlaif_ray.cli import app
-from rlaif_ray.config.sections import PolicyConfig
+from rlaif_ray.config.sections import JudgeConfig, PolicyConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.pipelines.plan import ShapeFinder, job_of, sizes_of
 from tests.tiny import cached_tiny_model
@@ -127,7 +129,7 @@ def test_tables_show_every_role_and_part() -> None:
     for word in ("rollout", "judge", "learner", "KV cache", "optimizer", "reference", "activations", "logits"):
         assert word in result.stdout
     assert "8 GPUs on nodes of 8: 1 x (1 judge, 2 rollout, 4 learner)" in result.stdout
-    assert "weight sync    14.19 GB a step, 0.08 s by nccl over NVLink at 200 GB/s" in result.stdout
+    assert "weight sync    15.23 GB a step, 0.08 s by nccl over NVLink at 200 GB/s" in result.stdout
 
 
 def test_help_says_what_the_exit_codes_mean() -> None:
@@ -192,7 +194,33 @@ def test_a_model_that_is_here_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "models--Qwen--Qwen2.5-7B/refs").mkdir()
     (tmp_path / "models--Qwen--Qwen2.5-7B/refs/main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert ShapeFinder({})(PolicyConfig(model="Qwen/Qwen2.5-7B")) == shape
+    cached = ShapeFinder({})(PolicyConfig(model="Qwen/Qwen2.5-7B"))
+    assert shape.stored is not None and cached == replace(shape, stored=None)  # its files aren't there
+
+
+def test_a_judge_of_another_family_is_planned_by_its_files(tmp_path: Path) -> None:
+    """A policy of one isn't: what a learner holds of it is not known."""
+    import torch
+    from safetensors.torch import save_file
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_key_value_heads": 2, **sizes}))
+    save_file({"w": torch.zeros(700, 10)}, tmp_path / "model.safetensors")
+    shape = ShapeFinder({})(JudgeConfig(model=str(tmp_path)))
+    assert (shape.family, shape.loaded(2)) == ("other", 14_000)
+    with pytest.raises(InputError, match="--model-params"):
+        ShapeFinder({})(PolicyConfig(model=str(tmp_path)))
+
+
+def test_sizes_beside_rates_can_be_divided() -> None:
+    """Bytes by 10^9 as the rates are; everything else by 2^30, and named so."""
+    told = rlaif_plan(CONFIGS / "cluster/nodes.yaml").stdout
+    size, seconds, rate = re.search(r"checkpoint +(\S+) GB, (\S+) s at (\S+) GB/s", told).groups()  # type: ignore[union-attr]
+    assert float(size) / float(rate) == pytest.approx(float(seconds), rel=2e-3)
+    size, seconds, rate = re.search(r"sync +(\S+) GB a step, (\S+) s by nccl over RDMA at (\S+) GB/s", told).groups()  # type: ignore[union-attr]
+    assert float(size) / float(rate) == pytest.approx(float(seconds), rel=2e-3)
+    assert not re.search(r"[0-9] GB(?! a step|,|/s)", told) and "GPUs of 79.12 GiB, which is 98.9% of" in told
+    assert "The object store is a local Ray's" in " ".join(told.split())
 
 
 def test_a_job_without_actors_fits(tmp_path: Path) -> None:
@@ -226,10 +254,11 @@ def test_host_memory_of_gpu_nodes_is_what_the_flag_says() -> None:
     short = rlaif_plan(file, "--host-memory", 256)
     assert short.exit_code == 1
     assert (
-        "DOES NOT FIT   a node with 8 learner needs 279.1 GB of host memory, most of it for checkpoint" in short.stdout
+        "DOES NOT FIT   a node with 8 learner needs 279.1 GiB of host memory, most of it for checkpoint" in short.stdout
     )
     assert (
-        "host memory    279.13 GB of 256.00 GB a node: processes 16.00 GB, checkpoint copies 262.83 GB" in short.stdout
+        "host memory    279.13 GiB of 256.00 GiB a node: processes 16.00 GiB, checkpoint copies 262.83 GiB"
+        in short.stdout
     )
     assert as_json(file, "--host-memory", 280)[0] == 0
 
@@ -240,8 +269,10 @@ def test_a_checkpoint_that_takes_longer_than_its_grace_is_told() -> None:
     result = rlaif_plan(file, "checkpoint.grace_s=90")
     assert result.exit_code == 0
     assert (
-        "checkpoint     788.50 GB, 423 s at 2 GB/s; after a SIGTERM checkpoint.grace_s=90 may be too short: use 900, "
-        "and 930 for RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal and terminationGracePeriodSeconds" in result.stdout
+        "checkpoint     846.64 GB, 423 s at 2 GB/s; after a SIGTERM checkpoint.grace_s=90 may be too short: use 900, "
+        "910 for launch/end_jobs.py (the pods' preStop), and 930 for launch/submit.py --stop-wait, "
+        "RAY_JOB_STOP_WAIT_TIME_S, Slurm's --signal, terminationGracePeriodSeconds and docker's --stop-timeout"
+        in result.stdout
     )
     enough = rlaif_plan(file).stdout
     assert "423 s at 2 GB/s, within checkpoint.grace_s=900 after a SIGTERM" in enough

@@ -120,8 +120,7 @@ def test_one_setting_comes_first() -> None:
 
 
 def test_stages_are_named_from_the_nearest_on() -> None:
-    """Stage 0 runs as stage 1 in bf16: on 4 ranks 14.2 of weights, 28.4 of gradients in fp32, 21.3 of the optimizer
-    and the reference's 14.2. Stage 2 leaves 7.1 of the gradients: enough. It must not say 3."""
+    """On 4 ranks stage 2 leaves 14.2 + 7.1 + 21.3 and the reference's 14.2: enough. It must not say 3."""
     config = job(learner={"ranks": 4, "gradient_checkpointing": True})
     assert found(config)[0] == {"learner.zero_stage": 2}
 
@@ -139,7 +138,8 @@ def test_engines_and_learner_of_a_shared_gpu_add_up() -> None:
     learner = {"ranks": 1, "gradient_checkpointing": True}
     config = job("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", learner=learner, cluster={"gpus_per_actor": 0.33})
     (problem,) = planned(config).problems
-    assert problem.text.startswith("judge + learner + rollout take 1") and problem.text.endswith("which has 80.0 GB")
+    assert problem.text.startswith("judge + learner + rollout take 1")
+    assert problem.text.endswith("which has 76.0 GiB without what the allocator loses")
     assert {"cluster.gpus_per_actor": 1.0} in found(config)
     small = {"gpu_memory_utilization": 0.25}
     shared = {"learner": learner, "rollout": small, "judge_engine": small, "cluster": {"gpus_per_actor": 0.33}}
@@ -174,11 +174,11 @@ def test_what_ray_or_the_weight_sync_refuses_is_a_problem_of_the_plan() -> None:
 
 
 def test_what_sleeps_makes_room_for_the_learner_and_not_for_other_engines() -> None:
-    """Engines of 24 GB each and a learner of 33: at work together 80.2, but one sleeps while the learner learns, and
-    the learner's activations are gone while the engines are at work."""
+    """Engines of 21.6 and 24 GiB and a learner of 32: at work together 78 of the 76 that torch's allocator leaves, but
+    one sleeps while the learner learns, and the learner's activations are gone while the engines are at work."""
     shared = {
         "learner": {"gradient_checkpointing": True},
-        "rollout": {"gpu_memory_utilization": 0.3},
+        "rollout": {"gpu_memory_utilization": 0.27},
         "judge_engine": {"gpu_memory_utilization": 0.3},
         "cluster": {"gpus_per_actor": 0.33},
     }
@@ -186,10 +186,10 @@ def test_what_sleeps_makes_room_for_the_learner_and_not_for_other_engines() -> N
     (problem,) = phase.problems
     rollout, judge, learner = phase.actors
     total = sum(one.memory.reserved for one in phase.actors)
-    assert total > 80 * GIB and problem.text.startswith("judge + learner + rollout take 8")
+    assert 76 * GIB < total < 80 * GIB and problem.text.startswith("judge + learner + rollout take 77")
     asleep = replace(rollout, memory=replace(rollout.memory, resting=2 * GIB))
     working = learner.memory.reserved - learner.memory.resting
-    assert total - working < 80 * GIB
+    assert total - working < 76 * GIB
     assert list(_problems([asleep, judge, learner], phase.shared, MACHINE)) == []
     larger = replace(judge, memory=replace(judge.memory, reserved=judge.memory.reserved + working))
     assert len(list(_problems([asleep, larger, learner], phase.shared, MACHINE))) == 1
@@ -212,7 +212,7 @@ def test_each_role_is_solved_where_two_settings_are_not_enough() -> None:
 def test_nothing_is_proposed_that_contradicts_the_config() -> None:
     """No more ranks than samples of a minibatch."""
     config = job(sampling={"prompts_per_step": 1, "samples_per_prompt": 2})
-    ranks = [one.get("learner.ranks", 1) for one in found(config)]
+    ranks = [one.get("learner.ranks", 1) for one in found(config, replace(MACHINE, gpu_bytes=141 * GIB))]
     assert ranks and max(ranks) <= 2
 
 

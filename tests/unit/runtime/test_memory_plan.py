@@ -8,10 +8,9 @@ import pytest
 
 from rlaif_ray.config.jobs import DpoJob, RewardModelJob, SftJob, TrainJob
 from rlaif_ray.config.sections import EngineConfig, LearnerConfig, OffloadConfig
-from rlaif_ray.model_shapes import ModelShape, known_shapes, shape_of_config
+from rlaif_ray.model_shapes import ModelShape, known_shape, known_shapes, shape_of_config
+from rlaif_ray.runtime.engine_size import CUDA_BYTES, GIB, GRAPH_BYTES, sequence_bytes
 from rlaif_ray.runtime.memory_plan import (
-    CUDA_BYTES,
-    GIB,
     Machine,
     Trained,
     activations,
@@ -276,7 +275,7 @@ def test_kv_cache_of_llama_by_hand(parallel: int, heads: int) -> None:
     """A token takes 2 x 32 layers x (8 / parallel, at least 1) heads x 128 x 2 bytes."""
     cfg = EngineConfig(tensor_parallel=parallel, gpu_memory_utilization=0.5)
     memory = engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 2, "cuda")
-    left = 40 * GIB - memory.parts["weights"] - memory.parts["workspace"]
+    left = 40 * GIB - memory.parts["weights"] - memory.parts["workspace"] - 32 * GRAPH_BYTES
     assert memory.parts["weights"] == 8_030_261_248 * 2 // parallel
     assert memory.holds["kv_tokens"] == left // (2 * 32 * heads * 128 * 2)
     assert memory.holds["sequences"] == memory.holds["kv_tokens"] // 2048
@@ -296,4 +295,52 @@ def test_an_engine_that_sleeps_leaves_its_memory_to_the_learner() -> None:
     awake = engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 2, "cuda")
     asleep = engine_memory(cfg.model_copy(update={"sleep": True}), LLAMA_8B, 2048, MACHINE, 2, "cuda")
     assert (awake.resting, asleep.reserved) == (40 * GIB, 40 * GIB)
-    assert asleep.resting == asleep.parts["workspace"]
+    assert asleep.resting == asleep.parts["workspace"] + asleep.parts["CUDA graphs"]
+
+
+def test_cuda_graphs_count_unless_none_are_captured() -> None:
+    """With a KV cache of a fixed size vLLM leaves no room for them: 30 MiB a layer here, 1 GiB of 8B."""
+    for kwargs, layers in (
+        ({}, 32),
+        ({"enforce_eager": True}, 0),
+        ({"compilation_config": {"cudagraph_mode": "NONE"}}, 0),
+        ({"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, 32),
+        ({"compilation_config": 3}, 32),
+    ):
+        cfg = EngineConfig(gpu_memory_utilization=0.5, engine_kwargs=kwargs)
+        assert engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 2, "cuda").parts["CUDA graphs"] == layers * GRAPH_BYTES
+    assert 0.9 * GIB < 32 * GRAPH_BYTES < GIB
+    assert "CUDA graphs" not in engine_memory(cfg, LLAMA_8B, 2048, MACHINE, 2, "cpu").parts
+
+
+def test_layers_with_a_window_keep_no_more_than_vllm_admits() -> None:
+    """Gemma 3 27B: 10 layers of 62 keep all 32,768 tokens, the others the window of 1,024 and a step's 16,384: as
+    vLLM's own SlidingWindowSpec has it, in blocks of 16."""
+    interface = pytest.importorskip("vllm.v1.kv_cache_interface")
+    import torch
+
+    shape = known_shapes()["google/gemma-3-27b"]
+    cfg = EngineConfig(gpu_memory_utilization=0.9)
+    memory = engine_memory(cfg, shape, 32_768, MACHINE, 2, "cuda")
+    own = {"block_size": 16, "num_kv_heads": 16, "head_size": 128, "dtype": torch.bfloat16}
+    spec = interface.SlidingWindowSpec(**own, sliding_window=1024)
+    blocks = spec.max_admission_blocks_per_request(16_384, 32_768)
+    sequence = 52 * blocks * spec.page_size_bytes + 10 * (32_768 // 16) * spec.page_size_bytes
+    cache = memory.parts["KV cache"]
+    assert memory.holds["kv_tokens"] == pytest.approx(cache * 32_768 / sequence, rel=1e-3)
+    assert sequence_bytes(shape, {}, 1, 2, 80 * GIB, 32_768) == pytest.approx(sequence, rel=1e-3)
+    assert sequence_bytes(shape, {}, 1, 2, 80 * GIB, 4096) == 62 * 2 * 16 * 128 * 2 * 4096  # all within a step
+
+
+def test_a_quantised_judge_is_as_large_as_its_checkpoint() -> None:
+    """Qwen2.5 32B in 4 bits has 18 GiB, not 61: 19.3 GB by the hub's index. A share of 0.4 holds it."""
+    shape = known_shape("Qwen/Qwen2.5-32B-Instruct-AWQ")
+    assert shape is not None
+    cfg = EngineConfig(gpu_memory_utilization=0.4)
+    memory = engine_memory(cfg, shape, 4096, MACHINE, 2, "cuda")
+    assert memory.parts["weights"] == pytest.approx(19.33e9, rel=0.01) and memory.total <= memory.limit
+    plain = known_shapes()["Qwen/Qwen2.5-32B"]
+    assert engine_memory(cfg, plain, 4096, MACHINE, 2, "cuda").total > 66 * GIB
+    for kwargs in ({"quantization": "fp8"}, {"quantization": "bitsandbytes"}):
+        less = engine_memory(EngineConfig(engine_kwargs=kwargs), plain, 4096, MACHINE, 2, "cuda").parts["weights"]
+        assert less < 36e9

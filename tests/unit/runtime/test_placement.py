@@ -10,6 +10,7 @@ from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.rollout.buckets import Metadata, make_buckets, tensor_bytes
+from rlaif_ray.runtime import places
 from rlaif_ray.runtime.placement import Bundle, Slot, actor_slots, bundles_of, by_node, placement_table, totals
 from rlaif_ray.runtime.places import layout_problems, unplaceable
 from rlaif_ray.runtime.weight_sync import choose_backend
@@ -148,6 +149,10 @@ def grouped(config: TrainJob) -> list[str]:
         (0.25, {"replicas": 1}, {"replicas": 5}, 1, ["j0 j2 l0 r0", "j1 j3 j4"]),
         (0.5, {"tensor_parallel": 4}, {"replicas": 2}, 2, ["j0 l0", "j1 l1", "r0"]),
         (0.7, {"replicas": 1}, {"replicas": 1}, 1, ["r0", "j0", "l0"]),  # nothing else fits beside it
+        # Engines beyond the ranks are with one, where IPC brings them weights; judges come last.
+        (0.33, {"replicas": 2}, {"replicas": 1}, 1, ["l0 r0 r1", "j0"]),
+        (0.25, {"replicas": 4}, {"replicas": 4}, 2, ["j0 l0 r0 r2", "j1 l1 r1 r3", "j2 j3"]),
+        (0.33, {"replicas": 3}, {"replicas": 1}, 1, ["l0 r0 r1", "j0 r2"]),  # no room: refused by layout_problems
     ],
 )
 def test_who_shares_a_gpu(share: float, rollouts: Any, judges: Any, ranks: int, bundles: list[str]) -> None:
@@ -175,8 +180,9 @@ def test_shares_of_a_gpu_fit_into_it_as_ray_counts(share: float) -> None:
         ([1, 1, 1, 1], [2, 1], False, None),  # a node may come
         ([1, 1, 1, 1], [2, 1], True, "needs 4 GPUs (this machine has 3)"),
         ([2, 2, 1], [3, 3], False, None),
-        ([2, 2, 1], [1, 1, 1, 3], False, "2 times 2 GPUs on one node are needed for r0, r1 (got nodes with 1, 1, 1, 3"),
-        ([8], [4, 4], False, "1 times 8 GPUs on one node"),
+        ([2, 2, 1], [1, 1, 1, 3], True, "2 times 2 GPUs on one node are needed for r0, r1 (got nodes with 1, 1, 1, 3"),
+        ([8], [4, 4], True, "1 times 8 GPUs on one node"),
+        ([8], [4] * 5, False, "the job waits for nodes with 8 GPUs"),  # noted: they may come
         ([8], [4], False, None),
         ([0, 0], [], True, None),
     ],
@@ -195,12 +201,17 @@ SHARED = {"gpus_per_actor": 0.33}
     ("sections", "refused"),
     [
         ({"cluster": SHARED}, None),
-        ({"rollout": {"replicas": 2}, "cluster": SHARED}, "none with engine 1"),
+        ({"rollout": {"replicas": 2}, "cluster": SHARED}, None),  # both with the rank
+        ({"rollout": {"replicas": 3}, "cluster": SHARED}, "none with engine 2"),
         ({"rollout": {"replicas": 2}, "learner": {"ranks": 2}, "cluster": SHARED}, None),
         ({"rollout": {"tensor_parallel": 2}, "cluster": SHARED}, "got rollout.tensor_parallel=2, rollout.replicas=1"),
         ({"weight_sync": {"backend": "nccl"}, "cluster": SHARED}, "nccl needs a GPU of its own"),
         ({"weight_sync": {"backend": "nccl"}, "rollout": {"tensor_parallel": 2}, "cluster": SHARED}, None),
         ({"rollout": {"replicas": 2}}, None),
+        # No GPU is shared, though IPC is asked for: else it would show once all models are loaded.
+        ({"weight_sync": {"backend": "ipc"}}, "got cluster.gpus_per_actor=1, with which no GPU is shared"),
+        ({"weight_sync": {"backend": "ipc"}, "cluster": {"gpus_per_actor": 0.6}}, "gpus_per_actor=0.6, with which no"),
+        ({"weight_sync": {"backend": "ipc"}, "cluster": SHARED}, None),
     ],
 )
 def test_weights_must_have_a_way(sections: dict[str, Any], refused: str | None) -> None:
@@ -233,6 +244,28 @@ def test_choose_backend(wanted: Any, gpus_per_actor: float, device: Any, backend
 def test_choose_backend_refuses_what_cannot_work(wanted: Any, device: Any) -> None:
     with pytest.raises(InputError, match=rf"weight_sync\.backend={wanted} does not work on cluster\.device={device}"):
         choose_backend(WeightSyncConfig(backend=wanted), ClusterConfig(), device)
+
+
+@pytest.mark.parametrize("no_more", [True, False])
+def test_nodes_that_may_still_come_are_waited_for(monkeypatch: pytest.MonkeyPatch, no_more: bool) -> None:
+    """Five nodes of 4 GPUs have joined, and an engine wants 8 on one: no fault where a cluster scales."""
+    monkeypatch.setattr(places, "_nodes", lambda: ([4] * 5, no_more))
+    made, notes = job(feedback=judge(tensor_parallel=8)), []
+    slots = actor_slots(made, "cuda")
+    if no_more:
+        with pytest.raises(InputError, match="1 times 8 GPUs on one node are needed for judge"):
+            places.require_places(made, slots, "cuda", notes.append)
+        assert notes == []
+    else:
+        places.require_places(made, slots, "cuda", notes.append)
+        (note,) = notes
+        assert "1 times 8 GPUs on one node are needed for judge" in note and "waits for nodes with 8 GPUs" in note
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.009, 1.01])
+def test_a_share_that_ray_cannot_count_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.01|less than or equal to 1"):
+        ClusterConfig(gpus_per_actor=share)
 
 
 # Bytes: embed 2 x 10 x 4 = 80, each of a layer's two 3 x 4 = 12 and 4 x 2 = 8, norm 5 x 4 = 20.
