@@ -24,9 +24,10 @@ from rlaif_ray.output import say, say_as_is
 from rlaif_ray.paths import expand_home
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT
 from rlaif_ray.runtime.engine_cache import engine_shape
+from rlaif_ray.runtime.engine_size import GIB
 from rlaif_ray.runtime.fit import Change, Phase, Plan, plan_job, proposals, written
 from rlaif_ray.runtime.host_memory import CheckpointCost, Parts, checkpoint_cost
-from rlaif_ray.runtime.memory_plan import GIB, Actors, Device, Machine, precision_bytes
+from rlaif_ray.runtime.memory_plan import Actors, Device, Machine, precision_bytes
 from rlaif_ray.runtime.session import named_cluster
 from rlaif_ray.runtime.sync_plan import Route, routes
 from rlaif_ray.runtime.weight_sync import choose_backend

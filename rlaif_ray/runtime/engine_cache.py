@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.errors import InputError
 from rlaif_ray.model_shapes import ModelShape, other_shape, shape_of_config
 from rlaif_ray.models import load_config, resolve_model
-from rlaif_ray.runtime.memory_plan import GIB, Machine, engine_memory, said_cache
+from rlaif_ray.runtime.engine_size import GIB
+from rlaif_ray.runtime.memory_plan import Machine, engine_memory, said_cache
 from rlaif_ray.weight_types import stored_weights
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from rlaif_ray.config.jobs import EvaluateJob, RewardModelJob
 from rlaif_ray.config.sections import EngineConfig, RewardModelFeedback
+from rlaif_ray.runtime.engine_size import GIB
 from rlaif_ray.runtime.host_memory import Parts, node_memory
-from rlaif_ray.runtime.memory_plan import FREE_FOR_ALLOCATOR, GIB, Actors, Device, Machine, Shapes, phases, sections
+from rlaif_ray.runtime.memory_plan import FREE_FOR_ALLOCATOR, Actors, Device, Machine, Shapes, phases, sections
 from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, slots_of, totals
 from rlaif_ray.runtime.places import layout_problems
 from rlaif_ray.runtime.push_memory import push_bytes, while_pushing

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlaif_ray.config.jobs import SupervisedJob, TrainJob
+from rlaif_ray.runtime.engine_size import GIB
 from rlaif_ray.runtime.memory_plan import (
     BYTES,
-    GIB,
     Actors,
     Device,
     Trained,

@@ -88,9 +88,9 @@ def test_settings_for_a_stage_can_be_typed_as_they_are_proposed() -> None:
     code, told = as_json(*files, "stages.d-rlaif.learner.ranks=16")
     (wrong,) = [job for job in told["jobs"] if not job["fits"]]
     assert code == 1 and wrong["name"] == "d-rlaif"
-    fix = [f"{key}={value}" for key, value in wrong["proposals"][0].items()]
-    assert fix == ["stages.d-rlaif.learner.ranks=32"]
-    assert as_json(*files, *fix)[0] == 0
+    fixes = [[f"{key}={value}" for key, value in one.items()] for one in wrong["proposals"]]
+    assert ["stages.d-rlaif.learner.offload.optimizer=cpu"] in fixes and ["stages.d-rlaif.learner.ranks=32"] in fixes
+    assert all(as_json(*files, *fix)[0] == 0 for fix in fixes)
 
 
 def test_a_stages_model_is_as_large_as_what_it_was_trained_from() -> None:
