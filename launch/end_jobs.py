@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ends this user's rlaif jobs on this machine or in this container, and waits until their checkpoints are written.
 
-    python launch/end_jobs.py 100
+    python launch/end_jobs.py 930
 
 What ends a container tells only its first process, which is Ray: it takes its jobs with it at once. So this runs before
 that, as a pod's preStop hook (cluster/kuberay-*.yaml) or before `docker stop`. Each job gets SIGTERM, once. Where there

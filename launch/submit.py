@@ -127,9 +127,10 @@ def main() -> int:
     parser.add_argument(
         "--stop-wait",
         type=int,
-        default=120,
+        default=930,
         metavar="S",
-        help="seconds that `ray job stop` leaves it, above checkpoint.grace_s",
+        help="seconds that `ray job stop` leaves it at most, above checkpoint.grace_s; as `rlaif plan` says "
+        "(default %(default)s, enough for configs/cluster/nodes.yaml)",
     )
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and return")
     parser.add_argument("job", help="train, ...")

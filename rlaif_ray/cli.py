@@ -231,7 +231,8 @@ def plan(
         typer.Option(
             "--bandwidth",
             min=0.001,
-            help="GB/s of a weight sync, in place of 200 by NVLink, 40 by RDMA, 5 by TCP, 300 by ipc, 0.6 by shm.",
+            help="GB/s of a weight sync, in place of 200 by NVLink, 40 by RDMA, 5 by TCP, 300 by ipc, 0.6 by shm. Over "
+            "several nodes that of a node's network.",
             show_default=False,
         ),
     ] = None,

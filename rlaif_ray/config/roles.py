@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -43,6 +43,14 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftToMachine:
+    """The value "auto" is left to the machine that a job runs on: what it comes to is kept with the settings."""
+
+
+LEFT_TO_MACHINE = LeftToMachine()
+
+
+@dataclass(frozen=True, slots=True)
 class MayBeEmpty:
     """An empty text says something: it is not the same as none."""
 
@@ -62,6 +70,7 @@ class Setting:
     value: Any  # plain: numbers, text, lists, mappings, None
     role: Role
     names: Names | None
+    left_to_machine: bool = False  # where the value is "auto"
 
 
 def role_of(field: FieldInfo) -> Role | None:
@@ -80,17 +89,37 @@ def settings(config: BaseModel, key: tuple[str, ...] = (), role: Role = RESULT) 
     A section that may be there or not, and is not, is one setting with the value None.
     """
     for name, field in type(config).model_fields.items():
-        yield from _settings(getattr(config, name), (*key, name), role_of(field) or role, names_of(field))
+        yield from _settings(getattr(config, name), (*key, name), role_of(field) or role, field)
 
 
-def _settings(value: Any, key: tuple[str, ...], role: Role, names: Names | None) -> Iterator[Setting]:
+def _settings(value: Any, key: tuple[str, ...], role: Role, field: FieldInfo) -> Iterator[Setting]:
     if isinstance(value, BaseModel):
         yield from settings(value, key, role)
     elif isinstance(value, Mapping) and value and all(isinstance(inner, BaseModel) for inner in value.values()):
         for name, inner in value.items():
             yield from settings(inner, (*key, str(name)), role)
     else:
-        yield Setting(key, plain(value), role, names)
+        yield Setting(key, plain(value), role, names_of(field), LEFT_TO_MACHINE in field.metadata)
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def with_values(config: C, values: Mapping[tuple[str, ...], Any]) -> C:
+    """The config with these settings in the place of its own, by key; each must be there."""
+    return config if not values else cast(C, _with_values(config, values))
+
+
+def _with_values(section: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
+    if () in values:
+        return values[()]
+    inner: dict[str, dict[tuple[str, ...], Any]] = {}
+    for key, value in values.items():
+        inner.setdefault(key[0], {})[key[1:]] = value
+    if isinstance(section, Mapping):
+        return {**section, **{name: _with_values(section[name], below) for name, below in inner.items()}}
+    update = {name: _with_values(getattr(section, name), below) for name, below in inner.items()}
+    return section.model_copy(update=update)
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ each, and name every key they read: the loader holds a cross-check back while on
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -15,7 +16,16 @@ from pydantic import Field
 from rlaif_ray.config.base import Config, warm
 from rlaif_ray.config.chat import TemplateArguments, Thoughts
 from rlaif_ray.config.request_body import body_problems
-from rlaif_ray.config.roles import ADJUSTABLE, DATA, HANDLING, LAYOUT, MAY_BE_EMPTY, MODEL, SCORE_TEMPLATE
+from rlaif_ray.config.roles import (
+    ADJUSTABLE,
+    DATA,
+    HANDLING,
+    LAYOUT,
+    LEFT_TO_MACHINE,
+    MAY_BE_EMPTY,
+    MODEL,
+    SCORE_TEMPLATE,
+)
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -29,7 +39,7 @@ class PolicyConfig(Config):
     """Branch, tag or commit of a Hugging Face id."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
-    precision: Precision = "auto"
+    precision: Annotated[Precision, LEFT_TO_MACHINE] = "auto"
     """Compute type of learner and rollout engines; auto: bf16 on GPUs and on CPUs with AMX, fp32 on other CPUs, which
     emulate bf16. In bf16 the learner keeps weights, optimizer states and sums of gradients in fp32."""
     save_precision: Annotated[Precision, ADJUSTABLE] = "auto"
@@ -127,7 +137,7 @@ class JudgeConfig(EngineConfig):
     """As policy.model; best another one than the policy, and a better one."""
     revision: str | None = None
     trust_remote_code: bool = False
-    precision: Precision = "auto"
+    precision: Annotated[Precision, LEFT_TO_MACHINE] = "auto"
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Variables of the model's chat template. Thinking is off unless they say otherwise: answers are read at once."""
     min_answer_mass: AnswerMass = 0.05
@@ -230,7 +240,7 @@ class RewardModelFeedback(Config):
     """A folder that `rlaif reward-model` wrote, or any sequence classifier with one label."""
     revision: str | None = None
     trust_remote_code: bool = False
-    precision: Precision = "auto"
+    precision: Annotated[Precision, LEFT_TO_MACHINE] = "auto"
     replicas: Annotated[int, Field(ge=1), HANDLING] = 1
     tokens_per_batch: Annotated[int, Field(ge=1), HANDLING] = 4096
     """As many completions as fit are computed together."""
@@ -284,7 +294,7 @@ class OffloadConfig(Config):
     """cpu: optimizer states, fp32 weights and gradients; AdamW then runs on the node's cores. From zero_stage 1 on."""
     parameters: Literal["none", "cpu"] = "none"
     """cpu: weights that are not at work, also those of the reference. With zero_stage 3."""
-    pin_memory: bool = True
+    pin_memory: Annotated[bool, HANDLING] = True
     """Page-locked memory: transfers are fast, and run beside the computation. false: where that is scarce."""
 
 
@@ -294,7 +304,7 @@ class LearnerConfig(Config):
     ranks: Annotated[int, Field(ge=1), LAYOUT] = 1
     zero_stage: Annotated[Literal[0, 1, 2, 3], LAYOUT] = 0
     offload: Annotated[OffloadConfig, LAYOUT] = Field(default_factory=OffloadConfig)
-    hpz_partition_size: Annotated[int, Field(ge=1), LAYOUT] = 1
+    hpz_partition_size: Annotated[int, Field(ge=1), HANDLING] = 1
     """Ranks that hold a second copy of the weights among them, for the backward pass (ZeRO++ hpZ, Wang et al.
     2306.10209): with the ranks of a node, its weights come from that node alone. With zero_stage 3; 1: none."""
     sequence_parallel: Annotated[int, Field(ge=1), HANDLING] = 1
@@ -327,6 +337,11 @@ class LearnerConfig(Config):
     def groups(self) -> int:
         """Micro-batches that are computed side by side: ranks, or groups of ranks."""
         return self.ranks // self.sequence_parallel
+
+    @property
+    def neighbours(self) -> int:
+        """Ranks with neighbouring numbers that belong on one node; 1: there are no groups of them."""
+        return math.lcm(self.hpz_partition_size, self.sequence_parallel)
 
     def _problems(self) -> Iterator[str]:
         stage = self.zero_stage

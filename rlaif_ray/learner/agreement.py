@@ -4,7 +4,6 @@ what was saved. What should agree is compared in pipelines/guard.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlaif_ray.algorithm.logprobs import token_logprobs_and_entropy
+from rlaif_ray.learner.nodes import usable_cores
 from rlaif_ray.learner.probe import alone_outputs, attention_of, evaluating, laid_out_outputs
 
 if TYPE_CHECKING:
     from rlaif_ray.learner.engine import RankSpec
-    from rlaif_ray.learner.probe import Run, Text
+    from rlaif_ray.learner.nodes import usable_cores
+from rlaif_ray.learner.probe import Run, Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def saved_threads(spec: RankSpec) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     if spec.device == "cuda":
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         torch.set_num_threads(max(before, min(cores, max(spec.threads, cores // spec.world_size))))
     try:
         yield

@@ -4,9 +4,10 @@ torch builds an extension in a folder of its own, under a file `lock` there. Who
 gone. A builder that is killed leaves it, and the file names no owner.
 
 The rule: a builder keeps its lock open, and its compilers work in the folder. Where no process of this machine does
-either, the lock is nobody's, and is removed. On a file system that other machines share, a builder may be on one of
-them: there a lock that nothing has moved beside for five minutes ends the start with an error, and nothing is removed.
-(Containers that share a local folder and don't see each other's processes are not told apart from that.)
+either, the lock is nobody's, and is removed. A builder may be out of sight: on a file system that other machines share
+it may be on one of them, and what another user's processes have open is not shown to us. In both cases a lock that
+nothing has moved beside for five minutes ends the start with an error, and nothing is removed. (Containers that share a
+local folder and don't see each other's processes are not told apart from a killed build.)
 """
 
 from __future__ import annotations
@@ -31,14 +32,25 @@ def free_build_locks() -> None:
     """Removes what killed builds left. To be called before the first extension is built.
 
     Raises:
-        InputError: a lock on a shared file system seems to be nobody's.
+        InputError: a lock seems to be nobody's, where that can't be known.
     """
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
-
-    names = {builder.name for builder in ALL_OPS.values()}
+    names = _deepspeeds()
     for lock in [*_root().glob("*/lock"), *_root().glob("*/*/lock")]:
         if lock.parent.name in names and _is_nobodys(lock):
             _remove(lock)
+
+
+def _deepspeeds() -> set[str]:
+    """Names of DeepSpeed's extensions."""
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    return {builder.name for builder in ALL_OPS.values()}
+
+
+def _called(lock: Path) -> str:
+    """The extension that is built under this lock, in words."""
+    name = lock.parent.name
+    return f"DeepSpeed's extension {name}" if name in _deepspeeds() else f"PyTorch extension {name}"
 
 
 def watch_waits() -> None:
@@ -64,8 +76,8 @@ def _wait(baton: Any) -> None:
         if _is_nobodys(lock):
             _remove(lock)
             raise RunError(
-                f"The build of DeepSpeed's extension {lock.parent.name} was killed while this process waited for it in "
-                f"{lock.parent}. Its lock is removed: start again."
+                f"The build of {_called(lock)} was killed while this process waited for it in {lock.parent}. "
+                f"Its lock is removed: start again."
             )
         looked = time.monotonic()
 
@@ -81,35 +93,42 @@ def _is_nobodys(lock: Path) -> bool:
     """Whether no builder is left who would remove it.
 
     Raises:
-        InputError: it seems so, on a file system where that can't be known.
+        InputError: it seems so, where that can't be known.
     """
-    if not lock.exists() or _builders(lock):
-        return False
-    if _file_system(lock) in LOCAL:
-        return True
     with suppress(FileNotFoundError):  # gone meanwhile
+        is_ours = lock.stat().st_uid == os.getuid()  # then so was its builder, whom we would see
+        builders, unseen = _builders(lock)
+        if builders:
+            return False
+        if _file_system(lock) in LOCAL and (is_ours or not unseen):
+            return True
         quiet_s = time.time() - max(path.stat().st_mtime for path in (lock, lock.parent, *lock.parent.iterdir()))
         if quiet_s > QUIET_S:
             raise InputError(
-                f"DeepSpeed's extension {lock.parent.name} can't be built: {lock} says that somebody builds it, but "
-                f"no process of this machine does, and nothing there has changed for {quiet_s / 60:.0f} minutes. A "
-                f"build that was killed leaves such a file. Remove it if no other machine builds there, or set "
-                f"TORCH_EXTENSIONS_DIR to a folder on a local disk."
+                f"{_called(lock)} can't be built: {lock} says that somebody builds it, but no process of this machine "
+                f"that can be seen does, and nothing there has changed for {quiet_s / 60:.0f} minutes. A build that "
+                f"was killed leaves such a file. Remove it if no other machine or user builds there, or set "
+                f"TORCH_EXTENSIONS_DIR to a folder of your own on a local disk."
             )
     return False
 
 
-def _builders(lock: Path) -> list[int]:
-    """Processes of this machine that have the lock open, or work in its folder."""
+def _builders(lock: Path) -> tuple[list[int], bool]:
+    """(processes of this machine that have the lock open, or work in its folder; whether there are others that can't
+    be looked into)."""
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
     file, folder = os.path.realpath(lock), os.path.realpath(lock.parent)
-    found = []
+    found, unseen = [], False
     for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # ended meanwhile, or another user's
+        try:
             if process.cwd() == folder or any(opened.path == file for opened in process.open_files()):
                 found.append(process.pid)
-    return found
+        except (psutil.AccessDenied, PermissionError):  # another user's
+            unseen = True
+        except (psutil.Error, OSError):  # ended meanwhile
+            continue
+    return found, unseen
 
 
 def _file_system(path: Path) -> str:
@@ -122,4 +141,4 @@ def _file_system(path: Path) -> str:
 
 def _remove(lock: Path) -> None:
     lock.unlink(missing_ok=True)
-    log.warning("Removed %s: a killed build of DeepSpeed's extension %s left it.", lock, lock.parent.name)
+    log.warning("Removed %s: a killed build of %s left it.", lock, _called(lock))

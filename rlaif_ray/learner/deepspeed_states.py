@@ -92,15 +92,31 @@ def restore_engine(engine: Any, stored: StoredFolder, name: str) -> None:
             with redirect_stdout(StringIO()):  # DeepSpeed prints what it is at
                 path, _ = engine.load_checkpoint(folder, tag=TAG)
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
+            if isinstance(error, CheckpointError) and _other_precision(engine, stored, name) is None:
                 raise
             raise CheckpointError(
-                f"{stored.place} does not fit the learner ({name}: {told(error)}): it was written with another model, "
-                f"precision or learner.deepspeed_overrides. Use those again, or another run_dir."
+                _other_precision(engine, stored, name)
+                or f"{stored.place} does not fit the learner ({name}: {told(error)}): it was written with another "
+                f"model, precision or learner.deepspeed_overrides. Use those again, or another run_dir."
             ) from error
     if path is None:
-        raise CheckpointError(f"{stored.place} has nothing of {name} for this rank: it is of another layout.")
+        other = _other_precision(engine, stored, name)
+        raise CheckpointError(other or f"{stored.place} has nothing of {name} for this rank: it is of another layout.")
     keep_master(engine)
+
+
+def _other_precision(engine: Any, stored: StoredFolder, name: str) -> str | None:
+    """What to say of a checkpoint that does not fit, where it is of another precision: DeepSpeed names the files of a
+    run in bf16 differently."""
+    files = [file.rpartition("/")[2] for file in stored.files if file.startswith(f"{name}/")]
+    was = "bf16" if any(file.startswith("bf16_zero_") for file in files) else "fp32"
+    now = "bf16" if engine.bfloat16_enabled() else "fp32"
+    if not files or was == now:
+        return None
+    return (
+        f"{stored.place} was written by a run in {was} and this one is in {now}: their states don't fit each other. "
+        f"Set policy.precision={was} to go on, or use another run_dir."
+    )
 
 
 def _nothing(file: str) -> Any:

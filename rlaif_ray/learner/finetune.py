@@ -52,10 +52,10 @@ class CausalRank(SupervisedRank[Example]):
     def _module(self, model: Any) -> torch.nn.Module:
         return CausalPolicy(model, self._job.learner.logits_chunk)
 
-    def _settle(self) -> None:
+    def _settle(self) -> list[str]:
         sharded = self._job.learner.zero_stage == 3
         how: dict[str, Any] = {"device": self.device, "precision": self._precision, "sharded": sharded}
-        settle_head(self._learner, self._engine, name=self._job.policy.model, packed=self._packed, **how)
+        return settle_head(self._learner, self._engine, name=self._job.policy.model, packed=self._packed, **how)
 
     def _probed(self, batch: ModelInput) -> Tensor:
         return self._scored(batch)[0]

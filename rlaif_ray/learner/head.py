@@ -19,7 +19,7 @@ import torch
 from rlaif_ray.algorithm.logprobs import LogitRule, head_logprobs_and_entropy
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.packing import Arguments, build_input
-from rlaif_ray.learner.probe import Precision, compare, probe_text
+from rlaif_ray.learner.probe import BROKEN, Precision, compare, probe_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,8 +107,9 @@ def settle_head(
     device: torch.device,
     precision: Precision,
     sharded: bool = False,
-) -> None:
-    """Leaves `policy.head` (a CausalPolicy's) only where it gives what the model's own forward pass gives.
+) -> list[str]:
+    """Leaves `policy.head` (a CausalPolicy's) only where it gives what the model's own forward pass gives; says so
+    where it does not.
 
     `run` is the policy, or the DeepSpeed engine around it; `sharded`: under ZeRO-3, where it is a collective.
 
@@ -116,7 +117,7 @@ def settle_head(
         InputError: the model broke off under ZeRO-3.
     """
     if policy.head is None:
-        return
+        return []
     text = probe_text(policy.model.config.get_text_config().vocab_size)
     batch = build_input(text.prompts, text.completions, packed=packed, device=device)
     head = policy.head
@@ -125,19 +126,27 @@ def settle_head(
             apart = run(batch, 1.0)[0]
             policy.head = None
             whole = run(batch, 1.0)[0]
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except (InputError, *BROKEN) as error:
         policy.head = None
         if sharded:  # weights gathered for the pass that broke off are still whole
             raise InputError(
                 f"the output head of {name} can't be taken apart from its body under ZeRO-3 ({type(error).__name__} in "
                 f"a forward pass: {error}). Use learner.logits_chunk=null."
             ) from error
-        log.info("%s computes its logits itself: %s: %s", name, type(error).__name__, error)
-        return
+        return [_whole(name, f"a forward pass with it apart ends in {type(error).__name__}: {error}")]
     gap = compare(apart.float().cpu(), whole.float().cpu())
     log.info("%s with its output head apart against its own logits: mean %.1e, worst %.1e", name, gap.mean, gap.worst)
-    if gap.within(precision):
-        policy.head = head
+    if not gap.within(precision):
+        return [_whole(name, f"apart from its body, its numbers are off by up to {gap.worst:.2g}")]
+    policy.head = head
+    return []
+
+
+def _whole(name: str, why: str) -> str:
+    return (
+        f"{name} computes its logits itself, those of all tokens of a micro-batch at once: learner.logits_chunk does "
+        f"not bound their memory, learner.tokens_per_micro_batch does. Of its output head, {why}"
+    )
 
 
 @contextmanager

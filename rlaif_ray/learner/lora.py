@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ import torch
 
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import full_weights
-from rlaif_ray.learner.model_state import ModelState, StateEntry, model_entries
+from rlaif_ray.learner.mixed_precision import has_master, master_of
+from rlaif_ray.learner.model_state import ModelState, StateEntry, master_entries, model_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -278,16 +280,20 @@ def _merged(layer: Any, weight: Tensor) -> Tensor:
 # ---- Merging ---------------------------------------------------------------------------------------------------------
 
 
-def merged_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
+def merged_state(model: Any, *, keep: bool, masters: bool = False) -> dict[str, Tensor]:
     """The whole state on CPU, under its checkpoint's names, with adapters added in; {} where not kept.
 
-    One layer group at a time, a collective under ZeRO-3: all ranks call it.
+    One layer group at a time, a collective under ZeRO-3 and of masters: all ranks call it.
     """
-    return ModelState(model, merged_entries(model)).full_state(keep=keep)
+    return ModelState(model, merged_entries(model, masters=masters)).full_state(keep=keep)
 
 
-def merged_entries(model: Any) -> list[StateEntry]:
-    """The model's state under the names that it had without adapters, each weight with its adapter added in."""
+def merged_entries(model: Any, *, masters: bool = False) -> list[StateEntry]:
+    """The model's state under the names that it had without adapters, each weight with its adapter added in.
+
+    With `masters` what was trained in bf16, adapters too, is taken from the fp32 weights that the optimizer steps, and
+    what adapters are added to is not rounded.
+    """
     layers = dict(_adapted_layers(model))
     adapted = {id(_weight(layer)): layer for layer in layers.values()}
     adapters = {id(factor) for layer in layers.values() for factor in _factors(layer)}
@@ -297,12 +303,35 @@ def merged_entries(model: Any) -> list[StateEntry]:
         if id(tensor) not in adapters:
             named = replace(entry, name=_own_name(entry.name, layers))
             layer = adapted.get(id(tensor))
-            entries.append(named if layer is None else _merged_entry(named, layer))
-    return entries
+            entries.append(named if layer is None else _merged_entry(named, layer, masters=masters))
+    return master_entries(entries) if masters else entries
 
 
-def _merged_entry(base: StateEntry, layer: Any) -> StateEntry:
+def _merged_entry(base: StateEntry, layer: Any, *, masters: bool) -> StateEntry:
+    if masters and all(map(has_master, _factors(layer))):
+
+        def value() -> Tensor:
+            with _masters(layer):
+                delta: Tensor = layer.get_delta_weight(ADAPTER)
+                return base.value().float() + delta.float()
+
+        return replace(base, dtype=torch.float32, value=value, together=True)
     return replace(base, needs=(*base.needs, *_factors(layer)), value=lambda: _merged(layer, base.value()))
+
+
+@contextmanager
+def _masters(layer: Any) -> Iterator[None]:
+    """Within it a layer's adapter has the fp32 weights that the optimizer steps. A collective."""
+    parts = [layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]]
+    before = [part.weight for part in parts]
+    whole = [torch.nn.Parameter(master_of(weight), requires_grad=False) for weight in before]
+    try:
+        for part, weight in zip(parts, whole, strict=True):
+            part._parameters["weight"] = weight  # past hooks: nobody is to take them for the trained ones
+        yield
+    finally:
+        for part, weight in zip(parts, before, strict=True):
+            part._parameters["weight"] = weight
 
 
 def _own_name(name: str, layers: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What DeepSpeed's bf16 training leaves to us: which gradients count, and a head that computes with fp32 weights."""
+"""What DeepSpeed's bf16 training leaves to us: which gradients count, what the fp32 weights are, and a head of them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def keep_master(engine: Any) -> None:
                 part.keep_master()
 
 
+def has_master(parameter: Tensor) -> bool:
+    """Whether the optimizer steps fp32 weights of this bf16 parameter, of which it is the rounded copy."""
+    known = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+    return known and parameter.requires_grad and parameter.dtype == torch.bfloat16
+
+
+def master_of(parameter: Tensor) -> Tensor:
+    """The parameter's fp32 weights, whole, on its device. A collective, under every ZeRO stage and offload."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found: Tensor = safe_get_full_fp32_param(parameter).detach()
+    return found
+
+
 class MasterLinear(torch.nn.Linear):
     """A linear layer that computes in fp32, in bf16 with the fp32 weights that the optimizer steps.
 
@@ -45,9 +59,7 @@ class MasterLinear(torch.nn.Linear):
 
     def keep_master(self) -> None:
         """Looks what the fp32 weights are, after the optimizer's step. A collective."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        self._masters = tuple(safe_get_full_fp32_param(parameter) for parameter in (self.weight, self.bias))
+        self._masters = (master_of(self.weight), master_of(self.bias))
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., out) fp32."""

@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from math import prod
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from rlaif_ray.errors import InputError
 from rlaif_ray.learner.engine import full_weights
+from rlaif_ray.learner.mixed_precision import has_master, master_of
 
 Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, full shape)
 
@@ -35,6 +37,7 @@ class StateEntry:
     shape: tuple[int, ...]  # full
     needs: tuple[Tensor, ...]  # parameters that must be whole while `value` is called
     value: Callable[[], Tensor]
+    together: bool = False  # `value` is a collective: every rank calls it
 
 
 def model_entries(model: torch.nn.Module) -> list[StateEntry]:
@@ -57,6 +60,16 @@ def tensor_entry(name: str, tensor: Tensor) -> StateEntry:
     """A parameter or buffer as it is."""
     shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
     return StateEntry(name, tensor.dtype, shape, (tensor,), lambda: tensor.detach())
+
+
+def master_entries(entries: Sequence[StateEntry]) -> list[StateEntry]:
+    """The same, but of what is trained in bf16 the fp32 weights that the optimizer steps: all that was learned."""
+    return [_of_master(e) if len(e.needs) == 1 and has_master(e.needs[0]) else e for e in entries]
+
+
+def _of_master(entry: StateEntry) -> StateEntry:
+    [parameter] = entry.needs
+    return replace(entry, dtype=torch.float32, needs=(), value=partial(master_of, parameter), together=True)
 
 
 def layer_groups(names: Sequence[str]) -> list[list[str]]:
@@ -142,8 +155,9 @@ class ModelState:
         for names, group in zip(self._names, self._groups, strict=True):
             needs = [tensor for entry in group for tensor in entry.needs]
             with torch.no_grad(), full_weights(needs, write=False):
+                values = {entry.name: entry.value() for entry in group if keep or entry.together}
                 if keep:
-                    state = self._convert({entry.name: entry.value() for entry in group})
+                    state = self._convert(values)
                     kept |= {name: state[name].to("cpu", copy=True).contiguous() for name in names}
         return kept
 

@@ -28,10 +28,10 @@ from rlaif_ray.learner.checkpoints import RankCheckpoint
 from rlaif_ray.learner.engine import RankSpec, save_model_folder, try_saving
 from rlaif_ray.learner.finite import Tally, require_finite_model, require_finite_weights
 from rlaif_ray.learner.head import settle_head
-from rlaif_ray.learner.model_state import ModelState
+from rlaif_ray.learner.model_state import ModelState, master_entries, model_entries
 from rlaif_ray.learner.modes import training_mode
 from rlaif_ray.learner.modules import CausalPolicy, Critic
-from rlaif_ray.learner.nodes import hpz_notes
+from rlaif_ray.learner.nodes import group_notes
 from rlaif_ray.learner.packing import ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import Text, settle_attention, settle_split
 from rlaif_ray.learner.sequence_parallel import sequence_group
@@ -62,7 +62,7 @@ class RlRank:
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
         self._spec, self._job, self._precision = spec, job, precision
         self._importance = job.algorithm.importance_in(precision)
-        self._sequence = sequence_group(job.learner.sequence_parallel)
+        self._sequence = sequence_group(job.learner.sequence_parallel, start_timeout_s)
         torch.manual_seed(job.seed)
         random.seed(job.seed)
         register_packed_attention()
@@ -98,8 +98,8 @@ class RlRank:
         attention = settle_split(self._sequence, attention, plan, self._model, self._probed, **how)
         self._packed = attention == PACKED
         where: dict[str, Any] = {"device": self.device, "precision": precision, "sharded": job.learner.zero_stage == 3}
-        settle_head(policy_module, self._policy, name=policy.model, packed=self._packed, **where)
-        self.notes = [*([note] if note else []), *hpz_notes(job.learner)]  # to be told once
+        self.notes = [*([note] if note else []), *group_notes(job.learner)]  # to be told once
+        self.notes += settle_head(policy_module, self._policy, name=policy.model, packed=self._packed, **where)
         self._critic, self._reference = None, None
         if needs_critic(job.algorithm):
             body = load(load_backbone, attention)
@@ -265,7 +265,10 @@ class RlRank:
     def save_policy(self, folder: str) -> list[str]:
         """Rank 0 writes a Hugging Face folder; under ZeRO-3 all ranks help gather. Returns what the user should know
         of it."""
-        state = self.weights.full_state(keep=self._spec.rank == 0)
+        weights = self.weights
+        if self._types.wider_than_bf16:
+            weights = ModelState(self._model, master_entries(model_entries(self._model)))
+        state = weights.full_state(keep=self._spec.rank == 0)
         if self._spec.rank != 0:
             return []
         return save_model_folder(self._model, self._tokenizer, state, Path(folder), self._types)

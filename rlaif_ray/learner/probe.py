@@ -174,7 +174,7 @@ def _probe(
             if sharded:  # weights gathered for the pass that broke off are still whole
                 raise InputError(
                     f"model {name} can't be packed under ZeRO-3 ({type(error).__name__} in a forward pass: {error}). "
-                    f"Use policy.attention={plan.kernel}."
+                    f"Use policy.attention={plan.kernel}, with learner.sequence_parallel=1 where ranks share sequences."
                 ) from error
             return f"a packed forward pass ends in {type(error).__name__}: {error}"
     problem = observed.problem()

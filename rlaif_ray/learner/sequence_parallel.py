@@ -22,6 +22,7 @@ Letters: n ranks of a group, S rows, L tokens of a whole row, m of a rank's, M t
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -91,15 +92,20 @@ class SequenceGroup:
 ALONE = SequenceGroup(1, 0)
 
 
-def sequence_group(size: int) -> SequenceGroup:
-    """This rank's group, of ranks with neighbouring numbers. A collective of all ranks, even for size 1."""
+def sequence_group(size: int, timeout_s: float | None = None) -> SequenceGroup:
+    """This rank's group, of ranks with neighbouring numbers. A collective of all ranks, even for size 1.
+
+    `timeout_s` is the longest wait in one of the group's collectives: torch would take its own default, not that of the
+    ranks' main group.
+    """
     if size == 1:
         return ALONE
     own, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    timeout = None if timeout_s is None else datetime.timedelta(seconds=timeout_s)
     found = None
     for start in range(0, world, size):  # every rank takes part in the making of every group
         ranks = list(range(start, start + size))
-        made = torch.distributed.new_group(ranks)
+        made = torch.distributed.new_group(ranks, timeout=timeout)
         found = made if own in ranks else found
     return SequenceGroup(size, own % size, found)
 

@@ -29,7 +29,7 @@ from rlaif_ray.learner.finite import Tally, require_finite_model
 from rlaif_ray.learner.lora import add_adapters, merged_entries, merged_state, try_merge
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.learner.modes import training_mode
-from rlaif_ray.learner.nodes import hpz_notes
+from rlaif_ray.learner.nodes import group_notes
 from rlaif_ray.learner.packing import Arguments, ModelInput, build_input, register_packed_attention
 from rlaif_ray.learner.probe import settle_attention, settle_split
 from rlaif_ray.learner.sequence_parallel import sequence_group
@@ -64,7 +64,7 @@ class SupervisedRank(ABC, Generic[Example]):
         """
         self.device = deepspeed_door.join_ranks(spec, start_timeout_s)
         self._spec, self._precision = spec, precision
-        self._sequence = sequence_group(job.learner.sequence_parallel)
+        self._sequence = sequence_group(job.learner.sequence_parallel, start_timeout_s)
         self._job: Any = job
         torch.manual_seed(job.seed)
         random.seed(job.seed)
@@ -99,8 +99,7 @@ class SupervisedRank(ABC, Generic[Example]):
         shared: dict[str, Any] = {"name": policy.model, "device": self.device, "precision": precision}
         attention = settle_split(self._sequence, attention, plan, self._model, self._probed, **shared)
         self._packed = attention == PACKED
-        self._settle()
-        self.notes = [*([note] if note else []), *hpz_notes(job.learner)]  # to be told once
+        self.notes = [*([note] if note else []), *group_notes(job.learner), *self._settle()]  # to be told once
         if job.training.lora is not None:
             tokens = torch.Generator().manual_seed(job.seed)
             text = torch.randint(self._model.config.get_text_config().vocab_size, (16,), generator=tokens).tolist()
@@ -125,9 +124,10 @@ class SupervisedRank(ABC, Generic[Example]):
     def _module(self, model: Any) -> torch.nn.Module:
         """What DeepSpeed runs: the model with its own forward pass."""
 
-    def _settle(self) -> None:
-        """Finds out, once the layout of samples is known, what else of the computation depends on the model."""
-        return
+    def _settle(self) -> list[str]:
+        """Finds out, once the layout of samples is known, what else of the computation depends on the model; returns
+        what the user should know of it."""
+        return []
 
     @abstractmethod
     def _losses(self, examples: Sequence[Example]) -> tuple[Tensor, Sums]:
@@ -183,7 +183,7 @@ class SupervisedRank(ABC, Generic[Example]):
 
     def _save_folder(self, folder: str) -> list[str]:
         """Rank 0 writes a Hugging Face folder; all ranks help gather. Returns what the user should know of it."""
-        state = merged_state(self._model, keep=self._spec.rank == 0)
+        state = merged_state(self._model, keep=self._spec.rank == 0, masters=self._types.wider_than_bf16)
         if self._spec.rank != 0:
             return []
         return save_model_folder(self._model, self._tokenizer, state, Path(folder), self._types, self._prepare)

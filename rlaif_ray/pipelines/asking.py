@@ -13,6 +13,7 @@ from rlaif_ray.data.identity import model_content
 from rlaif_ray.feedback.local import LocalAsker
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.feedback.remote import OpenAIAsker
+from rlaif_ray.pipelines.begun import in_precision_of, keep_precision
 from rlaif_ray.pipelines.streaming import CHUNK
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.tracking.progress import ItemProgress
@@ -26,6 +27,7 @@ def open_asker(
     job: LabelJob, chat: Any, context: int, state: Path, progress: ItemProgress
 ) -> Iterator[tuple[RememberingAsker, int]]:
     """The judge's model at work, which remembers its answers in `state`; and how many chunks keep it busy."""
+    job = in_precision_of(job, state)
     judge = job.judge
     assert not isinstance(judge, LongerJudge), "it has no model"
     with ExitStack() as stack:
@@ -39,6 +41,7 @@ def open_asker(
         else:
             progress.note(f"starting engines for {judge.model}")
             cluster = stack.enter_context(open_cluster(job))
+            keep_precision(state, cluster.precisions())
             engines = cluster.start_judges(judge, context=context)
             cluster.wait()
             asker = LocalAsker(

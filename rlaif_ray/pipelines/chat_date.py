@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rlaif_ray.documents import at, parse_json
-from rlaif_ray.errors import CheckpointError, DocumentError, InputError
-from rlaif_ray.pipelines.checkpoint import STATE
+from rlaif_ray.documents import at
+from rlaif_ray.errors import InputError
+from rlaif_ray.pipelines.begun import kept_before
 from rlaif_ray.pipelines.run_folder import state_of
-from rlaif_ray.pipelines.settings import KEPT
-from rlaif_ray.storage import Place, open_folder
 from rlaif_ray.tracking.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -57,35 +52,9 @@ def pipeline_date(folder: Path, today: str | None = None) -> str:
 
 def _begun(loaded: Loaded) -> str | None:
     """The date of the run that this one goes on from; None where it begins."""
-    for kept in _kept_settings(loaded):
+    for kept, _ in kept_before(loaded, state_of(loaded)):
         settings = at(kept, "config", expected=dict) or {}
         if "chat_date" in settings:  # else whoever goes on from it says what is wrong
             found = at(settings, "chat_date", expected=str) or ""
             return found if _DATE.fullmatch(found) else None
     return None
-
-
-def _kept_settings(loaded: Loaded) -> Iterator[Any]:
-    """Settings of what this run may go on from, the newest first."""
-    checkpoint = getattr(loaded.config, "checkpoint", None)
-    if checkpoint is None:
-        yield _document((Place.of(state_of(loaded)) / KEPT).read)
-    elif checkpoint.resume != "never":
-        place = Place.of(checkpoint.path or loaded.run_dir / "checkpoints")
-        steps: list[int] = []
-        with suppress(CheckpointError):  # whoever resumes from it says what is wrong
-            steps = [int(name.removeprefix("step-")) for name in place.names() if re.fullmatch(r"step-\d+", name)]
-        for step in sorted(steps, reverse=True):
-            state = _document(partial(_state, place / f"step-{step}"))
-            yield state.get("settings") if isinstance(state, dict) else None
-
-
-def _state(checkpoint: Place) -> bytes:
-    return open_folder(checkpoint, verify=False)[0].read(STATE)
-
-
-def _document(read: Callable[[], bytes | str]) -> Any:
-    try:
-        return parse_json(read(), lenient=True)
-    except (CheckpointError, DocumentError):
-        return None

@@ -17,6 +17,7 @@ from rlaif_ray.config.jobs import SupervisedJob, TrainJob
 from rlaif_ray.config.resolved import versions
 from rlaif_ray.documents import parse_json
 from rlaif_ray.errors import CheckpointError, CheckpointTakenError, DocumentError, InputError
+from rlaif_ray.pipelines.begun import PRECISION, STATE
 from rlaif_ray.pipelines.checkpoint_owner import Ownership
 from rlaif_ray.pipelines.inputs import contents
 from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from rlaif_ray.data.identity import Content
     from rlaif_ray.interfaces import WrittenFiles
 
-STATE = "state.json"
 PROBE = ".partial-probe"
 # Names of what is being written or removed: storage.draft and Place.remove make them.
 UNFINISHED = re.compile(rf"(\.partial-)+(probe|step-\d+-({TOKEN.pattern}|removed))(-removed)*")
@@ -94,6 +94,7 @@ def read_state(
             now,
             holds=f"{where} has a checkpoint of another run",
             anew="another run_dir, or checkpoint.resume=never",
+            folder=saved.folder,
         )
     except InputError:
         raise
@@ -197,6 +198,10 @@ class Checkpoints:
         self._writing: _Writing | None = None
         self._held: list[str] = []  # notes that nobody listened to
         self._note: Callable[[str], None] = self._held.append
+
+    def computed_in(self, precisions: Mapping[str, str]) -> None:
+        """What each `precision` of the job comes to here, by dotted key: it stands in every checkpoint from now on."""
+        self._settings[PRECISION] = dict(precisions)
 
     def tell(self, note: Callable[[str], None]) -> None:
         """`note` is told of what was found wrong so far, and from now on."""

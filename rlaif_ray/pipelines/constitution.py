@@ -21,12 +21,13 @@ from rlaif_ray.feedback.principles import Constitution, eligible, load_constitut
 from rlaif_ray.feedback.remembered import Memory, RememberingAsker
 from rlaif_ray.feedback.revision import Example, Revised, Reviser, Step, load_examples
 from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.pipelines.begun import in_begun_precision, keep_precision
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import JUDGE_CONTEXT, load_chat, read_prompts, readable_context
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
 from rlaif_ray.pipelines.rows import RevisedRow
-from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.run_folder import open_output, output_of, state_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks, in_order
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -56,7 +57,7 @@ class Inputs:
 def revise(loaded: Loaded) -> dict[str, Any]:
     """Revises what is not revised yet, and writes the records."""
     loaded = with_chat_date(loaded)
-    job, run_dir = loaded.config, loaded.run_dir
+    job, run_dir = in_begun_precision(loaded, state_of(loaded)), loaded.run_dir
     looked = look_at(job)
     inputs = read_inputs(job)
     output = output_of(loaded, "revisions.jsonl")
@@ -68,6 +69,7 @@ def revise(loaded: Loaded) -> dict[str, Any]:
         progress = stack.enter_context(ItemProgress("revisions", len(inputs.prompts) + len(inputs.helpful), "prompts"))
         progress.note(f"starting engines for {job.policy.model}")
         cluster = stack.enter_context(open_cluster(job))
+        keep_precision(state, cluster.precisions())
         engines = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context, receives_weights=False)
         cluster.wait()
         # After the model was trained anew in place its answers are other ones, and in another precision.

@@ -15,12 +15,13 @@ from rlaif_ray.data.preferences import PreferenceRecord
 from rlaif_ray.data.record_files import RecordWriter
 from rlaif_ray.feedback.failures import counts, may_pass
 from rlaif_ray.interfaces import GenerationSettings
+from rlaif_ray.pipelines.begun import in_begun_precision, keep_precision
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
 from rlaif_ray.pipelines.rows import AnsweredRow
-from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.run_folder import open_output, output_of, state_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -64,7 +65,7 @@ class Made:
 def make_pairs(loaded: Loaded) -> dict[str, Any]:
     """Samples, pairs and writes them; goes on where an earlier run in the same folder was ended."""
     loaded = with_chat_date(loaded)
-    job, run_dir = loaded.config, loaded.run_dir
+    job, run_dir = in_begun_precision(loaded, state_of(loaded)), loaded.run_dir
     looked = look_at(job)
     sources = read_sources(job)
     output = output_of(loaded, "pairs.jsonl")
@@ -74,6 +75,7 @@ def make_pairs(loaded: Loaded) -> dict[str, Any]:
         missing = [(s, k) for s, k in zip(sources, done, strict=True) if k < len(s.prompts) or _to_repeat(state, s)]
         if missing:
             cluster = stack.enter_context(open_cluster(job))
+            keep_precision(state, cluster.precisions())
             for source, k in missing:
                 _sample(job, source, k, cluster, _responses_file(state, source), stopping)
     if stopping():

@@ -296,6 +296,7 @@ def _as_values(one: Planned) -> dict[str, Any]:
             "seconds": one.checkpoint.seconds,
             "grace_s": one.checkpoint.grace_s,
             "needed_grace_s": one.checkpoint.needed_grace_s,
+            "cluster_grace_s": one.checkpoint.cluster_grace_s,
         },
     }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.data.prompt_source import PromptSource
 from rlaif_ray.errors import FeedbackError, Preempted, ReplicasLostError
 from rlaif_ray.interfaces import GenerationSettings, score_answered
+from rlaif_ray.pipelines.begun import in_begun_precision
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, new_changes, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import check_attention, engine_context, policy_room, read_prompts
@@ -33,7 +34,7 @@ from rlaif_ray.pipelines.finite import check_updates
 from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.held_out import HeldOut, HeldOutInputs, must_be_same_prompts, read_held_out
 from rlaif_ray.pipelines.restarts import with_restarts
-from rlaif_ray.pipelines.run_folder import make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.run_folder import make_folder, state_of, stop_when_asked, write_resolved
 from rlaif_ray.pipelines.settings import history
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -60,7 +61,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     A learner that is lost starts again from the newest checkpoint; engines that are lost are replaced meanwhile.
     """
     loaded = with_chat_date(loaded)
-    job, run_dir = loaded.config, loaded.run_dir
+    job, run_dir = in_begun_precision(loaded, state_of(loaded)), loaded.run_dir
     inputs = read_inputs(job)
     make_folder(run_dir)  # its own before a checkpoint is looked for
     checkpoints = open_checkpoints(job, run_dir)
@@ -74,6 +75,7 @@ def train_rl(loaded: Loaded) -> dict[str, Any]:
     ):
         write_resolved(loaded, history(start.state.changes))
         checkpoints.tell(track.note)
+        checkpoints.computed_in(cluster.precisions())
         for change in new_changes(start.checkpoint, start.state):
             track.note(f"changed {change}")
         if start.checkpoint is None:

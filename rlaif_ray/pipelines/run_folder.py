@@ -21,7 +21,8 @@ from rlaif_ray.documents import at
 from rlaif_ray.errors import InputError
 from rlaif_ray.output import say
 from rlaif_ray.paths import expand_home
-from rlaif_ray.pipelines.settings import KEPT, changed_settings, history, kept_settings, noted
+from rlaif_ray.pipelines.begun import KEPT, PRECISION
+from rlaif_ray.pipelines.settings import changed_settings, history, kept_settings, noted
 from rlaif_ray.tracking.files import read_json, write_json
 from rlaif_ray.writing import open_lock, replace_bytes
 
@@ -173,7 +174,8 @@ def go_on(loaded: Loaded, state: Path, inputs: Inputs, output: Path | None = Non
             ) from error
         changes = [*changes, *noted(found, None)]
     now = kept_settings(loaded.config, inputs.contents)
-    write_json(path, {**now, "changes": changes})
+    known = {PRECISION: kept[PRECISION]} if PRECISION in kept else {}
+    write_json(path, {**now, **known, "changes": changes})
     write_resolved(loaded, history(changes))
     for line in history(changes[before:]):
         say(f"changed {line}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_ray.errors import FeedbackError
 from rlaif_ray.feedback.failures import counts, kind_of, may_pass
 from rlaif_ray.interfaces import GenerationSettings, score_answered
+from rlaif_ray.pipelines.begun import in_begun_precision, keep_precision
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.contexts import policy_prompts
 from rlaif_ray.pipelines.feedback import (
@@ -27,7 +28,7 @@ from rlaif_ray.pipelines.feedback import (
 from rlaif_ray.pipelines.inputs import look_at
 from rlaif_ray.pipelines.partial import must_agree, not_final, reasons_told, require, rows_again, rows_kept
 from rlaif_ray.pipelines.rows import SampledRow
-from rlaif_ray.pipelines.run_folder import open_output, output_of, stop_when_asked
+from rlaif_ray.pipelines.run_folder import open_output, output_of, state_of, stop_when_asked
 from rlaif_ray.pipelines.streaming import CHUNK, chunks
 from rlaif_ray.runtime.cluster import open_cluster
 from rlaif_ray.runtime.placement import placement_table
@@ -54,7 +55,7 @@ class Inputs:
 def sample_responses(loaded: Loaded) -> dict[str, Any]:
     """Samples, scores and writes what is not there yet; goes on where an earlier run in the folder was ended."""
     loaded = with_chat_date(loaded)
-    job, run_dir = loaded.config, loaded.run_dir
+    job, run_dir = in_begun_precision(loaded, state_of(loaded)), loaded.run_dir
     looked = look_at(job)
     inputs = read_inputs(job)
     output = output_of(loaded, "responses.jsonl")
@@ -111,6 +112,7 @@ def _sample(job: SampleJob, inputs: Inputs, done: int, path: Path, stopping: Any
         seed=job.seed,
     )
     with open_cluster(job) as cluster, ItemProgress("responses", len(inputs.prompts), "prompts") as progress:
+        keep_precision(path.parent, cluster.precisions())
         progress.note(f"starting engines for {job.policy.model}")
         engines = cluster.start_rollouts(job.policy, job.rollout, context=inputs.context, receives_weights=False)
         scorer = start_feedback(inputs.feedback, cluster) if inputs.feedback is not None else None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from rlaif_ray.config.roles import Change, changes, shown
+from rlaif_ray.config.roles import Change, changes, shown, with_values
 from rlaif_ray.data.identity import Content
 from rlaif_ray.errors import InputError
+from rlaif_ray.pipelines.begun import in_kept_precision
 from rlaif_ray.pipelines.inputs import contents
 
-KEPT = "settings.json"  # where jobs without checkpoints keep them
+if TYPE_CHECKING:
+    from rlaif_ray.config.algorithms import AlgorithmBase
+    from rlaif_ray.storage import StoredFolder
 
 
 def kept_settings(job: BaseModel, holds: Mapping[str, Content] | None = None) -> dict[str, Any]:
@@ -30,15 +33,22 @@ def kept_settings(job: BaseModel, holds: Mapping[str, Content] | None = None) ->
 
 
 def changed_settings(
-    kept: Mapping[str, Any], job: BaseModel, now: Mapping[str, Content] | None = None, *, holds: str, anew: str
+    kept: Mapping[str, Any],
+    job: BaseModel,
+    now: Mapping[str, Content] | None = None,
+    *,
+    holds: str,
+    anew: str,
+    folder: StoredFolder | None = None,
 ) -> list[Change]:
-    """What has changed since `kept_settings`, and may.
+    """What has changed since `kept_settings`, and may. Precisions are compared by what they came to.
 
     Args:
         kept: as `kept_settings` gave it.
         now: what the job reads holds, where it has been looked at already.
         holds: what there is to go on from, for the message: "runs/x/checkpoints has a checkpoint of another run".
         anew: how to start anew.
+        folder: the checkpoint that `kept` is of.
 
     Raises:
         InputError: something has changed that must not; tells all of it.
@@ -47,7 +57,8 @@ def changed_settings(
     try:
         if kept["job"] != type(job).__name__:
             raise KeyError(f"they are of {kept['job']}")
-        then = type(job).model_validate(kept["config"])
+        then = in_kept_precision(type(job).model_validate(kept["config"]), kept, folder)
+        job = in_kept_precision(job, kept, folder)
         before = {key: one for key, value in kept["contents"].items() if (one := Content.of_json(value)) is not None}
         now = contents(job) if now is None else now
         # Of the same content, whatever is known of it besides, both get the same.
@@ -56,7 +67,7 @@ def changed_settings(
             {key: f"{one.known_by} {one.commit or ''}".strip() for key, one in all_.items()} | same
             for all_ in (before, now)
         )
-        found = [one for one in changes(then, job, *digests) if not _is_same_commit(one, same)]
+        found = [one for one in changes(*_in_force(then, job), *digests) if not _is_same_commit(one, same)]
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise ValueError(f"its settings can't be read: {str(error).splitlines()[0]}") from error
     fixed = [change for change in found if not change.role.resume]
@@ -66,6 +77,21 @@ def changed_settings(
             f"{holds}: {told}. Results of both would be mixed. To go on, use the old "
             f"{'values' if len(fixed) > 1 else 'value'}; to start anew, use {anew}."
         )
+    return found
+
+
+def _in_force(*jobs: Any) -> list[Any]:
+    """The jobs with the importance weights that are in force in their precision, where that is known and the same: in
+    fp32 there are none, whatever the config sets for bf16."""
+    precisions = {job.policy.precision if hasattr(job, "algorithm") else "auto" for job in jobs}
+    if len(precisions) > 1 or "auto" in precisions:
+        return list(jobs)
+    found = []
+    for job in jobs:
+        algorithm: AlgorithmBase = job.algorithm
+        weights = algorithm.importance_in(job.policy.precision)
+        in_force = None if weights is None else weights.model_copy(update={"when": "always"})
+        found.append(with_values(job, {("algorithm", "importance"): in_force}))
     return found
 
 

@@ -20,13 +20,14 @@ from rlaif_ray.errors import InputError
 from rlaif_ray.learner.finetune import SftExample
 from rlaif_ray.learner.lora import plan_adapters
 from rlaif_ray.models import empty_model
+from rlaif_ray.pipelines.begun import in_begun_precision
 from rlaif_ray.pipelines.chat_date import with_chat_date
 from rlaif_ray.pipelines.checkpoint import RunState, due, new_changes, open_checkpoints, read_state
 from rlaif_ray.pipelines.contexts import check_attention, load_chat, readable_context
 from rlaif_ray.pipelines.finite import check_updates, require_numbers
 from rlaif_ray.pipelines.guard import Guard
 from rlaif_ray.pipelines.restarts import with_restarts
-from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, stop_when_asked, write_resolved
+from rlaif_ray.pipelines.run_folder import fingerprint, make_folder, state_of, stop_when_asked, write_resolved
 from rlaif_ray.pipelines.settings import history
 from rlaif_ray.pipelines.streaming import chunks
 from rlaif_ray.runtime.cluster import Cluster, open_cluster
@@ -172,7 +173,7 @@ def run_supervised(
         note: what is told first.
         start: the method of Cluster that starts the learner, given the run's steps.
     """
-    job, run_dir = loaded.config, loaded.run_dir
+    job, run_dir = in_begun_precision(loaded, state_of(loaded)), loaded.run_dir
     trained = trained_part(job)
     steps = total_steps(job.training, examples)
     room = readable_context(job.policy, job.training.max_tokens, f"{job.section}.max_tokens")
@@ -191,6 +192,7 @@ def run_supervised(
     ):
         write_resolved(loaded, history(state.changes))
         checkpoints.tell(track.note)
+        checkpoints.computed_in(cluster.precisions())
         for change in new_changes(resumed, state):
             track.note(f"changed {change}")
         if resumed is None:

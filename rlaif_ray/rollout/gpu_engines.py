@@ -2,13 +2,14 @@
 
 vLLM's own engines say nothing of what came. What a worker holds afterwards can't be compared: with tensor parallelism
 it is a part of each tensor, and some layers keep their weights in another form. But every worker receives every tensor
-whole, and gives it to the model's `load_weights`: that is where the sum is taken, alike in vLLM 0.26 to 0.33.
+whole, and gives it to the model's `load_weights`: that is where the sum is taken, alike in vLLM 0.28 to 0.33.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from rlaif_ray.rollout.checksum import Checksum
+from rlaif_ray.rollout.ipc import arguments_of
 from rlaif_ray.rollout.loaded import not_loaded, own_what_waits
 
 
@@ -80,7 +82,8 @@ class IpcEngine(_Verified, IPCWeightTransferEngine):
     """Reads the learner's memory on the same GPU, which is the learner's again once an update has returned."""
 
     def receive_weights(self, update_info: Any) -> None:
-        super().receive_weights(update_info)
+        told = [{uuid: arguments_of(one) for uuid, one in handles.items()} for handles in update_info.ipc_handles]
+        super().receive_weights(replace(update_info, ipc_handles=told))
         own_what_waits(self.model, self._received.storages)
 
 

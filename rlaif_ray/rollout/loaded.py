@@ -1,7 +1,7 @@
 """What an update under way has not reached, and what of it waits, by the account that vLLM's layerwise reload keeps.
 
 vLLM itself puts the old weights back where none came, and only logs it ("Failed to load weights"). To be read before an
-update is finished: finishing it clears the account. Uses what vLLM 0.26 to 0.33 share.
+update is finished: finishing it clears the account. Uses what vLLM 0.28 to 0.33 share.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vllm.model_executor.model_loader.reload import layerwise, meta
 
 # Stay on their device during an update, so that a loader may write them past the account.
-_UNCOUNTED: Collection[str] = getattr(meta, "SKIP_TENSORS", {"bias", "e_score_correction_bias"})
+_UNCOUNTED: Collection[str] = meta.SKIP_TENSORS
 
 
 def not_loaded(model: nn.Module, besides: Collection[str] = ()) -> list[str]:
@@ -55,12 +55,9 @@ def own_what_waits(model: nn.Module, storages: Collection[int]) -> None:
 
 def _waits_for_the_end(module: nn.Module) -> bool:
     """Whether vLLM completes it as an attention layer: its parameters are scales, which a learner has none of."""
-    known: Any = getattr(layerwise, "is_deferred_attention_layer", None)  # newer versions
+    known: Any = getattr(layerwise, "is_deferred_attention_layer", None)
     if known is not None:
         return bool(known(module))
-    older: Any = getattr(layerwise, "_DEFERRED_ATTENTION_TYPES", None)
-    if older is None:
-        from vllm.model_executor.layers.attention import Attention, MLAAttention
+    from vllm.model_executor.layers.attention import Attention, MLAAttention  # 0.26, of the GPU kit (tests/gpu)
 
-        older = (Attention, MLAAttention)
-    return isinstance(module, older)
+    return isinstance(module, (Attention, MLAAttention))

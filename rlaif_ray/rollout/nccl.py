@@ -5,15 +5,20 @@ first: the learner keeps it closed until everybody has come, and whoever stands 
 member that waits for a dead one can only be ended: nothing interrupts NCCL's rendezvous, nor a kernel that waits for
 its peers in another process's worker. On the learner's own side a thread waits in NCCL, and the rank goes on without
 it.
+
+So an engine that dies behind the gate takes the other engines of the group along: the driver ends them after
+`weight_sync.GIVE_UP_S` and starts others. A broadcast that fails, at any member, ends the group in the same way; the
+learner loses nothing by it.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlaif_ray.errors import EngineError, RunError
 
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.02  # between looks at who has come, and at whether to give up
 ABORT_S = 10.0  # for NCCL to leave a kernel after its communicator was aborted
+ENTER_S = 5.0  # for a call into NCCL to return, before its communicator is aborted under it
+MOST_STUCK = 16  # threads of this process that stand in rendezvous that were given up
 GATE_S = 3600.0  # longest wait before the gate; the driver gives up long before
 CONNECT_S = 5.0  # for the gate to answer: it stands before anybody is sent there
 DISABLED = (
@@ -31,6 +38,24 @@ DISABLED = (
 )
 _ARRIVED, _OPEN = "arrived", "open"
 _BROKEN_OFF = "the learner gave it up"
+
+
+class HeldPort:
+    """A free port of an address, kept until somebody listens on it.
+
+    It is bound and doesn't listen. The kernel gives it to nobody who asks for any free port, while a listener that sets
+    SO_REUSEADDR, as vLLM's does, can take it.
+    """
+
+    def __init__(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind((address, 0))
+        self.port = int(self._socket.getsockname()[1])
+
+    def release(self) -> None:
+        self._socket.close()
 
 
 class GivenUpError(EngineError):
@@ -100,13 +125,17 @@ class NcclSender:
     """
 
     keeps = True  # the tensors, until `wait` returns
+    stuck: ClassVar[list[threading.Thread]] = []  # in rendezvous that were given up, of all senders of this process
 
-    def __init__(self, gate: Gate, connect: Callable[[int], Any]) -> None:
-        """`connect` makes the communicator of a group of so many."""
-        self._gate, self._connect = gate, connect
+    def __init__(self, gate: Gate, connect: Callable[[int], Any], held: HeldPort | None = None) -> None:
+        """`connect` makes the communicator of a group of so many, which meets at the port that is `held`."""
+        self._gate, self._connect, self._held = gate, connect, held
         self._device = _device()
         self._group: Any = None
         self._broken_off = gate.given_up
+        self.failure: str | None = None  # why a broadcast failed, in NCCL's words
+        # Held for one call into the communicator: it isn't freed while another thread enters it.
+        self._in_group = threading.Lock()
         self._sending: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._stream: Any = None
@@ -115,9 +144,10 @@ class NcclSender:
         """Meets so many engines, whose workers and this rank are `world_size`; why it didn't come about, else None.
 
         Raises:
-            RunError: NCCL can't be used.
+            RunError: NCCL can't be used, or too many rendezvous of this process never ended.
         """
         try:
+            _must_not_be_many(self.stuck)
             if not self._gate.open_for(engines):
                 return _BROKEN_OFF
             meeting = threading.Thread(target=self._meet, args=(world_size,), daemon=True)
@@ -125,7 +155,8 @@ class NcclSender:
             while meeting.is_alive():
                 meeting.join(LOOK_S)
                 if self._broken_off.is_set():
-                    return _BROKEN_OFF  # the thread stays: nothing ends it while a member is missing
+                    self.stuck.append(meeting)  # nothing ends the thread while a member is missing
+                    return _BROKEN_OFF
             if self._failure is not None:  # such as a port that another program took meanwhile
                 return f"the learner's end failed ({type(self._failure).__name__}: {self._failure})"
             if is_disabled(self._group):
@@ -133,6 +164,11 @@ class NcclSender:
             return None
         finally:
             self._gate.close()
+            self._release()
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.release()
 
     def _meet(self, world_size: int) -> None:
         try:
@@ -141,10 +177,12 @@ class NcclSender:
         except BaseException as error:
             self._failure = error
             return
-        if self._broken_off.is_set():
+        with self._in_group:
+            if not self._broken_off.is_set():
+                self._group = group
+                return
+        with suppress(Exception):  # such as NCCL's own error for a group that is broken
             group.destroy()
-        else:
-            self._group = group
 
     def start(self, number: int, tensors: Sequence[Tensor]) -> None:
         """Begins to send a bucket; the one before must have been waited for. Nothing is sent once it was broken off."""
@@ -169,7 +207,10 @@ class NcclSender:
             with _on(self._device), self._after(gathered):
                 whole = [tensor.detach().contiguous() for tensor in tensors]
                 for tensor in whole:
-                    self._group.broadcast(tensor, src=0, stream=self._stream)
+                    with self._in_group:
+                        if self._broken_off.is_set():
+                            return
+                        self._group.broadcast(tensor, src=0, stream=self._stream)
                 if self._stream is not None:
                     self._stream.synchronize()
         except BaseException as error:  # of a group that was aborted, or NCCL's own
@@ -187,8 +228,8 @@ class NcclSender:
     def wait(self) -> None:
         """Until the bucket that was begun last is sent, or it was broken off.
 
-        Raises:
-            Exception: what NCCL said, unless it was broken off.
+        A broadcast that fails breaks it off: NCCL tells rank 0 of a member that is gone before anybody else knows, and
+        this rank's peers stand in the next gather. The reason is then in `failure`.
         """
         thread, self._sending = self._sending, None
         while thread is not None and thread.is_alive():
@@ -196,8 +237,10 @@ class NcclSender:
             if self._broken_off.is_set():
                 thread.join(ABORT_S)
                 break  # a thread that NCCL doesn't leave stays behind: the rank goes on
-        if not self._broken_off.is_set():
-            self._raise_failure()
+        failure, self._failure = self._failure, None
+        if failure is not None and not self._broken_off.is_set():
+            self.failure = f"{type(failure).__name__}: {failure}"
+            self.break_off()
 
     def finish(self) -> None:
         self.wait()
@@ -207,13 +250,23 @@ class NcclSender:
         self.break_off()
 
     def break_off(self) -> None:
-        """From another thread: a member is lost. The others in the group would wait for it in NCCL for ever, this rank
-        too: aborting its communicator lets it out. The group is of no more use."""
+        """From any thread: a member is lost. The others in the group would wait for it in NCCL for ever, this rank
+        too: aborting its communicator lets it out. The group is of no more use.
+
+        A call that is entering the communicator returns first. One that has not within `ENTER_S` waits in NCCL for the
+        lost member, and only the abort lets it out.
+        """
         self._broken_off.set()
-        self._destroy()
+        entered = self._in_group.acquire(timeout=ENTER_S)
+        try:
+            self._destroy()
+        finally:
+            if entered:
+                self._in_group.release()
 
     def close(self) -> None:
         self.break_off()
+        self._release()
 
     def _destroy(self) -> None:
         group, self._group = self._group, None
@@ -221,10 +274,14 @@ class NcclSender:
             with suppress(Exception):  # such as NCCL's own error for a group that is broken: it is gone all the same
                 group.destroy()
 
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+
+def _must_not_be_many(stuck: list[threading.Thread]) -> None:
+    stuck[:] = [thread for thread in stuck if thread.is_alive()]
+    if len(stuck) >= MOST_STUCK:
+        raise RunError(
+            f"{len(stuck)} NCCL groups of the learner were given up in their rendezvous, and NCCL has not ended any of "
+            f"them: each keeps a thread and its memory. Look at the engines' logs in Ray's session folder, then resume."
+        )
 
 
 def _device() -> int | None:

@@ -11,7 +11,7 @@ import torch
 
 from rlaif_ray.rollout.board import Board, Source
 from rlaif_ray.rollout.buckets import Bucket
-from rlaif_ray.rollout.checksum import MODULUS, checksum
+from rlaif_ray.rollout.checksum import Checksum
 from rlaif_ray.rollout.weight_transfer import Slot
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Sender(Protocol):
     """How one rank sends. Calls come in the order start, wait, start, wait ..., finish."""
 
     keeps: bool  # whether it needs a bucket's tensors until `wait` returns
+    failure: str | None  # why it sends no more, where that was its own end's fault
 
     def start(self, number: int, tensors: Sequence[Tensor]) -> None:
         """Begins to send a bucket."""
@@ -45,6 +46,14 @@ class Sender(Protocol):
         """Frees all it holds."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What one rank says of a push."""
+
+    checksum: int  # of what it gathered, modulo 2^63; 0 where it was not to count
+    failure: str | None = None  # why it stopped sending; it gathered to the end all the same
+
+
 @dataclass(slots=True)
 class Staging:
     """A sender that fills slots by turns: while the engines load one bucket, the learner fills the other slot."""
@@ -52,6 +61,7 @@ class Staging:
     slots: Sequence[Slot]
     board: Board | None = None  # of the push under way; None while no engine reads here
     keeps: bool = False
+    failure: str | None = None
 
     def offer(self, size: int, readers: int) -> list[Source]:
         """Prepares a push of buckets of up to `size` bytes: what to tell each of its readers. Without any it stages
@@ -61,7 +71,7 @@ class Staging:
             return []
         slots = tuple(slot.reserve(size) for slot in self.slots)
         self.board = Board(readers)
-        return [Source(self.board.path, reader, slots) for reader in range(readers)]
+        return [Source(self.board.path, self.board.token, reader, slots) for reader in range(readers)]
 
     def start(self, number: int, tensors: Sequence[Tensor]) -> None:
         if self.board is not None:
@@ -82,11 +92,11 @@ class Staging:
             self.board.fail()
             self._end()
 
-    def leave_out(self, reader: int) -> None:
-        """From another thread: that reader is lost."""
+    def leave_out(self, source: Source) -> None:
+        """From another thread: the reader who was told of `source` is lost. Of a push that is over it says nothing."""
         board = self.board
-        if board is not None:
-            board.leave_out(reader)
+        if board is not None and board.token == source.token:
+            board.leave_out(source.reader)
 
     def close(self) -> None:
         self.fail()
@@ -101,13 +111,13 @@ class Staging:
             slot.release()
 
 
-def send_all(weights: Weights, buckets: Sequence[Bucket], sender: Sender | None, *, counted: bool) -> int:
-    """Sends all weights; returns the checksum of what this rank gathered, modulo 2^63, where it is `counted`. All ranks
-    enter together, with or without something to send.
+def send_all(weights: Weights, buckets: Sequence[Bucket], sender: Sender | None, *, counted: bool) -> Sent:
+    """Sends all weights, and sums up what this rank gathered where it is `counted`. All ranks enter together, with or
+    without something to send.
 
-    A sender that is broken off on the way sends no more, and this rank still gathers to the end: its peers do.
+    A sender that fails or is broken off on the way sends no more, and this rank still gathers to the end: its peers do.
     """
-    total = 0
+    total = Checksum()
     # Each bucket's `gathered` leaves out gradients and puts back what it found, but not one inside the other here.
     with torch.no_grad(), ExitStack() as held:
         try:
@@ -115,7 +125,8 @@ def send_all(weights: Weights, buckets: Sequence[Bucket], sender: Sender | None,
                 with ExitStack() as gathering:
                     tensors = gathering.enter_context(weights.gathered(bucket.names))
                     if counted:
-                        total += checksum(bucket.names, tensors)
+                        for name, tensor in zip(bucket.names, tensors, strict=True):
+                            total.add(name, tensor)
                     if sender is None:
                         continue
                     sender.wait()
@@ -129,4 +140,4 @@ def send_all(weights: Weights, buckets: Sequence[Bucket], sender: Sender | None,
             if sender is not None:
                 sender.fail()
             raise
-    return total % MODULUS
+    return Sent(total.value(), None if sender is None else sender.failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,14 +35,14 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):
 
 
 class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """Maps the learner's segment and loads from it in place (reload.py)."""
+    """Maps the learner's segments, one for each of its slots, and loads from them in place (reload.py)."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._mapped: tuple[str, int, torch.Tensor] | None = None  # path, inode, bytes
+        self._mapped: dict[str, tuple[int, torch.Tensor]] = {}  # by path: inode, bytes
         self._checksum = Checksum()
         self._reload: Reload | None = None
 
@@ -73,14 +74,13 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             yield name, segment[offset : offset + count].view(dtype).view(shape)
 
     def _segment(self, path: str) -> torch.Tensor:
-        """The mapped file; mapped anew when the learner replaced it by a larger one."""
-        import os
-
+        """The mapped file. It stays mapped until the learner replaces it by a larger one, under the same path or
+        another."""
         stat = os.stat(path)
-        if self._mapped is None or self._mapped[:2] != (path, stat.st_ino):
-            mapped = torch.from_file(path, shared=True, size=stat.st_size, dtype=torch.uint8)
-            self._mapped = (path, stat.st_ino, mapped)
-        return self._mapped[2]
+        if path not in self._mapped or self._mapped[path][0] != stat.st_ino:
+            self._mapped = {known: kept for known, kept in self._mapped.items() if _inode(known) == kept[0]}
+            self._mapped[path] = stat.st_ino, torch.from_file(path, shared=True, size=stat.st_size, dtype=torch.uint8)
+        return self._mapped[path][1]
 
     @property
     def received_checksum(self) -> int:
@@ -96,4 +96,11 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         reload.finish(self.model_config)
 
     def shutdown(self) -> None:
-        self._mapped = None
+        self._mapped = {}
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None

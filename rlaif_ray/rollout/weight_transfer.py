@@ -1,7 +1,7 @@
 """How weights reach vLLM: where the trainer stages them, and the registration of vLLM's half.
 
 vLLM's worker API is driven by its unpacked wire format (start, update any number of times, finish), the same in
-vLLM 0.26 to 0.33. On GPUs its own `ipc` and `nccl` backends receive, with a checksum (`gpu_engines.py`); on CPUs,
+vLLM 0.28 to 0.33. On GPUs its own `ipc` and `nccl` backends receive, with a checksum (`gpu_engines.py`); on CPUs,
 where it has none, `shm_engine.py`.
 This module imports vLLM only where a transport needs it, so that a learner on CPU never loads it.
 """
@@ -110,8 +110,8 @@ class ShmSlot:
 class IpcSlot:
     """A block of GPU memory, exported once a push to the engines of the same GPU, and reused for every bucket of it.
 
-    It goes back to torch's allocator with the end of the push, since the GPU is shared: engines and the next training
-    step need the room.
+    It goes back to torch's allocator with the end of the push, and from there to the GPU, which is shared
+    (`free_cached` in runtime/actors.py): engines that wake need the room.
     """
 
     def __init__(self) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlaif_ray.learner.supervised import PairExample
     from rlaif_ray.rollout.board import Source
     from rlaif_ray.rollout.buckets import Bucket
+    from rlaif_ray.rollout.sending import Sent
     from rlaif_ray.rollout.vllm_engine import EngineSpec
     from rlaif_ray.storage import Place, StoredFile, StoredFolder
     from rlaif_ray.types import Completion, Experience, Prompt, Score, TokenAnswer, TokenQuery
@@ -160,6 +161,7 @@ class LearnerActor(Actor):
     """One rank of the learner, and the sending end of the weight sync."""
 
     _sender: Any = None  # rollout/sending.py
+    _shares_gpu = False
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port on this node, for the peers of rank 0, whose answer counts."""
@@ -271,10 +273,10 @@ class LearnerActor(Actor):
         from rlaif_ray.rollout import nccl
 
         self.close_senders()
-        gate = nccl.Gate(self.rendezvous()[0])
-        address, port = self.rendezvous()  # while the gate has its port: else this could be the same
-        self._sender = nccl.NcclSender(gate, lambda world_size: nccl.communicator(address, port, world_size))
-        return {"gate": (address, gate.port), "address": address, "port": port}
+        address = self.rendezvous()[0]
+        gate, held = nccl.Gate(address), nccl.HeldPort(address)
+        self._sender = nccl.NcclSender(gate, lambda size: nccl.communicator(address, held.port, size), held)
+        return {"gate": (address, gate.port), "address": address, "port": held.port}
 
     def meet(self, engines: int, world_size: int) -> str | None:
         """Joins that group, with so many engines and their workers; else why it didn't."""
@@ -293,16 +295,19 @@ class LearnerActor(Actor):
         sources: list[Source] = self._sender.offer(size, readers)
         return sources
 
-    def send_all(self, buckets: Sequence[Bucket]) -> int:
-        """Gathers all weights (all ranks) and sends them (those that have anybody to send to); rank 0's is their
-        checksum."""
+    def send_all(self, buckets: Sequence[Bucket]) -> Sent:
+        """Gathers all weights (all ranks) and sends them (those that have anybody to send to); rank 0 sums them up."""
         from rlaif_ray.rollout.sending import send_all
 
-        return send_all(self._learner.weights, buckets, self._sender, counted=self._rank == 0)
+        try:
+            return send_all(self._learner.weights, buckets, self._sender, counted=self._rank == 0)
+        finally:
+            free_cached(self._shares_gpu)  # slots and gathered weights, before the engines wake for the next rollout
 
-    def leave_out(self, reader: int) -> None:
-        """That reader of this push is lost: the rank waits for it no more."""
-        self._sender.leave_out(reader)
+    def leave_out(self, source: Source) -> None:
+        """The reader who was told of `source` is lost: the rank waits for it no more."""
+        if self._sender is not None:
+            self._sender.leave_out(source)
 
     def break_off(self) -> None:
         """A member of the NCCL group is lost: nobody waits in it any more, and it must be made anew."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,18 +13,29 @@ import ray
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from rlaif_ray import precision as number_types
 from rlaif_ray.config.jobs import TrainJob
+from rlaif_ray.config.roles import settings
 from rlaif_ray.config.sections import EngineConfig
 from rlaif_ray.errors import InputError, LearnerLostError
 from rlaif_ray.learner.engine import RankSpec, learner_environment
 from rlaif_ray.output import say
-from rlaif_ray.precision import chosen_precision, fast_in_bf16
 from rlaif_ray.rollout.vllm_engine import EngineSpec, engine_environment
 from rlaif_ray.runtime.actors import EngineActor, LearnerActor, RewardModelActor
 from rlaif_ray.runtime.groups import WRITING, DpoGroup, EngineGroup, LearnerGroup, RewardGroup, ScorerGroup, SftGroup
 from rlaif_ray.runtime.loopback import loopback_environment
 from rlaif_ray.runtime.memory_plan import sections
-from rlaif_ray.runtime.placement import NOTE_S, Slot, actor_slots, displaced, job_needs, reserve, wait_for_place
+from rlaif_ray.runtime.placement import (
+    NOTE_S,
+    Slot,
+    actor_slots,
+    by_node,
+    displaced,
+    job_needs,
+    nodes_of,
+    reserve,
+    wait_for_place,
+)
 from rlaif_ray.runtime.places import require_places
 from rlaif_ray.runtime.replicas import Replicas
 from rlaif_ray.runtime.session import open_session
@@ -42,6 +53,7 @@ if TYPE_CHECKING:
         RewardModelFeedback,
     )
 
+FLAGS_S = 60.0  # for a node to say what its CPUs can do: it may have to start a process
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -109,18 +121,41 @@ def check_sleep(job: Any, device: Literal["cpu", "cuda"]) -> None:
             )
 
 
-def _nodes_fast_in_bf16(timeout_s: float) -> bool:
-    """Whether the CPUs of every node are: all actors of a role compute in one precision, wherever they are placed."""
+def _nodes_fast_in_bf16(nodes: Collection[str], timeout_s: float) -> tuple[bool, str]:
+    """Whether the CPUs of all these nodes are, and what the user should know of that: all actors of a role compute in
+    one precision, wherever they are placed."""
     own = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
-    if not fast_in_bf16() or not others:
-        return fast_in_bf16()
-    ask = ray.remote(num_cpus=0)(fast_in_bf16)
-    asked = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in others]
+    found: list[bool | None] = [number_types.fast_in_bf16()] if own in nodes else []  # None: it did not say
+    if False not in found:
+        asked = [_ask(node) for node in sorted(set(nodes) - {own})]
+        ready = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)[0] if asked else []
+        found += [_said(ref) if ref in ready else None for ref in asked]
+    if found and all(found):
+        return True, (
+            "precision=auto is bf16 here: these CPUs have AMX, which makes it several times faster. Use "
+            "precision=fp32 for the digits of other CPUs."
+        )
+    if True in found and False in found:
+        return False, f"precision=auto is fp32 here: of {len(nodes)} nodes not all have CPUs with AMX."
+    if True in found:
+        return False, (
+            f"precision=auto is fp32 here: {found.count(None)} of {len(nodes)} nodes did not say within {timeout_s:g} "
+            f"s whether they have AMX. Set precision=bf16 if they do."
+        )
+    return False, ""
+
+
+def _ask(node: str) -> Any:
+    """The ref of whether that node's CPU is fast in bf16."""
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0)(number_types.fast_in_bf16).options(scheduling_strategy=place).remote()
+
+
+def _said(ref: Any) -> bool | None:
     try:
-        return all(ray.get([one.remote() for one in asked], timeout=timeout_s))
-    except ray.exceptions.RayError:  # one is gone, or gives no answer
-        return False
+        return bool(ray.get(ref))
+    except ray.exceptions.RayError:  # the node is gone
+        return None
 
 
 class Cluster:
@@ -147,13 +182,16 @@ class Cluster:
     def precision(self, choice: Precision) -> Literal["fp32", "bf16"]:
         """What a section's `precision` comes to on these nodes."""
         if choice == "auto" and self.device == "cpu" and self._fast_in_bf16 is None:
-            self._fast_in_bf16 = _nodes_fast_in_bf16(self._limits.start_s)
-            if self._fast_in_bf16:
-                self._note(
-                    "precision=auto is bf16 here: these CPUs have AMX, which makes it several times faster. Use "
-                    "precision=fp32 for the digits of other CPUs."
-                )
-        return chosen_precision(choice, self.device, fast=self._fast_in_bf16)
+            nodes = set(nodes_of(self._group).values()) if self._group is not None else set()
+            self._fast_in_bf16, told = _nodes_fast_in_bf16(nodes, min(FLAGS_S, self._limits.start_s))
+            if told:
+                self._note(told)
+        return number_types.chosen_precision(choice, self.device, fast=self._fast_in_bf16)
+
+    def precisions(self) -> dict[str, Literal["fp32", "bf16"]]:
+        """What every `precision` of the job comes to on these nodes, by dotted key."""
+        found = [one for one in settings(self._job) if one.left_to_machine]
+        return {".".join(one.key): self.precision(one.value) for one in found}
 
     def start_rollouts(
         self, policy: PolicyConfig, cfg: EngineConfig, *, context: int, receives_weights: bool = True
@@ -259,8 +297,7 @@ class Cluster:
         """Learner ranks, the job and their precision; rank 0 first, since it says where the others find it."""
         job = self._job
         precision = self.precision(job.policy.precision)
-        slots = self._of("learner")
-        address, port = self._begin_ranks(slots)
+        slots, address, port = self._begin_ranks(self._of("learner"))
         specs = [
             RankSpec(rank, len(slots), 0, address, port, self.device, self._threads(len(slots)))
             for rank in range(len(slots))
@@ -273,8 +310,8 @@ class Cluster:
         self._starting = Starting(refs, ahead, self._ranks, self._limits.start_s)
         return self._ranks, job, precision
 
-    def _begin_ranks(self, slots: list[Slot]) -> tuple[str, int]:
-        """The processes of the ranks, up and watched; where rank 0 is to be met.
+    def _begin_ranks(self, slots: list[Slot]) -> tuple[list[Slot], str, int]:
+        """The processes of the ranks, up and watched: their slots by rank, and where rank 0 is to be met.
 
         Ray may hear of a lost node seconds after we do, and until then still gives places there: what begins in one
         dies of it, and begins again.
@@ -291,6 +328,8 @@ class Cluster:
         tries = 0
         while True:
             wait_for_place(self._group, self._slots, self._limits.start_s, leave=self._leave)
+            if self.device == "cuda" and (size := self._job.learner.neighbours) > 1:
+                slots = by_node(slots, nodes_of(self._group), size)
             actors = [self._spawn(LearnerActor, slot, environment) for slot in slots]
             self._ranks = [Watched(f"learner rank {k}", actor, self._limits.silent_s) for k, actor in enumerate(actors)]
             for rank in self._ranks:
@@ -300,7 +339,7 @@ class Cluster:
                 address, port = gather(
                     asked, who="learner ranks (rendezvous)", timeout_s=self._limits.start_s, ranks=self._ranks
                 )[0]
-                return address, port
+                return slots, address, port
             except LearnerLostError as error:
                 self.stop_learner()
                 tries += 1

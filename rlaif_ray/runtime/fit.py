@@ -11,14 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlaif_ray.config.jobs import EvaluateJob
+from rlaif_ray.config.jobs import EvaluateJob, RewardModelJob
 from rlaif_ray.config.sections import EngineConfig, RewardModelFeedback
 from rlaif_ray.runtime.engine_size import GIB
 from rlaif_ray.runtime.host_memory import Parts, node_memory
 from rlaif_ray.runtime.memory_plan import FREE_FOR_ALLOCATOR, Actors, Device, Machine, Shapes, phases, sections
 from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, slots_of, totals
 from rlaif_ray.runtime.places import layout_problems
+from rlaif_ray.runtime.push_memory import push_bytes, while_pushing
 
+LOGITS_CHUNK = 4096  # tokens, where a config sets no bound
 MOST_RANKS = 256  # of a proposal
 MOST_PROPOSALS = 4
 TAKES_GPUS = ("ranks", "tensor_parallel", "gpus_per_actor")  # settings that do
@@ -72,7 +74,7 @@ def plan_job(job: Any, machine: Machine, shapes: Shapes, device: Device) -> Plan
         problems = list(_host_problems(nodes, host, machine))
         if device == "cuda":
             problems += [Problem(*one) for one in layout_problems(job, slots, device)]
-            problems += _problems(actors, shared, machine)
+            problems += _problems(actors, shared, machine, push_bytes(job, actors, device))
         gpus = totals(slots)["GPU"]
         found.append(Phase(name, tuple(actors), tuple(nodes), host, gpus, shared, tuple(problems)))
     return Plan(tuple(found))
@@ -106,7 +108,9 @@ def place(slots: Sequence[Slot], gpus_per_node: int) -> tuple[list[dict[str, int
     return [dict(node) for node in nodes], tenants
 
 
-def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machine: Machine) -> Iterator[Problem]:
+def _problems(
+    actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machine: Machine, push: int = 0
+) -> Iterator[Problem]:
     by_role = {one.need.role: one for one in actors}
     for role, one in by_role.items():
         memory = one.memory
@@ -129,11 +133,14 @@ def _problems(actors: Sequence[Actors], shared: Sequence[tuple[str, ...]], machi
         tenants = [by_role[role] for role in roles]
         learning = sum(t.memory.reserved if t.kind == "learner" else t.memory.resting for t in tenants)
         others = sum(t.memory.resting if t.kind == "learner" else t.memory.reserved for t in tenants)
+        pushing = sum(while_pushing(t, push) for t in tenants) if {"learner", "rollout"} <= set(roles) else 0
         room = int(machine.gpu_bytes * (1 - FREE_FOR_ALLOCATOR))
-        if max(learning, others) > room:
+        most = max(learning, others, pushing)
+        if most > room:
+            when = " during a weight sync" if most == pushing else ""
             yield Problem(
                 tuple(dict.fromkeys(roles)),
-                f"{' + '.join(roles)} take {_gib(max(learning, others))} of the GPU that they share, which has "
+                f"{' + '.join(roles)} take {_gib(most)} of the GPU that they share{when}, which has "
                 f"{_gib(room)} without what the allocator loses",
             )
 
@@ -247,6 +254,11 @@ def _learner_options(job: Any) -> Iterator[tuple[str, list[Any]]]:
     yield "learner.ranks", _doubled(learner.ranks, MOST_RANKS)
     yield "learner.sequence_parallel", _doubled(learner.sequence_parallel, learner.ranks)
     yield "learner.tokens_per_micro_batch", _halved(learner.tokens_per_micro_batch, 512)
+    if not isinstance(job, RewardModelJob):  # the logits of all tokens, where nothing bounds them
+        yield "learner.logits_chunk", _halved(learner.logits_chunk or 2 * LOGITS_CHUNK, 256)
+    for name in ("optimizer", "parameters"):
+        if getattr(learner.offload, name) == "none":
+            yield f"learner.offload.{name}", ["cpu"]
 
 
 def _doubled(value: int, most: int) -> list[int]:

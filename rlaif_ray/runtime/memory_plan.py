@@ -266,11 +266,15 @@ class Zero:
         return -(-model.all // self.secondary_ranks) * self.weight_bytes if self.secondary_ranks > 1 else 0
 
     def gradients(self, model: Trained) -> int:
-        """Those that micro-batches add up; in stage 1 they are whole until the step."""
+        """Those that micro-batches add up; in stage 1 they are whole until the step. An offloaded stage 1 that adds up
+        in another type than the weights' keeps this rank's share of what is reduced beside them, in the last backward
+        pass."""
         if self.offloaded and self.stage > 1:  # in stage 2 those that add up in another type stay until the step
             kept = self.stage == 2 and self.gradient_bytes != self.weight_bytes
             return self._share(model.trainable, 2) * self.gradient_bytes if kept else 0
-        return self._share(model.trainable, 2) * self.gradient_bytes
+        beside = self.offloaded and self.stage == 1 and self.gradient_bytes != self.weight_bytes
+        share = self._share(model.trainable, 1) if beside else 0
+        return (self._share(model.trainable, 2) + share) * self.gradient_bytes
 
     def optimizer(self, model: Trained) -> int:
         """Adam's two moments in fp32, and the master weights."""
@@ -320,9 +324,10 @@ def zero_of(learner: Any, precision: Literal["fp32", "bf16"]) -> Zero:
     size = BYTES[precision]
     accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
     in_fp32 = precision == "bf16" and accumulated == "fp32"
-    # Bytes of an element that is reduced. Sums in fp32: stage 1 reduces them in place, stage 2 fills a bucket in bf16
-    # and reduces a copy in fp32, stage 3 fills one in fp32.
-    reduced = {1: 0, 2: size + 4, 3: 4}.get(stage, 0) if in_fp32 else size
+    offloaded = _is_offloaded(zero, "offload_optimizer")
+    # Bytes of an element that is reduced. Sums in fp32: stage 1 reduces them in place, offloaded in a bucket of fp32;
+    # stage 2 fills a bucket in bf16 and reduces a copy in fp32, stage 3 fills one in fp32.
+    reduced = {1: 4 if offloaded else 0, 2: size + 4, 3: 4}.get(stage, 0) if in_fp32 else size
     buckets = int(zero.get("reduce_bucket_size", 0)) * reduced + int(zero.get("allgather_bucket_size", 0)) * size
     return Zero(
         stage=stage,
@@ -332,7 +337,7 @@ def zero_of(learner: Any, precision: Literal["fp32", "bf16"]) -> Zero:
         master_bytes=0 if stage == 0 and precision == "fp32" else 4,
         bucket_bytes=buckets,
         live_elements=int(zero.get("stage3_max_live_parameters", 10**9)),
-        offloaded=_is_offloaded(zero, "offload_optimizer"),
+        offloaded=offloaded,
         sum_is_stepped=in_fp32 and stage < 3,
         weights_offloaded=_is_offloaded(zero, "offload_param"),
         secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)),
@@ -382,7 +387,9 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
     held = sum(parts.values())
 
     together = job.learner.sequence_parallel
-    tokens = rank_tokens(max(job.learner.tokens_per_micro_batch, _longest(job, shape, machine)), together)
+    longest = _longest(job, shape, machine)
+    whole = max(job.learner.tokens_per_micro_batch, longest)
+    tokens = rank_tokens(whole, together)
     checkpointing = job.learner.gradient_checkpointing
 
     def kept(checkpointing: bool) -> int:
@@ -395,8 +402,12 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
         "gathered": max(zero.gathered(one, shape.vocabulary * shape.hidden) for one in models.values()),
         "buckets": zero.bucket_bytes,
     }
+    if tokens > (job.learner.logits_chunk or tokens) and getattr(getattr(job, "training", None), "lora", None) is None:
+        working["logits"] += shape.vocabulary * shape.hidden * (4 + size)  # the head's gradient, summed over chunks
     if together > 1:
         working["exchange"] = exchange(shape, tokens, size)
+    if together > 1 and policy.attention == "sdpa":  # padded rows: which token sees which, of whole rows, on every rank
+        working["mask"] = whole * longest * (1 + size)
     if zero.offloaded and zero.stage < 3:  # a gradient on its way to the host, the largest
         working["buckets"] += shape.vocabulary * shape.hidden * zero.weight_bytes
     # The step comes when activations are gone: only what it takes beyond them adds to the peak.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
@@ -237,6 +237,24 @@ def wait_for_place(
         if now - told > NOTE_S:
             told = now
             note(_waiting(slots))
+
+
+def nodes_of(group: Any) -> dict[int, str]:
+    """Which node each bundle of a placement group is on."""
+    from ray.util.placement_group import placement_group_table
+
+    found: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return found
+
+
+def by_node(slots: Sequence[Slot], node_of: Mapping[int, str], size: int) -> list[Slot]:
+    """Slots in such an order that as many groups of `size` neighbours as possible are on one node each: first what
+    makes whole groups, node by node, then what is left of each; pure."""
+    there: dict[str, list[Slot]] = {}
+    for slot in slots:
+        there.setdefault(node_of[slot.bundle], []).append(slot)
+    whole = [slot for own in there.values() for slot in own[: len(own) // size * size]]
+    return whole + [slot for own in there.values() for slot in own[len(own) // size * size :]]
 
 
 def displaced(group: Any, slots: list[Slot]) -> str | None:

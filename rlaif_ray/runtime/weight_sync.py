@@ -18,6 +18,7 @@ from rlaif_ray.types import SyncReport
 if TYPE_CHECKING:
     from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
     from rlaif_ray.rollout.board import Source
+    from rlaif_ray.rollout.sending import Sent
     from rlaif_ray.runtime.groups import EngineGroup, LearnerGroup
     from rlaif_ray.runtime.replicas import Replica
 
@@ -28,6 +29,7 @@ CLOSE_TIMEOUT_S = 10.0
 ANSWER_S = 10.0  # for a sign of life before a collective
 GIVE_UP_S = 10.0  # for members of a broken NCCL group to come out of it
 MEETINGS = 3  # of NCCL groups that failed one after the other, before the run ends
+BROADCASTS = 5  # that failed at the learner's end one after the other, before the run ends
 
 
 def choose_backend(cfg: WeightSyncConfig, cluster: ClusterConfig, device: Literal["cpu", "cuda"]) -> Backend:
@@ -66,9 +68,15 @@ def must_share_gpus(ranks: list[list[Gpu]], engines: list[tuple[str, list[Gpu]]]
 
 
 def differs(found: list[int], checksum: int) -> bool:
-    """Whether an engine's checksums, one a worker, say that other bytes came than the learner sent: every worker
-    receives every tensor whole, before it takes its part."""
-    return any(c != checksum for c in found)
+    """Whether an engine's checksums, one a worker, don't say that the bytes came that the learner sent: every worker
+    receives every tensor whole, before it takes its part. An engine without any checksum is not verified."""
+    return not found or any(c != checksum for c in found)
+
+
+def _failure_of(said: Any) -> str | None:
+    """Why a rank has left, from its answer to `meet` or `send_all`."""
+    failure: str | None = said if said is None or isinstance(said, str) else said.failure
+    return failure
 
 
 class Sync:
@@ -100,6 +108,7 @@ class Sync:
         self._gpus: dict[int, set[Gpu]] = {}  # of each rank, where that matters
         self._gpus_of: dict[Replica, set[Gpu]] = {}
         self._failed_meetings: list[str] = []
+        self._failed_broadcasts: list[str] = []
         self._version: int | None = None
         self._connect(rollouts.replicas.usable())
         rollouts.replicas.admit = self._admit
@@ -155,7 +164,9 @@ class Sync:
     def _meet(self, engines: list[Replica]) -> None:
         """NCCL's groups are of fixed size: all meet anew whenever one is gone or has come.
 
-        One that is lost on the way is left out: the group is given up, and the others make another.
+        One that is lost before the gate is left out: the group is given up, and the others make another. One that is
+        lost behind it takes the others along, which wait for it in NCCL: they are ended after `GIVE_UP_S`, and their
+        replacements meet at the next push. `MEETINGS` such groups in a row end the run.
 
         Raises:
             RunError: no group came about several times, or NCCL can't be used here.
@@ -249,13 +260,13 @@ class Sync:
         if self._backend == "nccl":
             engines = self._answering(engines)
         engines = self._connect(engines)
-        engines = [engine for engine, _ in self._of_engines(engines, lambda e: e.start_update.remote())]
-        if self._backend == "nccl":  # whoever was lost in that would be waited for in the broadcast
-            engines = self._connect(engines)
+        begun = [engine for engine, _ in self._of_engines(engines, lambda e: e.start_update.remote())]
         try:
+            # Whoever was lost in that would be waited for in a broadcast.
+            engines = self._connect(begun) if self._backend == "nccl" else begun
             checksum, engines = (self._broadcast if self._backend == "nccl" else self._stage)(engines)
         except LearnerLostError:
-            for engine in engines:  # half of the new weights are in it
+            for engine in begun:  # half of the new weights are in it
                 engine.watched.lose("was left with half of an update", blameless=True)
             raise
         version = self._version
@@ -283,11 +294,12 @@ class Sync:
                 sources[engine] = (*sources[engine], source)
 
         def leave_out(engine: Replica) -> None:
-            for rank, own in zip(self._ranks, readers, strict=True):
+            for rank, own, offered in zip(self._ranks, readers, offers, strict=True):
                 if engine in own:
-                    rank.leave_out.options(concurrency_group=HEALTH).remote(own.index(engine))
+                    rank.leave_out.options(concurrency_group=HEALTH).remote(offered[own.index(engine)])
 
-        return self._run(engines, sources, leave_out, all_or_none=False)
+        sent, took_all = self._run(engines, sources, leave_out, all_or_none=False)
+        return sent.checksum, took_all
 
     def _reads(self, engine: Replica, rank: int) -> bool:
         if self._backend == "shm":
@@ -297,17 +309,28 @@ class Sync:
     def _broadcast(self, engines: list[Replica]) -> tuple[int, list[Replica]]:
         """By the NCCL group: (checksum, engines that took all of it).
 
-        An engine that is lost or fails inside of it breaks the collective for everybody. The learner's rank comes out
-        by aborting its communicator, gathers to the end with its peers, and loses nothing: going back to a checkpoint,
-        as for a lost rank, would cost the job hours. The other engines can't come out: their workers stand in NCCL
-        kernels, in processes of vLLM's that take no call meanwhile, with half of an update in their models. Those that
-        do not end by themselves are replaced, and take the weights before they serve, as any newcomer.
+        An engine that is lost or fails inside of it breaks the collective for everybody, and so does an error of NCCL's
+        at the learner's rank, which is often the first to notice a loss. That rank aborts its communicator, gathers to
+        the end with its peers, and loses nothing: going back to a checkpoint, as for a lost rank, would cost the job
+        hours. The other engines can't come out: their workers stand in NCCL kernels, in processes of vLLM's that take
+        no call meanwhile, with half of an update in their models. Those that do not end by themselves are replaced, and
+        take the weights before they serve, as any newcomer.
+
+        Raises:
+            RunError: it failed at the learner's end several times in a row.
         """
         nothing: dict[Replica, tuple[Source, ...]] = dict.fromkeys(engines, ())
-        found = self._run(engines, nothing, lambda engine: self._break_off(), all_or_none=True)
-        if any(not engine.usable for engine in engines):
+        sent, took_all = self._run(engines, nothing, lambda engine: self._break_off(), all_or_none=True)
+        if sent.failure is not None or any(not engine.usable for engine in engines):
             self._connected = []
-        return found
+        self._failed_broadcasts = [] if sent.failure is None else [*self._failed_broadcasts, sent.failure]
+        if len(self._failed_broadcasts) >= BROADCASTS:
+            raise RunError(
+                f"the learner's NCCL broadcast of the weights failed {BROADCASTS} times in a row: "
+                f"{'; '.join(dict.fromkeys(self._failed_broadcasts))}. Look at the engines' logs in Ray's session "
+                f"folder; NCCL_DEBUG=INFO makes NCCL say more."
+            )
+        return sent.checksum, took_all
 
     def _break_off(self) -> Any:
         """The ref of it."""
@@ -320,13 +343,13 @@ class Sync:
         give_up: Callable[[Replica], None],
         *,
         all_or_none: bool,
-    ) -> tuple[int, list[Replica]]:
-        """Sender and receivers at the same time."""
+    ) -> tuple[Sent, list[Replica]]:
+        """Sender and receivers at the same time: (what rank 0 says, engines that took all)."""
         receiving = {
             engine.actor.update_all.remote(self._shared_buckets, sources[engine]): engine for engine in engines
         }
         sending = [rank.send_all.remote(self._shared_buckets) for rank in self._ranks]
-        sent, received = self._together(sending, receiving, give_up, all_or_none=all_or_none)
+        sent, received = self._together(sending, receiving, give_up, all_or_none=all_or_none, may_hang=True)
         return sent[0], [engine for engine in engines if engine in received]
 
     def _together(
@@ -336,6 +359,7 @@ class Sync:
         give_up: Callable[[Replica], None],
         *,
         all_or_none: bool,
+        may_hang: bool = False,
     ) -> tuple[list[Any], dict[Replica, Any]]:
         """Waits for ranks and engines that wait for one another: (what the ranks say, what those engines say that were
         not lost over it).
@@ -344,19 +368,28 @@ class Sync:
             of_ranks: refs.
             of_engines: engines by ref; an answer but None says why an engine left.
             give_up: called with each engine that is lost or has left, so that nobody waits for it.
-            all_or_none: one that is lost or has left, a rank too, which then says a text, takes the others along: they
-                have `GIVE_UP_S` to end by themselves.
+            all_or_none: one that is lost or has left, a rank too, takes the others along: they have `GIVE_UP_S` to end
+                by themselves.
+            may_hang: whether the ranks may hang in a collective of their own. Then they are to blame when nobody has
+                answered in time: an engine that hangs is found out long before (cluster.silent_after_s).
 
         Raises:
-            LearnerLostError: a rank is lost.
+            LearnerLostError: a rank is lost, or all that may hang have not answered in time.
         """
         answers: dict[Replica, Any] = {}
         gone: list[str] = []
-        waiting, deadline = dict(of_engines), time.monotonic() + self._timeout_s
+        end = deadline = time.monotonic() + self._timeout_s
+        waiting = dict(of_engines)
         reason = f"did not take part in a weight sync within {self._timeout_s:g} s"
         while waiting:
             ray.wait([*waiting, *of_ranks], num_returns=len(waiting) + len(of_ranks), timeout=POLL_S)
             over = time.monotonic() > deadline
+            said = so_far(of_ranks, who=WHO, ranks=self._learner.ranks)
+            if over and may_hang and not gone and not said:
+                raise LearnerLostError(
+                    f"{WHO}: no rank answered within {self._timeout_s:g} s. Look at their logs in Ray's session "
+                    f"folder; raise cluster.call_timeout_s if the work is that long."
+                )
             for ref, engine in list(waiting.items()):
                 if over:
                     engine.watched.lose(reason, blameless=True)
@@ -367,14 +400,13 @@ class Sync:
                     answers[engine] = self._rollouts.replicas.answer(engine, ref, POLL_S)
                 if answers.get(engine, "lost") is not None:
                     give_up(engine)
-                    gone.append(engine.watched.name)
-            said = so_far(of_ranks, who=WHO, ranks=self._learner.ranks)
-            if any(isinstance(one, str) for one in said):
-                gone.append("the learner's end")
+                    gone.append(f"{engine.watched.name} was lost")
+            gone += [f"the learner's end failed ({why})" for why in map(_failure_of, said) if why is not None]
             if all_or_none and gone and deadline > time.monotonic() + GIVE_UP_S:
                 deadline = time.monotonic() + GIVE_UP_S
-                reason = f"was in an NCCL group that broke when {gone[0]} was lost"
-        return self._of_ranks(of_ranks), answers
+                reason = f"was in an NCCL group that broke when {gone[0]}"
+        left_s = max(GIVE_UP_S, end - time.monotonic())
+        return gather(of_ranks, who=WHO, timeout_s=left_s, ranks=self._learner.ranks), answers
 
     def close(self) -> None:
         """Frees the staging memory, and by NCCL the communicators of both ends.

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.gpu.record import hand_over
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 HERE = Path(__file__).parent
+took: dict[str, float] = {}  # seconds of each test so far
 CUDA_ONLY = {"test_sleep_wake.py"}  # not even for a rehearsal on a CPU
+
+
+@pytest.fixture(scope="session")
+def pairs(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """The pairs of actors.py that the tests of this session ask for."""
+    from tests.gpu.actors import running_pairs
+
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    with running_pairs(sorted({call.params["pair"] for call in calls if call and "pair" in call.params})) as found:
+        yield found
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, pairs: dict[str, Any]) -> Any:
+    """A learner and an engine, by the name in actors.PAIR_SPECS. Tests share them: each pushes before it asks."""
+    found = pairs[request.param]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         on_cpu = REHEARSAL and item.path.name not in CUDA_ONLY
         if reason is not None and not on_cpu:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Each test for the account of first_quarter_hour.sh, as soon as it is over: one that hangs leaves the others'."""
+    took[report.nodeid] = took.get(report.nodeid, 0.0) + report.duration
+    if report.when == "call" or report.outcome != "passed":
+        came = report.outcome if report.when == "call" else {"failed": "error"}.get(report.outcome, report.outcome)
+        name = report.nodeid.removeprefix("tests/gpu/")
+        hand_over({"test": name, "came": came, "seconds": round(took[report.nodeid], 1)})
 
 
 def why_not() -> str | None:

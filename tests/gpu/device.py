@@ -1,7 +1,7 @@
 """Where the tests of this folder run, and the models they run on.
 
-With RLAIF_GPU_REHEARSAL=1 those that don't need CUDA itself run on a CPU, in fp32: it shows mistakes in the tests
-before a GPU is there, and proves nothing about GPUs.
+With RLAIF_GPU_REHEARSAL=1 those that don't need CUDA itself run on a CPU, in fp32; with =bf16 in bf16, within the
+bounds that hold on a GPU. It shows mistakes in the tests before a GPU is there, and proves nothing about GPUs.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-REHEARSAL = os.environ.get("RLAIF_GPU_REHEARSAL") == "1" and not torch.cuda.is_available()
+REHEARSAL = os.environ.get("RLAIF_GPU_REHEARSAL") in ("1", "bf16") and not torch.cuda.is_available()
+EXACT = REHEARSAL and os.environ["RLAIF_GPU_REHEARSAL"] == "1"  # in fp32
 DEVICE = "cpu" if REHEARSAL else "cuda"
 CLUSTER_DEVICE = "cpu" if REHEARSAL else "gpu"
-PRECISION: Any = "fp32" if REHEARSAL else "bf16"
+PRECISION: Any = "fp32" if EXACT else "bf16"
+DTYPE = torch.float32 if EXACT else torch.bfloat16
 
 # A fixed key-value cache, so that no engine mistakes what its neighbours take for its own; no FlashInfer in the kit.
 KIT: dict[str, Any] = {} if REHEARSAL else {"attention_backend": "FLASH_ATTN"}
 ENGINE_KWARGS: dict[str, Any] = {} if REHEARSAL else {**KIT, "enforce_eager": True, "kv_cache_memory_bytes": 2**30}
-# As engines run by default; a few graphs are enough to see.
+# A few graphs are enough to see.
 GRAPHS: dict[str, Any] = (
     {} if REHEARSAL else {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
 )
@@ -42,7 +44,7 @@ def gpu_model(
     from rlaif_ray.models import build_folder_once
     from tests.tiny import make_tokenizer
 
-    dtype = dtype or (torch.float32 if REHEARSAL else torch.bfloat16)
+    dtype = dtype or DTYPE
 
     def build(target: Path) -> None:
         tokenizer = make_tokenizer(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -26,32 +27,38 @@ from tests.gpu.record import VARIABLE as RECORDS
 from tests.gpu.steps import Step, all_steps
 
 ROOT = Path(__file__).parents[2]
-BUDGET_S = 560.0  # of a command on the borrowed machine, which may take 600
+BUDGET_S = 480.0  # README.md: what it leaves of the borrowed machine's 15 minutes is enough for a second try
 ENDING_S = 5.0  # that a step has to end itself before it is killed
 KEPT_LOG = 2**20  # bytes of a step's output: its beginning and its end
 DETAILS = {"benchmark", "rounds_s", "share", "options", "model", "device", "cpus"}  # of figures: in summary.jsonl alone
-RAY_LOGS = Path("/tmp/ray/session_latest/logs")
+# Where Ray's sessions are below a folder for temporary files: its own place, and that of our runs that start a Ray.
+RAY_SESSIONS = ("ray/session_*", "rlaif-*/ray/session_*")
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def main() -> int:
     args = parse()
-    rehearsal = os.environ.get("RLAIF_GPU_REHEARSAL") == "1"
+    rehearsal = os.environ.get("RLAIF_GPU_REHEARSAL") in ("1", "bf16")
     steps = [Step(**s) for s in json.loads(args.steps.read_text())] if args.steps else all_steps(rehearsal=rehearsal)
+    begun = Begun()
     try:
         chosen = choose(steps, args.start, args.only)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if args.rest:
+        chosen = [s for s in chosen if s.name not in begun.names]
     if args.list:
         print(
             "\n".join(f"{s.name:18} {s.kind:7} {s.usual_s:5.0f} s, at most {s.limit_s:.0f}: {s.shows}" for s in chosen)
         )
         return 0
     folder = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu")
+    if steps[0] in chosen:
+        begun.forget()
     with ending_everything():
         account = Account(folder, chosen, rehearsal=rehearsal)
-        run_all(account, args.budget)
+        run_all(account, args.budget, begun)
     return 0 if all(line["state"] == "passed" for line in account.lines) else 1
 
 
@@ -60,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all steps (default %(default)g)")
     parser.add_argument("--from", dest="start", metavar="STEP", help="leave out the steps before this one")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps; checks, figures: all of a kind")
+    parser.add_argument("--rest", action="store_true", help="those that no command before has begun on this machine")
     parser.add_argument("--list", action="store_true", help="say which steps there are, and run none")
     parser.add_argument("--steps", type=Path, help="a JSON file of other steps, to try this script")
     return parser.parse_args()
@@ -84,25 +92,30 @@ def choose(steps: Sequence[Step], start: str | None, only: Sequence[str] | None)
 def time_for(step: Step, later: Sequence[Step], left_s: float) -> float | None:
     """Seconds that a step may take of those left; None: too few to begin it.
 
-    Its usual time is its own. More, up to its limit, it may take only while the later ones still have theirs, so that
-    one that hangs doesn't eat the rest.
+    Its usual time is its own. More, up to its limit, it may take only while the later checks still have theirs, so that
+    one that hangs doesn't eat the rest. Figures are in the order of their worth: later ones have what is left.
     """
-    if left_s < step.usual_s / 2:
+    if left_s < step.usual_s * (0.5 if step.kind == "check" else 1.0):  # a figure that is cut short is none
         return None
-    spare = left_s - sum(s.usual_s for s in later)
+    spare = left_s - sum(s.usual_s for s in later if s.kind == "check")
     return min(step.limit_s, left_s, max(step.usual_s, spare))
 
 
-def run_all(account: Account, budget_s: float) -> None:
-    """Every step, whatever became of those before."""
+def run_all(account: Account, budget_s: float, begun: Begun) -> None:
+    """Every step, whatever became of those before; but no figures after a check that did not pass: the time is better
+    spent on trying it again."""
     end = time.monotonic() + budget_s
     with tempfile.TemporaryDirectory(prefix="rlaif-gpu-", dir=roomy_folder()) as scratch:
         for k, step in enumerate(account.steps):
             left = end - time.monotonic()
+            if step.kind == "figure" and (missed := account.missed_checks()):
+                account.note(k, state="not begun", note=f"no figures before these pass: {', '.join(missed)}")
+                continue
             limit = time_for(step, account.steps[k + 1 :], left)
             if limit is None:
                 account.note(k, state="no time left", note=f"{left:.0f} s of the {budget_s:g} were left")
                 continue
+            begun.add(step.name)
             account.note(k, state="running", limit_s=round(limit, 1))
             account.note(k, **run_step(step, limit, account.log, Path(scratch)))
             print(account.row(k), flush=True)
@@ -218,11 +231,28 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def ray_logs(since: float, each: int = 4096, most: int = 12) -> bytes:
+def ray_logs(since: float, *, parents: Sequence[str] = (), each: int = 4096, most: int = 12) -> bytes:
     """The ends of what Ray's workers wrote during a step that failed: their output isn't in the step's own."""
-    files = [f for f in RAY_LOGS.resolve().glob("worker-*") if f.stat().st_mtime >= since and f.stat().st_size]
-    files = sorted(files, key=lambda f: f.stat().st_mtime)[-most:]
-    return b"".join(f"\n--- {f.name}\n".encode() + f.read_bytes()[-each:] for f in files)
+    found: dict[tuple[str, str], tuple[float, Path]] = {}
+    usual = filter(None, (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), "/tmp"))
+    for parent in dict.fromkeys(parents or usual):
+        for session in RAY_SESSIONS:
+            for path in Path(parent).glob(f"{session}/logs/worker-*"):
+                with suppress(OSError):
+                    told = path.stat()
+                    if (
+                        told.st_mtime >= since and told.st_size and told.st_uid == os.getuid()
+                    ):  # session_latest is a link to another one of them
+                        found[path.resolve().parent.as_posix(), path.name] = told.st_mtime, path.resolve()
+    files = [path for _, path in sorted(found.values())[-most:]]
+    return b"".join(f"\n--- {path}\n".encode() + end_of(path, each) for path in files)
+
+
+def end_of(path: Path, most: int) -> bytes:
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read()
+    return b""
 
 
 def last_line(log: Path, start: int) -> str:
@@ -267,6 +297,25 @@ def gpu_mib() -> int | None:
         return None
 
 
+class Begun:
+    """Names of the steps that were begun on this machine since the first of them, for --rest."""
+
+    def __init__(self) -> None:
+        checkout = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
+        self._path = Path(tempfile.gettempdir()) / f"rlaif-gpu-begun-{os.getuid()}-{checkout}"
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._path.read_text().split()) if self._path.exists() else set()
+
+    def add(self, name: str) -> None:
+        with self._path.open("a") as file:
+            file.write(name + "\n")
+
+    def forget(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
 # ---- The account -----------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +341,10 @@ class Account:
         self.lines[k] |= values
         self._write()
 
+    def missed_checks(self) -> list[str]:
+        """Those of this command that did not pass."""
+        return [line["step"] for line in self.lines if line["kind"] == "check" and line["state"] != "passed"]
+
     @property
     def versions(self) -> dict[str, Any]:
         """As the step of that name found them."""
@@ -303,13 +356,20 @@ class Account:
         limit = f"of {line['limit_s']:.0f}" if "limit_s" in line else ""
         return f"{line['step']:18} {line['state']:13} {seconds:>6} {limit:7} {line.get('note', '')}".rstrip()
 
+    def tests(self, k: int) -> list[str]:
+        """Of a check that did not pass, what came of each of its tests."""
+        line = self.lines[k]
+        if line["state"] in ("passed", "waiting"):
+            return []
+        return [f"    {r['seconds']:5.0f} s {r['came']:8} {r['test']}" for r in line.get("records", ()) if "test" in r]
+
     def table(self) -> str:
         head = [f"{self.run['began']}, commit {self.run['commit']}"]
         if self.run["rehearsal"]:
             head.append("A rehearsal on a CPU: it proves nothing about GPUs.")
         head += [f"{name} {version}" for name, version in self.versions.items()]
         figures = [r["figure"] for line in self.lines for r in line.get("records", ()) if "figure" in r]
-        rows = [self.row(k) for k in range(len(self.lines))]
+        rows = [row for k in range(len(self.lines)) for row in (self.row(k), *self.tests(k))]
         shown = [" ".join(f"{k}={v}" for k, v in figure.items() if k not in DETAILS) for figure in figures]
         return "\n".join([*head, "", *rows, *(["", *shown] if shown else [])])
 
@@ -335,7 +395,7 @@ def commit() -> str:
         said = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return said.stdout.strip() or "unknown"
 

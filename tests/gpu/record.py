@@ -12,8 +12,12 @@ VARIABLE = "RLAIF_GPU_RECORDS"  # the file of the step that runs; unset outside 
 
 def record(line: dict[str, Any]) -> None:
     """Prints it, and hands it to the script that runs this step."""
-    text = json.dumps(line)
-    print(text, flush=True)
+    print(json.dumps(line), flush=True)
+    hand_over(line)
+
+
+def hand_over(line: dict[str, Any]) -> None:
+    """To the script that runs this step, if one does."""
     if VARIABLE in os.environ:
         with Path(os.environ[VARIABLE]).open("a") as file:
-            file.write(text + "\n")
+            file.write(json.dumps(line) + "\n")

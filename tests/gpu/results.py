@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.gpu.steps import all_steps
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
@@ -81,6 +85,9 @@ def markdown(results: Results) -> str:
         else f"| `{s['step']}` | {s['shows']} | {s['state']} | |"
         for s in results.steps.values()
     ]
+    rows += [
+        f"| `{s.name}` | {s.shows} | not run | |" for s in all_steps(rehearsal=False) if s.name not in results.steps
+    ]
     figures = [r["figure"] for s in results.steps.values() for r in s.get("records", ()) if "figure" in r]
     return "\n".join(
         [
@@ -98,13 +105,33 @@ def markdown(results: Results) -> str:
 
 
 def sentence(results: Results) -> str:
-    """For the README of the project."""
+    """For the README of the project. Steps that nobody chose count as not passed."""
+    names = {s.name for s in all_steps(rehearsal=False)} | set(results.steps)
     passed = sum(s["state"] == "passed" for s in results.steps.values())
-    last = results.runs[-1]
+    last, found = results.runs[-1], results.versions
+    vllm, torch = found.get("vllm", "unknown"), found.get("torch", "unknown")
+    bounds = supported("vllm")
+    note = "" if within(vllm, bounds) else f" (outside the supported {bounds})"
     return (
-        f"Last run on {results.versions['gpu']}, {last['began']}, commit {last['commit']}: {passed} of "
-        f"{len(results.steps)} steps passed; versions, steps and figures are in [`tests/gpu`](tests/gpu/README.md)."
+        f"Last run on {found['gpu']}, {last['began']}, commit {last['commit']}, with vLLM {vllm}{note} and torch "
+        f"{torch}: {passed} of {len(names)} steps passed; versions, steps and figures are in "
+        f"[`tests/gpu`](tests/gpu/README.md)."
     )
+
+
+def supported(package: str) -> str:
+    """The bounds that pyproject.toml gives users of GPUs, such as >=0.28,<0.34."""
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    (found,) = [text.removeprefix(package) for text in asked if re.match(rf"{package}\b", text)]
+    return str(found)
+
+
+def within(version: str, bounds: str) -> bool:
+    """Whether a release is at least the first and below the second of two bounds."""
+    numbers = [
+        tuple(map(int, re.findall(r"\d+", text.partition("+")[0])[:2])) for text in (version, *bounds.split(","))
+    ]
+    return numbers[1] <= numbers[0] < numbers[2]
 
 
 def fill(path: Path, text: str) -> None:

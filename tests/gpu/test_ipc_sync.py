@@ -2,71 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rlaif_ray.runtime.groups import EngineGroup
-from tests.gpu.actors import Pair, engine_spec, greedy_tokens, inside, local_ray, running_engine, running_pair
-from tests.gpu.device import GRAPHS, REHEARSAL, gpu_model
+from tests.gpu.actors import PAIR_SPECS, Pair, inside
+from tests.gpu.device import EXACT, REHEARSAL
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("pair", PAIR_SPECS, indirect=True)]
 
 # Mean distance of log-probabilities, engine to learner: fused kernels round elsewhere.
-AGREE = 1e-3 if REHEARSAL else 0.06
+AGREE = 1e-3 if EXACT else 0.06
+STALE = 0.3  # what an update moves at least
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model(request: pytest.FixtureRequest) -> str:
-    return gpu_model(tied=request.param)
-
-
-@pytest.fixture(scope="module")
-def engines(model: str) -> Iterator[EngineGroup]:
-    """As engines run by default on a GPU: CUDA graphs, and vLLM's V2 model runner."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not REHEARSAL:
-            patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        with local_ray(), running_engine(engine_spec(model, **GRAPHS)) as group:
-            yield group
-
-
-@pytest.fixture(scope="module")
-def on_disk(engines: EngineGroup) -> list[tuple[int, ...]]:
-    """Greedy tokens of the engine as it started; asked before any sync."""
-    return greedy_tokens(engines)
-
-
-@pytest.fixture(scope="module", params=[0, 3], ids=["zero0", "zero3"])
-def pair(
-    request: pytest.FixtureRequest, engines: EngineGroup, model: str, on_disk: list[tuple[int, ...]]
-) -> Iterator[Pair]:
-    with running_pair(engines, model=model, zero_stage=request.param) as connected:
-        yield connected
-
-
-def test_sync_brings_new_weights(pair: Pair, on_disk: list[tuple[int, ...]], tmp_path: Path) -> None:
-    """In one story, since every part needs the one before."""
-    report = pair.sync.push(0)  # raises when the checksums of both ends differ
-    assert report.version == 0 and report.bytes > 0 and int(report.checksum, 16) > 0
-    assert pair.greedy() == on_disk, "the same weights, sent, say something else than loaded from disk"
+def test_sync_brings_new_weights(pair: Pair, tmp_path: Path) -> None:
+    """In one story, since every part needs the one before. Tied heads with ZeRO 3, untied ones without."""
+    report = pair.push()
+    assert report.bytes > 0 and int(report.checksum, 16) > 0
+    assert pair.greedy() == pair.on_disk, "the same weights, sent, say something else than loaded from disk"
     assert pair.gap() < AGREE
 
-    for version in (1, 2):
-        pair.learner.update(pair.experience(seed=version))
-        stale = pair.gap(seed=version)
-        assert stale > 5 * AGREE, f"the update moved too little to see a stale engine ({stale:.4f})"
-        checksum, report = report.checksum, pair.sync.push(version)
-        assert report.version == version and report.checksum != checksum
-        assert pair.gap(seed=version) < AGREE
-        assert pair.greedy() != on_disk
+    for seed in (1, 2):
+        pair.learner.update(pair.experience(seed=seed))
+        stale = pair.gap(seed=seed)
+        assert stale > STALE, f"the update moved too little to see a stale engine ({stale:.4f})"
+        before, report = report, pair.push()
+        assert report.version == before.version + 1 and report.checksum != before.checksum
+        assert pair.gap(seed=seed) < AGREE
+        assert pair.greedy() != pair.on_disk
 
-    again = pair.sync.push(3)
+    again = pair.push()
     assert again.checksum == report.checksum
     said = pair.greedy()
     pair.learner.save_policy(str(tmp_path / "policy"))
-    assert greedy_of_a_fresh_model(tmp_path / "policy", said) >= (1.0 if REHEARSAL else 0.9)
+    assert greedy_of_a_fresh_model(tmp_path / "policy", said) >= (1.0 if EXACT else 0.9)
 
 
 def greedy_of_a_fresh_model(folder: Path, said: list[tuple[int, ...]]) -> float:
@@ -95,12 +65,12 @@ def test_completions_carry_the_version(pair: Pair) -> None:
     from rlaif_ray.interfaces import GenerationSettings
     from tests.gpu.actors import PROMPTS
 
-    pair.sync.push(41)
+    version = pair.push().version
     completions = pair.engines.generate(PROMPTS, GenerationSettings(1, 4, 1.0, seed=0, ignore_eos=True))
-    assert {c.weight_version for c in completions} == {41}
+    assert {c.weight_version for c in completions} == {version}
 
 
-def test_graphs_and_the_v2_model_runner_are_in_use(engines: EngineGroup) -> None:
+def test_graphs_and_the_v2_model_runner_are_in_use(pair: Pair) -> None:
     if REHEARSAL:
         pytest.skip("a CPU has neither")
 
@@ -108,5 +78,5 @@ def test_graphs_and_the_v2_model_runner_are_in_use(engines: EngineGroup) -> None
         config = engine._llm.llm_engine.vllm_config  # type: ignore[attr-defined]
         return config.compilation_config.cudagraph_mode.name, config.use_v2_model_runner
 
-    mode, v2 = inside(engines, used)
+    mode, v2 = inside(pair.engines, used)
     assert mode != "NONE" and v2

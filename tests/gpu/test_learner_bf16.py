@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.device import DEVICE, PRECISION, REHEARSAL, free_port, gpu_model
+from tests.gpu.device import DEVICE, EXACT, PRECISION, REHEARSAL, free_port, gpu_model
 from tests.jobs import embedded
 from tests.learner_ranks import random_samples
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.gpu
 
 UPDATES = 6
 STAGES = [0, 2, 3]
-TIMEOUT_S = 3600 if REHEARSAL else 400
-WORKERS = 1 if REHEARSAL else 4  # the models are small, and most of the time processes start
+TIMEOUT_S = 3600 if REHEARSAL else 80
+WORKERS = 1 if REHEARSAL else 10  # all at once: the models are small, and most of the time processes start
 SHORT = random_samples([60, 7, 90, 33], [[48, 12], [20, 20], [48, 1], [5, 30]], seed=5)
 # Rounded to bf16, as ZeRO-3 once had it, the frequencies of rotary embeddings are off by radians at such positions.
 LONG = random_samples([1100, 1500], [[48, 30], [40, 7]], seed=6)
@@ -121,9 +121,10 @@ def started() -> dict[Run, Future[dict[str, Any]]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def ended() -> Iterator[None]:
-    """Runs that no test asked for are not waited for."""
+    """Runs that no test asked for are not waited for. Where all have ended the pool is, so that its thread, which would
+    start another process, doesn't outlive it."""
     yield
-    pool().shutdown(wait=False, cancel_futures=True)
+    pool().shutdown(wait=all(run.done() for run in started().values()), cancel_futures=True)
 
 
 def trained(stage: int, budget: int = 4096, **options: bool) -> dict[str, Any]:
@@ -150,9 +151,9 @@ def test_long_prompts_give_the_log_probabilities_of_fp32() -> None:
         trained(stage, long=True, checkpointing=saving)["policy"]
         for stage, saving in ((0, False), (3, False), (3, True))
     )
-    assert mean_gap(whole, exact) < (1e-4 if REHEARSAL else 0.05)
-    assert mean_gap(sharded, whole) < (1e-5 if REHEARSAL else 0.01)
-    assert mean_gap(saving, sharded) < (1e-5 if REHEARSAL else 0.01)
+    assert mean_gap(whole, exact) < (1e-4 if EXACT else 0.05)
+    assert mean_gap(sharded, whole) < (1e-5 if EXACT else 0.01)
+    assert mean_gap(saving, sharded) < (1e-5 if EXACT else 0.01)
 
 
 @pytest.mark.parametrize("saving", [False, True], ids=["plain", "checkpointing"])

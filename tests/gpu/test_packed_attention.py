@@ -14,12 +14,10 @@ from rlaif_ray.attention import PACKED
 from rlaif_ray.learner.modules import CausalPolicy, Critic
 from rlaif_ray.learner.packing import build_input, packed_attention, register_packed_attention
 from rlaif_ray.models import load_backbone, load_causal_lm
-from tests.gpu.device import DEVICE, REHEARSAL, gpu_model
+from tests.gpu.device import DEVICE, DTYPE, gpu_model
 from tests.learner_ranks import random_samples
 
 pytestmark = pytest.mark.gpu
-
-DTYPE = torch.float32 if REHEARSAL else torch.bfloat16
 
 # Prompt lengths, and the completion lengths of each prompt's samples.
 BATCHES = {

@@ -7,34 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tests.gpu.actors import (
-    PROMPTS,
-    Pair,
-    engine_spec,
-    inside,
-    local_ray,
-    running_engine,
-    running_pair,
-)
-from tests.gpu.device import gpu_model
+from tests.gpu.actors import PROMPTS, Pair, inside
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("pair", ["untied"], indirect=True)]
 
 CANDIDATES = (5, 77, 200, 310)
+AGREE = 0.06  # mean distance of log-probabilities, engine to learner or transformers
 
 
-@pytest.fixture(scope="module", params=["told", "of itself"])
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """An engine that sleeps when it is told, and one that does between calls (`rollout.sleep`)."""
-    spec = engine_spec(gpu_model(), enable_sleep_mode=True)
-    if request.param == "of itself":
-        spec = replace(spec, sleep=True)
-    with local_ray(), running_engine(spec) as engines, running_pair(engines) as connected:
-        connected.sync.push(0)
-        yield connected
+@pytest.fixture(params=["told", "of itself"], autouse=True)
+def sleeps(request: pytest.FixtureRequest, pair: Pair) -> Iterator[None]:
+    """The engine sleeps when it is told, or between calls (`rollout.sleep`)."""
+
+    def by_itself(engine: object, whether: bool) -> None:
+        engine._wake("weights", "kv_cache")  # type: ignore[attr-defined]
+        engine._spec = replace(engine._spec, sleep=whether)  # type: ignore[attr-defined]
+        engine._sleep()  # type: ignore[attr-defined]
+
+    inside(pair.engines, lambda engine: by_itself(engine, request.param == "of itself"))
+    pair.push()
+    yield
+    inside(pair.engines, lambda engine: by_itself(engine, False))
 
 
 def fall_asleep(pair: Pair, level: int) -> int:
@@ -72,8 +69,7 @@ def judged(pair: Pair) -> list[tuple[float, ...]]:
     return [answer.logprobs for answer in answers]
 
 
-def test_a_judge_reads_after_waking_what_transformers_says(pair: Pair) -> None:
-    """Of the weights on disk, which the first push has sent unchanged; before an update moves them."""
+def test_a_judge_reads_after_waking_what_transformers_says(pair: Pair, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -84,35 +80,34 @@ def test_a_judge_reads_after_waking_what_transformers_says(pair: Pair) -> None:
     wake(pair)
     for again, found in zip(judged(pair), before, strict=True):
         assert again == pytest.approx(found, abs=0.02)
-    model = AutoModelForCausalLM.from_pretrained(gpu_model(), dtype=torch.float32).to(DEVICE).eval()
+    pair.learner.save_policy(str(tmp_path / "policy"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32).to(DEVICE).eval()
     gaps = []
     for prompt, found in zip(PROMPTS, before, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt.tokens], device=DEVICE)).logits[0, -1]
         exact = logits.float().log_softmax(-1)[list(CANDIDATES)].tolist()
         gaps += [abs(a - b) for a, b in zip(found, exact, strict=True)]
-    assert sum(gaps) / len(gaps) < 0.06
+    assert sum(gaps) / len(gaps) < AGREE
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_wakes_and_takes_the_same_weights_again(pair: Pair, level: int) -> None:
-    pair.sync.push(1)
     said = pair.greedy()
     assert fall_asleep(pair, level) > 2**29
     wake(pair)
-    pair.sync.push(2)
+    pair.push()
     assert pair.greedy() == said
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_wakes_and_takes_new_weights(pair: Pair, level: int) -> None:
     """The learner trains while the engine sleeps, as in a colocated step."""
-    pair.sync.push(3)
     said = pair.greedy()
     experience = pair.experience(seed=level)
     fall_asleep(pair, level)
     pair.learner.update(experience)
     wake(pair)
-    pair.sync.push(4)
+    pair.push()
     assert pair.greedy() != said
-    assert pair.gap(seed=level) < 0.06
+    assert pair.gap(seed=level) < AGREE

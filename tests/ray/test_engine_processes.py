@@ -82,7 +82,7 @@ def pushed(actor: Any, state: ModelState, sender: Staging, version: int) -> tupl
     buckets = make_buckets(state.groups(), state.metadata(), 0)
     ray.get(actor.start_update.remote(), timeout=scaled(60))
     loading = actor.update_all.remote(buckets, tuple(sender.offer(largest(buckets), 1)))
-    sent = send_all(state, buckets, sender, counted=True)
+    sent = send_all(state, buckets, sender, counted=True).checksum
     ray.get(loading, timeout=scaled(60))
     return ray.get(actor.finish_update.remote(version), timeout=scaled(60)), sent
 

@@ -1,16 +1,21 @@
 """What a push does when somebody in it is lost, fails or never comes: the real driver, learner actors and engine actors
 on a local Ray, with a double of vLLM's engine and of its NCCL communicator.
 
-The double of NCCL keeps its worst habit: a member that is gone is waited for, by all others and for ever.
+The double of NCCL keeps its worst habit: a member that is gone is waited for, by all others and for ever. Where a test
+says so it has the other one: rank 0's next broadcast raises, before anybody was told. The learner's ranks gather by a
+real collective, so that a rank that gathers no more holds up its peer.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -19,7 +24,7 @@ import ray
 import torch
 
 from rlaif_ray.config.sections import WeightSyncConfig
-from rlaif_ray.errors import RunError
+from rlaif_ray.errors import LearnerLostError, RunError
 from rlaif_ray.learner.model_state import ModelState
 from rlaif_ray.rollout.checksum import MODULUS, checksum
 from rlaif_ray.rollout.vllm_engine import VllmEngine
@@ -59,6 +64,8 @@ class Group:
         self.rank, self.world_size, self.sent, self.destroyed = rank, world_size, 0, False
         self.store = TCPStore(address, port, is_master=rank == 0, wait_for_workers=False)
         self.kept.append(self.store)
+        self.notices = False
+        self.store.set(f"member {rank}", str(os.getpid()))
         self.store.add("members", 1)
         self._wait("members")
 
@@ -66,9 +73,17 @@ class Group:
         while self.store.add(key, 0) < self.world_size:
             if self.destroyed:
                 raise RuntimeError("NCCL error: the communicator was aborted")
+            self._notice()
             time.sleep(0.005)
 
+    def _notice(self) -> None:
+        for rank in range(self.world_size if self.notices else 0):
+            status = Path(f"/proc/{int(self.store.get(f'member {rank}'))}/status")
+            if not status.exists() or "State:\tZ" in status.read_text():
+                raise RuntimeError("NCCL error: remote process exited or there was a network error")
+
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        self._notice()
         self.sent += 1
         key = f"broadcast {self.sent}"
         if self.rank == src:
@@ -149,12 +164,28 @@ def hold_an_engine(actor: Any, backend: str) -> None:
     actor._engine = engine
 
 
-def hold_a_model(actor: Any, rank: int) -> None:
+class Together(ModelState):
+    """Every bucket is gathered by both ranks, as under ZeRO-3."""
+
+    hang: str | None = None  # a file: while it is there, the third bucket is not gathered
+
+    @contextmanager
+    def gathered(self, names: Sequence[str]) -> Iterator[list[torch.Tensor]]:
+        while self.hang is not None and names[0].startswith("2.") and os.path.exists(self.hang):
+            time.sleep(0.02)
+        torch.distributed.barrier()
+        with super().gathered(names) as tensors:
+            yield tensors
+
+
+def hold_a_model(actor: Any, rank: int, port: int) -> None:
     from rlaif_ray.rollout import nccl
 
     torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(LAYERS)))
-    actor._learner, actor._rank = SimpleNamespace(weights=ModelState(model)), rank
+    actor._learner, actor._rank = SimpleNamespace(weights=Together(model)), rank
+    nccl.ENTER_S = 0.2
     nccl.communicator = lambda address, port, world_size: Group(address, port, 0, world_size)
 
 
@@ -208,7 +239,9 @@ def spawn(actor_class: type) -> Any:
 @pytest.fixture(scope="module")
 def ranks(local_ray: None) -> list[Any]:
     actors = [spawn(LearnerActor) for _ in range(2)]
-    refs = [actor.__ray_call__.remote(hold_a_model, rank) for rank, actor in enumerate(actors)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    refs = [actor.__ray_call__.remote(hold_a_model, rank, port) for rank, actor in enumerate(actors)]
     ray.get(refs, timeout=scaled(240))
     return actors
 
@@ -219,7 +252,9 @@ IDLE: list[Any] = []  # engine actors that no test uses now
 class World:
     """Two learner ranks, some engines, and the way between."""
 
-    def __init__(self, ranks: list[Any], backend: Any, engines: int, cfg: WeightSyncConfig, *, count: bool) -> None:
+    def __init__(
+        self, ranks: list[Any], backend: Any, engines: int, cfg: WeightSyncConfig, *, count: bool, silent_s: float
+    ) -> None:
         self.calls: Counter[str] = Counter()
         self.watch, self.backend, self.count, self.notes = Watch(), backend, count, [""]
         self.replicas = Replicas(
@@ -227,7 +262,7 @@ class World:
             engines,
             self._launch,
             watch=self.watch,
-            limits=Limits(scaled(240), scaled(120), scaled(60)),
+            limits=Limits(scaled(240), scaled(120), silent_s),
             takes_weights=True,
             note=self.notes.append,
         )
@@ -238,8 +273,9 @@ class World:
         self.learner = LearnerGroup(watched, SimpleNamespace(**{"cluster.call_timeout_s": 60}), "fp32")  # type: ignore[arg-type]
         self.cfg = cfg
 
-    def connect(self) -> None:
-        self.sync = Sync(self.learner, self.group, self.cfg, self.backend, engine_workers=1, timeout_s=scaled(60))
+    def connect(self, timeout_s: float | None = None) -> None:
+        timeout_s = timeout_s or scaled(60)
+        self.sync = Sync(self.learner, self.group, self.cfg, self.backend, engine_workers=1, timeout_s=timeout_s)
 
     def _counted(self, actor: Any) -> Any:
         return Counted(actor, self.calls) if self.count else actor
@@ -285,8 +321,15 @@ def world(ranks: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     monkeypatch.setattr(LearnerGroup, "__init__", light_group)
     worlds = []
 
-    def make(backend: str, engines: int, cfg: WeightSyncConfig = EVERY_LAYER, *, count: bool = False) -> World:
-        worlds.append(World(ranks, backend, engines, cfg, count=count))
+    def make(
+        backend: str,
+        engines: int,
+        cfg: WeightSyncConfig = EVERY_LAYER,
+        *,
+        count: bool = False,
+        silent_s: float | None = None,
+    ) -> World:
+        worlds.append(World(ranks, backend, engines, cfg, count=count, silent_s=silent_s or scaled(60)))
         return worlds[-1]
 
     yield make
@@ -297,6 +340,16 @@ def world(ranks: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def light_group(self: Any, watched: list[Watched], job: Any, precision: str) -> None:
     """A LearnerGroup of which only the ranks count."""
     self.ranks, self.actors = watched, [rank.actor for rank in watched]
+
+
+def must_say_why_both_are_lost(notes: list[str], what: str) -> None:
+    """When one blocks, both stand still: the one that waits for it may be noticed as early."""
+    told = " ".join(notes)
+    reasons = ["was in an NCCL group that broke when rollout engine 0 was lost"]
+    if what == "block":
+        assert "rollout engine 0 made no progress for" in told
+        reasons.append("made no progress for")
+    assert any(f"rollout engine 1 {reason}" in told for reason in reasons), told
 
 
 NAMES = {f"rollout engine {k}" for k in range(3)}
@@ -353,9 +406,9 @@ def test_an_engine_lost_at_the_start_of_a_push_is_left_out_of_its_broadcast(worl
     assert one.push(2) == NAMES - {"rollout engine 0"}
 
 
-@pytest.mark.parametrize("what", ["raise", pytest.param("die", marks=pytest.mark.long)])
+@pytest.mark.parametrize("what", ["raise", *(pytest.param(w, marks=pytest.mark.long) for w in ("die", "block"))])
 def test_an_engine_lost_inside_the_broadcast_is_no_end_of_the_run(world: Callable[..., World], what: str) -> None:
-    one = world("nccl", 2)
+    one = world("nccl", 2, silent_s=scaled(8))
     one.connect()
     assert one.push(1) == NAMES - {"rollout engine 2"}
     one.tell(0, "bucket 2", what)
@@ -363,9 +416,65 @@ def test_an_engine_lost_inside_the_broadcast_is_no_end_of_the_run(world: Callabl
     assert one.push(2) == set()  # the other one stood in the broken collective
     assert time.monotonic() - began < scaled(30)
     one.replicas.wait_started()
-    lost = " ".join(one.notes)
-    assert "rollout engine 1 was in an NCCL group that broke when rollout engine 0 was lost" in lost
+    must_say_why_both_are_lost(one.notes, what)
     assert one.push(3) == NAMES - {"rollout engine 2"}  # the learner is as it was
+
+
+def test_nccls_word_of_a_loss_before_the_drivers_is_no_end_of_the_run(
+    ranks: list[Any], world: Callable[..., World]
+) -> None:
+    """Rank 0's broadcast raises at once. Its peer stands in the next gather."""
+    one = world("nccl", 2)
+    one.connect()
+    assert one.push(1) == NAMES - {"rollout engine 2"}
+
+    def notice(actor: Any) -> None:
+        actor._sender._group.notices = True
+
+    ray.get(ranks[0].__ray_call__.remote(notice), timeout=scaled(60))
+    one.tell(0, "bucket 2", "die")
+    assert one.push(2) == set()
+    assert one.sync._failed_broadcasts == [
+        "RuntimeError: NCCL error: remote process exited or there was a network error"
+    ]
+    one.replicas.wait_started()
+    assert one.push(3) == NAMES - {"rollout engine 2"} and one.sync._failed_broadcasts == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["die", "block"])
+def test_an_engine_lost_behind_the_gate_takes_the_others_along(world: Callable[..., World], what: str) -> None:
+    """They wait for it in NCCL's rendezvous. Replacements meet at the next push."""
+    one = world("nccl", 2, silent_s=scaled(8))
+    one.tell(0, "behind the gate", what)
+    one.connect()
+    assert one.push(1) == set()
+    one.replicas.wait_started()
+    must_say_why_both_are_lost(one.notes, what)
+    assert one.push(2) == NAMES - {"rollout engine 2"} and one.sync._failed_meetings == []
+
+
+def test_a_rank_that_hangs_is_not_taken_for_engines_that_do(
+    ranks: list[Any], world: Callable[..., World], tmp_path: Path
+) -> None:
+    """The learner starts again from its checkpoint when its time is over, and not after as much time once more."""
+    (tmp_path / "hang").touch()
+
+    def hang(actor: Any, file: str | None) -> None:
+        actor._learner.weights.hang = file
+
+    one = world("nccl", 1)
+    one.connect(timeout_s=4)
+    ray.get(ranks[1].__ray_call__.remote(hang, str(tmp_path / "hang")), timeout=scaled(60))
+    began = time.monotonic()
+    with pytest.raises(LearnerLostError, match="no rank answered within 4 s"):
+        one.sync.push(1)
+    assert time.monotonic() - began < 4 + scaled(3)
+    (engine,) = one.replicas._replicas
+    assert not engine.serving
+    ray.get(ranks[0].break_off.options(concurrency_group=HEALTH).remote(), timeout=scaled(60))
+    (tmp_path / "hang").unlink()
+    ray.get(ranks[1].__ray_call__.remote(hang, None), timeout=scaled(60))
 
 
 @pytest.mark.long

@@ -58,6 +58,10 @@ def command_in(text: str) -> list[str]:
 def planned(arguments: list[str]) -> dict[str, Any]:
     files = [word for word in arguments if "=" not in word]
     assert load_job("train", [Path(file) for file in files], [word for word in arguments if "=" in word]).config
+    return plan_of(arguments)
+
+
+def plan_of(arguments: list[str]) -> dict[str, Any]:
     result = CliRunner().invoke(app, ["plan", *arguments, "--json"])
     assert result.exit_code == 0, result.stderr
     told: dict[str, Any] = json.loads(result.stdout)
@@ -249,25 +253,50 @@ def test_slurm_asks_for_the_planned_nodes() -> None:
     assert int(asked["cpus-per-task"]) >= max(sum(node.values()) for node in phase["nodes"])
     assert asked["ntasks-per-node"] == "1" and "requeue" in asked
     (warning_s,) = re.findall(r"^B:TERM@(\d+)$", asked["signal"])
-    assert int(warning_s) > load_job("train", [Path(arguments.split()[0])]).config.checkpoint.grace_s
+    assert int(warning_s) >= grace_of_clusters(arguments.split())
     assert command_in(text.partition("#SBATCH")[0]) == arguments.split()  # what its first lines tell
     done = CliRunner().invoke(app, ["train", *arguments.split(), "--dry-run"])
     assert done.exit_code == 0 and "learner" in done.stdout, done.stderr
 
 
+SHIPPED = {
+    **{f"cluster/{name}": [f"configs/cluster/{name}.yaml"] for name in ("1gpu", "8gpu", "8gpu-colocated", "nodes")},
+    "pipelines/8gpu": ["configs/pipelines/8gpu.yaml"],
+    "pipelines/nodes": ["configs/pipelines/8gpu.yaml", "configs/pipelines/nodes.yaml"],
+}
+
+
+def grace_of_clusters(arguments: list[str]) -> int:
+    """Seconds that `rlaif plan` has for what sends the SIGKILL; the job's own `checkpoint.grace_s` has to be enough."""
+    checkpoints = [job["checkpoint"] for job in plan_of(arguments)["jobs"] if job["checkpoint"]]
+    for cost in checkpoints:
+        assert cost["grace_s"] >= cost["needed_grace_s"], cost
+    return max(cost["cluster_grace_s"] for cost in checkpoints)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_leave_time_for_their_checkpoints(name: str) -> None:
+    assert grace_of_clusters(SHIPPED[name]) > 90
+
+
 def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
-    """In the image, by launch/submit.py, and where Kubernetes or Docker ends a container."""
-    grace_s = load_job("train", [ROOT / "configs/demo/train.yaml"]).config.checkpoint.grace_s
+    """In the image and by launch/submit.py, whatever config they start; where Kubernetes or Docker ends a container,
+    for the config of their file."""
     (in_image,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", (CLUSTER / "Containerfile").read_text())
     (by_default,) = re.findall(r'"--stop-wait",\s+type=int,\s+default=(\d+)', (LAUNCH / "submit.py").read_text())
-    assert int(in_image) == int(by_default) > grace_s
+    assert int(in_image) == int(by_default) >= max(map(grace_of_clusters, SHIPPED.values()))
     for name in KUBERAY:
-        assert all(group["template"]["spec"]["terminationGracePeriodSeconds"] > grace_s for group in groups(name))
+        needed = grace_of_clusters(command_in((CLUSTER / name).read_text()))
         for group in groups(name):
             *_, waited = hook(group)
-            assert grace_s < float(waited) < group["template"]["spec"]["terminationGracePeriodSeconds"] - 10
+            assert needed <= float(waited) < group["template"]["spec"]["terminationGracePeriodSeconds"] - 10
+    needed = grace_of_clusters(command_in((CLUSTER / "ray-up.yaml").read_text()))
     (docker,) = re.findall(r"--stop-timeout=(\d+)", " ".join(read("ray-up.yaml")["docker"]["run_options"]))
-    assert int(docker) > grace_s
+    told = (CLUSTER / "README.md").read_text()
+    (before,) = re.findall(r"ray exec .*end_jobs\.py (\d+)", told)
+    assert min(int(docker), int(before)) >= needed
+    (alone,) = re.findall(r"docker run .*--stop-timeout (\d+)", told)
+    assert int(alone) >= grace_of_clusters(SHIPPED["cluster/8gpu"])
 
 
 def test_all_use_the_image_that_is_built() -> None:
@@ -312,9 +341,9 @@ def test_all_that_a_container_installs_is_pinned() -> None:
     assert what == [["-r", "/opt/build.lock"], ["-r", "/opt/gpu.lock"], ["/opt/rlaif-ray"]]
     assert "COPY requirements/gpu.lock /opt/gpu.lock" in text
     # What builds sources is of the lock too: pip's isolation takes the newest, unless there is none.
-    (chosen,) = re.findall(r"grep -E '(\S+)' /opt/gpu.lock > /opt/build.lock", text)
+    (chosen,) = re.findall(r"grep '(\S+)' /opt/gpu.lock > /opt/build.lock", text)
     lines = (ROOT / "requirements/gpu.lock").read_text().splitlines()
-    assert "setuptools" in {line.partition("==")[0] for line in lines if re.match(chosen, line)}
+    assert [line.partition("==")[0] for line in lines if re.match(chosen, line)] == ["setuptools"]
     assert ["--no-build-isolation" in words for words in commands] == [False, True, True]
     gpu, cpu = locked("gpu.lock"), locked("cpu.lock")
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

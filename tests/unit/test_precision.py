@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,15 @@ ID = {name: letter * 56 for name, letter in (("driver", "d"), ("a", "a"), ("b", 
 
 
 class Nodes:
-    """Ray's calls about nodes; each node answers for itself, one may be lost."""
+    """Ray's calls about nodes; each node answers for itself, one may be lost (None) or silent."""
 
     class exceptions:
         class RayError(Exception):
             pass
 
-    def __init__(self, fast: dict[str, bool | None]) -> None:
+    def __init__(self, fast: dict[str, Any]) -> None:
         self._fast = fast
         self.asked: list[str] = []
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [{"NodeID": ID[name], "Alive": True} for name in self._fast] + [{"NodeID": "0" * 56, "Alive": False}]
 
     def get_runtime_context(self) -> Any:
         return self
@@ -90,43 +88,58 @@ class Nodes:
 
         return Task
 
-    def get(self, refs: list[str], timeout: float) -> list[bool]:
-        found = [self._fast[name] for node in refs for name in ID if ID[name] == node]
-        if None in found:
+    def wait(self, refs: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        assert num_returns == len(refs)
+        return [ref for ref in refs if self._of(ref) != "silent"], [ref for ref in refs if self._of(ref) == "silent"]
+
+    def get(self, ref: str) -> Any:
+        if self._of(ref) is None:
             raise self.exceptions.RayError
-        return found  # type: ignore[return-value]
+        return self._of(ref)
+
+    def _of(self, ref: str) -> Any:
+        return next(self._fast[name] for name in self._fast if ID[name] == ref)
 
 
-def made(nodes: Nodes, monkeypatch: pytest.MonkeyPatch, device: Any = "cpu") -> tuple[Any, list[str]]:
-    """A Cluster on these nodes, and what it says."""
+def made(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, device: Any = "cpu", places: Sequence[str] = ()
+) -> tuple[Any, list[str]]:
+    """A Cluster with bundles on these nodes, and what it says."""
     monkeypatch.setattr(cluster, "ray", nodes)
-    monkeypatch.setattr(cluster, "fast_in_bf16", lambda: nodes._fast["driver"])
+    monkeypatch.setattr(cluster, "nodes_of", lambda group: {k: ID[name] for k, name in enumerate(places)})
+    monkeypatch.setattr(precision, "fast_in_bf16", lambda: nodes._fast["driver"])
     found, said = object.__new__(cluster.Cluster), []
-    found.device, found._fast_in_bf16, found._note = device, None, said.append
-    found._limits = cluster.Limits(1.0, 1.0, 1.0)
+    found.device, found._fast_in_bf16, found._note, found._group = device, None, said.append, object()
+    found._limits = cluster.Limits(900.0, 1.0, 1.0)
     return found, said
 
 
 @pytest.mark.parametrize(
-    ("fast", "chosen", "asked"),
+    ("fast", "places", "chosen", "asked", "says"),
     [
-        ({"driver": True}, "bf16", []),
-        ({"driver": False, "a": True}, "fp32", []),
-        ({"driver": True, "a": True, "b": True}, "bf16", ["a", "b"]),
-        ({"driver": True, "a": True, "b": False}, "fp32", ["a", "b"]),
-        ({"driver": True, "a": None}, "fp32", ["a"]),
+        ({"driver": True}, ["driver"] * 2, "bf16", [], "have AMX.*precision=fp32"),
+        ({"driver": False, "a": True}, ["driver", "a"], "fp32", [], None),
+        ({"driver": False}, ["driver"], "fp32", [], None),
+        ({"driver": True, "a": True, "b": True}, ["driver", "a", "b"], "bf16", ["a", "b"], "have AMX"),
+        ({"driver": True, "a": True, "b": False}, ["driver", "a", "b"], "fp32", ["a", "b"], "of 3 nodes not all"),
+        ({"driver": True, "a": None}, ["driver", "a"], "fp32", ["a"], "1 of 2 nodes did not say within 60 s"),
+        ({"driver": True, "a": "silent"}, ["driver", "a"], "fp32", ["a"], "1 of 2 nodes did not say within 60 s"),
+        # Nodes without an actor of the job are nobody's business, the driver's own among them.
+        ({"driver": True, "a": True, "b": False}, ["a"], "bf16", ["a"], "have AMX"),
+        ({"driver": False, "a": True}, ["a", "a"], "bf16", ["a"], "have AMX"),
+        ({"driver": True, "a": False}, ["a"], "fp32", ["a"], None),
     ],
 )
-def test_all_nodes_must_have_it(
-    fast: dict[str, bool | None], chosen: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
+def test_all_nodes_of_the_job_must_have_it(
+    fast: dict[str, Any], places: list[str], chosen: str, asked: list[str], says: str | None, monkeypatch: Any
 ) -> None:
     nodes = Nodes(fast)
-    found, said = made(nodes, monkeypatch)
+    found, said = made(nodes, monkeypatch, places=places)
     assert found.precision("fp32") == "fp32" and found.precision("bf16") == "bf16" and not said
     assert [found.precision("auto"), found.precision("auto")] == [chosen, chosen]
     assert nodes.asked == [ID[name] for name in asked]  # once
-    assert len(said) == (chosen == "bf16")
-    assert all("AMX" in text and "precision=fp32" in text for text in said)
+    assert len(said) == (says is not None)
+    assert says is None or re.search(says, said[0])
 
 
 def test_on_gpus_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

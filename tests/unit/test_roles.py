@@ -50,9 +50,10 @@ DECLARED = {
         *("RevisionConfig.min_revised_fraction", "RewardModelFeedback.replicas"),
         *("RewardModelFeedback.tokens_per_batch", "LearnerConfig.tokens_per_micro_batch"),
         *("LearnerConfig.gradient_checkpointing", "LearnerConfig.sequence_parallel", "LearnerConfig.logits_chunk"),
+        *("LearnerConfig.hpz_partition_size", "OffloadConfig.pin_memory"),
         "*Job.min_done_fraction",
     },
-    LAYOUT: {f"LearnerConfig.{name}" for name in ("ranks", "zero_stage", "offload", "hpz_partition_size")},
+    LAYOUT: {f"LearnerConfig.{name}" for name in ("ranks", "zero_stage", "offload")},
     ADJUSTABLE: {
         *("TrainJob.steps", "SupervisedConfig.epochs", "RewardConfig.human_path", "RevisionConfig.keep"),
         *("EngineConfig.max_context", "RewardModelFeedback.max_context", "OpenAIJudge.base_url"),

@@ -90,7 +90,7 @@ def test_files_that_hold_secrets_are_not_uploaded(dashboard: Dashboard, tmp_path
         assert files == {*SENT.split(), ".gitignore"}
     (job,) = dashboard.jobs
     assert job["entrypoint"] == "python -m rlaif_ray.cli train job.yaml steps=3"
-    assert job["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    assert job["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "930"}
 
 
 def test_without_gitignore_too(dashboard: Dashboard, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def tiny() -> str:
 
 def checkpoint_of(folder: Path, **changed: object) -> None:
     """A checkpoint of step 5 of the run that the case's config describes, but for what `changed` says."""
-    from rlaif_ray.pipelines.checkpoint import STATE
+    from rlaif_ray.pipelines.begun import STATE
     from rlaif_ray.pipelines.settings import kept_settings
     from rlaif_ray.storage import Place, StoredFolder, draft, publish
 

@@ -114,6 +114,18 @@ def test_bf16_is_about_as_near_to_fp64_as_with_all_logits(rule: str) -> None:
         assert in_chunks < 2 * whole < 0.05  # the weight's gradient is rounded once a chunk
 
 
+def test_the_heads_gradient_adds_up_over_many_chunks() -> None:
+    """Each chunk adds 2^-9 of what is there already, which a sum in bf16 loses."""
+    rows = 257  # one that counts much, in a chunk of its own, and 256 alike that count 2^-9 of it
+    state, head = torch.ones(rows, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.tensor([1.0] + [2.0**-9] * (rows - 1))
+    scores = head_logprobs_and_entropy(state, head, bias, torch.zeros(rows, dtype=int), 1.0, rule=LogitRule(), chunk=1)  # type: ignore[call-overload]
+    found = torch.autograd.grad((scores[0] * weights).sum(), [head, bias])
+    for gradient in found:  # (1 - 1/2) * (1 + 256 / 512), and minus that
+        assert gradient.dtype == torch.bfloat16 and gradient.flatten().tolist() == [0.75, -0.75]
+
+
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_gradients_flow_to_what_needs_them_and_not_through_the_entropy(chunk: int) -> None:
     inputs, targets, _ = leaves(5, torch.float32, bias=True)

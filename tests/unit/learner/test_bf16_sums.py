@@ -68,10 +68,12 @@ def step(spec: RankSpec, cfg: LearnerConfig) -> tuple[Tensor, float, str]:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-def test_small_gradients_add_up(request: pytest.FixtureRequest, count: int, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "device"), [*((stage, "none") for stage in STAGES), (1, "cpu"), (2, "cpu"), (3, "cpu")]
+)
+def test_small_gradients_add_up(request: pytest.FixtureRequest, count: int, stage: int, device: str) -> None:
     ranks: RankProcesses = request.getfixturevalue({1: "one_rank", 2: "two_ranks"}[count])
-    cfg = learner(stage, count, eps=EPS, betas=(0.0, 0.0))
+    cfg = learner(stage, count, eps=EPS, betas=(0.0, 0.0), offload={"optimizer": device})
     total = torch.stack([torch.stack(gradients(rank)).double().sum(0) for rank in range(count)]).mean(0)
     in_bf16 = torch.stack([gradients(rank)[0] for rank in range(count)]).double().mean(0)  # all that is left in bf16
     assert float((total / in_bf16).min()) > 1.05

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch.utils.file_baton import FileBaton
 
@@ -105,6 +106,32 @@ def test_on_a_shared_file_system_the_start_ends_with_one_message(lock: Path, mon
     free_build_locks()
 
 
+def test_another_users_lock_is_let_alone_while_its_builder_cannot_be_seen(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another user's process has open the system doesn't show."""
+
+    def denied(self: psutil.Process) -> str:
+        raise psutil.AccessDenied(self.pid)
+
+    with builder(lock) as process:
+        monkeypatch.setattr(psutil.Process, "cwd", denied)
+        monkeypatch.setattr(os, "getuid", lambda: lock.stat().st_uid + 1)
+        free_build_locks()
+        assert lock.exists()  # it builds
+        for path in (lock, lock.parent):
+            os.utime(path, (time.time() - 7 * 60,) * 2)
+        with pytest.raises(
+            InputError, match=r"that can be seen does, .* changed for 7 minutes\..* or user builds there"
+        ):
+            free_build_locks()
+        assert lock.exists()
+        process.kill()
+    monkeypatch.setattr(os, "getuid", lambda: lock.stat().st_uid)
+    free_build_locks()  # one's own builder would show, whoever else can't be seen
+    assert not lock.exists()
+
+
 def waiting(lock: Path) -> tuple[threading.Thread, list[BaseException]]:
     """Somebody in this process who found the lock taken."""
     errors: list[BaseException] = []
@@ -140,6 +167,16 @@ def test_who_waits_for_a_builder_that_is_killed_ends_within_seconds(lock: Path) 
     assert not thread.is_alive() and not lock.exists()
     assert [type(error) for error in errors] == [RunError]
     assert f"extension fused_adam was killed while this process waited for it in {lock.parent}" in str(errors[0])
+
+
+@pytest.mark.usefixtures("watched")
+def test_an_extension_of_somebody_else_is_not_called_deepspeeds(tmp_path: Path) -> None:
+    lock = tmp_path / "somebodys_extension" / "lock"
+    lock.parent.mkdir()
+    lock.touch()  # of a build that was killed
+    thread, errors = waiting(lock)
+    thread.join(scaled(10))
+    assert "The build of PyTorch extension somebodys_extension was killed" in str(errors[0])
 
 
 @pytest.mark.usefixtures("watched")

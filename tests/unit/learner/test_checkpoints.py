@@ -218,7 +218,11 @@ def test_bf16_goes_on_to_the_bit(ranks: RankProcesses, stage: int, tmp_path: Pat
     learner = ADAM | {"ranks": ranks.count, "zero_stage": stage}  # type: ignore[attr-defined]
     policy = {"model": str(cached_tiny_model(tied=True)), "precision": "bf16"}
     job = SftJob.model_validate({"policy": policy, "data": {"path": "x"}, "learner": learner})
-    assert_goes_on(ranks, job, tmp_path)
+    stored = assert_goes_on(ranks, job, tmp_path)
+    if stage == 1:
+        other = job.model_copy(update={"policy": job.policy.model_copy(update={"precision": "fp32"})})
+        said = ranks.run(loaded, other, stored)
+        assert all("by a run in bf16 and this one is in fp32" in text for text in said)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -261,7 +265,9 @@ def test_dpo_goes_on_to_the_bit(ranks: RankProcesses, tmp_path: Path) -> None:
     stored = assert_goes_on(ranks, job, tmp_path)
     # Another precision, as on another machine: DeepSpeed's states have other shapes then.
     other = job.model_copy(update={"policy": job.policy.model_copy(update={"precision": "bf16"})})
-    assert all("does not fit the learner (model: " in text for text in ranks.run(loaded, other, stored))
+    said = ranks.run(loaded, other, stored)
+    assert all("was written by a run in fp32 and this one is in bf16" in text for text in said)
+    assert all("Set policy.precision=fp32 to go on" in text for text in said)
     # A file that changes after it was verified, as on a node that sees another one.
     path = tmp_path / "step-3" / "model" / "mp_rank_00_model_states.safetensors"
     data = bytearray(path.read_bytes())

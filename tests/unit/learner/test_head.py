@@ -129,3 +129,21 @@ def test_the_head_is_called_once_however_many_chunks() -> None:
         policy(build_input(prompts, completions, packed=True, device="cpu"), 1.0)[0].sum().backward()
     assert len(calls) == 2
     assert "forward" not in vars(model.lm_head)  # as it was
+
+
+def test_a_model_that_keeps_its_head_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    where: dict[str, Any] = {"name": "org/x", "packed": False, "device": torch.device("cpu"), "precision": "fp32"}
+    policy = CausalPolicy(model_of("llama", "eager"), CHUNK)
+    assert settle_head(policy, policy, **where) == []
+    policy = CausalPolicy(zoo_model("recurrent_gemma"), CHUNK)
+    [note] = settle_head(policy, policy, **where)
+    assert note.startswith("org/x computes its logits itself") and "learner.tokens_per_micro_batch" in note
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise AssertionError("no such state")  # as the probe of packing takes it
+
+    policy = CausalPolicy(model_of("llama", "eager"), CHUNK)
+    monkeypatch.setattr(policy.head.body, "forward", broken)
+    whole = CausalPolicy(model_of("llama", "eager"))
+    [note] = settle_head(policy, lambda batch, t: (policy if policy.head is not None else whole)(batch, t), **where)
+    assert policy.head is None and "AssertionError: no such state" in note

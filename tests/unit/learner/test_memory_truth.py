@@ -127,6 +127,24 @@ def test_a_rank_copies_what_was_planned(ranks: tuple[int, RankProcesses], stage:
         assert bytes_copied == pytest.approx(each + (first if k == 0 else 0), abs=4096)
 
 
+def _last_backward(engine: Any) -> dict[str, int]:
+    """Bytes on the GPU when a bucket has just been reduced, the most so far: gradients of an offloaded stage 1, and the
+    bucket."""
+    optimizer, found = engine.optimizer, {"gradients": 0, "bucket": 0}
+    average = optimizer.average_tensor
+
+    def averaged(tensor: Any, kind: Any) -> None:
+        average(tensor, kind)
+        own = [t for p in engine.module.parameters() for t in (p.grad, getattr(p, "grad_accum", None)) if t is not None]
+        own += [group.flat_partition for group in optimizer.averaged_gradients.values() if group is not None]
+        buffers = [buffer for bucket in optimizer.ipg_buckets.values() for buffer in bucket.buffer]
+        found["gradients"] = max(found["gradients"], sum(t.nbytes for t in own))
+        found["bucket"] = max(found["bucket"], sum(t.nbytes for t in buffers))
+
+    optimizer.average_tensor = averaged
+    return found
+
+
 def offloaded(spec: RankSpec, job: TrainJob) -> dict[str, int]:
     """Bytes of what DeepSpeed keeps in the host's memory for the policy, after a step of two micro-batches."""
     import torch
@@ -136,6 +154,7 @@ def offloaded(spec: RankSpec, job: TrainJob) -> dict[str, int]:
 
     rank = RlRank(job, spec, job.policy.precision)  # type: ignore[arg-type]
     engine, batch = rank._policy, rank._input([(5, 6, 7)], [(8, 9, 10, 11)], [0])
+    peak = _last_backward(engine) if job.learner.zero_stage == 1 else {}
     for last in (False, True):
         door.backward(engine, engine(batch).float().pow(2).mean(), last=last)
         sums = [getattr(p, "grad_accum", None) for p in engine.module.parameters()]  # in bf16, those in fp32
@@ -159,7 +178,7 @@ def offloaded(spec: RankSpec, job: TrainJob) -> dict[str, int]:
     door.optimizer_step(engine)
     state = getattr(optimizer, "optimizer", optimizer).state
     held += sum(t.nbytes for own in state.values() for t in own.values() if torch.is_tensor(t) and t.dim() > 0)
-    found = {"optimizer": held}
+    found = {"optimizer": held, **peak}
     if job.learner.offload.parameters == "cpu":
         models = [rank._model, rank._critic.module, rank._reference.module]  # type: ignore[union-attr]
         assert all(p.ds_tensor.device.type == "cpu" for model in models for p in model.parameters())
@@ -169,7 +188,7 @@ def offloaded(spec: RankSpec, job: TrainJob) -> dict[str, int]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_node_holds_what_was_planned(ranks: tuple[int, RankProcesses], stage: int, precision: str) -> None:
+def test_a_node_holds_what_was_planned(ranks: tuple[int, RankProcesses], stage: int, precision: Any) -> None:
     count, processes = ranks
     job = rl_job(count, stage, precision, offload={"optimizer": "cpu", "parameters": "cpu" if stage == 3 else "none"})
     shape = shape_of(job)
@@ -183,6 +202,11 @@ def test_a_node_holds_what_was_planned(ranks: tuple[int, RankProcesses], stage: 
     largest = shape.vocabulary * shape.hidden * 4
     for found in processes.run(offloaded, job):
         assert found["optimizer"] == pytest.approx(policy, abs=2 * largest if count > 1 and stage < 3 else 64)
+        if stage == 1:
+            zero = zero_of(job.learner, precision)
+            assert found["gradients"] == pytest.approx(zero.gradients(models["policy"]), abs=64)
+            gathering = 50_000_000 * (4 if precision == "fp32" else 2)
+            assert found["bucket"] == zero.bucket_bytes - gathering
         if stage == 3:
             assert found["parameters"] == pytest.approx(planned["parameters"], abs=3 * 5 * 16)
 

@@ -186,3 +186,55 @@ def test_every_job_saves_in_the_type_it_was_given(kind: str, one_rank: RankProce
     if kind in ("sft", "dpo"):
         assert stops == [0, make_tokenizer(None).convert_tokens_to_ids(IM_END)]
         assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == stops
+
+
+def saved_in_fp32(spec: RankSpec, source: str, target: str, learner: dict[str, Any], lora: Any) -> dict[str, Any]:
+    """Trains in bf16, saves in fp32; what the optimizer's own fp32 weights are, and those that are not trained."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from rlaif_ray.learner.finetune import SftExample, SftRank
+
+    policy = {"model": source, "save_precision": "fp32"}
+    own = {"ranks": spec.world_size, "lr": 1e-3, "eps": 1e-8} | learner
+    job = embedded(SftJob, {"policy": policy, "learner": own, "sft": {"lora": lora}})
+    rank = SftRank(job, spec, "bf16", total_steps=3)
+    examples = [SftExample((5, 6, 7), (100 + i, 103, 0)) for i in range(spec.world_size)]
+    for _ in range(3):
+        rank.train(examples, [[spec.rank]])
+    rank.save_model(target)
+    return {
+        name: (safe_get_full_fp32_param(p) if p.requires_grad else p.detach()).clone()
+        for name, p in rank._model.named_parameters()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("learner", "adapters"),
+    [
+        ({"zero_stage": 1}, False),
+        ({"zero_stage": 2, "offload": {"optimizer": "cpu"}}, False),
+        ({"zero_stage": 3}, False),
+        ({"zero_stage": 1}, True),
+    ],
+    ids=["stage 1", "stage 2, offloaded", "stage 3", "adapters"],
+)
+def test_fp32_has_all_that_was_learned_in_bf16(
+    learner: dict[str, Any], adapters: bool, two_ranks: RankProcesses, tmp_path: Path
+) -> None:
+    source = given(tmp_path / "given", "fp32")
+    lora = {"rank": 4, "alpha": 8} if adapters else None
+    own, _ = two_ranks.run(saved_in_fp32, str(source), str(tmp_path / "saved"), learner, lora)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    learned = 0
+    for name, tensor in saved.items():
+        if f"{name.removesuffix('.weight')}.base_layer.weight" in own:
+            path = name.removesuffix(".weight")
+            a, b = (own[f"{path}.lora_{x}.default.weight"] for x in "AB")
+            expected = own[f"{path}.base_layer.weight"].float() + 2.0 * (b @ a)
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-7)
+        else:
+            assert torch.equal(tensor, own[name].float()), name
+        learned += int((tensor != tensor.bfloat16().float()).sum())
+    assert learned > 1000  # bf16 holds few of these numbers

@@ -145,7 +145,7 @@ def supervised_rank(spec: RankSpec, kind: str, job: Any) -> Any:
     from rlaif_ray.learner.supervised import RewardRank
 
     ranks: dict[str, Any] = {"sft": SftRank, "dpo": DpoRank, "reward": RewardRank}
-    return ranks[kind](job, spec, "fp32", total_steps=4)
+    return ranks[kind](job, spec, "bf16" if job.policy.precision == "bf16" else "fp32", total_steps=4)
 
 
 # Who computes what
@@ -374,6 +374,30 @@ def test_supervised_jobs_too(
         torch.testing.assert_close(torch.tensor(values), torch.tensor(want["said"][i]), rtol=1e-6, atol=2e-5)
     assert_same_gradients(results, want)
     assert_sums_once(results, want)
+
+
+@pytest.mark.parametrize(
+    ("fields", "off"),
+    [
+        ({"stage": 1, "policy": {"precision": "bf16"}}, 0.05),  # gloo carries bf16 too
+        ({"stage": 2, "sft": {"lora": {"rank": 4}}}, 1e-4),
+    ],
+    ids=["bf16", "adapters"],
+)
+def test_in_bf16_with_adapters_and_with_logits_in_chunks(
+    fields: dict[str, Any], off: float, one_rank: RankProcesses, two_ranks: RankProcesses
+) -> None:
+    want = one_rank.run(supervised_run, "sft", job_of(SftJob, 1, 1, **fields), TURNS)[0]
+    in_chunks = fields | {"learner": {"logits_chunk": 3}}
+    for result in two_ranks.run(supervised_run, "sft", job_of(SftJob, 2, 2, **in_chunks), TURNS):
+        for i, values in result["said"].items():
+            torch.testing.assert_close(torch.tensor(values), torch.tensor(want["said"][i]), rtol=off, atol=off)
+        moved = 0
+        for name, expected in want["gradients"].items():
+            size = float(expected.float().norm())
+            assert float((result["gradients"][name] - expected).float().norm()) <= off * size, name
+            moved += size > 1e-4
+        assert moved > 4
 
 
 # Checkpoints, and the guard's readings

@@ -37,6 +37,8 @@ class Engines:
 
     def __init__(self, model: Path) -> None:
         self.asked = 0
+        self.auto = "fp32"
+        self.used: list[str] = []  # precisions that engines were started in
         self.meanwhile: Callable[[], object] = lambda: None
         self.failure: Callable[[Any], str | None] = lambda _: None
         self.lost: Callable[[Prompt], str | None] = lambda _: None
@@ -50,13 +52,18 @@ class Engines:
         return f"answer {self.asked}"
 
     @contextmanager
-    def open(self, *_: Any, **__: Any) -> Iterator[Any]:
+    def open(self, job: Any, **_: Any) -> Iterator[Any]:
+        self._job = job
         yield self
 
-    def precision(self, _: str) -> str:
-        return "fp32"
+    def precision(self, choice: str) -> str:
+        return self.auto if choice == "auto" else choice
 
-    def start_rollouts(self, *_: Any, **__: Any) -> ScriptedGenerator:
+    def precisions(self) -> dict[str, str]:
+        return {"policy.precision": self.precision(self._job.policy.precision)}
+
+    def start_rollouts(self, policy: Any, *_: Any, **__: Any) -> ScriptedGenerator:
+        self.used.append(self.precision(policy.precision))
         return ScriptedGenerator(self._tokenizer, respond=self._say, failure=lambda one: self.failure(one))
 
     def wait(self) -> None: ...
@@ -103,6 +110,23 @@ def test_after_training_in_place_old_answers_are_not_returned(
     assert "another run_dir or output, or remove that folder" in told and engines.asked == asked
     run(job, engines, f"run_dir={tmp_path / 'other'}")
     assert engines.asked == 2 * asked
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_goes_on_in_the_precision_that_it_began_in(
+    job: str, run: Callable[..., dict[str, Any]], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines = Engines(model)
+    engines.auto = "bf16"
+    engines.lost = lambda prompt: "engine_error: it died" if prompt.messages[0].content >= "q5" else None
+    run(job, engines, "min_done_fraction=0.01")
+    assert engines.used == ["bf16"] and "stays" not in capsys.readouterr().out
+    engines.auto, engines.lost = "fp32", lambda _: None  # another machine
+    with pytest.raises(InputError, match=r"policy\.precision was 'bf16' and is 'fp32'"):
+        run(job, engines, "policy.precision=fp32")
+    run(job, engines, "min_done_fraction=0.01")
+    assert engines.used == ["bf16", "bf16"]
+    assert "precision=auto stays bf16, which it was when this run began (policy.precision)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -12,14 +12,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from rlaif_ray.config.jobs import SftJob, TrainJob
+from rlaif_ray.config.load import Loaded
+from rlaif_ray.config.sections import JudgeFeedback
 from rlaif_ray.errors import CheckpointError, CheckpointTakenError, InputError, LearnerLostError
 from rlaif_ray.feedback import templates
+from rlaif_ray.learner.state_files import copy_to_host, write_state
 from rlaif_ray.pipelines import checkpoint
+from rlaif_ray.pipelines.begun import in_begun_precision
 from rlaif_ray.pipelines.checkpoint import Checkpoints, RunState, Saved, new_changes, open_checkpoints, read_state
 from rlaif_ray.pipelines.settings import history
 from rlaif_ray.storage import Place, StoredFile
@@ -552,6 +557,95 @@ MAY_CHANGE: list[tuple[dict[str, Any], str]] = [
     ({"evaluation": {"every": 5}}, "evaluation.every from 0 to 5"),
     ({"run_dir": "elsewhere"}, "run_dir from None to 'elsewhere'"),
 ]
+
+
+class TestPrecision:
+    """What `auto` came to is kept, and is what a run that goes on is compared by."""
+
+    def saved(self, run_dir: Path, *files: str, precisions: dict[str, str] | None = None, **sections: Any) -> Saved:
+        """A checkpoint whose learner wrote these files."""
+        learner = FakeLearner()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with opened(run_dir, **sections) as checkpoints:
+            if precisions is not None:
+                checkpoints.computed_in(precisions)
+            write = learner.save_checkpoint
+
+            def written(place: Place) -> Callable[[], dict[str, StoredFile]]:
+                finish = write(place)
+                return lambda: {**finish(), **{file: (place / file).write(b"x") for file in files}}
+
+            learner.save_checkpoint = written  # type: ignore[method-assign]
+            checkpoints.save(learner, state_of(3))
+        return newest(run_dir)
+
+    KEPT: ClassVar = {"policy.precision": "bf16", "feedback.judge.precision": "fp32"}
+
+    @pytest.mark.parametrize("policy", ["auto", "bf16"])
+    def test_auto_is_compared_by_what_it_came_to(self, tmp_path: Path, policy: str) -> None:
+        found = self.saved(tmp_path, precisions=self.KEPT)
+        assert read_state(found, job(policy={"precision": policy}), 100).changes == []
+        with pytest.raises(InputError, match=r"another run: policy\.precision was 'bf16' and is 'fp32'"):
+            read_state(found, job(policy={"precision": "fp32"}), 100)
+
+    def test_auto_takes_an_explicit_one_too(self, tmp_path: Path) -> None:
+        found = self.saved(tmp_path, precisions=self.KEPT, policy={"precision": "bf16"})
+        assert read_state(found, job(), 100).changes == []
+
+    @pytest.mark.parametrize(
+        ("files", "policy", "judge"),
+        [
+            (["policy/bf16_zero_pp_rank_0_mp_rank_00_optim_states.safetensors"], "bf16", "bf16"),
+            (["policy/zero_pp_rank_0_mp_rank_00_optim_states.safetensors"], "fp32", "fp32"),
+            ([], "auto", "auto"),
+        ],
+    )
+    def test_before_it_was_kept_the_files_show_it(
+        self, files: list[str], policy: str, judge: str, tmp_path: Path
+    ) -> None:
+        self.saved(tmp_path, *files)
+        begun: TrainJob = in_begun_precision(Loaded("train", job(), tmp_path, True, (), ()), tmp_path)
+        assert isinstance(begun.feedback, JudgeFeedback)
+        assert (begun.policy.precision, begun.feedback.judge.precision) == (policy, judge)
+
+    @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+    def test_of_stage_0_the_weights_show_it(self, dtype: torch.dtype, precision: str, tmp_path: Path) -> None:
+        class Learner(FakeLearner):
+            def save_checkpoint(self, place: Place) -> Callable[[], dict[str, StoredFile]]:
+                file = "policy/mp_rank_00_model_states.safetensors"
+                state = copy_to_host({"module": {"weight": torch.ones(2, dtype=dtype)}, "steps": 3}, {})
+                return lambda: {file: write_state(place / file, state)}
+
+        save(tmp_path, 3, learner=Learner())
+        begun: TrainJob = in_begun_precision(Loaded("train", job(), tmp_path, True, (), ()), tmp_path)
+        assert begun.policy.precision == precision
+
+    def test_a_run_goes_on_in_the_precision_that_it_began_in(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.saved(tmp_path, precisions=self.KEPT)
+        begun: TrainJob = in_begun_precision(Loaded("train", job(), tmp_path, True, (), ()), tmp_path)
+        assert isinstance(begun.feedback, JudgeFeedback)
+        assert (begun.policy.precision, begun.feedback.judge.precision) == ("bf16", "fp32")
+        # What this machine would have chosen as well is no news.
+        assert capsys.readouterr().out == (
+            "precision=auto stays bf16, which it was when this run began (policy.precision)\n"
+        )
+        for own in ({"checkpoint": {"resume": "never"}}, {"policy": {"precision": "fp32"}}):
+            begun = in_begun_precision(Loaded("train", job(**own), tmp_path, True, (), ()), tmp_path)
+            assert begun.policy.precision in ("auto", "fp32")
+
+    @pytest.mark.parametrize("old", [None, {"when": "auto", "high": 5}])
+    def test_importance_weights_are_compared_as_they_are_in_force(self, tmp_path: Path, old: Any) -> None:
+        algorithm = {"algorithm": {"type": "ppo", "importance": old}}
+        in_fp32 = self.saved(tmp_path / "a", precisions={"policy.precision": "fp32"}, **algorithm)
+        assert read_state(in_fp32, job(), 100).changes == []  # fp32 has none, whatever the default is by now
+        in_bf16 = self.saved(tmp_path / "b", precisions={"policy.precision": "bf16"}, **algorithm)
+        with pytest.raises(InputError, match=r"another run: algorithm\.importance"):
+            read_state(in_bf16, job(), 100)
+        always = {"algorithm": {"type": "ppo", "importance": {"when": "always", "high": 5}}}
+        if old is not None:
+            assert read_state(in_bf16, job(**always), 100).changes == []
 
 
 class TestReadState:

@@ -5,6 +5,7 @@ of it the worker keeps.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("vllm")
 
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer import ipc_engine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -24,6 +25,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from rlaif_ray.errors import EngineError, StaleWeightsError
 from rlaif_ray.rollout.checksum import MODULUS, checksum
+from rlaif_ray.rollout.ipc import arguments_of
 from rlaif_ray.rollout.vllm_engine import EngineSpec, VllmEngine
 from rlaif_ray.rollout.weight_transfer import ENGINES, register
 from rlaif_ray.rollout.worker_extension import WorkerExtension
@@ -75,13 +77,25 @@ class Gpu:
     def __init__(self) -> None:
         self.exported: dict[bytes, Tensor] = {}
 
-    def export(self, tensor: Tensor) -> tuple[Any, ...]:
-        """Fifteen arguments as of `reduce_tensor` for a tensor on a GPU."""
+    def export(self, tensor: Tensor) -> dict[str, Any]:
+        """The handle of a tensor on a GPU, as rollout/ipc.py tells it."""
         handle = f"{len(self.exported)}".encode()
         self.exported[handle] = tensor
-        where: tuple[Any, ...] = (handle, tensor.untyped_storage().nbytes(), 0)
-        head = (Tensor, tensor.size(), tensor.stride(), tensor.storage_offset(), torch.UntypedStorage, tensor.dtype)
-        return (*head, 99, *where, False, b"counter", 0, b"event", False)  # 99: the sender's index of the GPU
+        return {
+            "tensor_size": list(tensor.size()),
+            "tensor_stride": list(tensor.stride()),
+            "tensor_offset": tensor.storage_offset(),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "storage_device": 99,  # the sender's index of the GPU
+            "storage_handle": handle,
+            "storage_size_bytes": tensor.untyped_storage().nbytes(),
+            "storage_offset_bytes": 0,
+            "requires_grad": False,
+            "ref_counter_handle": b"counter",
+            "ref_counter_offset": 0,
+            "event_handle": b"event",
+            "event_sync_required": False,
+        }
 
     def rebuild(self, *args: Any) -> Tensor:
         CALLS.append(f"open {args[7].decode()} on {args[6]}")
@@ -242,8 +256,10 @@ def test_the_calls_are_vllms(transport: str, monkeypatch: pytest.MonkeyPatch) ->
         "nccl": ["broadcast (6,) from 0 on current stream", "broadcast (4,) from 0 on current stream", "synchronize"],
     }
     assert opened[transport] == CALLS
-    # The handle of a GPU's tensor has as many parts as ours has here (torch makes it; a CPU's is another).
-    assert len(Gpu().export(torch.zeros(1))) == 15 and callable(reduce_tensor)
+    # The double's handle gives exactly the arguments that torch's own function takes, in its order.
+    arguments = arguments_of(Gpu().export(torch.zeros(1)))
+    bound = inspect.signature(rebuild_cuda_tensor).bind(*arguments).arguments
+    assert bound["storage_device"] == 99 and bound["storage_handle"] == b"0" and bound["dtype"] == torch.float32
 
 
 def flip_one_bit(tensor: Tensor) -> None:
@@ -299,6 +315,10 @@ def test_tensors_in_another_order_than_named_show(monkeypatch: pytest.MonkeyPatc
     exchanged = [("proj.weight", WEIGHTS[2][1]), ("norm.weight", WEIGHTS[1][1])]
     pushed.send(exchanged)
     assert differs(pushed.engine.finish_update(1), SENT)
+
+
+def test_an_engine_that_tells_no_checksum_is_not_verified() -> None:
+    assert differs([], 0) and differs([], SENT) and not differs([SENT], SENT)
 
 
 def test_an_update_of_nothing_is_none(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:

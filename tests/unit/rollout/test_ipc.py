@@ -7,7 +7,7 @@ they are rebuilt and vLLM's engine are the real ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from rlaif_ray.rollout import weight_transfer
+from rlaif_ray.rollout import ipc, weight_transfer
 from rlaif_ray.rollout.board import Source
 from rlaif_ray.rollout.buckets import largest
 from rlaif_ray.rollout.receiving import update_messages
 from rlaif_ray.rollout.sending import Staging, send_all
 from rlaif_ray.rollout.weight_transfer import IpcSlot
+from rlaif_ray.runtime.actors import LearnerActor
 from tests.unit.rollout.test_sending import BUCKETS, STATE, Weights
 
 UUID, WAIT_S = "GPU-a", 20.0
@@ -75,6 +76,7 @@ class Storage:
 def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exports]:
     exports = Storage.exports = Exports()
     monkeypatch.setattr(reductions, "reduce_tensor", exports.export)
+    monkeypatch.setattr(ipc, "storage_class", lambda: Storage)
     monkeypatch.setattr(reductions, "shared_cache", {})
     monkeypatch.setattr(reductions, "StorageWeakRef", lambda storage: None)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
@@ -88,7 +90,7 @@ def rebuilt(message: dict[str, Any]) -> dict[str, Tensor]:
     """As vLLM's worker does it."""
     found = {}
     for name, handles in zip(message["names"], message["ipc_handles"], strict=True):
-        arguments = list(handles[UUID])
+        arguments = list(ipc.arguments_of(handles[UUID]))
         arguments[6] = 0
         found[name] = reductions.rebuild_cuda_tensor(*arguments).clone()  # type: ignore[no-untyped-call]
     return found
@@ -136,6 +138,35 @@ def test_ten_pushes_leave_nothing_that_is_never_freed(exports: Exports, lost: in
         assert exports.never_freed() == 0 and all(slot._block is None for slot in slots)
 
 
+@pytest.mark.parametrize("shares_gpu", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_shared_gpu_has_its_memory_back_when_a_push_is_over(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch, shares_gpu: bool, fails: bool
+) -> None:
+    """Also one that failed: engines wake with their KV cache next, and torch would keep slots and gathered weights."""
+    slots = [IpcSlot(), IpcSlot()]
+    held: list[list[bool]] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append([slot._block is not None for slot in slots]))
+
+    class Failing(Weights):
+        def gathered(self, names: Sequence[str]) -> Any:
+            if fails and names[0] == "layers.1.w":
+                raise MemoryError("out of memory")
+            return super().gathered(names)
+
+    actor: Any = object.__new__(LearnerActor)
+    actor._learner, actor._rank, actor._sender = SimpleNamespace(weights=Failing()), 0, Staging(slots)
+    actor._shares_gpu = shares_gpu
+    (source,) = actor._sender.offer(largest(BUCKETS), 1)
+    actor.leave_out(source)
+    if fails:
+        with pytest.raises(MemoryError):
+            actor.send_all(BUCKETS)
+    else:
+        assert actor.send_all(BUCKETS).checksum != 0
+    assert held == ([[False, False]] if shares_gpu else [])
+
+
 def test_a_rank_without_an_engine_on_its_gpu_exports_nothing(exports: Exports) -> None:
     sender, weights = Staging([IpcSlot(), IpcSlot()]), Weights()
     for _ in range(10):
@@ -147,7 +178,7 @@ def test_a_rank_without_an_engine_on_its_gpu_exports_nothing(exports: Exports) -
 def test_an_engine_that_never_opens_anything_leaves_nothing(exports: Exports) -> None:
     sender = Staging([IpcSlot(), IpcSlot()])
     (source,) = sender.offer(largest(BUCKETS), 1)
-    sender.leave_out(source.reader)  # it was lost before it began
+    sender.leave_out(source)  # it was lost before it began
     send_all(Weights(), BUCKETS, sender, counted=False)
     assert exports.made == 2 and exports.never_freed() == 0
 
@@ -161,19 +192,48 @@ def test_the_handles_arguments_are_torchs() -> None:
     assert names[6] == "storage_device"  # where vLLM puts its own
     assert {"storage_cls", "dtype", "requires_grad", "ref_counter_handle", "ref_counter_offset"} <= set(names)
     assert callable(torch.storage.TypedStorage._release_ipc_counter)
+    assert type(torch.empty(1)._typed_storage()) is torch.storage.TypedStorage  # by which torch exports
+
+
+def test_a_handle_tells_all_that_torch_needs(exports: Exports) -> None:
+    """A block's own arguments come back, and a tensor's differ by its place alone."""
+    block = torch.zeros(64, dtype=torch.uint8)
+    _, handle = ipc.export(block)
+    (_, arguments) = exports.export(block)
+    back = ipc.arguments_of(ipc.handle_of(handle, "uint8", (64,), 0))
+    places = [k for k, value in enumerate(arguments) if back[k] != value]
+    assert [arguments[k] for k in places] == [b"handle 2", 2]  # of the second export
+    part = ipc.arguments_of(ipc.handle_of(handle, "bfloat16", (2, 3), 16))
+    assert part[:6] == (torch.Tensor, torch.Size([2, 3]), (3, 1), 8, Storage, torch.bfloat16)
+    assert part[6:] == back[6:]
+
+
+def through_msgpack(message: dict[str, Any]) -> dict[str, Any]:
+    """As vLLM brings it to an engine core in a process of its own, tensor-parallel or not."""
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    call: tuple[Any, ...] = (0, 1, "collective_rpc", ["update_weights", None, [], {"update_info": message}])
+    arrived = MsgpackDecoder().decode(MsgpackEncoder().encode(call))
+    update_info: dict[str, Any] = arrived[3][3]["update_info"]
+    return update_info
 
 
 @pytest.mark.engine
 def test_vllms_engine_takes_them(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its real receiver, with a model that keeps what it is given. Ranks of two GPUs: it takes that of its own."""
-    ipc_engine = pytest.importorskip("vllm.distributed.weight_transfer.ipc_engine")
+    pytest.importorskip("vllm.distributed.weight_transfer.ipc_engine")
     pytest.importorskip("vllm.model_executor.model_loader.mtp_validation")  # it imports that on the way
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     found: dict[str, Tensor] = {}
-    engine = object.__new__(ipc_engine.IPCWeightTransferEngine)
-    engine.packed, engine.device = False, torch.device("cuda", 0)
-    load = lambda weights: found.update((name, tensor.clone()) for name, tensor in weights)  # noqa: E731
-    engine.model = SimpleNamespace(load_weights=load)
+    from rlaif_ray.rollout.gpu_engines import IpcEngine, Received
+
+    class Model(torch.nn.Module):
+        def load_weights(self, weights: Any) -> None:
+            found.update((name, tensor.clone()) for name, tensor in weights)
+
+    engine: Any = object.__new__(IpcEngine)
+    engine.packed, engine.device, engine._received = False, torch.device("cuda", 0), Received()
+    engine.model = Model()
     senders = [Staging([IpcSlot(), IpcSlot()]) for _ in range(2)]
     sources = []
     for number, sender in enumerate(senders):
@@ -183,7 +243,7 @@ def test_vllms_engine_takes_them(exports: Exports, monkeypatch: pytest.MonkeyPat
     def receive() -> None:
         for message in update_messages(BUCKETS, tuple(sources)):
             assert message["ipc_handles"][0].keys() == {"GPU-0", "GPU-1"}
-            engine.update_weights(message)
+            engine.update_weights(through_msgpack(message))
 
     with ThreadPoolExecutor(3) as pool:
         sending = [pool.submit(send_all, Weights(), BUCKETS, sender, counted=False) for sender in senders]

@@ -78,6 +78,29 @@ def test_a_larger_bucket_gets_a_segment_of_its_own_and_old_mappings_stay() -> No
     assert torch.equal(mapped.view(torch.float32), torch.ones(16))
 
 
+@pytest.mark.engine
+def test_an_engine_maps_each_slot_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner's two slots come by turns. One that was replaced by a larger one is let go."""
+    pytest.importorskip("vllm.distributed.weight_transfer.base")
+    from rlaif_ray.rollout.shm_engine import ShmWeightTransferEngine
+
+    engine = object.__new__(ShmWeightTransferEngine)
+    engine._mapped = {}
+    slots = [ShmSlot(), ShmSlot()]
+    paths = [slot.reserve(64) for slot in slots]
+    made = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda path, **how: made.append(path) or from_file(path, **how))
+    addresses = {path: engine._segment(path).data_ptr() for path in paths}
+    for _ in range(3):
+        assert [engine._segment(path).data_ptr() for path in paths] == list(addresses.values())
+    assert made == paths
+    larger = slots[0].reserve(256)
+    made.clear()
+    assert engine._segment(larger).numel() == 256 and made == [larger]
+    assert engine._mapped.keys() == {larger, paths[1]}
+
+
 def test_a_killed_sender_leaves_no_memory(tmp_path: Path) -> None:
     """A segment that outlives its run is memory that nobody gets back before the machine restarts."""
     script = (

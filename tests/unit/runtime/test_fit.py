@@ -9,9 +9,8 @@ import pytest
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.model_shapes import ModelShape, known_shapes
-from rlaif_ray.runtime.engine_size import GIB
-from rlaif_ray.runtime.fit import Plan, _problems, place, plan_job, proposals, with_changes, written
-from rlaif_ray.runtime.memory_plan import Machine
+from rlaif_ray.runtime.fit import Plan, _learner_options, _problems, place, plan_job, proposals, with_changes, written
+from rlaif_ray.runtime.memory_plan import GIB, Machine
 from rlaif_ray.runtime.placement import Slot, actor_slots
 from tests.jobs import embedded
 
@@ -90,11 +89,27 @@ def test_bundles_of_a_large_job() -> None:
 
 
 def test_a_learner_that_is_too_large_needs_more_than_one_setting() -> None:
-    """18 x 7.6 billion bytes are 127.7 GiB, the reference 14.2: a quarter of it fits beside activations, and no other
-    choice takes as few GPUs. Weights, gradients and reference that are whole on each of 8 ranks are as near."""
-    choices = found(job())
-    assert {"learner.zero_stage": 3, "learner.ranks": 4} in choices
-    assert choices[0] == {"learner.gradient_checkpointing": True, "learner.ranks": 8}
+    """16 x 7.6 billion bytes are 113.5 GiB, the reference 14.2: a quarter of it fits beside activations; on one GPU it
+    does where optimizer states and gradients are in the host's memory. Ranks without ZeRO save nothing."""
+    got = found(job())
+    assert got[0] == {"learner.zero_stage": 3, "learner.offload.optimizer": "cpu"}
+    assert {"learner.zero_stage": 3, "learner.ranks": 4} in got
+
+
+def test_weights_may_go_to_the_host_too() -> None:
+    """70B over 8 ranks with ZeRO-3: weights and the reference's are 33 GiB a rank, without the optimizer's 16 bytes."""
+    learner = {"ranks": 8, "zero_stage": 3, "gradient_checkpointing": True, "tokens_per_micro_batch": 1024}
+    config = job("meta-llama/Llama-3.1-70B", learner=learner, rollout={"tensor_parallel": 8})
+    offloads = [one for one in found(config) if any("offload" in key for key in one)]
+    assert offloads and all(set(one.values()) == {"cpu"} for one in offloads[:1])
+
+
+def test_the_logits_of_a_large_vocabulary_are_held_in_smaller_chunks() -> None:
+    """32768 tokens times 152064 words are 9.3 GiB in bf16, and as much again of scratch is not needed."""
+    learner = {"ranks": 8, "zero_stage": 3, "gradient_checkpointing": True, "tokens_per_micro_batch": 32768}
+    options = dict(_learner_options(job(learner=learner | {"logits_chunk": None})))
+    assert options["learner.logits_chunk"] == [4096, 2048, 1024, 512, 256]
+    assert dict(_learner_options(job(learner=learner)))["learner.logits_chunk"] == [2048, 1024, 512, 256]
 
 
 def test_one_setting_comes_first() -> None:

@@ -88,15 +88,18 @@ def test_offload_on_four_ranks_in_bf16(
 
 
 def test_sums_in_fp32_stay_on_the_gpu_up_to_stage_2() -> None:
-    """DeepSpeed adds them up there, whole in stage 1, a rank's share in stage 2; in stage 3 on the host."""
+    """DeepSpeed adds them up there, whole in stage 1 and a rank's share of what is reduced beside them, a rank's share
+    in stage 2; in stage 3 on the host."""
     fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
     offload, model = OffloadConfig(optimizer="cpu"), Trained(BILLION, 0)
     learners = [
         LearnerConfig(ranks=4, zero_stage=stage, offload=offload, deepspeed_overrides=fp32)
         for stage in (1, 2, 3)  # type: ignore[arg-type]
     ]
-    assert [zero_of(learner, "bf16").gradients(model) for learner in learners] == [4 * BILLION, BILLION, 0]
+    assert [zero_of(learner, "bf16").gradients(model) for learner in learners] == [5 * BILLION, BILLION, 0]
     assert [sum(zero_of(learner, "bf16").on_host(model).values()) / BILLION for learner in learners] == [4.5, 4.5, 5]
+    # Stage 1 reduces them in a bucket of fp32 then, not in place.
+    assert zero_of(learners[0], "bf16").bucket_bytes == 50_000_000 * (2 + 4)
 
 
 def test_hpz_costs_a_copy_of_the_weights_divided_by_its_ranks() -> None:

@@ -11,7 +11,7 @@ from rlaif_ray.config.sections import ClusterConfig, WeightSyncConfig
 from rlaif_ray.errors import InputError
 from rlaif_ray.rollout.buckets import Metadata, make_buckets, tensor_bytes
 from rlaif_ray.runtime import places
-from rlaif_ray.runtime.placement import Bundle, Slot, actor_slots, bundles_of, placement_table, totals
+from rlaif_ray.runtime.placement import Bundle, Slot, actor_slots, bundles_of, by_node, placement_table, totals
 from rlaif_ray.runtime.places import layout_problems, unplaceable
 from rlaif_ray.runtime.weight_sync import choose_backend
 from tests.jobs import embedded
@@ -298,3 +298,20 @@ def test_tensor_bytes(dtype: str, shape: tuple[int, ...], size: int) -> None:
 )
 def test_make_buckets(limit: int, buckets: list[list[str]]) -> None:
     assert [list(bucket.names) for bucket in make_buckets(GROUPS, METADATA, limit)] == buckets
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size", "order"),
+    [
+        ("aabb", 2, [0, 1, 2, 3]),
+        ("abab", 2, [0, 2, 1, 3]),  # else both groups would lie on both nodes
+        ("aaabbbbb", 4, [3, 4, 5, 6, 0, 1, 2, 7]),  # whole groups first: one of two is on one node, not none
+        ("aaaabbbb", 2, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("abc", 3, [0, 1, 2]),
+    ],
+)
+def test_groups_of_ranks_get_a_node_where_they_can(nodes: str, size: int, order: list[int]) -> None:
+    """Engines have the first bundles; ranks are numbered in the order of their slots."""
+    ranks = [Slot("learner", k, 1.0, 1.0, bundle=10 + k) for k in range(len(nodes))]
+    node_of = {10 + k: node for k, node in enumerate(nodes)} | {0: "a"}
+    assert [slot.index for slot in by_node(ranks, node_of, size)] == order
