@@ -9,8 +9,9 @@ import pytest
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.model_shapes import ModelShape, known_shapes
+from rlaif_ray.runtime.engine_size import GIB
 from rlaif_ray.runtime.fit import Plan, _learner_options, _problems, place, plan_job, proposals, with_changes, written
-from rlaif_ray.runtime.memory_plan import GIB, Machine
+from rlaif_ray.runtime.memory_plan import Machine
 from rlaif_ray.runtime.placement import Slot, actor_slots
 from tests.jobs import embedded
 
