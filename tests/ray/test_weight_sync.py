@@ -410,17 +410,24 @@ def test_checkpoints_continue_to_the_bit(case: Case, tmp_path: Path) -> None:
     assert state() == further
 
 
-class SilentEngine(Actor):
-    """Takes any weights and says nothing about them."""
+class SummingEngine(Actor):
+    """Takes any fp32 weights, and says no more of them than their checksum."""
 
     def init_transfer(self, info: dict[str, Any]) -> None: ...
     def start_update(self) -> None: ...
 
     def update_all(self, buckets: Any, sources: Any) -> None:
-        assert [m["names"] for m in update_messages(buckets, sources)] == [["weight", "bias"]]
+        self.total = 0
+        for message in update_messages(buckets, sources):
+            assert message["names"] == ["weight", "bias"]
+            path = message["path"]
+            slot = torch.from_file(path, shared=True, size=os.stat(path).st_size // 4, dtype=torch.float32)
+            parts = zip(message["offsets"], message["shapes"], strict=True)
+            tensors = [slot[start // 4 :][: torch.Size(shape).numel()].view(*shape) for start, shape in parts]
+            self.total += checksum(message["names"], tensors)
 
     def finish_update(self, version: int) -> list[int]:
-        return []
+        return [self.total]
 
 
 def hold_a_small_model(actor: Any) -> None:
@@ -431,7 +438,7 @@ def hold_a_small_model(actor: Any) -> None:
 def test_closing_says_that_the_learner_died(processes: Processes) -> None:
     environment = {"env_vars": {"DS_ACCELERATOR": "cpu"}}
     rank = ray.remote(num_cpus=0, runtime_env=environment)(LearnerActor).remote()
-    engine = ray.remote(num_cpus=0, runtime_env=environment)(SilentEngine).remote()
+    engine = ray.remote(num_cpus=0, runtime_env=environment)(SummingEngine).remote()
     ray.get(rank.__ray_call__.remote(hold_a_small_model), timeout=scaled(120))
     job = tiny_job("tied", 0)
     watch = Watch()
