@@ -435,13 +435,19 @@ def hold_a_small_model(actor: Any) -> None:
     actor._rank = 0
 
 
-def test_closing_says_that_the_learner_died(processes: Processes) -> None:
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    watch = Watch()
+    yield watch
+    watch.stop()
+
+
+def test_closing_says_that_the_learner_died(processes: Processes, watch: Watch) -> None:
     environment = {"env_vars": {"DS_ACCELERATOR": "cpu"}}
     rank = ray.remote(num_cpus=0, runtime_env=environment)(LearnerActor).remote()
     engine = ray.remote(num_cpus=0, runtime_env=environment)(SummingEngine).remote()
     ray.get(rank.__ray_call__.remote(hold_a_small_model), timeout=scaled(120))
     job = tiny_job("tied", 0)
-    watch = Watch()
     launched = (engine, ray.put(None))
     replicas = Replicas(
         "rollout engine", 1, lambda k: launched, watch=watch, limits=Limits(60, 60, 600), takes_weights=True
@@ -457,5 +463,4 @@ def test_closing_says_that_the_learner_died(processes: Processes) -> None:
             time.sleep(0.1)
     with pytest.raises(RunError, match="close weight sync"):
         sync.close()
-    watch.stop()
     ray.kill(engine)
