@@ -25,7 +25,7 @@ from rlaif_ray.runtime.actors import EngineActor
 from tests.benchmarks import zoo_push
 from tests.pace import scaled
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 for module in (sys.modules[__name__], zoo_push):  # a worker can't import a test module
     ray.cloudpickle.register_pickle_by_value(module)
 

@@ -43,7 +43,7 @@ DEEPSEEK: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["one_rank", "two_ranks"])
+@pytest.fixture(scope="module", params=["one_rank", pytest.param("two_ranks", marks=pytest.mark.long)])
 def ranks(request: pytest.FixtureRequest) -> RankProcesses:
     processes: RankProcesses = request.getfixturevalue(request.param)
     return processes
