@@ -30,7 +30,7 @@ ABORT_S = 10.0  # for NCCL to leave a kernel after its communicator was aborted
 ENTER_S = 5.0  # for a call into NCCL to return, before its communicator is aborted under it
 MOST_STUCK = 16  # threads of this process that stand in rendezvous that were given up
 GATE_S = 3600.0  # longest wait before the gate; the driver gives up long before
-CONNECT_S = 5.0  # for the gate to answer: it stands before anybody is sent there
+CONNECT_S = 30.0  # for the gate to answer: it stands before anybody is sent there, but its node may be busy
 DISABLED = (
     "weight_sync.backend=nccl: vLLM found no NCCL library that it can use, and its communicator is disabled. Install "
     "the one that comes with torch for CUDA (nvidia-nccl), or name it by VLLM_NCCL_SO_PATH, and leave "

@@ -301,6 +301,7 @@ class World:
         serving = self.replicas.serving()
         found = ray.get([replica.actor.__ray_call__.remote(held) for replica in serving], timeout=scaled(60))
         assert set(found) <= {(version, int(report.checksum, 16))}
+        print(f"push {version}: {self.notes}")  # shown of a test that fails
         return {replica.watched.name for replica in serving}
 
     def llms(self, read: Callable[[Any], Any]) -> list[Any]:
@@ -317,7 +318,7 @@ class World:
 
 @pytest.fixture
 def world(ranks: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
-    monkeypatch.setattr(weight_sync, "GIVE_UP_S", 2.0)
+    monkeypatch.setattr(weight_sync, "GIVE_UP_S", scaled(5.0))
     monkeypatch.setattr(LearnerGroup, "__init__", light_group)
     worlds = []
 
