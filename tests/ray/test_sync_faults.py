@@ -444,8 +444,11 @@ def test_nccls_word_of_a_loss_before_the_drivers_is_no_end_of_the_run(
 
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["die", "block"])
-def test_an_engine_lost_behind_the_gate_takes_the_others_along(world: Callable[..., World], what: str) -> None:
+def test_an_engine_lost_behind_the_gate_takes_the_others_along(
+    world: Callable[..., World], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They wait for it in NCCL's rendezvous. Replacements meet at the next push."""
+    monkeypatch.setattr(weight_sync, "GIVE_UP_S", 2.0)  # over before a replacement is there, and takes the first push
     one = world("nccl", 2, silent_s=scaled(8))
     one.tell(0, "behind the gate", what)
     one.connect()
