@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.ray.test_pipeline import CONSTITUTION, PIPELINE
-from tests.runs import finish_train, start, tiny_config
+from tests.ray.test_pipeline import PIPELINE, write_constitution
+from tests.runs import finish_train, rows, start, tiny_config
 from tests.tiny import cached_tiny_model
 
 FOLDER = Path("/tmp/rlaif-recorded")  # always the same: records name files
@@ -41,8 +41,8 @@ def runs() -> dict[str, Path]:
         found[name] = FOLDER / name.replace(" ", "-")
         program = finish_train(config, "tracking.wandb=disabled", *settings, run_dir=found[name])
         assert program.exit_code == 0, program.stderr
+    write_constitution(FOLDER, "Which answer wastes fewer words?")
     constitution = FOLDER / "constitution.yaml"
-    constitution.write_text(CONSTITUTION.format(comparison="Which answer wastes fewer words?"))
     model = str(cached_tiny_model(tied=True, context=4096))
     (FOLDER / "pipeline.yaml").write_text(PIPELINE.format(model=model, constitution=constitution))
     words = [sys.executable, "-m", "rlaif_ray.cli", "pipeline", FOLDER / "pipeline.yaml", f"run_dir={FOLDER / 'all'}"]
@@ -59,7 +59,7 @@ def noted(folder: Path) -> dict[str, Any]:
         if name.startswith(("checkpoints", "wandb")) or not path.is_file():
             continue
         if path.suffix == ".jsonl":
-            found[name] = [alike(json.loads(line)) for line in path.read_text().splitlines()]
+            found[name] = [alike(row) for row in rows(path)]
         elif path.name == "summary.json":
             found[name] = alike(json.loads(path.read_text()))
         elif path.suffix == ".safetensors":

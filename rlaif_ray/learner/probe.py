@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 Run = Callable[[ModelInput], "Tensor"]
 Precision = Literal["fp32", "bf16"]
+OWN_ATTENTION = "its class does not support other attention than its own"
 # What a forward pass ends in that a model can't take.
 BROKEN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
@@ -158,12 +159,17 @@ def settle_attention(
     return plan.kernel, told if reason else ""
 
 
+def _takes_attention(model: Any) -> bool:
+    """Whether a loaded model of transformers computes with the attention function that it is told to."""
+    return bool(model.is_backend_compatible() and model._can_set_attn_implementation())
+
+
 def _probe(
     plan: AttentionPlan, model: Any, run: Run, device: torch.device, precision: Precision, *, name: str, sharded: bool
 ) -> str:
     """Why the loaded model can't be packed; "" where it gives packed what it gives sample by sample."""
-    if not (model.is_backend_compatible() and model._can_set_attn_implementation()):
-        return "its class does not support other attention than its own"
+    if not _takes_attention(model):
+        return OWN_ATTENTION
     text = probe_text(model.config.get_text_config().vocab_size)
     with evaluating(model):
         alone = alone_outputs(run, text, device)  # by the kernel of the plan, which is right
@@ -210,11 +216,11 @@ def settle_split(
         return attention
     problem = split_refusal(attention, model.config, sequence.size)
     if problem is None and attention != PACKED:
-        if model.is_backend_compatible() and model._can_set_attn_implementation():
+        if _takes_attention(model):
             model.set_attn_implementation(PADDED)
             attention = PADDED
         else:
-            problem = f"its class does not support other attention than its own. {WITHOUT_SPLIT}"
+            problem = f"{OWN_ATTENTION}. {WITHOUT_SPLIT}"
     problem = problem or _split_problem(attention, plan, model, run, device, precision)
     if problem:
         raise InputError(f"learner.sequence_parallel={sequence.size} is wrong for {name}: {problem}")

@@ -9,6 +9,7 @@ from typing import Any
 Metadata = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype, shape)
 BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 BYTES |= {"int8": 1, "uint8": 1, "bool": 1}
+SLOTS = 2  # of a staging rank: one is filled while the other is read
 ALIGNMENT = 64  # bytes; keeps every tensor of a slot aligned for vector loads
 
 

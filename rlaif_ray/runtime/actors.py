@@ -286,12 +286,13 @@ class LearnerActor(Actor):
     def offer(self, backend: Literal["shm", "ipc"], size: int, readers: int) -> list[Source]:
         """Prepares a push of buckets of up to `size` bytes that so many engines read from this rank's memory: what to
         tell each. There are two slots: one is filled while the other is read."""
+        from rlaif_ray.rollout.buckets import SLOTS
         from rlaif_ray.rollout.sending import Staging
         from rlaif_ray.rollout.weight_transfer import IpcSlot, ShmSlot
 
         if self._sender is None:
             slot: type[Any] = ShmSlot if backend == "shm" else IpcSlot
-            self._sender = Staging([slot(), slot()])
+            self._sender = Staging([slot() for _ in range(SLOTS)])
         sources: list[Source] = self._sender.offer(size, readers)
         return sources
 

@@ -20,10 +20,10 @@ from rlaif_ray.runtime.memory_plan import (
     Trained,
     Zero,
     learner_host_memory,
+    learner_zero,
     precision_bytes,
     sections,
     trained_models,
-    zero_of,
 )
 
 PROCESS_BYTES = {"cuda": 2 * GIB, "cpu": GIB}  # Python and its libraries, and CUDA's
@@ -65,7 +65,7 @@ def _actor(job: Any, one: Actors, device: Device) -> Parts:
         if cfg.sleep:
             parts["sleeping engines"] = int(PINNED * one.memory.parts["weights"] * workers)
     if one.kind == "learner":
-        zero, models = _zero(job, device), trained_models(job, one.shape)
+        zero, models = learner_zero(job, device), trained_models(job, one.shape)
         parts["offloaded states"] = sum(learner_host_memory(job, one.shape, device).values()) if device == "cuda" else 0
         parts["checkpoint copies"] = rank_state(zero, models)[0]
     return parts
@@ -77,16 +77,12 @@ def _add_rank_0(parts: Parts, job: Any, one: Actors, device: Device) -> None:
     It gathers the whole model in the type of training, and gives it the type to save in, tensor by tensor; after that
     it loads what was saved, in the type of training, to check it.
     """
-    copies = parts["checkpoint copies"] + rank_state(_zero(job, device), trained_models(job, one.shape))[1]
+    copies = parts["checkpoint copies"] + rank_state(learner_zero(job, device), trained_models(job, one.shape))[1]
     parts["checkpoint copies"] = copies
     size = precision_bytes(job.policy.precision, device)
     if job.policy.save_precision != "auto":
         size = max(size, BYTES[job.policy.save_precision])
     parts["the saved model"] = max(0, one.shape.parameters * size - copies)
-
-
-def _zero(job: Any, device: Device) -> Zero:
-    return zero_of(job.learner, "fp32" if precision_bytes(job.policy.precision, device) == 4 else "bf16")
 
 
 def rank_state(zero: Zero, models: Mapping[str, Trained]) -> tuple[int, int]:
@@ -149,5 +145,5 @@ def checkpoint_cost(job: Any, actors: Sequence[Actors], device: Device, bandwidt
     learner = next((one for one in actors if one.kind == "learner"), None)
     if learner is None or not isinstance(job, TrainJob | SupervisedJob):
         return None
-    each, first = rank_state(_zero(job, device), trained_models(job, learner.shape))
+    each, first = rank_state(learner_zero(job, device), trained_models(job, learner.shape))
     return CheckpointCost(each * learner.need.actors + first, bandwidth, job.checkpoint.grace_s)

@@ -348,6 +348,11 @@ def _is_offloaded(zero: dict[str, Any], key: str) -> bool:
     return bool((zero.get(key) or {}).get("device", "none") != "none")
 
 
+def learner_zero(job: Any, device: Device) -> Zero:
+    """Of a job's learner, in the precision that it computes in on this device."""
+    return zero_of(job.learner, "fp32" if precision_bytes(job.policy.precision, device) == 4 else "bf16")
+
+
 def trained_models(job: Any, shape: ModelShape) -> dict[str, Trained]:
     """Policy, critic and reference of a learner rank, as learner/ loads them."""
     if isinstance(job, TrainJob):
@@ -372,7 +377,7 @@ def learner_memory(job: Any, shape: ModelShape, machine: Machine, device: Device
     """Of each GPU of a learner rank."""
     policy: PolicyConfig = job.policy
     size = precision_bytes(policy.precision, device)
-    zero = zero_of(job.learner, "fp32" if size == 4 else "bf16")
+    zero = learner_zero(job, device)
     models = trained_models(job, shape)
     main = models["policy"]
     parts = {"weights": zero.weights(main), "gradients": zero.gradients(main), "optimizer": zero.optimizer(main)}
@@ -479,7 +484,7 @@ def logits(shape: ModelShape, tokens: int, size: int, chunk: int | None = None) 
 def learner_host_memory(job: Any, shape: ModelShape, device: Device) -> dict[str, int]:
     """Bytes of a learner rank in its node's memory by what is offloaded there: "optimizer", "parameters"; {} for
     nothing. Its process and its checkpoints are not in it."""
-    zero = zero_of(job.learner, "fp32" if precision_bytes(job.policy.precision, device) == 4 else "bf16")
+    zero = learner_zero(job, device)
     found: dict[str, int] = {}
     for model in trained_models(job, shape).values():
         for part, count in zero.on_host(model).items():

@@ -13,9 +13,8 @@ from typing import Any
 
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.model_shapes import ModelShape
+from rlaif_ray.rollout.buckets import SLOTS
 from rlaif_ray.runtime.memory_plan import Actors, Device, precision_bytes
-
-SLOTS = 2  # of the learner (actors.py)
 
 
 def largest_bucket(shape: ModelShape, weight_bytes: int, limit: int) -> int:

@@ -23,11 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlaif_ray.runtime.weight_sync import Backend
 
 NVLINK, RDMA, TCP = 200.0, 40.0, 5.0
 WITHIN = {"ipc": 300.0, "shm": 0.6}
-Backend = Literal["shm", "ipc", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tests.benchmarks.measure import arguments, json_output, machine, make_job, medians, timed
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
     from collections.abc import Callable
 
     from rlaif_ray.data.batching import RankPlan
@@ -30,10 +31,7 @@ Samples = tuple[list[tuple[int, ...]], list[tuple[int, ...]]]
 
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--samples-per-prompt", type=int, default=2)
-    parser.add_argument("--completion-tokens", type=int, default=48)
-    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(50, 90), metavar=("LEAST", "MOST"))
+    add_sample_arguments(parser)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--zero-stage", type=int, choices=[0, 1, 2, 3], default=0)
@@ -44,6 +42,14 @@ def main() -> None:
     args = parser.parse_args()
     with json_output() as emit:
         emit(measure(args))
+
+
+def add_sample_arguments(parser: ArgumentParser) -> None:
+    """What `make_samples` reads."""
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--samples-per-prompt", type=int, default=2)
+    parser.add_argument("--completion-tokens", type=int, default=48)
+    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(50, 90), metavar=("LEAST", "MOST"))
 
 
 def measure(args: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from tests.benchmarks.bench_learner import make_experience, make_samples
+from tests.benchmarks.bench_learner import add_sample_arguments, make_experience, make_samples
 from tests.benchmarks.measure import alternate, arguments, json_output, machine, make_job, medians, ratio, timed
 
 if TYPE_CHECKING:
@@ -29,10 +29,7 @@ BEFORE = {
 
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--samples-per-prompt", type=int, default=2)
-    parser.add_argument("--completion-tokens", type=int, default=48)
-    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(50, 90), metavar=("LEAST", "MOST"))
+    add_sample_arguments(parser)
     args = parser.parse_args()
     with json_output() as emit:
         emit(measure(args))

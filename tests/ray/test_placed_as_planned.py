@@ -11,10 +11,11 @@ import pytest
 from rlaif_ray.config.jobs import TrainJob
 from rlaif_ray.errors import PlacementError
 from rlaif_ray.runtime.fit import place
-from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, reserve
+from rlaif_ray.runtime.placement import Slot, actor_slots, bundles_of, nodes_of, reserve
 from rlaif_ray.runtime.places import layout_problems, unplaceable
 from tests.jobs import embedded
 from tests.pace import scaled
+from tests.placed import gpus_of_slots
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
@@ -73,28 +74,14 @@ NEVER = {
 
 @pytest.mark.parametrize("layout", PLACED.values(), ids=PLACED)
 def test_what_is_planned_is_placed(ray: Any, layout: tuple[Any, ...]) -> None:
-    from ray.util.placement_group import placement_group_table, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    from ray.util.placement_group import remove_placement_group
 
     slots = slots_of(*layout)
     assert unplaceable(bundles_of(slots), [GPUS] * NODES, no_more=True) == []
     nodes, tenants = place(slots, GPUS)
     group = reserve(slots, timeout_s=scaled(30))
-    where = placement_group_table(group)["bundles_to_node_id"]
-
-    @ray.remote
-    def gpus() -> list[int]:
-        return [int(gpu) for gpu in ray.get_gpu_ids()]
-
-    asked = [
-        gpus.options(  # type: ignore[attr-defined]
-            num_cpus=slot.cpus,
-            num_gpus=slot.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, slot.bundle),
-        ).remote()
-        for slot in slots
-    ]
-    given = ray.get(asked, timeout=scaled(180))
+    where = nodes_of(group)
+    given = gpus_of_slots(group, slots)
     remove_placement_group(group)
     found: dict[tuple[str, int], list[str]] = {}
     on_node: dict[str, list[str]] = {}

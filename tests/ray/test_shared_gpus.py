@@ -24,6 +24,7 @@ from rlaif_ray.runtime.turns import Turns, await_turn
 from rlaif_ray.runtime.weight_sync import must_share_gpus
 from tests.jobs import embedded
 from tests.pace import scaled
+from tests.placed import gpus_of_slots
 from tests.unit.rollout.test_support import SPEC
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
@@ -67,7 +68,6 @@ def start(ray: Any) -> None:
 )
 def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
     from ray.util.placement_group import remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     sections = dict(sections)
     judge = {"replicas": sections.pop("judges", 1), "tensor_parallel": sections.pop("parallel", 1)}
@@ -76,21 +76,8 @@ def test_gpus_are_shared_as_planned(ray: Any, sections: dict[str, Any]) -> None:
     assert not list(layout_problems(job, slots, "cuda"))
     _, planned = place(slots, GPUS)
     group = reserve(slots, timeout_s=scaled(60))
-
-    @ray.remote
-    def gpus() -> list[int]:
-        return [int(gpu) for gpu in ray.get_gpu_ids()]
-
-    asked = [
-        gpus.options(  # type: ignore[attr-defined]
-            num_cpus=slot.cpus,
-            num_gpus=slot.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, slot.bundle),
-        ).remote()
-        for slot in slots
-    ]
     tenants: dict[int, list[str]] = {}
-    for slot, given in zip(slots, ray.get(asked, timeout=scaled(120)), strict=True):
+    for slot, given in zip(slots, gpus_of_slots(group, slots), strict=True):
         for gpu in given:
             tenants.setdefault(gpu, []).append(slot.role)
     remove_placement_group(group)

@@ -73,13 +73,6 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture
-def watch() -> Iterator[Watch]:
-    watch = Watch()
-    yield watch
-    watch.stop()
-
-
 class Doublers(Replicas):
     """Replicas of Doubler, and what they noted."""
 

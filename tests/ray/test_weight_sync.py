@@ -435,13 +435,6 @@ def hold_a_small_model(actor: Any) -> None:
     actor._rank = 0
 
 
-@pytest.fixture
-def watch() -> Iterator[Watch]:
-    watch = Watch()
-    yield watch
-    watch.stop()
-
-
 def test_closing_says_that_the_learner_died(processes: Processes, watch: Watch) -> None:
     environment = {"env_vars": {"DS_ACCELERATOR": "cpu"}}
     rank = ray.remote(num_cpus=0, runtime_env=environment)(LearnerActor).remote()
